@@ -1,0 +1,55 @@
+"""Reading 16 kHz mono speech. Whatever is not that is an error which names the file and the remedy.
+
+torchaudio 2.11 needs torchcodec and FFmpeg to load a file; libsndfile, through ``soundfile``, reads FLAC and WAV alone.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+SAMPLE_RATE = 16_000
+HOP = 320
+"""Samples from one 50 Hz frame to the next."""
+RECEPTIVE_FIELD = 400
+"""Samples that one frame sees: frame i covers samples [320 i, 320 i + 400)."""
+
+
+class AudioError(ValueError):
+    """A file that is not readable 16 kHz mono speech."""
+
+
+def frame_count(samples: int) -> int:
+    """Number of 50 Hz frames of a waveform of ``samples`` samples: floor((n - 400) / 320) + 1, and 0 below 400.
+
+    HuBERT's convolutions give this many, and it equals ceil(MFCC frames / 2) with kaldi's ``snip_edges``.
+    """
+    return 0 if samples < RECEPTIVE_FIELD else (samples - RECEPTIVE_FIELD) // HOP + 1
+
+
+def read(path: str | Path, start: int = 0, stop: int | None = None) -> Tensor:
+    """Samples ``[start, stop)`` of a 16 kHz mono FLAC or WAV file as float32 in [-1, 1], shape [samples].
+
+    Raises AudioError when the file is missing, truncated, at another rate, not mono, shorter than asked for, or holds
+    a NaN or an infinity.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.samplerate != SAMPLE_RATE:
+                raise AudioError(f"{path}: {file.samplerate} Hz; resample it to {SAMPLE_RATE} Hz first")
+            if file.channels != 1:
+                raise AudioError(f"{path}: {file.channels} channels; mix it down to mono first")
+            stop = file.frames if stop is None else stop
+            if not 0 <= start <= stop <= file.frames:
+                raise AudioError(f"{path}: samples [{start}, {stop}) asked of {file.frames}; scan the corpus again")
+            file.seek(start)
+            samples = file.read(stop - start, dtype="float32")
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(f"{path}: cannot be read ({error}); remove the file or fetch it again") from error
+    if len(samples) != stop - start:
+        raise AudioError(f"{path}: {len(samples)} samples where its header promises {stop - start}; fetch it again")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples; remove the file or fetch it again")
+    return torch.from_numpy(samples)
