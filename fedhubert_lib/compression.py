@@ -1,0 +1,167 @@
+"""Updates made smaller for the way up: float16, int8 or top-k, with what was lost kept by the client for next time.
+
+An update is the difference of a client's parameters to the global ones, float32. Error feedback (Seide et al. 2014;
+Karimireddy et al. 2019, arXiv 1901.09847): the client adds what earlier rounds lost before it encodes, so that the
+sum of what the server decodes stays within one round's loss of the sum of the true updates.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedhubert_lib import files
+from fedhubert_lib.federated.protocol import Arrays
+
+Kind = Literal["none", "float16", "int8", "top-k"]
+
+BLOCK = 1024
+"""Weights that share one int8 scale: 4 bytes of scale on 1024 of weights."""
+
+_SCALES = "/scales"
+_INDICES, _VALUES = "indices", "values"
+
+
+def encode(update: Mapping[str, Tensor], kind: Kind, *, share: float = 0.01) -> Arrays:
+    """The tensors that travel for ``update`` (float32, CPU).
+
+    float16: each value rounded. int8: blocks of ``BLOCK`` values of a tensor share a float32 scale, the largest of
+    them over 127, values rounded to the nearest. top-k: the ``share`` of all values largest in magnitude, as int32
+    positions in the tensors laid end to end in sorted order of names, and float32 values. Non-finite values are errors.
+    """
+    for name, value in update.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{name} is {value.dtype}: an update is float32 parameters only")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has NaN or infinite values; the local training diverged, nothing is sent")
+    if kind == "none":
+        return dict(update)
+    if kind == "float16":
+        for name, value in update.items():
+            if value.numel() and float(value.abs().max()) > torch.finfo(torch.float16).max:
+                raise ValueError(f"{name} has values beyond float16; the local training diverged, or use int8")
+        return {name: value.half() for name, value in update.items()}
+    if kind == "int8":
+        encoded = {}
+        for name, value in update.items():
+            encoded[name], encoded[name + _SCALES] = _quantise(value)
+        return encoded
+    if kind == "top-k":
+        flat = torch.cat([update[name].reshape(-1) for name in sorted(update)])
+        if flat.numel() > torch.iinfo(torch.int32).max:
+            raise ValueError(f"{flat.numel()} parameters do not fit int32 positions; use int8")
+        count = max(1, round(share * flat.numel()))
+        indices = flat.abs().topk(count, sorted=False).indices.sort().values
+        return {_INDICES: indices.to(torch.int32), _VALUES: flat[indices]}
+    raise ValueError(f"unknown compression {kind!r}; take none, float16, int8 or top-k")
+
+
+def decode(encoded: Mapping[str, Tensor], kind: Kind, like: Mapping[str, Tensor]) -> Arrays:
+    """The float32 update in ``encoded``, of the names and shapes of ``like``.
+
+    Whatever does not fit ``like`` exactly (a name, shape, dtype, non-finite value or position) is a ValueError that
+    names it: the sender may be broken or hostile.
+    """
+    if kind in ("none", "float16"):
+        _check_names(encoded, like)
+        dtype = torch.float32 if kind == "none" else torch.float16
+        return {name: _checked(encoded, name, dtype, like[name].shape).float() for name in like}
+    if kind == "int8":
+        _check_names(encoded, [*like, *(name + _SCALES for name in like)])
+        return {name: _dequantise(encoded, name, like[name].shape) for name in like}
+    if kind == "top-k":
+        _check_names(encoded, (_INDICES, _VALUES))
+        total = sum(value.numel() for value in like.values())
+        shape = encoded[_VALUES].shape
+        indices = _checked(encoded, _INDICES, torch.int32, torch.Size([shape.numel()])).long()
+        if len(indices) and not (indices[0] >= 0 and indices[-1] < total and (indices.diff() > 0).all()):
+            raise ValueError(f"top-k positions are not increasing within 0..{total - 1}")
+        flat = torch.zeros(total)
+        flat[indices] = _checked(encoded, _VALUES, torch.float32, shape)
+        names = sorted(like)
+        pieces = flat.split([like[name].numel() for name in names])
+        return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}
+    raise ValueError(f"unknown compression {kind!r}; take none, float16, int8 or top-k")
+
+
+def with_feedback(
+    update: Mapping[str, Tensor], kind: Kind, lost: Mapping[str, Tensor] | None, *, share: float = 0.01
+) -> tuple[Arrays, Arrays]:
+    """Encode ``update`` plus what earlier rounds ``lost``; return what travels, and what is now lost (float32)."""
+    wanted = {name: value + lost[name] if lost else value for name, value in update.items()}
+    encoded = encode(wanted, kind, share=share)
+    decoded = decode(encoded, kind, update)
+    return encoded, {name: wanted[name] - decoded[name] for name in wanted}
+
+
+def size(arrays: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors' values, as they travel (names and envelope not counted)."""
+    return sum(value.numel() * value.element_size() for value in arrays.values())
+
+
+def load_lost(folder: Path, round: int) -> Arrays | None:
+    """What the client lost up to its last part in a round before ``round``; none if it had no part yet."""
+    earlier = [number for number in _lost_rounds(folder) if number < round]
+    return load_file(_lost_path(folder, max(earlier))) if earlier else None
+
+
+def save_lost(folder: Path, round: int, lost: Mapping[str, Tensor]) -> None:
+    """Keep what was lost in ``round`` beside what was lost before it.
+
+    The older one stays because a server that dies in a round asks for it again: the client must then start from the
+    same loss, or the repeated round would not give the same weights.
+    """
+    with files.atomic(_lost_path(folder, round)) as temporary:
+        save_file(dict(lost), temporary)
+    keep = {round, max((number for number in _lost_rounds(folder) if number < round), default=round)}
+    for number in _lost_rounds(folder) - keep:
+        _lost_path(folder, number).unlink()
+
+
+def _quantise(value: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(value)
+    scales = blocks.abs().amax(1) / 127
+    # A block of zeros has scale 0 and stays zero. So does one of subnormal values, whose scale rounds to 0.
+    quantised = torch.where(scales[:, None] > 0, blocks / scales[:, None], 0).round().clamp(-127, 127)
+    return quantised.to(torch.int8).view(-1)[: value.numel()].view(value.shape), scales
+
+
+def _dequantise(encoded: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    scales = _checked(encoded, name + _SCALES, torch.float32, torch.Size([-(-shape.numel() // BLOCK)]))
+    blocks = _blocks(_checked(encoded, name, torch.int8, shape).float())
+    value = (blocks * scales[:, None]).view(-1)[: shape.numel()].view(shape)
+    if not torch.isfinite(value).all():  # scales near the end of float32
+        raise ValueError(f"{name} of the update has NaN or infinite values")
+    return value
+
+
+def _blocks(value: Tensor) -> Tensor:
+    """``value`` flat, zero-padded to whole blocks: [blocks, BLOCK]."""
+    return torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _check_names(encoded: Mapping[str, Tensor], expected: Mapping[str, Tensor] | list[str] | tuple[str, ...]) -> None:
+    missing, surplus = sorted(set(expected) - set(encoded)), sorted(set(encoded) - set(expected))
+    if missing or surplus:
+        raise ValueError(f"the update does not fit the model: missing {missing[:3]}, not expected {surplus[:3]}")
+
+
+def _checked(encoded: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    value = encoded[name]
+    if value.dtype != dtype or value.shape != shape:
+        found, wanted = f"{value.dtype} {tuple(value.shape)}", f"{dtype} {tuple(shape)}"
+        raise ValueError(f"{name} of the update is {found}, not {wanted}")
+    if dtype.is_floating_point and not torch.isfinite(value).all():
+        raise ValueError(f"{name} of the update has NaN or infinite values")
+    return value
+
+
+def _lost_path(folder: Path, round: int) -> Path:
+    return folder / f"lost-{round:06d}.safetensors"
+
+
+def _lost_rounds(folder: Path) -> set[int]:
+    return {int(path.stem.removeprefix("lost-")) for path in folder.glob("lost-*.safetensors")}
