@@ -26,6 +26,8 @@ class ClientHome:
     """Written by the k-means handlers: a folder per codebook."""
     state: Path
     """Personal heads, optimiser state, error feedback: a folder per task."""
+    device: str = "cpu"
+    """Where it computes."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""The protocol over Flower's Message API: what a request and a reply look like, and ``Clients`` over any Flower Grid.
+
+A request holds an ArrayRecord ``arrays`` and a ConfigRecord ``request`` (the action, and its configuration as JSON). A
+reply holds ``arrays``, a MetricRecord ``metrics`` and a ConfigRecord ``client`` (the client's id, and the reason where it
+failed). Nothing else travels.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedhubert_lib.federated.protocol import Failure, Reply
+
+Pack = Callable[[Tensor], Array]
+"""How a tensor becomes a Flower Array: ``Array`` itself, or ``SharedArray`` where both ends live in one process."""
+
+POLL_SECONDS = 0.05
+
+
+class SharedArray(Array):
+    """A Flower Array that is a tensor by reference: nothing is serialised, nothing copied. Only within one process."""
+
+    def __init__(self, tensor: Tensor) -> None:  # the parent's would serialise at once
+        self.tensor = tensor.detach()
+        self.dtype, self.shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        self.stype, self.data = "torch.reference", b""
+
+
+def packed(arrays: Mapping[str, Tensor], pack: Pack) -> ArrayRecord:
+    """``arrays`` as Flower's record."""
+    record = ArrayRecord()
+    for name, tensor in arrays.items():
+        record[name] = pack(tensor)
+    return record
+
+
+def _unpack(record: ArrayRecord) -> dict[str, Tensor]:
+    return {
+        name: array.tensor if isinstance(array, SharedArray) else torch.from_numpy(array.numpy())
+        for name, array in record.items()
+    }
+
+
+def request(action: str, arrays: ArrayRecord, config: Mapping[str, Any]) -> RecordDict:
+    """The content of a request. Each message gets records of its own, since a Flower mod may change them; the arrays in
+    them are shared, so that a model is packed once for a whole cohort.
+    """
+    record = ConfigRecord({"action": action, "config": json.dumps(dict(config))})
+    return RecordDict({"arrays": arrays.copy(), "request": record})
+
+
+def read_request(content: RecordDict) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Action, arrays and configuration of a request."""
+    record = content["request"]
+    return record["action"], _unpack(content["arrays"]), json.loads(record["config"])
+
+
+def reply(client: str, arrays: Mapping[str, Tensor], metrics: Mapping[str, float], pack: Pack) -> RecordDict:
+    """The content of a reply."""
+    return RecordDict(
+        {
+            "arrays": packed(arrays, pack),
+            "metrics": MetricRecord({name: float(value) for name, value in metrics.items()}),
+            "client": ConfigRecord({"id": client}),
+        }
+    )
+
+
+def failure(client: str, reason: str) -> RecordDict:
+    """The content of a reply that says why the client could not do what was asked."""
+    return RecordDict({"client": ConfigRecord({"id": client, "failure": reason})})
+
+
+def read_reply(client: str, message: Message) -> Reply | Failure:
+    """What ``client`` answered. An error of the engine, or an answer in another client's name, is a Failure."""
+    if message.has_error():
+        return Failure(client, f"engine error {message.error.code}: {message.error.reason}")
+    record = message.content.get("client", {})
+    if record.get("id") != client:
+        return Failure(client, f"answered in the name of {record.get('id')!r}")
+    if "failure" in record:
+        return Failure(client, str(record["failure"]))
+    return Reply(client, _unpack(message.content["arrays"]), dict(message.content["metrics"]))
+
+
+class GridClients:
+    """``protocol.Clients`` over a Flower Grid.
+
+    Replies are pulled one by one in sorted order of client id: those that came early wait where the engine keeps them,
+    so the server holds one at a time, and sums do not depend on the order of arrival.
+
+    ``nodes`` maps client ids to Flower node ids; ``pack`` is how tensors are handed to the engine.
+    """
+
+    def __init__(self, grid: Grid, nodes: Mapping[str, int], pack: Pack = Array) -> None:
+        self._grid, self._nodes, self._pack = grid, dict(nodes), pack
+        self.ids: Sequence[str] = sorted(nodes)
+
+    def ask(
+        self,
+        action: str,
+        *,
+        arrays: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+        clients: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Reply | Failure]:
+        """See ``protocol.Clients.ask``. A client that is not connected is a Failure, not an exception."""
+        asked = self.ids if clients is None else sorted(clients)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        present = [client for client in asked if client in self._nodes]
+        record = packed(arrays or {}, self._pack)
+        messages = [
+            Message(request(action, record, config or {}), self._nodes[client], MessageType.TRAIN) for client in present
+        ]
+        identifiers = dict(zip(present, self._grid.push_messages(messages), strict=True))
+        del messages, record
+        for client in asked:
+            if client not in identifiers:
+                yield Failure(client, "not connected")
+            else:
+                yield self._answer(client, identifiers[client], deadline)
+
+    def _answer(self, client: str, identifier: str, deadline: float | None) -> Reply | Failure:
+        while True:
+            for message in self._grid.pull_messages([identifier]):
+                return read_reply(client, message)
+            if deadline is not None and time.monotonic() >= deadline:
+                return Failure(client, "no answer before the deadline")
+            time.sleep(POLL_SECONDS)
+
+
+def identify(grid: Grid, timeout: float) -> dict[str, int]:
+    """Ask every connected node which client it is: node id by client id. Nodes that do not answer are left out.
+
+    Raises ValueError when two nodes say that they are the same client.
+    """
+    nodes: dict[str, int] = {}
+    asked = list(grid.get_node_ids())
+    messages = [Message(request("identify", ArrayRecord(), {}), node, MessageType.TRAIN) for node in asked]
+    for message in grid.send_and_receive(messages, timeout=timeout):
+        if message.has_error():
+            continue
+        client = message.content["client"]["id"]
+        node = message.metadata.src_node_id
+        if nodes.setdefault(client, node) != node:
+            raise ValueError(f"two connected nodes say that they are {client!r}; give each its own client in node_config")
+    return nodes
