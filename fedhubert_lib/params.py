@@ -5,14 +5,35 @@ whose names are the notebook's parameters. Defaults are those of ``params/toy.ya
 parameter cells: a chain of seconds.
 """
 
-from typing import Annotated, Literal
+import difflib
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from fedhubert_lib import yaml12
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The project: notebooks/, params/ and outputs/ lie here. Relative paths in parameters start here, too, so that the
+working directory, which differs between JupyterLab, papermill and nbval, plays no part."""
+
+
+def _from_root(path: str) -> str:
+    return path if path in ("", "mfcc") else os.path.normpath(ROOT / Path(path).expanduser())
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Natural = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Place = Annotated[str, AfterValidator(_from_root)]
+"""A file or folder; a relative one starts at the project's root."""
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps)$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+"""Of a folder: letters, digits and _ . - only."""
 
 Codebook = Literal["federated", "one-shot", "client", "aligned", "random-projection", "central"]
 Optimiser = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
@@ -27,27 +48,54 @@ Objective = Literal["hubert", "soft-targets", "distilhubert"]
 class Section(BaseModel):
     """What the parameters of every notebook have in common."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
-    run: str = Field("toy", pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder under outputs/ that holds the run")
+    run: Name = Field("toy", description="folder under outputs/ that holds the run")
     seed: Count = Field(0, description="every random draw of the stage comes from it")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Values that are fine one by one and cannot go together: (parameter, what is wrong and what to do)."""
+        yield from ()
 
 
 class Corpus(Section):
     """00_corpus: which speech, and which keywords to evaluate on."""
 
-    kind: Literal["synthetic", "librispeech"] = Field("synthetic", description="built-in corpus, or LibriSpeech folders")
-    root: str = Field("", description="folder that holds the LibriSpeech subsets (kind: librispeech)")
+    kind: Literal["synthetic", "librispeech"] = Field(
+        "synthetic", description="built-in corpus, or LibriSpeech folders"
+    )
+    root: Place = Field("", description="folder that holds the LibriSpeech subsets (kind: librispeech)")
     train_subsets: list[str] = Field(["train-clean-100"], description="subsets to train on")
     test_subsets: list[str] = Field(["test-clean"], description="subsets kept for unit quality, never trained on")
-    alignments: str = Field("", description="phone alignments: folder of TextGrids, or JSON; empty: none")
+    alignments: Place = Field("", description="phone alignments: folder of TextGrids, or JSON; empty: none")
     speakers: Natural = Field(6, description="speakers of the synthetic corpus")
     minutes: Positive = Field(1.5, description="minutes of speech of the synthetic corpus")
-    keywords: Literal["synthetic", "speech-commands"] = Field("synthetic", description="built-in words, or v0.02 folder")
-    keywords_root: str = Field("", description="folder that holds a subfolder per word (keywords: speech-commands)")
+    keywords: Literal["synthetic", "speech-commands"] = Field(
+        "synthetic", description="built-in words, or v0.02 folder"
+    )
+    keywords_root: Place = Field("", description="folder that holds a subfolder per word (keywords: speech-commands)")
     keyword_voices: Natural = Field(6, description="voices of the synthetic keywords")
     keyword_takes: Natural = Field(1, description="takes of each word by each voice of the synthetic keywords")
     decode_check: bool = Field(False, description="decode every file in full, not only its header")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for kind, key, folder in ("librispeech", "kind", "root"), ("speech-commands", "keywords", "keywords_root"):
+            chosen, given = getattr(self, key) == kind, getattr(self, folder)
+            if chosen and not given:
+                yield folder, f"{key}: {kind} needs the folder that holds it; none given"
+            if given and not chosen:
+                yield (
+                    folder,
+                    f"{given!r} given, but {key} is {getattr(self, key)}; set {key}: {kind}, or leave it empty",
+                )
+        both = set(self.train_subsets) & set(self.test_subsets)
+        if self.kind == "librispeech" and both:
+            yield (
+                "test_subsets",
+                f"{', '.join(sorted(both))} is also among train_subsets; test speech is never trained on",
+            )
+        if self.kind == "librispeech" and not self.train_subsets:
+            yield "train_subsets", "an empty list given; name at least one subset"
 
 
 class Partition(Section):
@@ -69,7 +117,7 @@ class Kmeans(Section):
     """02_kmeans: the targets."""
 
     codebooks: list[Codebook] = Field(["federated", "client"], min_length=1, description="codebooks to fit and compare")
-    features: str = Field("mfcc", description="mfcc, or a checkpoint folder: the second iteration")
+    features: Place = Field("mfcc", description="mfcc, or a checkpoint folder: the second iteration")
     layer: Natural | None = Field(None, description="hidden layer of that checkpoint; none: half its depth")
     clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K")
     normalisation: Literal["none", "global", "speaker"] = Field("speaker", description="of the features, per dimension")
@@ -79,6 +127,12 @@ class Kmeans(Section):
     minimum_count: Count = Field(0, description="a client reports no cluster with fewer frames than this (privacy)")
     noise_multiplier: float = Field(0.0, ge=0, description="Gaussian noise on sums and counts (privacy); 0: none")
     cache_features: bool = Field(False, description="keep features on disk instead of computing them in each pass")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if len(set(self.codebooks)) < len(self.codebooks):
+            yield "codebooks", "names one of them twice; keep one"
+        if self.features == "mfcc" and self.layer is not None:
+            yield "layer", f"{self.layer} given, but features is mfcc, which has no layers; leave it out"
 
 
 class Federation(Section):
@@ -95,7 +149,9 @@ class Federation(Section):
     warmup_share: Share = Field(0.08, description="share of all steps over which the rate rises")
     weight_decay: float = Field(0.01, ge=0, description="of the client's AdamW, on all parameters")
     clip_norm: Positive = Field(10.0, description="gradient norm above which it is scaled down")
-    mask_probability: Share = Field(0.8, description="expected share of frames in spans before overlap: 8 % starts x 10")
+    mask_probability: Share = Field(
+        0.8, description="expected share of frames in spans before overlap: 8 % starts x 10"
+    )
     mask_length: Natural = Field(10, description="frames of a masked span")
     server: Optimiser = Field("fedadam", description="server optimiser")
     server_rate: Positive = Field(1e-3, description="rate of the server optimiser")
@@ -105,9 +161,20 @@ class Federation(Section):
     proximal: float = Field(0.0, ge=0, description="FedProx: weight of the squared distance to the global model")
     quorum: Share = Field(0.5, description="share of a cohort that must answer, else the round is repeated")
     precision: Precision = Field("auto", description="of the local steps: bfloat16 where the machine is faster with it")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     engine: Engine = Field("inprocess", description="what carries the messages")
     centralised: bool = Field(True, description="also train on the pooled data with equal updates: the yardstick")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.crop_seconds > self.batch_seconds:
+            yield (
+                "crop_seconds",
+                f"{self.crop_seconds} given; a batch holds batch_seconds: {self.batch_seconds} at most",
+            )
+        if self.mask_length * 0.02 > self.crop_seconds:
+            yield "mask_length", f"{self.mask_length} frames of 20 ms do not fit into crop_seconds: {self.crop_seconds}"
+        if self.server == "trimmed-mean" and self.cohort < 3:
+            yield "server", f"trimmed-mean needs a cohort of 3 or more; cohort is {self.cohort}"
 
 
 class Pretrain(Federation):
@@ -116,13 +183,13 @@ class Pretrain(Federation):
     codebook: Codebook = Field("federated", description="whose labels to predict")
     head: Head = Field("shared", description="personal: projection and label embeddings stay with the client")
     unmasked_weight: float = Field(0.0, ge=0, description="weight of the loss on frames that are not masked")
-    initial: str = Field("", description="checkpoint folder to start from; empty: random weights")
+    initial: Place = Field("", description="checkpoint folder to start from; empty: random weights")
 
 
 class Distill(Federation):
     """04_distill: a smaller student learns from the pretrained teacher, over the same federation."""
 
-    teacher: str = Field("", description="checkpoint folder; empty: what 03_pretrain of this run wrote")
+    teacher: Place = Field("", description="checkpoint folder; empty: what 03_pretrain of this run wrote")
     layers: Natural = Field(2, description="transformer layers of the student")
     width: Natural = Field(96, description="width of the student's transformer")
     objective: Objective = Field("soft-targets", description="what the student learns; see fedhubert_lib.distillation")
@@ -130,6 +197,11 @@ class Distill(Federation):
     temperature: Positive = Field(4.0, description="softens teacher and student predictions")
     soft_weight: Share = Field(0.7, description="alpha: weight of the teacher's soft targets")
     label_weight: Share = Field(0.3, description="beta: weight of the k-means labels")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.objective == "soft-targets" and self.soft_weight + self.label_weight == 0:
+            yield "soft_weight", "0 given, and label_weight is 0, too: nothing is left to learn from"
 
 
 class Evaluate(Section):
@@ -141,7 +213,7 @@ class Evaluate(Section):
     probe_rate: Positive = Field(1e-2, description="learning rate of the keyword probe")
     clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K of the units made from hidden layers")
     unit_minutes: Positive = Field(1.0, description="minutes of held-out speech for unit quality")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -153,3 +225,206 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": Evaluate,
 }
 """The stages in order, each with the schema of its notebook."""
+
+FOLDERS = {stage: f"{number:02d}_{stage}" for number, stage in enumerate(SECTIONS)}
+"""The name of each stage's notebook, and of its folder in a run."""
+
+
+class Study(BaseModel):
+    """One YAML file: a name, a seed, and the parameters of the six notebooks."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    study: Name = Field(description="name of the study")
+    run: Name = Field(description="folder under outputs/ that holds the run")
+    seed: Count = Field(description="of every section that sets none itself")
+    corpus: Corpus
+    partition: Partition
+    kmeans: Kmeans
+    pretrain: Pretrain
+    distill: Distill
+    evaluate: Evaluate
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Values that cannot go together: (section, parameter, what is wrong and what to do)."""
+        for stage in SECTIONS:
+            yield from ((stage, key, text) for key, text in getattr(self, stage).conflicts())
+        corpus, partition = self.corpus, self.partition
+        if corpus.kind == "synthetic" and partition.heldout_speakers >= corpus.speakers:
+            text = f"{partition.heldout_speakers} given, but the corpus has {corpus.speakers} speakers; leave some to train on"
+            yield "partition", "heldout_speakers", text
+        for stage in ("pretrain", "distill"):
+            section = getattr(self, stage)
+            if section.cohort > partition.clients:
+                text = f"{section.cohort} given, but partition.clients is {partition.clients}; give that or fewer"
+                yield stage, "cohort", text
+            if section.codebook not in self.kmeans.codebooks:
+                fitted = ", ".join(self.kmeans.codebooks)
+                yield stage, "codebook", f"{section.codebook} given, but kmeans.codebooks has {fitted}; add it there"
+        distill = self.distill
+        if (
+            distill.objective == "soft-targets"
+            and not distill.teacher
+            and distill.label_weight > 0
+            and distill.codebook != self.pretrain.codebook
+        ):
+            text = (
+                f"{distill.codebook} given, but the teacher's soft targets are over pretrain.codebook: "
+                f"{self.pretrain.codebook}; give the same, or label_weight: 0"
+            )
+            yield "distill", "codebook", text
+
+
+class ParameterError(ValueError):
+    """Wrong parameters: every one of them, each with its place and what may stand there."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None) -> Study:
+    """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.
+
+    What the file leaves out has its default. ``run`` names the folder under outputs/; default: the file's own ``run``,
+    else its ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
+    ParameterError with all errors at once.
+    """
+    path = Path(path)
+    raw, lines, errors = yaml12.read(path)
+    if errors and not lines:  # no file to speak of: what else is wrong with it cannot be known
+        raise ParameterError("\n".join(errors))
+    places = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        try:
+            key = _override(raw, override)
+        except ValueError as error:
+            errors.append(f"--set {override}: {error}")
+        else:
+            places[key] = f"--set {override}"
+    raw.setdefault("study", path.stem)
+    raw["run"] = run or raw.get("run", raw["study"])
+    raw.setdefault("seed", 0)
+    for stage in SECTIONS:
+        section = raw[stage] = {} if raw.get(stage) is None else raw[stage]
+        if isinstance(section, dict):
+            if "run" in section:
+                errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
+            section["run"] = raw["run"]
+            section.setdefault("seed", raw["seed"])
+
+    def place(key: yaml12.Key) -> str:
+        return places.get(key) or places.get(key[:1]) or str(path)
+
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        flowed = {(stage, key) for stage in SECTIONS for key in ("run", "seed")} - places.keys()
+        errors += _explain([item for item in error.errors() if item["loc"] not in flowed], Study, place)
+    else:
+        errors += [f"{place((stage, key))}: {stage}.{key}: {text}" for stage, key, text in study.conflicts()]
+    if errors:
+        raise ParameterError("\n".join(dict.fromkeys(errors)))
+    return study
+
+
+def check(stage: str, namespace: Mapping[str, Any]) -> Section:
+    """The parameters of ``stage`` from ``namespace``, the variables that its notebook has set: its ``globals()``.
+
+    A variable with a plain value whose name is no parameter is an error, since papermill injects a misspelt parameter
+    without a word; names that begin with an underscore are the notebook's own. A study file given to plain
+    ``papermill -f`` arrives as one mapping per section; the stage's own is then put over the values of the cell.
+    """
+    schema, where = SECTIONS[stage], f"parameters of {FOLDERS[stage]}"
+    plain = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, bool | int | float | str | list | tuple | set | dict | None)
+        and not name.startswith("_")
+        and name not in ("In", "Out")  # IPython's
+    }
+    sections = {name: plain.pop(name) for name in SECTIONS if isinstance(plain.get(name), dict)}
+    if sections:
+        study = {"run": plain.pop("study")} if "study" in plain else {}
+        plain |= study | sections.get(stage, {})
+    for name, value in plain.items():
+        if isinstance(value, str) and not _is_text(schema, name):
+            plain[name] = yaml12.scalar(value)  # papermill reads YAML 1.1, to which 1e-3 is text
+    missing = schema.model_fields.keys() - plain.keys()
+    errors = [f"{where}: {stage}.{name}: not set; its parameters cell must set it" for name in sorted(missing)]
+    try:
+        section = schema.model_validate(plain)
+    except ValidationError as error:
+        raise ParameterError(
+            "\n".join(errors + _explain(error.errors(), schema, lambda key: where, (stage,)))
+        ) from None
+    errors += [f"{where}: {stage}.{key}: {text}" for key, text in section.conflicts()]
+    if errors:
+        raise ParameterError("\n".join(errors))
+    return section
+
+
+def _override(raw: dict[str, Any], override: str) -> yaml12.Key:
+    """Put ``section.key=value`` into ``raw`` and return its key."""
+    name, equals, text = override.partition("=")
+    key = tuple(name.strip().split("."))
+    if not equals or not all(key) or len(key) > 2 or key[0] in SECTIONS and len(key) == 1:
+        raise ValueError("section.parameter=value is expected, or study, run or seed=value")
+    if len(key) == 1:
+        raw[key[0]] = yaml12.value(text)
+    elif key[0] not in SECTIONS:
+        raise ValueError(f"no section {key[0]!r}{_nearest(key[0], SECTIONS)}")
+    else:
+        section = raw.setdefault(key[0], {})
+        if not isinstance(section, dict):
+            raise ValueError(f"section {key[0]} of the file is not a mapping")
+        # A path may hold any character, so text is taken as it stands.
+        section[key[1]] = text if _is_text(SECTIONS[key[0]], key[1]) else yaml12.value(text)
+    return key
+
+
+def _is_text(schema: type[BaseModel], name: str) -> bool:
+    return schema.model_json_schema()["properties"].get(name, {}).get("type") == "string"
+
+
+def _explain(
+    wrong: Sequence[Mapping[str, Any]],
+    schema: type[BaseModel],
+    place: Callable[[yaml12.Key], str],
+    above: yaml12.Key = (),
+) -> list[str]:
+    """One line for each thing wrong: its place, its name, what was given, and what may stand there."""
+    lines = []
+    for item in wrong:
+        loc = tuple(part for part in item["loc"] if isinstance(part, str))  # without the position in a list
+        owner, name = (SECTIONS[loc[0]], loc[1]) if len(loc) > 1 else (schema, loc[0])
+        given = "nothing" if item["input"] is None else reprlib.repr(item["input"])
+        if item["type"] == "extra_forbidden":
+            kind = "section" if isinstance(item["input"], dict) else "parameter"
+            text = f"no such {kind}{_nearest(name, owner.model_fields)}"
+        elif name in SECTIONS:
+            text = f"{given} given; a section with 'parameter: value' lines is expected"
+        else:
+            described = owner.model_json_schema()["properties"][name]
+            choices = described.get("enum") or described.get("items", {}).get("enum", [])
+            near = _nearest(item["input"], choices) if choices and isinstance(item["input"], str) else ""
+            text = f"{given} given; {_allowed(described)} is expected{near}"
+        lines.append(f"{place(loc)}: {'.'.join(above + loc)}: {text}")
+    return lines
+
+
+def _allowed(described: Mapping[str, Any]) -> str:
+    """In words, what a parameter with this JSON schema may be."""
+    if "anyOf" in described:
+        return " or ".join(_allowed(option) for option in described["anyOf"])
+    if "enum" in described:
+        return "one of " + ", ".join(described["enum"])
+    if "pattern" in described:
+        return f"text that matches {described['pattern']}"
+    if described["type"] == "array":
+        return f"a list, each item {_allowed(described['items'])}"
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {described[limit]:g}" for limit, sign in signs.items() if limit in described]
+    return " ".join([words.get(described["type"], "nothing"), " and ".join(limits)]).strip()
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f" (there are {', '.join(valid)})"
