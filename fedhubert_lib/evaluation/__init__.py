@@ -1,0 +1,1 @@
+"""What a representation is worth: keywords, units, cheap probes and cost, each beside its baselines."""
