@@ -1,0 +1,155 @@
+"""What only a notebook shows: pictures in place, sound to play, curves that grow, a browser of utterances.
+
+The one module that imports IPython and ipywidgets. Everything here works headless too: the executed notebook then holds
+the final picture, and the browser its first page as a PNG beside the widget.
+"""
+
+import base64
+import time
+from collections.abc import Mapping
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+from IPython.display import HTML, DisplayHandle, Image
+from IPython.display import display as _display
+from matplotlib.figure import Figure
+
+from fedhubert_lib import audio, plots
+from fedhubert_lib.files import read_rows
+
+LONGEST = 8.0
+"""Seconds of an utterance that are shown and embedded as sound: a notebook must stay small."""
+
+
+class UnitLabels(Protocol):
+    """Labels by utterance: labels.Labels, or a plain mapping."""
+
+    def __getitem__(self, utterance: str) -> np.ndarray: ...
+
+
+def show(figure: Figure, folder: Path, name: str) -> None:
+    """Save ``figure`` as PNG and SVG in FOLDER/figures and show it."""
+    plots.save(figure, folder / "figures", name)
+    _display(Image(data=(folder / "figures" / f"{name}.png").read_bytes()))
+
+
+def properties(values: Mapping[str, Any]) -> HTML:
+    """A two-column table of names and values: provenance, settings."""
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{escape(str(name))}</th>"
+        f"<td style='text-align:left'>{escape(str(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return HTML(f"<table>{rows}</table>")
+
+
+def sounds(clips: Mapping[str, torch.Tensor]) -> HTML:
+    """A line per clip, its caption and a player; waveforms [samples] at 16 kHz, embedded up to ``LONGEST`` seconds."""
+    rows = "".join(
+        f"<tr><td style='text-align:left'>{escape(caption)}</td><td><audio controls preload='none' "
+        f"src='data:audio/wav;base64,{base64.b64encode(_wav(waveform)).decode()}'></audio></td></tr>"
+        for caption, waveform in clips.items()
+    )
+    return HTML(f"<table>{rows}</table>")
+
+
+class LiveCurves:
+    """Training curves that grow while a stage trains: one output, redrawn from metrics.jsonl as rows are written.
+
+    Use it as a context, and give it to the stage as ``on_row``. On leaving, also by an error, the last picture is
+    drawn, so that a headless run holds the final state. At most one twentieth of the time goes into drawing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained."""
+        self._files = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
+        self._next = 0.0
+        self._handle = DisplayHandle()
+
+    def __enter__(self) -> "LiveCurves":
+        self._handle.display(HTML("<em>waiting for the first round …</em>"))
+        return self
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """A row was written: draw again, unless that was done a moment ago."""
+        if time.monotonic() >= self._next:
+            self._draw()
+
+    def __exit__(self, *exception: object) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        start = time.monotonic()
+        rows, centralised = map(read_rows, self._files)
+        if any(row["kind"] == "round" for row in rows + centralised):
+            self._handle.update(Image(data=plots.png(plots.curves(rows, centralised))))
+        now = time.monotonic()
+        self._next = now + max(1.0, 20 * (now - start))
+
+
+class Browser(widgets.VBox):
+    """Steps through groups of utterances (clients, speakers): spectrogram, phones and labels aligned, and the sound.
+
+    Its output carries the widget and a PNG of the first page, so that a static copy of the notebook keeps a picture.
+    """
+
+    def __init__(
+        self,
+        manifest: pd.DataFrame,
+        group: str = "speaker",
+        phones: pd.DataFrame | None = None,
+        labels: Mapping[str, UnitLabels] | None = None,
+    ) -> None:
+        """``manifest`` has utterance, path, samples and the column ``group``; ``phones`` as in phones.parquet.
+
+        ``labels`` maps the name of a codebook to its labels by utterance.
+        """
+        self._tables = dict(list(manifest.groupby(group)))
+        self._phones = {} if phones is None else dict(list(phones.groupby("utterance")))
+        self._labels = labels or {}
+        self.group = widgets.Dropdown(options=list(self._tables), description=group)
+        self.utterance = widgets.IntSlider(min=0, max=0, description="utterance", continuous_update=False)
+        self.text = widgets.HTML()
+        self.picture = widgets.Image(format="png")
+        self.sound = widgets.Audio(format="wav", autoplay=False, loop=False)
+        self.group.observe(self._choose, "value")
+        self.utterance.observe(self._turn, "value")
+        super().__init__([widgets.HBox([self.group, self.utterance]), self.text, self.picture, self.sound])
+        self._choose()
+
+    def _choose(self, change: object = None) -> None:
+        self.utterance.max = len(self._tables[self.group.value]) - 1
+        if self.utterance.value:
+            self.utterance.value = 0  # turns the page too
+        else:
+            self._turn()
+
+    def _turn(self, change: object = None) -> None:
+        row = self._tables[self.group.value].iloc[self.utterance.value]
+        waveform = audio.read(row.path, 0, min(row.samples, int(LONGEST * audio.SAMPLE_RATE)))
+        frames = audio.frame_count(len(waveform))
+        units = {name: np.asarray(labels[row.utterance])[:frames] for name, labels in self._labels.items()}
+        self.picture.value = plots.png(plots.aligned_units(waveform, self._phones.get(row.utterance), units))
+        self.sound.value = _wav(waveform)
+        seconds = row.samples / audio.SAMPLE_RATE
+        text = row.get("text")
+        said = f": {escape(text)}" if isinstance(text, str) else ""
+        self.text.value = f"<b>{escape(row.utterance)}</b>, speaker {escape(row.speaker)}, {seconds:.1f} s{said}"
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**options)
+        return bundle | {"image/png": base64.b64encode(self.picture.value).decode()}
+
+
+def _wav(waveform: torch.Tensor) -> bytes:
+    buffer = BytesIO()
+    samples = waveform[: int(LONGEST * audio.SAMPLE_RATE)].numpy()
+    soundfile.write(buffer, samples, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
