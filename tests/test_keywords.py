@@ -1,0 +1,187 @@
+"""Keyword spotting: the pooled form is s3prl's, clips do not depend on their batch, broken tables are named."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from fedhubert_lib import hubert, seeds
+from fedhubert_lib.evaluation import encoders, keywords
+
+WORDS = ("yes", "no", "up")
+
+
+def tones(folder, speakers=6, takes=3):
+    """Clips whose word is a pitch; two speakers per split. Lengths differ, as in Speech Commands."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for index, word in enumerate(WORDS):
+        for speaker in range(speakers):
+            for take in range(takes):
+                clip = f"{word}/{speaker:02d}_nohash_{take}"
+                samples = int(rng.integers(9_000, 17_000))
+                time = np.arange(samples) / 16_000
+                wave = 0.3 * np.sin(2 * np.pi * (300 + 400 * index + 10 * speaker) * time) + 0.01 * rng.normal(
+                    size=samples
+                )
+                path = folder / f"{clip.replace('/', '-')}.wav"
+                soundfile.write(path, wave.astype(np.float32), 16_000)
+                split = ("train", "validation", "test")[speaker % 3]
+                rows.append({"clip": clip, "path": str(path), "word": word, "speaker": str(speaker), "split": split})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def table(tmp_path):
+    tones(tmp_path).to_parquet(tmp_path / "keywords.parquet")
+    return tmp_path / "keywords.parquet"
+
+
+def task(clips=300, layers=3, width=8, seed=0):
+    """Words that only layer 1 tells apart."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(4, size=clips)
+    rows = rng.normal(size=(clips, layers, width)).astype(np.float32)
+    rows[:, 1] += 2 * rng.normal(size=(4, width))[labels]
+    train, validation, test = np.split(rng.permutation(clips), [clips // 2, 3 * clips // 4])
+    return keywords.Task(rows, labels, train, validation, test, classes=4)
+
+
+def test_pooling_first_equals_s3prls_order():
+    torch.manual_seed(0)
+    frames = torch.randn(5, 3, 49, 8)  # [clips, layers, frames, width]
+    probe = keywords.Probe(3, 8, 4)
+    torch.nn.init.normal_(probe.layer_logits)
+    # s3prl: Featurizer (softmax of weights, sum), then UtteranceLevel (projector, mean pooling, linear).
+    summed = (torch.softmax(probe.layer_logits, 0)[None, :, None, None] * frames).sum(1)
+    theirs = probe.classifier(probe.projection(summed).mean(1))
+    torch.testing.assert_close(probe(frames.mean(2)), theirs)
+
+
+def test_probe_learns_finds_the_layer_and_repeats_itself():
+    first = keywords.probe(task(), 0, steps=300, rate=1e-2)
+    assert first.accuracy > 0.9
+    assert first.layer_weights.argmax() == 1 and first.layer_weights.sum() == pytest.approx(1)
+    again = keywords.probe(task(), 0, steps=300, rate=1e-2)
+    assert (again.predicted == first.predicted).all() and (again.layer_weights == first.layer_weights).all()
+    other = keywords.probe(task(), 1, steps=300, rate=1e-2)
+    assert (other.layer_weights != first.layer_weights).any()
+
+
+def test_probe_is_at_chance_without_signal():
+    noise = task()
+    noise = keywords.Task(
+        np.random.default_rng(1).normal(size=noise.rows.shape).astype(np.float32),
+        noise.labels,
+        noise.train,
+        noise.validation,
+        noise.test,
+        4,
+    )
+    assert keywords.probe(noise, 0, steps=200, rate=1e-2).accuracy < 0.45
+
+
+def test_probe_does_not_see_the_test_clips():
+    one = task()
+    rows = one.rows.copy()
+    rows[one.test] = 1e3
+    other = keywords.Task(rows, one.labels, one.train, one.validation, one.test, 4)
+    a, b = keywords.probe(one, 0, steps=50, rate=1e-2), keywords.probe(other, 0, steps=50, rate=1e-2)
+    assert (a.layer_weights == b.layer_weights).all() and a.validation_accuracy == b.validation_accuracy
+
+
+def test_standardising_makes_the_scale_of_features_irrelevant():
+    one = task()
+    scaled = keywords.Task(one.rows * 1000 + 50, one.labels, one.train, one.validation, one.test, 4)
+    a, b = (keywords.probe(each, 0, steps=100, rate=1e-3) for each in (one, scaled))
+    assert a.accuracy == pytest.approx(b.accuracy, abs=0.03)
+
+
+def test_confusion_counts_every_test_clip_once_per_seed():
+    one = task()
+    outcomes = [keywords.probe(one, seed, steps=30, rate=1e-2) for seed in range(2)]
+    counts = keywords.confusion(outcomes, one)
+    assert counts.sum() == 2 * len(one.test)
+    assert (counts.sum(1) == 2 * np.bincount(one.labels[one.test], minlength=4)).all()
+    assert np.trace(counts) / counts.sum() == pytest.approx(np.mean([outcome.accuracy for outcome in outcomes]))
+
+
+def test_clip_of_any_length_becomes_one_second():
+    short, long = torch.ones(9_000), torch.arange(17_001.0)
+    assert keywords.one_second(short).tolist() == [1.0] * 9_000 + [0.0] * 7_000
+    assert keywords.one_second(long).tolist() == list(range(500, 16_500))
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "logmel"])
+def test_a_clips_features_do_not_depend_on_its_batch(table, tmp_path, front_end):
+    config = hubert.preset("tiny", front_end, num_hidden_layers=2, conv_dim=(16,) * 7)
+    encoder = encoders.untrained(config, 0, torch.device("cpu"))
+    clips = keywords.read_clips(table)
+    whole = keywords.pooled(encoder, clips, tmp_path / "a.npy", batch=54)
+    single = keywords.pooled(encoder, clips.iloc[[7]], tmp_path / "b.npy", batch=1)
+    assert whole.shape == (54, 3, 192)
+    np.testing.assert_allclose(whole[7], single[0], atol=2e-5)
+
+
+def test_features_are_extracted_once(table, tmp_path):
+    calls = []
+
+    def encoder(waveforms):
+        calls.append(len(waveforms))
+        return (waveforms[:, None, :39],)
+
+    clips = keywords.read_clips(table)
+    first = keywords.pooled(encoder, clips, tmp_path / "rows.npy", batch=20)
+    again = keywords.pooled(encoder, clips, tmp_path / "rows.npy", batch=20)
+    assert calls == [20, 20, 14] and (first == again).all()
+    with pytest.raises(keywords.KeywordError, match="54 clips where the table has 53"):
+        keywords.pooled(encoder, clips.iloc[1:], tmp_path / "rows.npy")
+
+
+def test_broken_encoder_leaves_no_file(table, tmp_path):
+    with pytest.raises(keywords.KeywordError, match="not finite"):
+        keywords.pooled(lambda x: (x[:, None, :4] * torch.nan,), keywords.read_clips(table), tmp_path / "rows.npy")
+    assert not (tmp_path / "rows.npy").exists()
+
+
+def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
+    clips = keywords.read_clips(table)
+    rows = keywords.pooled(encoders.mfcc, clips, tmp_path / "mfcc.npy")
+    assert rows.shape == (54, 1, 39)
+    assert keywords.pooled(encoders.mfcc_moments, clips, tmp_path / "moments.npy").shape == (54, 1, 78)
+    outcome = keywords.probe(keywords.task(rows, clips, list(WORDS)), 0, steps=100, rate=1e-2)
+    assert outcome.accuracy > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[t.split != "validation"], "no clip in the validation split.*validation_list.txt"),
+        (lambda t: t[(t.split != "test") | (t.word != "up")], "no test clip of up"),
+        (lambda t: t.assign(speaker="one"), "speaker one is in train and in test"),
+    ],
+)
+def test_unfair_tables_are_refused(table, change, message):
+    change(pd.read_parquet(table)).to_parquet(table)
+    with pytest.raises(keywords.KeywordError, match=message):
+        keywords.read_clips(table)
+
+
+def test_missing_table_says_what_to_run(tmp_path):
+    with pytest.raises(keywords.KeywordError, match="run the corpus stage"):
+        keywords.read_clips(tmp_path / "keywords.parquet")
+
+
+def test_unknown_word_is_named():
+    clips = pd.DataFrame({"word": ["yes", "blob"], "split": ["train", "test"]})
+    with pytest.raises(keywords.KeywordError, match="'blob'"):
+        keywords.task(np.zeros((2, 1, 1), np.float32), clips, ["yes"])
+
+
+def test_untrained_encoder_gives_n_plus_one_states_and_is_seeded():
+    config = hubert.preset("tiny", "logmel", num_hidden_layers=2)
+    waveforms = torch.from_numpy(seeds.numpy_generator(0).normal(size=(2, 16_000)).astype(np.float32))
+    a, b, c = (encoders.untrained(config, seed, torch.device("cpu"))(waveforms) for seed in (0, 0, 1))
+    assert len(a) == 3 and a[0].shape == (2, 49, 192)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])
