@@ -1,0 +1,180 @@
+"""One local update: some optimiser steps of one client. Pretraining and distillation share it.
+
+AdamW with fairseq's settings and its schedule over the GLOBAL step count, so that a client drawn in round 40 trains at
+round 40's rate. The gradient is that of the summed objective divided by its count (masked frames), clipped.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from fedhubert_lib.batching import Batch
+from fedhubert_lib.objectives import Sums
+
+Objective = Callable[[Batch], Sums]
+
+
+class DivergedError(RuntimeError):
+    """A loss or gradient that is not finite; the message names the batch."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a client steps."""
+
+    learning_rate: float
+    """Peak of the schedule."""
+    warmup_steps: int
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    """Decoupled, on all parameters, as fairseq's."""
+    clip_norm: float = 10.0
+    accumulate: int = 1
+    """Batches per optimiser step."""
+    proximal: float = 0.0
+    """FedProx: half this times the squared distance to the weights at the start is added to the loss."""
+    precision: str = "float32"
+    """float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it faster."""
+
+
+def rate(settings: Settings, step: int, total_steps: int) -> float:
+    """Learning rate of global ``step`` (from 0): linear warm-up to the peak, then linear decay towards 0 at the end."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    return settings.learning_rate * (total_steps - step) / max(total_steps - settings.warmup_steps, 1)
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """bfloat16 autocast where ``precision`` asks for it; a context that does nothing for float32."""
+    device = torch.device(device)
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision is {precision!r}; it must be auto, float32 or bfloat16")
+    enabled = precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def local_update(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    objective: Objective,
+    settings: Settings,
+    *,
+    first_step: int,
+    total_steps: int,
+    seed: int,
+    optimiser: torch.optim.Optimizer | None = None,
+    control: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Train ``module`` in place on ``batches`` and return what was measured.
+
+    Args:
+        module: holds all parameters that train (for instance ModuleDict of model and head); where it lies, it computes.
+        batches: ``settings.accumulate`` of them make an optimiser step.
+        objective: batch to ``Sums``, for instance ``objectives.masked_prediction`` with model and head bound.
+        first_step, total_steps: where in the global schedule this update stands.
+        seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
+        optimiser: continue this one (``adamw``); default: a new one, as clients that keep no state do.
+        control: SCAFFOLD: name of parameter to what is added to its gradient (server's minus client's control variate).
+
+    Returns sums of the objective's ``measured``, and objective_sum, objective_count, steps, audio_seconds, seconds,
+    gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and thread count: same weights.
+
+    Raises DivergedError, before the weights are touched, when loss or gradient is not finite; ValueError when there is
+    no batch.
+    """
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
+    device = parameters[0].device
+    optimiser = optimiser or adamw(module, settings)
+    start_weights = [p.detach().clone() for p in parameters] if settings.proximal else []
+    offsets = [control[name].to(device) for name in named] if control else []
+    module.train()
+    torch.manual_seed(seed)
+    totals: dict[str, Tensor] = {}
+    norms, steps, audio_seconds, count_sum, began = 0.0, 0, 0.0, 0, time.perf_counter()
+    stream = iter(batches)
+    while group := list(islice(stream, settings.accumulate)):
+        count = 0
+        for batch in group:
+            with autocast(device, settings.precision):
+                sums = objective(batch.to(device))
+            sums.loss.backward()
+            count += sums.count
+            audio_seconds += batch.seconds
+            for name, value in {"objective_sum": sums.loss.detach(), **sums.measured}.items():
+                totals[name] = totals.get(name, 0.0) + value.double()
+        if not count:
+            raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_div_(gradients, count)
+        for p, start in zip(parameters, start_weights, strict=False):
+            p.grad.add_(p.detach() - start, alpha=settings.proximal)
+        for p, offset in zip(parameters, offsets, strict=False):
+            p.grad.add_(offset)
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            optimiser.zero_grad()
+            raise DivergedError(
+                f"loss {totals['objective_sum'].item() / count:.4g} or gradient norm {norm} is not finite at global"
+                f" step {first_step + steps}, batch {_names(group)}; listen to these clips, or lower the learning rate"
+            )
+        if norm > settings.clip_norm:
+            torch._foreach_mul_(gradients, settings.clip_norm / norm)
+        for parameter_group in optimiser.param_groups:
+            parameter_group["lr"] = rate(settings, first_step + steps, total_steps)
+        optimiser.step()
+        optimiser.zero_grad()
+        norms, steps, count_sum = norms + norm, steps + 1, count_sum + count
+    if not steps:
+        raise ValueError("no batch to train on")
+    return {name: float(value) for name, value in totals.items()} | {
+        "objective_count": float(count_sum),
+        "steps": float(steps),
+        "audio_seconds": audio_seconds,
+        "seconds": time.perf_counter() - began,
+        "gradient_norm": norms / steps,
+        "learning_rate": optimiser.param_groups[0]["lr"],
+    }
+
+
+def adamw(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """The client's optimiser, fused: one pass over the parameters."""
+    return torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, batches: Iterable[Batch], objective: Objective, precision: str) -> dict[str, float]:
+    """Sums of ``objective`` over ``batches`` in eval mode, nothing trained: keys as in ``Sums.measured``."""
+    device = next(module.parameters()).device
+    module.eval()
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        with autocast(device, precision):
+            sums = objective(batch.to(device))
+        for name, value in sums.measured.items():
+            totals[name] = totals.get(name, 0.0) + value.double()
+    return {name: float(value) for name, value in totals.items()}
+
+
+def _names(group: list[Batch]) -> str:
+    return "; ".join(", ".join(batch.utterances) for batch in group)
