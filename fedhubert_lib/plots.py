@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -91,7 +92,8 @@ def speakers(manifest: pd.DataFrame) -> Figure:
     figure, [axes] = _figure(width=8)
     amount, unit = _duration(table.hours.to_numpy())
     colours = table.sex.map({"F": RED, "M": BLUE}).fillna(GREY)
-    axes.bar(np.arange(len(table)), amount, color=colours, width=0.8 if len(table) <= READABLE else 1.0)
+    for colour in colours.unique():
+        _bars(axes, np.where(colours == colour, amount, 0), colour)
     _names(axes.xaxis, table.speaker)
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="speaker, longest first", ylabel=f"speech ({unit})", title="Speech per speaker")
@@ -132,18 +134,16 @@ def clients(table: pd.DataFrame, lengths: Mapping[str, np.ndarray]) -> Figure:
     ``table`` is 01_partition/clients.parquet; ``lengths`` gives each client's utterance lengths in seconds.
     """
     figure, (first, second, third) = _figure(1, 3, width=11, height=3)
-    place = np.arange(len(table))
-    width = 0.8 if len(table) <= READABLE else 1.0
     amount, unit = _duration(table.hours.to_numpy())
-    first.bar(place, amount, width, color=BLUE)
+    _bars(first, amount, BLUE)
     first.set(ylabel=f"speech ({unit})", title="Speech per client")
-    second.bar(place, table.speakers, width, color=GREEN)
+    _bars(second, table.speakers.to_numpy(), GREEN)
     second.yaxis.set_major_locator(MaxNLocator(integer=True))
     second.set(ylabel="speakers", title="Speakers per client")
     quantiles = np.array([np.quantile(lengths[client], [0.05, 0.25, 0.5, 0.75, 0.95]) for client in table.client]).T
-    third.bar(place, quantiles[4] - quantiles[0], width / 2, quantiles[0], color=SKY, alpha=0.5)
-    third.bar(place, quantiles[3] - quantiles[1], width, quantiles[1], color=SKY)
-    third.plot(place, quantiles[2], "_", color=BLACK)
+    _bars(third, quantiles[4], SKY, quantiles[0], alpha=0.4)
+    _bars(third, quantiles[3], SKY, quantiles[1])
+    third.plot(quantiles[2], "_", color=BLACK, markersize=4)
     third.set(ylabel="utterance length (s)", title="Lengths: median, 50 % and 90 %", ylim=(0, None))
     for axes in (first, second, third):
         _names(axes.xaxis, table.client)
@@ -168,20 +168,19 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         for name, table in schemes.items()
     }
     women = pd.concat(schemes.values()).drop_duplicates("speaker").query("sex == 'F'").speaker
-    _, unit = _duration(np.concatenate([table.sum(1) for table in hours.values()]))
+    _, unit = _duration(np.concatenate([table.sum(axis=1) for table in hours.values()]))
     for column, (scheme, table) in enumerate(hours.items()):
         top, middle, bottom = places[column::count]
-        table = table.iloc[np.argsort(-table.sum(1).to_numpy(), kind="stable")]
-        amount, share = table.sum(1), table.div(table.sum(1), axis=0)
-        at, width = np.arange(len(table)), 0.8 if len(table) <= READABLE else 1.0
-        top.bar(at, amount * (1 if unit == "hours" else 60), width, color=BLUE)
+        table = table.iloc[np.argsort(-table.sum(axis=1).to_numpy(), kind="stable")]
+        amount, share = table.sum(axis=1), table.div(table.sum(axis=1), axis=0)
+        _bars(top, amount.to_numpy() * (1 if unit == "hours" else 60), BLUE)
         top.set_title(scheme + (f"\n{summaries[scheme]}" if summaries else ""))
         # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
         order = np.lexsort((-share.to_numpy().max(0), share.to_numpy().argmax(0)))
         image = middle.imshow(
             share.iloc[:, order].T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
         )
-        bottom.bar(at, share.loc[:, share.columns.isin(women)].sum(1), width, color=RED)
+        _bars(bottom, share.loc[:, share.columns.isin(women)].sum(axis=1).to_numpy(), RED)
         bottom.axhline(table.loc[:, table.columns.isin(women)].sum(axis=None) / amount.sum(), color=BLACK, ls=":")
         for axes in (top, middle, bottom):
             axes.grid(visible=axes is not middle, axis="y")
@@ -221,7 +220,7 @@ def aligned_units(
     decibels = 10 * torch.log10(spectrum.abs().square() + 1e-10)
     extent = (0, seconds, 0, SAMPLE_RATE / 2000)
     axes[0].imshow(
-        decibels, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=float(decibels.max()) - 80
+        decibels.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=float(decibels.max()) - 80
     )
     axes[0].grid(visible=False)
     axes[0].set_ylabel("frequency (kHz)")
@@ -301,7 +300,7 @@ def phones_per_cluster(counts: pd.DataFrame) -> Figure:
     Phones run from the most frequent down, clusters by their most likely phone (as in the HuBERT paper's figure 2):
     the better the units, the sharper the staircase.
     """
-    counts = counts.loc[counts.sum(1).sort_values(ascending=False).index]
+    counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False).index]
     share = (counts / counts.sum()).loc[:, counts.sum() > 0]
     best = share.to_numpy().argmax(0)
     share = share.iloc[:, np.lexsort((-share.to_numpy().max(0), best))]
@@ -332,7 +331,7 @@ def cluster_spectra(waveforms: Sequence[torch.Tensor], labels: Sequence[np.ndarr
     used = np.flatnonzero(frames)
     mean = total[used] / frames[used, None]
     relative = mean - total.sum(0) / frames.sum()
-    gravity = np.exp(mean) @ np.arange(bins) / np.exp(mean).sum(1)
+    gravity = np.exp(mean) @ np.arange(bins) / np.exp(mean).sum(axis=1)
     order = np.argsort(gravity)
     figure, [axes] = _figure(width=10, height=3)
     limit = np.abs(relative).max()
@@ -351,7 +350,7 @@ def cluster_spectra(waveforms: Sequence[torch.Tensor], labels: Sequence[np.ndarr
 @styled
 def histograms(counts: pd.DataFrame) -> Figure:
     """Share of each cluster (columns) in each client's frames (rows of ``counts``)."""
-    share = counts.div(counts.sum(1), axis=0)
+    share = counts.div(counts.sum(axis=1), axis=0)
     order = share.mean().sort_values(ascending=False).index
     figure, [axes] = _figure(width=10, height=1.4 + min(0.25 * len(share), 4))
     image = axes.imshow(share[order], aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
@@ -404,7 +403,8 @@ def curves(rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str,
         if len(each):
             ids = each.client.unique()
             chosen = ids[np.linspace(0, len(ids) - 1, min(len(ids), CURVES)).astype(int)]
-            lines = [group[["round", name]].to_numpy() for client, group in each.groupby("client") if client in chosen]
+            shown = each[each.client.isin(chosen)].groupby("client")
+            lines = [group[["round", name]].to_numpy() for _, group in shown]
             text = "each client" if len(chosen) == len(ids) else f"{len(chosen)} of {len(ids):,} clients"
             axes.add_collection(LineCollection(lines, colors=SKY, linewidths=0.7, alpha=0.6, label=text))
         marker = "o" if len(rounds) <= READABLE else ""
@@ -524,6 +524,14 @@ def _figure(rows: int = 1, columns: int = 1, *, width: float = 8, height: float 
 def _duration(hours: np.ndarray) -> tuple[np.ndarray, str]:
     """Hours, or minutes where no value reaches two hours, and the unit's name."""
     return (hours, "hours") if np.max(hours) >= 2 else (hours * 60, "minutes")
+
+
+def _bars(axes: Axes, heights: np.ndarray, colour: str, bottoms: np.ndarray | float = 0.0, alpha: float = 1.0) -> None:
+    """Bars from ``bottoms`` to ``heights``; where they are too many to be told apart, one filled outline."""
+    if len(heights) <= READABLE:
+        axes.bar(np.arange(len(heights)), heights - bottoms, 0.8, bottoms, color=colour, alpha=alpha)
+    else:
+        axes.fill_between(np.arange(len(heights)), bottoms, heights, step="mid", color=colour, alpha=alpha, linewidth=0)
 
 
 def _names(axis: matplotlib.axis.Axis, names: Sequence[Any], rotation: float | None = None) -> None:

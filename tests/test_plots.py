@@ -1,0 +1,159 @@
+"""The pictures: what is drawn is what was given; axes are labelled; files are reproducible; full size is drawn too."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from fedhubert_lib import plots
+
+RNG = np.random.default_rng(0)
+
+
+def manifest(utterances: int = 60, speakers: int = 6) -> pd.DataFrame:
+    speaker = np.arange(utterances) % speakers
+    return pd.DataFrame(
+        {
+            "utterance": [f"u{i}" for i in range(utterances)],
+            "speaker": [f"{s:04d}" for s in speaker],
+            "sex": np.where(speaker % 2, "F", "M"),
+            "samples": RNG.integers(16_000, 160_000, utterances),
+            "sample_rate": 16_000,
+            "split": np.where(speaker < speakers - 1, "train", "test"),
+        }
+    )
+
+
+def metrics(rounds: int, clients: int) -> list[dict]:
+    rows = []
+    for r in range(1, rounds + 1):
+        common = {"round": r, "loss": 3 / r, "accuracy_masked": 0.1 * r, "accuracy_unmasked": 0.2 * r}
+        ledger = {"learning_rate": 1e-3, "update_norm": 1.0, "bytes_up": 10**6, "bytes_down": 2 * 10**6}
+        rows.append({"kind": "round", **common, **ledger, "audio_seconds_per_second": 100.0})
+        rows += [{"kind": "client", "client": f"c{c}", **common} for c in range(clients)]
+    return rows
+
+
+PHONES = pd.DataFrame({"start_sample": [0, 4000, 9000], "end_sample": [4000, 9000, 16_000], "phone": ["sil", "a", "b"]})
+CLIENTS = [f"client-{i:03d}" for i in range(3)]
+SQUARE = pd.DataFrame(RNG.random((3, 3)), CLIENTS, CLIENTS)
+
+
+def pictures() -> dict[str, Figure]:
+    """One call of every public function."""
+    table = manifest()
+    own = table.assign(client=table.speaker)
+    waveform = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))
+    labels = np.arange(49) % 5
+    joint = pd.DataFrame(RNG.integers(0, 50, (6, 5)), list("abcdef"))
+    held = pd.DataFrame({"client": CLIENTS, "hours": [0.1, 0.2, 0.3], "speakers": [1, 2, 1]})
+    result = pd.DataFrame(
+        [(s, m, 0.5, 0.4, 0.6, 0.03) for m in ("accuracy", "PNMI") for s in ("federated", "MFCC")],
+        columns=["system", "measure", "value", "low", "high", "baseline"],
+    )
+    return {
+        "utterance_lengths": plots.utterance_lengths(table),
+        "speakers": plots.speakers(table),
+        "phone_lengths": plots.phone_lengths(PHONES),
+        "clients": plots.clients(held, dict.fromkeys(CLIENTS, np.arange(1.0, 9))),
+        "partition_schemes": plots.partition_schemes({"speaker": own, "iid": table.assign(client="c0")}),
+        "aligned_units": plots.aligned_units(waveform, PHONES, {"federated": labels}),
+        "cluster_sizes": plots.cluster_sizes({"federated": np.array([5, 0, 10]), "client": np.array([5, 5, 5])}),
+        "projection": plots.projection(RNG.normal(size=(200, 39)), np.arange(200) % 9),
+        "phones_per_cluster": plots.phones_per_cluster(joint),
+        "cluster_spectra": plots.cluster_spectra([waveform], [labels], 7),
+        "histograms": plots.histograms(pd.DataFrame(RNG.integers(1, 9, (3, 20)), CLIENTS)),
+        "matrices": plots.matrices({"federated": SQUARE, "client": SQUARE}, "distance (bits)"),
+        "curves": plots.curves(metrics(3, 2), metrics(3, 0)),
+        "ledger": plots.ledger(metrics(3, 2)),
+        "bars": plots.bars(result),
+        "confusion": plots.confusion(np.eye(4, dtype=int), ["yes", "no", "up", "down"]),
+        "layers": plots.layers(pd.DataFrame({"teacher": [0.1, 0.2]}), "accuracy", {"MFCC": 0.1}),
+    }
+
+
+def test_every_function_draws_and_labels_its_axes(tmp_path):
+    drawn = pictures()
+    public = {name for name, value in vars(plots).items() if callable(value) and value.__module__ == plots.__name__}
+    assert public - {"save", "png"} - {n for n in public if n.startswith("_")} == set(drawn)
+    for name, figure in drawn.items():
+        assert isinstance(figure, Figure)
+        plots.save(figure, tmp_path, name)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert any(axes.get_xlabel() for axes in figure.axes) or name in ("bars", "matrices")
+        assert any(axes.get_ylabel() for axes in figure.axes) or name == "bars"
+
+
+def test_files_are_the_same_when_drawn_again(tmp_path):
+    for folder in ("one", "two"):
+        plots.save(plots.curves(metrics(3, 2)), tmp_path / folder, "curves")
+    for suffix in ("png", "svg"):
+        assert (tmp_path / f"one/curves.{suffix}").read_bytes() == (tmp_path / f"two/curves.{suffix}").read_bytes()
+
+
+def test_plots_leave_pyplot_and_ipython_alone():
+    code = "import sys, fedhubert_lib.plots; print({'matplotlib.pyplot', 'IPython'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_style_does_not_leak():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots.utterance_lengths(manifest())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_labels_are_drawn_where_their_frames_are():
+    labels = np.array([3] * 10 + [7] * 39)
+    figure = plots.aligned_units(torch.zeros(16_000) + 0.01 * torch.randn(16_000), labels={"k": labels})
+    runs = figure.axes[1].patches
+    assert [(round(run.get_x(), 4), round(run.get_width(), 4)) for run in runs] == [(0.0025, 0.2), (0.2025, 0.78)]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["3", "7"]
+
+
+def test_silence_can_be_drawn():
+    assert plots.png(plots.aligned_units(torch.zeros(16_000)))
+
+
+def test_a_round_that_was_done_again_counts_once_with_its_last_value():
+    rows = metrics(3, 2) + [row | {"loss": 9.0} for row in metrics(3, 2) if row["round"] == 3]
+    loss = plots.curves(rows).axes[0]
+    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 1.5], [3, 9]]
+    assert [line[-1].tolist() for line in loss.collections[0].get_segments()] == [[3, 9], [3, 9]]
+
+
+def test_clusters_follow_their_most_likely_phone():
+    counts = pd.DataFrame([[0, 9, 1], [9, 1, 0], [1, 0, 0]], ["s", "t", "u"], [10, 11, 12])
+    figure = plots.phones_per_cluster(counts)
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["12", "11", "10"]  # purest first within a phone
+    assert figure.axes[0].images[0].get_array()[0].tolist() == pytest.approx([1, 0.9, 0])
+
+
+def test_unused_clusters_have_no_spectrum():
+    low = 0.3 * torch.sin(torch.arange(16_000) * 2 * torch.pi * 200 / 16_000)
+    high = 0.3 * torch.sin(torch.arange(16_000) * 2 * torch.pi * 5000 / 16_000)
+    figure = plots.cluster_spectra([high, low], [np.full(49, 1), np.full(49, 4)], clusters=6)
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["4", "1"]
+
+
+def test_full_size_is_drawn_without_a_name_for_each():
+    names = [f"client-{i:04d}" for i in range(2338)]
+    table = pd.DataFrame({"client": names, "hours": RNG.random(2338), "speakers": 1})
+    lengths = dict.fromkeys(names, np.array([1.0, 12.0, 15.0]))
+    figure = plots.clients(table, lengths)
+    assert len(figure.axes[0].get_xticklabels()) < 20
+    rows = [
+        {"kind": "client", "round": r, "client": f"c{c}", "loss": 1.0, "accuracy_masked": 0.1, "accuracy_unmasked": 0.1}
+        for r in range(1, 4)
+        for c in range(2338)
+    ]
+    thin = plots.curves(rows + metrics(3, 0)).axes[0].collections[0]
+    assert len(thin.get_segments()) <= plots.CURVES
+    assert "2,338" in thin.get_label()
