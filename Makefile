@@ -1,0 +1,56 @@
+# Everything a person or a CI needs; `make help` lists it. Python packages come from the index that pip is set up with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PARAMS ?= params/quickstart.yaml
+# Nothing here phones home.
+export FLWR_TELEMETRY_ENABLED := 0
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart lab test test-all bench lint lock
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: $(VENV)/.installed ## create .venv and install the bench into it
+
+quickstart: $(VENV)/.installed ## run the whole bench on the built-in corpus and print the results (minutes)
+	$(BIN)/fedhubert run params/quickstart.yaml
+
+lab: $(VENV)/.installed ## open JupyterLab on the notebooks, on this machine only
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+
+test: $(VENV)/.installed-test ## the quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test ## style and plain mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: $(VENV)/.uv ## resolve pyproject.toml anew into the two lock files
+	$(LOCK) --extra synthetic --output-file requirements.lock pyproject.toml
+	$(LOCK) --extra synthetic --extra test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
+LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-annotate --upgrade
+
+# Stamps, so that nothing is installed twice.
+
+$(VENV)/.uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedhubert needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "uv==0.12.*"
+	touch $@
+
+$(VENV)/.installed: requirements.lock pyproject.toml $(VENV)/.uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-test.lock
+	touch $@
