@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedhubert_lib import yaml12
 
@@ -70,11 +71,13 @@ class Corpus(Section):
     alignments: Place = Field("", description="phone alignments: folder of TextGrids, or JSON; empty: none")
     speakers: Natural = Field(6, description="speakers of the synthetic corpus")
     minutes: Positive = Field(1.5, description="minutes of speech of the synthetic corpus")
+    test_speakers: Natural = Field(2, description="other speakers of the synthetic corpus, kept for unit quality")
+    test_minutes: Positive = Field(0.5, description="minutes of speech of those")
     keywords: Literal["synthetic", "speech-commands"] = Field(
         "synthetic", description="built-in words, or v0.02 folder"
     )
     keywords_root: Place = Field("", description="folder that holds a subfolder per word (keywords: speech-commands)")
-    keyword_voices: Natural = Field(6, description="voices of the synthetic keywords")
+    keyword_voices: Annotated[int, Field(ge=3)] = Field(6, description="voices of the synthetic keywords")
     keyword_takes: Natural = Field(1, description="takes of each word by each voice of the synthetic keywords")
     decode_check: bool = Field(False, description="decode every file in full, not only its header")
 
@@ -158,6 +161,7 @@ class Federation(Section):
     server_momentum: Share = Field(0.9, description="beta 1 of the adaptive optimisers, momentum of fedavgm")
     server_beta2: Share = Field(0.99, description="beta 2 of the adaptive optimisers")
     server_tau: Positive = Field(1e-3, description="adaptivity of the adaptive optimisers")
+    server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="trimmed-mean: share cut at each end")
     proximal: float = Field(0.0, ge=0, description="FedProx: weight of the squared distance to the global model")
     quorum: Share = Field(0.5, description="share of a cohort that must answer, else the round is repeated")
     precision: Precision = Field("auto", description="of the local steps: bfloat16 where the machine is faster with it")
@@ -251,7 +255,9 @@ class Study(BaseModel):
             yield from ((stage, key, text) for key, text in getattr(self, stage).conflicts())
         corpus, partition = self.corpus, self.partition
         if corpus.kind == "synthetic" and partition.heldout_speakers >= corpus.speakers:
-            text = f"{partition.heldout_speakers} given, but the corpus has {corpus.speakers} speakers; leave some to train on"
+            text = (
+                f"{partition.heldout_speakers} given, but corpus.speakers is {corpus.speakers}; leave some to train on"
+            )
             yield "partition", "heldout_speakers", text
         for stage in ("pretrain", "distill"):
             section = getattr(self, stage)
@@ -358,6 +364,16 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     if errors:
         raise ParameterError("\n".join(errors))
     return section
+
+
+def places(section: Section) -> dict[str, str]:
+    """The parameters that point to a file or folder which must be there, with where they point."""
+    values = {name: getattr(section, name) for name, field in type(section).model_fields.items() if _is_place(field)}
+    return {name: value for name, value in values.items() if value not in ("", "mfcc")}
+
+
+def _is_place(field: FieldInfo) -> bool:
+    return any(getattr(item, "func", None) is _from_root for item in field.metadata)
 
 
 def _override(raw: dict[str, Any], override: str) -> yaml12.Key:
