@@ -1,0 +1,123 @@
+"""Reading a LibriSpeech folder: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac, transcripts, SPEAKERS.TXT.
+
+Any subset name will do: train-clean-100 … test-other, Mini LibriSpeech's train-clean-5 and dev-clean-2, one's own.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+COLUMNS = [
+    "utterance", "path", "speaker", "chapter", "subset", "sex", "samples", "sample_rate", "text", "fingerprint",
+]  # fmt: skip
+
+
+class CorpusError(ValueError):
+    """A corpus that is not there or cannot be used as asked."""
+
+
+def home(root: Path, subsets: list[str]) -> Path:
+    """The folder that holds the subsets: ``root`` or ``root/LibriSpeech``. Missing or empty ones are an error."""
+    if not root.is_dir():
+        raise CorpusError(
+            f"corpus.root: there is no folder {root}; give the folder that holds {', '.join(subsets)}"
+        )
+    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
+    for subset in subsets:
+        if not (root / subset).is_dir():
+            there = (
+                ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+                or "no folder at all"
+            )
+            raise CorpusError(f"{root} has no subset {subset}; it has {there}")
+        if not any((root / subset).iterdir()):
+            raise CorpusError(
+                f"{root / subset} is empty; unpack the subset there, or leave it out"
+            )
+    return root
+
+
+def sexes(speakers_txt: Path) -> dict[str, str]:
+    """Speaker to 'F' or 'M' from SPEAKERS.TXT; empty where there is no such file."""
+    if not speakers_txt.exists():
+        return {}
+    table = {}
+    for line in speakers_txt.read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = [field.strip() for field in line.split("|")]
+        if not line.startswith(";") and len(fields) >= 3 and fields[1] in ("F", "M"):
+            table[fields[0]] = fields[1]
+    return table
+
+
+def utterances(
+    root: Path, subsets: list[str], scanned: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One row per usable utterance below ``root`` (COLUMNS, in order of utterance), and (path, reason) of the others.
+
+    ``scanned`` is what scan.scan found below the subsets. Left out, beside what the scan refused: a file whose name
+    does not fit its folders, and the second copy of an utterance or of a recording.
+    """
+    places = (
+        scanned["path"]
+        .str.slice(len(str(root.absolute())) + 1)
+        .str.split("/", expand=True)
+    )
+    places = places.reindex(columns=range(max(4, places.shape[1])))
+    table = scanned.assign(subset=places[0], speaker=places[1], chapter=places[2])
+    table["utterance"] = places[3].str.replace(r"\.(flac|wav)$", "", regex=True)
+    fits = places.iloc[:, 4:].isna().all(axis=1) & places[3].notna()
+    prefix = table["speaker"].fillna("") + "-" + table["chapter"].fillna("") + "-"
+    fits &= np.array(
+        [
+            u.startswith(p)
+            for u, p in zip(table["utterance"].fillna(""), prefix, strict=True)
+        ],
+        bool,
+    )
+    reason = table["reason"].mask(
+        (table["reason"] == "") & ~fits,
+        "not SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN",
+    )
+
+    # The first in the order of the subsets stays, so that a smaller subset inside a larger one costs nothing.
+    order = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
+    table = table.assign(reason=reason, order=order).sort_values(
+        ["order", "utterance"], kind="stable"
+    )
+    good = table["reason"] == ""
+    for column, words in (
+        ("utterance", "utterance is in an earlier subset"),
+        ("fingerprint", "same audio as another"),
+    ):
+        again = (
+            good
+            & (table[column] != "")
+            & table.where(good)[column].duplicated()
+            & (table[column] != "0" * 32)
+        )
+        table.loc[again, "reason"] = words
+        good &= ~again
+
+    sex = sexes(root / "SPEAKERS.TXT")
+    accepted = table[good].sort_values("utterance")
+    accepted = accepted.assign(
+        sex=accepted["speaker"].map(sex).fillna(""),
+        text=accepted["utterance"].map(transcripts(accepted["path"])),
+    )
+    return accepted[COLUMNS].reset_index(drop=True), table.loc[
+        ~good, ["path", "reason"]
+    ].reset_index(drop=True)
+
+
+def transcripts(paths: pd.Series) -> dict[str, str]:
+    """Utterance to text, from the .trans.txt files beside the audio files ``paths``."""
+    texts = {}
+    for folder in sorted(set(paths.str.rsplit("/", n=1).str[0])):
+        speaker, chapter = folder.rsplit("/", 2)[1:]
+        file = Path(folder, f"{speaker}-{chapter}.trans.txt")
+        if file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                utterance, _, text = line.partition(" ")
+                texts[utterance] = text.strip()
+    return texts

@@ -1,0 +1,283 @@
+"""The built-in corpus: as many speakers and minutes as asked for, with true phone times, in the public layouts.
+
+Voices are drawn at random (pitch, formants, roughness, breath, accent, rate), one seed each, so that speakers are
+unlimited and no two corpora of different seeds share one. ``espeak.py`` speaks them, in a process of its own. Training
+speakers, test speakers and the voices of the keywords' training, validation and test lists are all different.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fedhubert_lib import files, params, seeds
+from fedhubert_lib.corpora import sentences
+
+TRAIN_SUBSET, TEST_SUBSET = "synthetic-train", "synthetic-test"
+CHAPTER_UTTERANCES = 8
+CLIP_SAMPLES = 16_000
+
+# The 35 words of Speech Commands v0.02.
+KEYWORDS = """
+backward bed bird cat dog down eight five follow forward four go happy house learn left marvin nine no off on one right
+seven sheila six stop three tree two up visual wow yes zero
+""".split()  # noqa: SIM905
+
+# eSpeak NG's English accents: the lines of its language files that choose phonemes and rules.
+ACCENTS = {
+    "american": "language en-us\nphonemes en-us\ndictrules 3 6",
+    "new-york": "language en-us-nyc\nphonemes en-us-nyc\ndictrules 3 6",
+    "british": "language en-gb\nphonemes en",
+    "received": "language en-gb-x-rp\nphonemes en-rp",
+    "scottish": "language en-gb-scotland\nphonemes en-sc\ndictrules 2 5 6 7",
+    "caribbean": "language en-029\nphonemes en-wi\ndictrules 8",
+}
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
+    """Write ``folder``: a LibriSpeech-layout corpus of two subsets, SPEAKERS.TXT and phones.parquet.
+
+    ``p.speakers`` train on ``p.minutes``; ``p.test_speakers`` others, of ``p.test_minutes``, are the test subset.
+    An identical corpus that already stands there is kept.
+    """
+    speakers = []
+    for subset, count, minutes, first in (
+        (TRAIN_SUBSET, p.speakers, p.minutes, 10_001),
+        (TEST_SUBSET, p.test_speakers, p.test_minutes, 90_001),
+    ):
+        # Speakers differ in how much they said, by up to a factor of two.
+        shares = seeds.numpy_generator(p.seed, "corpus", subset, "shares").uniform(
+            0.7, 1.4, count
+        )
+        for i, share in enumerate(shares / shares.sum()):
+            speakers.append(
+                _speaker(
+                    p.seed,
+                    str(first + i),
+                    subset,
+                    sex="FM"[i % 2],
+                    seconds=60 * minutes * share,
+                )
+            )
+    _synthesise(folder, speakers, on_progress, _finish_speech)
+
+
+def keywords(
+    folder: Path, p: params.Corpus, on_progress: Progress | None = None
+) -> None:
+    """Write ``folder``: a Speech-Commands-layout corpus of the 35 words, with its validation and testing lists.
+
+    A quarter of the voices is for testing only, an eighth for validation only, at least one each. An identical corpus
+    that already stands there is kept.
+    """
+    voices = []
+    for i in range(p.keyword_voices):
+        name = hashlib.sha1(f"{p.seed} voice {i}".encode()).hexdigest()[:8]
+        voices.append(
+            _keyword_voice(p.seed, name, sex="FM"[i % 2], takes=p.keyword_takes)
+        )
+    testing = max(1, p.keyword_voices // 4)
+    validation = max(1, p.keyword_voices // 8)
+
+    def finish(temporary: Path, speakers: list[dict]) -> None:
+        for name, chosen in (
+            ("testing_list.txt", speakers[:testing]),
+            ("validation_list.txt", speakers[testing : testing + validation]),
+        ):
+            lines = sorted(
+                u["path"] for speaker in chosen for u in speaker["utterances"]
+            )
+            (temporary / name).write_text("\n".join(lines) + "\n")
+
+    _synthesise(folder, voices, on_progress, finish)
+
+
+def voice(rng: np.random.Generator, sex: str) -> str:
+    """A random voice, as an eSpeak NG voice file. ``sex`` sets the ranges of pitch and of vocal tract length."""
+    accent = ACCENTS[str(rng.choice(list(ACCENTS)))]
+    pitch = rng.uniform(155, 240) if sex == "F" else rng.uniform(75, 135)
+    tract = rng.uniform(1.03, 1.22) if sex == "F" else rng.uniform(0.86, 1.06)
+    lines = [
+        "name speaker",
+        accent,
+        f"gender {'female' if sex == 'F' else 'male'}",
+        f"pitch {pitch:.0f} {pitch * rng.uniform(1.2, 1.7):.0f}",
+        f"roughness {rng.integers(0, 4)}",
+        f"flutter {rng.integers(0, 5)}",
+        "consonants {:.0f} {:.0f}".format(*rng.uniform(80, 125, 2)),
+        "breath " + " ".join(f"{value:.0f}" for value in rng.uniform(0, 4, 8)),
+        "formant 0 {:.0f} {:.0f} {:.0f}".format(
+            *100 * rng.uniform((0.95, 0.8, 0.9), (1.05, 1.1, 1.3))
+        ),
+    ]
+    for formant in range(1, 9):
+        frequency = 100 * tract * rng.uniform(0.95, 1.05)
+        lines.append(
+            f"formant {formant} {frequency:.0f} {rng.uniform(75, 115):.0f} {rng.uniform(85, 150):.0f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _voice_fields(rng: np.random.Generator, sex: str) -> dict:
+    return {
+        "sex": sex,
+        "voice": voice(rng, sex),
+        "seed": int(rng.integers(1, 2**31)),
+        "rate": float(rng.uniform(140, 200)),
+        "peak": float(rng.uniform(0.25, 0.8)),
+        "noise": float(10 ** rng.uniform(-4, -3)),
+    }
+
+
+def _speaker(seed: int, speaker: str, subset: str, sex: str, seconds: float) -> dict:
+    rng = seeds.numpy_generator(seed, "corpus", subset, speaker)
+    fields = _voice_fields(rng, sex)
+    utterances = []
+    letters = 0
+    while (
+        letters < seconds * 25
+    ):  # nobody says 25 letters in a second: the synthesiser stops before the text does
+        number = len(utterances)
+        if number % CHAPTER_UTTERANCES == 0:
+            chapter, rate = (
+                f"{speaker}{number // CHAPTER_UTTERANCES:03d}",
+                float(rng.uniform(0.92, 1.08)),
+            )
+        text = sentences.utterance(rng)
+        letters += len(text)
+        name = f"{chapter}/{speaker}-{chapter}-{number % CHAPTER_UTTERANCES:04d}.flac"
+        utterances.append({"path": name, "text": text, "rate": rate})
+    place = {"name": speaker, "subset": subset, "below": f"{subset}/{speaker}"}
+    return (
+        fields
+        | place
+        | {"seconds": seconds, "clip_samples": None, "utterances": utterances}
+    )
+
+
+def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
+    rng = seeds.numpy_generator(seed, "corpus", "keywords", name)
+    fields = _voice_fields(rng, sex)
+    utterances = [
+        {
+            "path": f"{word}/{name}_nohash_{take}.wav",
+            "text": word
+            + str(
+                rng.choice(list(".?!,"))
+            ),  # statement, question, exclamation, unfinished
+            "rate": float(rng.uniform(0.8, 1.2)),
+        }
+        for word in KEYWORDS
+        for take in range(takes)
+    ]
+    return fields | {
+        "below": "",
+        "seconds": None,
+        "clip_samples": CLIP_SAMPLES,
+        "utterances": utterances,
+        "name": name,
+    }
+
+
+def _synthesise(
+    folder: Path,
+    speakers: list[dict],
+    on_progress: Progress | None,
+    finish: Callable[[Path, list[dict]], None],
+) -> None:
+    folder = folder.absolute()
+    plan = json.dumps(speakers, indent=1)
+    recorded = folder / "plan.json"
+    if recorded.exists() and recorded.read_text() == plan:
+        return
+    with files.atomic(folder) as temporary:
+        (temporary / "voices").mkdir(parents=True)
+        _run_synthesiser(temporary, speakers, on_progress)
+        finish(temporary, speakers)
+        (temporary / "plan.json").write_text(plan)
+
+
+def _run_synthesiser(
+    folder: Path, speakers: list[dict], on_progress: Progress | None
+) -> None:
+    places = [
+        {
+            "folder": str(folder / speaker["below"]),
+            "notes": str(folder / "voices" / speaker["name"]),
+        }
+        for speaker in speakers
+    ]
+    job = folder / "job.json"
+    workers = min(len(speakers), len(os.sched_getaffinity(0)))
+    job.write_text(
+        json.dumps(
+            {
+                "workers": workers,
+                "speakers": [a | b for a, b in zip(speakers, places, strict=True)],
+            }
+        )
+    )
+    command = [
+        sys.executable,
+        "-I",
+        str(Path(__file__).with_name("espeak.py")),
+        str(job),
+    ]
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
+            for done, _ in enumerate(process.stdout, start=1):
+                if on_progress:
+                    on_progress("synthesise", done, len(speakers))
+        errors.seek(0)
+        said = errors.read().strip()
+    if process.returncode != 0:
+        missing = "No module named 'espeakng_loader'" in said
+        remedy = (
+            "install it: pip install 'fedhubert[synthetic]'"
+            if missing
+            else "what it said follows"
+        )
+        raise RuntimeError(
+            f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{said}"
+        )
+    job.unlink()
+
+
+def _finish_speech(folder: Path, speakers: list[dict]) -> None:
+    """What a LibriSpeech folder has beside its audio: SPEAKERS.TXT and the chapters' transcripts; and the phones."""
+    rows, phones = [], []
+    for speaker in speakers:
+        home = folder / speaker["below"]
+        times = json.loads((folder / "voices" / f"{speaker['name']}.json").read_text())
+        minutes = sum(samples for samples, _ in times.values()) / 16_000 / 60
+        rows.append(
+            f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice"
+        )
+        transcripts: dict[Path, list[str]] = {}
+        for spoken in speaker["utterances"][: len(times)]:
+            path = home / spoken["path"]
+            chapter = path.with_name(f"{speaker['name']}-{path.parent.name}.trans.txt")
+            transcripts.setdefault(chapter, []).append(
+                f"{path.stem} {sentences.transcript(spoken['text'])}\n"
+            )
+            phones += [(path.stem, *span) for span in times[spoken["path"]][1]]
+        for chapter, lines in transcripts.items():
+            chapter.write_text("".join(lines))
+    header = ";ID | SEX | SUBSET | MINUTES | NAME\n"
+    (folder / "SPEAKERS.TXT").write_text(header + "\n".join(rows) + "\n")
+    table = pd.DataFrame(
+        phones, columns=["utterance", "start_sample", "end_sample", "phone"]
+    )
+    table.to_parquet(folder / "phones.parquet", index=False)
