@@ -35,19 +35,35 @@ class UnitLabels(Protocol):
 
 
 def show(figure: Figure, folder: Path, name: str) -> None:
-    """Save ``figure`` as PNG and SVG in FOLDER/figures and show it."""
-    plots.save(figure, folder / "figures", name)
-    _display(Image(data=(folder / "figures" / f"{name}.png").read_bytes()))
+    """Save ``figure`` as NAME.png and NAME.svg in ``folder`` and show it."""
+    plots.save(figure, folder, name)
+    _display(Image(data=(folder / f"{name}.png").read_bytes()))
+
+
+def table(*frames: pd.DataFrame, digits: int = 3) -> None:
+    """Show tables one below the other, figures rounded to ``digits``; an empty one is said to be empty."""
+    for frame in frames:
+        _display(frame.round(digits) if len(frame) else HTML("<em>none</em>"))
 
 
 def properties(values: Mapping[str, Any]) -> HTML:
-    """A two-column table of names and values: provenance, settings."""
+    """A two-column table of names and values, such as a stage's provenance; nested mappings become one line."""
     rows = "".join(
         f"<tr><th style='text-align:left'>{escape(str(name))}</th>"
-        f"<td style='text-align:left'>{escape(str(value))}</td></tr>"
+        f"<td style='text-align:left'>{escape(_words(name, value))}</td></tr>"
         for name, value in values.items()
     )
     return HTML(f"<table>{rows}</table>")
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(key, item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if name.endswith("bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    return str(value)
 
 
 def sounds(clips: Mapping[str, torch.Tensor]) -> HTML:
@@ -58,6 +74,28 @@ def sounds(clips: Mapping[str, torch.Tensor]) -> HTML:
         for caption, waveform in clips.items()
     )
     return HTML(f"<table>{rows}</table>")
+
+
+class Progress:
+    """A line of text per task, ``task: done of total``, in one output. Give it to a stage as ``on_progress``."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+        self._handle: DisplayHandle | None = None
+        self._next = 0.0
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of ``task`` are done."""
+        self._lines[task] = f"{task}: {done:,} of {total:,}"
+        if time.monotonic() < self._next and done < total:
+            return
+        self._next = time.monotonic() + 0.5
+        text = HTML(f"<pre>{escape(chr(10).join(self._lines.values()))}</pre>")
+        if self._handle is None:
+            self._handle = DisplayHandle()
+            self._handle.display(text)
+        else:
+            self._handle.update(text)
 
 
 class LiveCurves:

@@ -79,6 +79,7 @@ def utterance_lengths(manifest: pd.DataFrame) -> Figure:
     for split in sorted(manifest.split.unique(), reverse=True):  # train, test
         own = seconds[manifest.split == split]
         axes.hist(own, bins, histtype="step", linewidth=1.6, label=f"{split}: {len(own):,} utterances")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="length of an utterance (s)", ylabel="utterances", title="Utterance lengths")
     axes.legend()
     return figure
