@@ -485,20 +485,18 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
-    """Write a Hugging Face folder: ``config.json``, ``model.safetensors`` (float32), ``preprocessor_config.json``,
-    and ``head.safetensors`` beside them. Whole or not at all; an existing folder is replaced.
+def documents(config: HubertConfig) -> dict[str, str]:
+    """The small files that make a folder with ``model.safetensors`` a Hugging Face one: text by name.
 
     transformers loads it if front end and positions are those of the paper; else its ``model_type`` says no.
     """
-    config = asdict(model.config)
-    published = model.config.front_end == "waveform" and model.config.position_embedding == "conv"
-    config |= {
+    published = config.front_end == "waveform" and config.position_embedding == "conv"
+    values = asdict(config) | {
         "model_type": "hubert" if published else "fedhubert",
         "architectures": ["HubertModel"],
         "hidden_act": "gelu",
         "feat_extract_activation": "gelu",
-        "num_feat_extract_layers": len(model.config.conv_dim),
+        "num_feat_extract_layers": len(config.conv_dim),
     }
     preprocessor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -506,13 +504,21 @@ def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
         "sampling_rate": SAMPLE_RATE,
         "padding_value": 0.0,
         "padding_side": "right",
-        "do_normalize": model.config.do_normalize,
-        "return_attention_mask": model.config.feat_extract_norm == "layer",
+        "do_normalize": config.do_normalize,
+        "return_attention_mask": config.feat_extract_norm == "layer",
     }
+    texts = {"config.json": values, "preprocessor_config.json": preprocessor}
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
+
+
+def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
+    """Write a Hugging Face folder: ``config.json``, ``model.safetensors`` (float32), ``preprocessor_config.json``,
+    and ``head.safetensors`` beside them. Whole or not at all; an existing folder is replaced.
+    """
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+        for name, text in documents(model.config).items():
+            (temporary / name).write_text(text)
         _write_tensors(temporary / "model.safetensors", model)
         if head is not None:
             _write_tensors(temporary / "head.safetensors", head)

@@ -129,13 +129,23 @@ class Kmeans(Section):
     tolerance: float = Field(1e-4, ge=0, description="stop when the inertia falls by a smaller share than this")
     minimum_count: Count = Field(0, description="a client reports no cluster with fewer frames than this (privacy)")
     noise_multiplier: float = Field(0.0, ge=0, description="Gaussian noise on sums and counts (privacy); 0: none")
+    noise_clip: Positive = Field(100.0, description="norm that an utterance's sums and counts are scaled down to (privacy)")
     cache_features: bool = Field(False, description="keep features on disk instead of computing them in each pass")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    engine: Engine = Field("inprocess", description="what carries the messages")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(set(self.codebooks)) < len(self.codebooks):
             yield "codebooks", "names one of them twice; keep one"
         if self.features == "mfcc" and self.layer is not None:
             yield "layer", f"{self.layer} given, but features is mfcc, which has no layers; leave it out"
+        if "central" in self.codebooks and self.engine == "deployment":
+            yield "codebooks", "names central, which pools all data: in simulation only; leave it out"
+        if self.noise_multiplier > 0:
+            if exposed := {"one-shot", "aligned", "central"} & set(self.codebooks):
+                yield "noise_multiplier", f"protects the federated codebook, not {', '.join(sorted(exposed))}; leave out"
+            if self.normalisation != "speaker":
+                yield "noise_multiplier", "needs normalisation: speaker, which scales features and tells the server nothing"
 
 
 class Federation(Section):
@@ -163,7 +173,13 @@ class Federation(Section):
     server_tau: Positive = Field(1e-3, description="adaptivity of the adaptive optimisers")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="trimmed-mean: share cut at each end")
     proximal: float = Field(0.0, ge=0, description="FedProx: weight of the squared distance to the global model")
+    weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="of updates in their mean")
+    local_state: Literal["reset", "keep"] = Field("reset", description="AdamW moments of a client from round to round")
     quorum: Share = Field(0.5, description="share of a cohort that must answer, else the round is repeated")
+    deadline_seconds: float = Field(0.0, ge=0, description="an answer later than this is left out; 0: wait")
+    outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="an update this many times too large is left out")
+    validate_every: Natural = Field(1, description="rounds from one validation to the next")
+    patience: Count = Field(0, description="stop after so many validations without a better loss; 0: never")
     precision: Precision = Field("auto", description="of the local steps: bfloat16 where the machine is faster with it")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     engine: Engine = Field("inprocess", description="what carries the messages")
@@ -215,6 +231,7 @@ class Evaluate(Section):
     train_share: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="share of training clips each seed draws")
     probe_steps: Natural = Field(100, description="steps of the keyword probe")
     probe_rate: Positive = Field(1e-2, description="learning rate of the keyword probe")
+    standardise: bool = Field(True, description="scale features by the training clips; False: s3prl to the letter")
     clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K of the units made from hidden layers")
     unit_minutes: Positive = Field(1.0, description="minutes of held-out speech for unit quality")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")

@@ -5,8 +5,8 @@ reads audio, features or labels happens below ``answer``; ``acting`` says so to 
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,22 @@ Handler = Callable[[ClientHome, Mapping[str, Tensor], Mapping[str, Any]], tuple[
 
 logger = logging.getLogger(__name__)
 
-acting: ContextVar[str | None] = ContextVar("acting", default=None)
-"""The client whose code runs now; None in server code."""
+_acting: str | None = None
+
+
+def acting() -> str | None:
+    """The client whose code runs in this process now, its decoding threads included; None while server code runs."""
+    return _acting
+
+
+@contextmanager
+def _act(client: str) -> Iterator[None]:
+    global _acting
+    _acting = client
+    try:
+        yield
+    finally:
+        _acting = None
 
 
 def identify(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
@@ -60,16 +74,14 @@ def answer(message: Message, context: Context, pack: messages.Pack = Array) -> M
     """Run the handler that ``message`` asks for. What it raises becomes a reply that says so: the round goes on."""
     action, arrays, config = messages.read_request(message.content)
     mine = home(context, action)
-    token = acting.set(mine.client)
     try:
         if action not in HANDLERS:
-            raise KeyError(f"no handler {action!r}; this client knows {', '.join(sorted(HANDLERS))}")
-        content = messages.reply(mine.client, *HANDLERS[action](mine, arrays, config), pack)
+            raise ValueError(f"no handler {action!r}; this client knows {', '.join(sorted(HANDLERS))}")
+        with _act(mine.client):
+            content = messages.reply(mine.client, *HANDLERS[action](mine, arrays, config), pack)
     except Exception as error:  # whatever a client's code raises is that client's failure, never the federation's
         logger.debug("%s failed at %s", mine.client, action, exc_info=True)
         content = messages.failure(mine.client, f"{type(error).__name__}: {error}")
-    finally:
-        acting.reset(token)
     return Message(content, reply_to=message)
 
 

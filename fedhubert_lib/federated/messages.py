@@ -40,7 +40,8 @@ def packed(arrays: Mapping[str, Tensor], pack: Pack) -> ArrayRecord:
     return record
 
 
-def _unpack(record: ArrayRecord) -> dict[str, Tensor]:
+def unpacked(record: ArrayRecord) -> dict[str, Tensor]:
+    """The inverse of ``packed``."""
     return {
         name: array.tensor if isinstance(array, SharedArray) else torch.from_numpy(array.numpy())
         for name, array in record.items()
@@ -58,7 +59,7 @@ def request(action: str, arrays: ArrayRecord, config: Mapping[str, Any]) -> Reco
 def read_request(content: RecordDict) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Action, arrays and configuration of a request."""
     record = content["request"]
-    return record["action"], _unpack(content["arrays"]), json.loads(record["config"])
+    return record["action"], unpacked(content["arrays"]), json.loads(record["config"])
 
 
 def reply(client: str, arrays: Mapping[str, Tensor], metrics: Mapping[str, float], pack: Pack) -> RecordDict:
@@ -86,7 +87,7 @@ def read_reply(client: str, message: Message) -> Reply | Failure:
         return Failure(client, f"answered in the name of {record.get('id')!r}")
     if "failure" in record:
         return Failure(client, str(record["failure"]))
-    return Reply(client, _unpack(message.content["arrays"]), dict(message.content["metrics"]))
+    return Reply(client, unpacked(message.content["arrays"]), dict(message.content["metrics"]))
 
 
 class GridClients:
