@@ -14,6 +14,7 @@ from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedhubert_lib import pretraining
 from fedhubert_lib.federated import messages
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 
@@ -39,13 +40,17 @@ def _act(client: str) -> Iterator[None]:
         _acting = None
 
 
-def identify(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
+def identify(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
     """Say who is there: every reply carries the client's id."""
     return {}, {}
 
 
 HANDLERS: dict[str, Handler] = {
     "identify": identify,
+    "pretrain.update": pretraining.update,
+    "pretrain.validate": pretraining.validate,
 }
 """Everything that a server can ask of a client. Names are ``stage.action``; the stage says where state is kept."""
 
@@ -55,8 +60,8 @@ STAGES = {"kmeans": "02_kmeans", "pretrain": "03_pretrain", "distill": "04_disti
 def home(context: Context, action: str) -> ClientHome:
     """The folders of this node's client.
 
-    The node's configuration names the client, and the ``run`` folder on its machine: in simulation the one run folder, in
-    deployment a folder of the same layout that holds this client's part alone.
+    The node's configuration names the client, and the ``run`` folder on its machine: in simulation the one run folder,
+    in deployment a folder of the same layout that holds this client's part alone.
     """
     settings = {**context.run_config, **context.node_config}
     client, run = str(settings["client"]), Path(str(settings["run"]))

@@ -1,7 +1,7 @@
 """The default engine: every client in this process, one after another, tensors by reference, one device.
 
-A Flower Grid that calls the ClientApp when a reply is pulled. Nothing is serialised and nothing waits: a client runs when
-the server wants its answer, so one update at most is alive beside the server's own tensors.
+A Flower Grid that calls the ClientApp when a reply is pulled. Nothing is serialised and nothing waits: a client runs
+when the server wants its answer, so one update at most is alive beside the server's own tensors.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,8 +1,8 @@
 """The protocol over Flower's Message API: what a request and a reply look like, and ``Clients`` over any Flower Grid.
 
 A request holds an ArrayRecord ``arrays`` and a ConfigRecord ``request`` (the action, and its configuration as JSON). A
-reply holds ``arrays``, a MetricRecord ``metrics`` and a ConfigRecord ``client`` (the client's id, and the reason where it
-failed). Nothing else travels.
+reply holds ``arrays``, a MetricRecord ``metrics`` and a ConfigRecord ``client`` (the client's id, and the reason where
+it failed). Nothing else travels.
 """
 
 import json
@@ -151,5 +151,7 @@ def identify(grid: Grid, timeout: float) -> dict[str, int]:
         client = message.content["client"]["id"]
         node = message.metadata.src_node_id
         if nodes.setdefault(client, node) != node:
-            raise ValueError(f"two connected nodes say that they are {client!r}; give each its own client in node_config")
+            raise ValueError(
+                f"two connected nodes say that they are {client!r}; give each its own client in node_config"
+            )
     return nodes

@@ -1,7 +1,8 @@
 """What a client and the server say to each other, whatever carries it.
 
-Client code is a set of handlers, ``handler(home, arrays, config) -> (arrays, metrics)``: it reads its own folder and the
-message, nothing else. Server code is a set of algorithms over ``Clients``: it sees replies, never a file of a client.
+Client code is a set of handlers, ``handler(home, arrays, config) -> (arrays, metrics)``: it reads its own folder and
+the message, nothing else. Server code is a set of algorithms over ``Clients``: it sees replies, never a file of a
+client.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

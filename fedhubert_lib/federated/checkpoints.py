@@ -1,0 +1,162 @@
+"""A training run on disk: a folder per round that is whole or absent, so that the same command goes on after any kill.
+
+``checkpoints/round-00012/`` holds the weights (``model.safetensors``, ``head.safetensors``: a file per first part of
+the tensors' names), the optimiser's tensors (``server.safetensors``), ``state.json`` (counters, and the settings they
+belong to), and the documents that make it a model folder. The last and the best are kept.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedhubert_lib import files
+from fedhubert_lib.federated.protocol import Arrays
+
+OnRow = Callable[[dict[str, Any]], None]
+
+SERVER = "server"
+UNJUDGED = {"best_round": 0, "best_loss": None, "validations_since_best": 0}
+"""State before any round was judged."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or belongs to another study."""
+
+
+@contextlib.contextmanager
+def sole(out: Path) -> Iterator[None]:
+    """Hold ``out`` for this process alone; the system lets go of it when the process dies, however that happens.
+
+    Raises RuntimeError when another process trains there. Clears away what a killed one left half-written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"{out}: another process trains in this folder; wait for it, or name another run"
+            ) from None
+        for leftover in (out / "checkpoints").glob(".round-*"):
+            shutil.rmtree(leftover)
+        yield
+
+
+def path(out: Path, number: int) -> Path:
+    """The folder of round ``number``."""
+    return out / "checkpoints" / f"round-{number:05d}"
+
+
+def write(
+    out: Path,
+    number: int,
+    weights: Mapping[str, Tensor],
+    server: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    documents: Mapping[str, str],
+) -> None:
+    """Write round ``number`` and remove all earlier ones but ``state["best_round"]``.
+
+    ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors. ``documents``
+    are small text files by name.
+    """
+    groups: dict[str, Arrays] = {SERVER: dict(server)}
+    for name, tensor in weights.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tensor
+    with files.atomic(path(out, number)) as temporary:
+        temporary.mkdir()
+        for group, tensors in groups.items():
+            save_file(tensors, temporary / f"{group}.safetensors", metadata={"format": "pt"})
+        for name, text in documents.items():
+            (temporary / name).write_text(text)
+        (temporary / "state.json").write_text(json.dumps(dict(state), indent=2, allow_nan=False) + "\n")
+    for earlier in rounds(out):
+        if earlier < number and earlier != state["best_round"]:
+            shutil.rmtree(path(out, earlier))
+
+
+def rounds(out: Path) -> list[int]:
+    """The rounds that have a checkpoint, ascending."""
+    return sorted(int(folder.name.removeprefix("round-")) for folder in (out / "checkpoints").glob("round-*"))
+
+
+def read(out: Path, number: int) -> tuple[Arrays, Arrays, dict[str, Any]]:
+    """Weights, server tensors and state of round ``number``. Raises CheckpointError when a file does not read."""
+    folder = path(out, number)
+    weights: Arrays = {}
+    server: Arrays = {}
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for file in sorted(folder.glob("*.safetensors")):
+            # A copy: what is read may be a view of the file, and the server writes into its tensors.
+            tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+            if file.stem == SERVER:
+                server = tensors
+            else:
+                weights |= {f"{file.stem}.{name}": tensor for name, tensor in tensors.items()}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error}); delete this folder to go on from an earlier round, or from the start"
+        ) from error
+    return weights, server, state
+
+
+def resume(out: Path, settings: Mapping[str, Any]) -> tuple[Arrays, Arrays, dict[str, Any]] | None:
+    """The last checkpoint, or None where there is none yet.
+
+    Raises CheckpointError when it was made with other ``settings`` (JSON-like): they would not give what a run that was
+    never stopped gives.
+    """
+    if not (done := rounds(out)):
+        return None
+    weights, server, state = read(out, done[-1])
+    then = state["settings"]
+    changed = sorted(name for name in {*then, *settings} if then.get(name) != settings.get(name))
+    if changed:
+        listed = ", ".join(f"{name}: {then.get(name)} -> {settings.get(name)}" for name in changed)
+        raise CheckpointError(
+            f"{out} holds a run with other parameters ({listed}); name another, or delete that folder"
+        )
+    return weights, server, state
+
+
+class Ledger:
+    """metrics.jsonl: a row for each round, client and failure; ``on_row`` sees them as they are written."""
+
+    def __init__(self, out: Path, done: int, plan: Mapping[str, Any], on_row: OnRow | None) -> None:
+        """Begin with the row ``plan``, or go on after round ``done``: rows of later rounds go."""
+        self._path, self._on_row = out / "metrics.jsonl", on_row
+        rows = [row for row in files.read_rows(self._path) if row.get("round", 0) <= done]
+        with files.atomic(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        if not rows:
+            self.row("plan", plan)
+
+    def row(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one row."""
+        row = {"kind": kind, **values, "time": time.time()}
+        files.append_row(self._path, row)
+        if self._on_row is not None:
+            self._on_row(row)
+
+
+def judge(state: dict[str, Any], number: int, row: Mapping[str, Any]) -> None:
+    """Note whether round ``number`` is the best: by validation loss, or by training loss if none validates."""
+    validated = "validation_loss" in row
+    if not validated and state["best_loss"] is not None:
+        return
+    loss = row["validation_loss"] if validated else row["loss"]
+    if state["best_loss"] is None or loss < state["best_loss"]:
+        state |= {"best_loss": loss, "best_round": number, "validations_since_best": 0}
+    else:
+        state["validations_since_best"] += 1

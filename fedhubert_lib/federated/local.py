@@ -1,0 +1,144 @@
+"""A client's part of a round of training, whatever the task: global weights in, local steps, the difference out.
+
+Tensors of ``arrays`` are the global weights (and SCAFFOLD's control variate c, prefixed). Parameters of the module that
+are not among them are personal: they come from the client's disk and stay there.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedhubert_lib import seeds, training
+from fedhubert_lib.batching import Batch
+from fedhubert_lib.federated import client_state
+from fedhubert_lib.federated.optimisers import CONTROL
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.params import Federation
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps for each parameter."""
+
+
+def train(
+    home: ClientHome,
+    arrays: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    p: Federation,
+    module: nn.Module,
+    batches: Iterable[Batch],
+    objective: training.Objective,
+) -> tuple[Arrays, dict[str, float]]:
+    """Local steps on ``batches`` from the global weights; the change of every parameter that travels, and what was
+    measured. ``module`` must be filled (``fill``); it is trained in place.
+    """
+    names = dict(module.named_parameters())
+    chosen = settings(p, config["total_steps"])
+    optimiser = training.adamw(module, chosen)
+    if p.local_state == "keep":
+        restore_moments(optimiser, names, client_state.load(home, config, "moments"))
+    scaffold = any(name.startswith(CONTROL) for name in arrays)
+    own = client_state.load(home, config, "control") if scaffold else None
+    gradients: Arrays = {}
+    if scaffold:
+        optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, names))
+    measured = training.local_update(
+        module,
+        batches,
+        objective,
+        chosen,
+        first_step=config["first_step"],
+        total_steps=config["total_steps"],
+        seed=seeds.derive(p.seed, config["round"], home.client, "dropout"),
+        optimiser=optimiser,
+        control=_correction(arrays, own, names) if scaffold else None,
+    )
+    personal = {name: parameter.detach().cpu() for name, parameter in names.items() if name not in arrays}
+    if personal:
+        client_state.save(home, config, "personal", personal)
+    if p.local_state == "keep":
+        client_state.save(home, config, "moments", moments(optimiser, names))
+    change = {name: names[name].detach().cpu() - arrays[name] for name in names if name in arrays}
+    if scaffold:
+        change |= _new_control(home, config, arrays, own, gradients, measured["steps"])
+    return change, measured
+
+
+def settings(p: Federation, total_steps: int, accumulate: int = 1) -> training.Settings:
+    """How a client steps, in a study of ``total_steps`` global steps."""
+    return training.Settings(
+        learning_rate=p.learning_rate,
+        warmup_steps=round(p.warmup_share * total_steps),
+        weight_decay=p.weight_decay,
+        clip_norm=p.clip_norm,
+        accumulate=accumulate,
+        proximal=p.proximal,
+        precision=p.precision,
+    )
+
+
+@torch.no_grad()
+def fill(module: nn.Module, arrays: Mapping[str, Tensor], personal: Mapping[str, Tensor] | None) -> None:
+    """Write the global weights, and what the client kept of its ``personal`` parameters, into ``module``."""
+    for name, parameter in module.named_parameters():
+        if name in arrays:
+            parameter.copy_(arrays[name])
+        elif personal is not None:
+            parameter.copy_(personal[name])
+
+
+def restore_moments(
+    optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor] | None
+) -> None:
+    """Give AdamW the moments that ``moments`` read from it; None: it starts anew."""
+    for name, parameter in names.items() if kept else ():
+        optimiser.state[parameter] = {key: kept[f"{name}/{key}"].to(parameter.device) for key in MOMENTS}
+
+
+def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> Arrays:
+    """What AdamW keeps of each parameter, as tensors that can be saved."""
+    return {f"{name}/{key}": optimiser.state[names[name]][key].cpu() for name in names for key in MOMENTS}
+
+
+def _correction(
+    arrays: Mapping[str, Tensor], own: Mapping[str, Tensor] | None, names: Mapping[str, nn.Parameter]
+) -> Arrays:
+    """What SCAFFOLD adds to each gradient: c - c_i; nothing for personal parameters."""
+    correction = {}
+    for name, parameter in names.items():
+        if CONTROL + name in arrays:
+            common = arrays[CONTROL + name]
+            correction[name] = common - own[name] if own else common
+        else:
+            correction[name] = torch.zeros_like(parameter)
+    return correction
+
+
+def _add_gradients(total: Arrays, names: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in names.items():
+        gradient = parameter.grad.detach()
+        total[name] = total[name].add_(gradient) if name in total else gradient.clone()
+
+
+def _new_control(
+    home: ClientHome,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, Tensor],
+    own: Mapping[str, Tensor] | None,
+    gradients: Mapping[str, Tensor],
+    steps: float,
+) -> Arrays:
+    """Keep the new c_i; return its change.
+
+    Karimireddy et al. 2020, option II: c_i+ = c_i - c + (x - y) / (K eta). For plain SGD (x - y) / (K eta) is the mean
+    of the gradients stepped along; under AdamW that mean is taken itself.
+    """
+    new, change = {}, {}
+    for name, total in gradients.items():
+        if CONTROL + name not in arrays:
+            continue
+        change[CONTROL + name] = (total / steps).cpu() - arrays[CONTROL + name]
+        new[name] = change[CONTROL + name] + own[name] if own else change[CONTROL + name].clone()
+    client_state.save(home, config, "control", new)
+    return change

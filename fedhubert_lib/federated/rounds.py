@@ -1,0 +1,319 @@
+"""Federated training, round by round: draw a cohort, ask, collect, step, save. Pretraining and distillation share it.
+
+The server knows clients through ``protocol.Clients`` only. Every draw comes from (seed, round), updates are added in
+the order of client ids, and each round ends with a checkpoint: a run that is killed goes on and ends with the same
+weights.
+"""
+
+import itertools
+import logging
+import math
+import statistics
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedhubert_lib import seeds
+from fedhubert_lib.federated import checkpoints, optimisers
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
+from fedhubert_lib.params import Federation
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Times that a round below its quorum is tried before the run stops."""
+REFERENCE = 3
+"""Updates that wait for each other in the first round, when no earlier one says how large an update is."""
+HERE = frozenset({"run", "engine", "device", "centralised", "deadline_seconds"})
+"""Parameters that say where and how a study runs; the others must not change when it goes on."""
+
+
+class QuorumError(RuntimeError):
+    """Too few clients gave a usable update, several times over. The same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained."""
+
+    name: str
+    """Clients are asked for NAME.update and NAME.validate."""
+    config: Mapping[str, Any]
+    """Sent with each message, JSON-like; the loop adds round, session, durable, first_step and total_steps."""
+    averages: Callable[[Mapping[str, float]], dict[str, float]]
+    """From added-up metrics of clients to what a row shows: loss (lower is better) and others."""
+    documents: Mapping[str, str] = field(default_factory=dict)
+    """Small files that belong beside the weights, by name."""
+
+
+def cohort(ids: Sequence[str], size: int, seed: int, number: int, attempt: int = 0) -> list[str]:
+    """The clients of round ``number``, sorted: drawn by client id without replacement, again for each attempt."""
+    if size > len(ids):
+        raise ValueError(
+            f"a cohort of {size} cannot be drawn from {len(ids)} clients; set cohort to {len(ids)} or less"
+        )
+    generator = seeds.numpy_generator(seed, number, "cohort", attempt)
+    return sorted(generator.choice(sorted(ids), size, replace=False).tolist())
+
+
+def panel(ids: Sequence[str], p: Federation) -> list[str]:
+    """The clients that validate, the same in every round: as many as a cohort."""
+    return cohort(ids, p.cohort, p.seed, 0)
+
+
+def train(
+    clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None = None
+) -> tuple[Arrays, Path]:
+    """Train ``weights`` (float32 CPU, changed in place) for ``p.rounds`` rounds, or go on where ``out`` stands.
+
+    Writes ``out/metrics.jsonl`` and ``out/checkpoints``; returns the last weights and the folder of the best round.
+    ``on_row`` sees each row as it is written. Raises QuorumError when a round fails ``ATTEMPTS`` times; ValueError when
+    ``out`` holds a run with other parameters. A KeyboardInterrupt at any moment leaves a state to go on from.
+    """
+    with checkpoints.sole(out), ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
+        server = _Server(clients, p, task, weights, out, on_row, writer)
+        while not server.finished():
+            server.round()
+        server.settle()
+        return server.weights, checkpoints.path(out, server.state["best_round"])
+
+
+class _Server:
+    """One run of ``train``: what the server holds between its rounds."""
+
+    def __init__(
+        self,
+        clients: Clients,
+        p: Federation,
+        task: Task,
+        weights: Arrays,
+        out: Path,
+        on_row: checkpoints.OnRow | None,
+        writer: ThreadPoolExecutor,
+    ) -> None:
+        self.clients, self.p, self.task, self.out, self.writer = clients, p, task, out, writer
+        self.weights = weights
+        self.optimiser = optimisers.initial_state(p, weights)
+        self.state: dict[str, Any] = {
+            "round": 0,
+            "session": uuid.uuid4().hex,
+            "reference_norm": None,
+            "settings": _settings(clients, p, task),
+            **checkpoints.UNJUDGED,
+        }
+        if (saved := checkpoints.resume(out, self.state["settings"])) is not None:
+            self.weights, self.optimiser, self.state = saved
+        self.saving: Future[None] | None = None
+        self.durable = self.state["round"]
+        """The last round that is on disk."""
+        plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
+        plan["parameters"] = sum(tensor.numel() for tensor in self.weights.values())
+        self.ledger = checkpoints.Ledger(out, self.durable, plan, on_row)
+
+    def finished(self) -> bool:
+        """All rounds done, or none better for too long."""
+        exhausted = 0 < self.p.patience <= self.state["validations_since_best"]
+        return self.state["round"] >= self.p.rounds or exhausted
+
+    def round(self) -> None:
+        """One round, from the draw to the checkpoint (which is written while the next round's clients work)."""
+        number, began = self.state["round"] + 1, time.perf_counter()
+        collected = self.collect(number)
+        working = time.perf_counter()
+        update = collected.collector.result()
+        change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
+        update_norm = optimisers.checked_norm(update, self.weights)
+        self.settle()  # the last checkpoint still reads the tensors that are about to change
+        optimisers.step(self.p, self.weights, update, self.optimiser, number)
+        if self.scaffold:
+            optimisers.step_control(self.optimiser, change, collected.clients / len(self.clients.ids))
+        server_seconds = collected.server_seconds + time.perf_counter() - working
+        row = {"round": number, **self.task.averages(collected.sums), **self.validate(number)}
+        seconds = time.perf_counter() - began
+        row |= {
+            "learning_rate": collected.learning_rate,
+            "update_norm": update_norm,
+            "bytes_up": collected.bytes_up,
+            "bytes_down": collected.bytes_down,
+            "clients": collected.clients,
+            "client_seconds": collected.sums["seconds"],
+            "server_seconds": server_seconds,
+            "seconds": seconds,
+            "audio_seconds": collected.sums["audio_seconds"],
+            "audio_seconds_per_second": collected.sums["audio_seconds"] / seconds,
+        }
+        checkpoints.judge(self.state, number, row)
+        self.state |= {"round": number, "reference_norm": statistics.median(collected.norms)}
+        self.ledger.row("round", row)
+        self.save(number)
+
+    @property
+    def scaffold(self) -> bool:
+        """Whether control variates travel beside the weights."""
+        return self.p.server == "scaffold"
+
+    def message(self, number: int) -> dict[str, Any]:
+        """The configuration of a message of round ``number``."""
+        return {
+            **self.task.config,
+            "round": number,
+            "session": self.state["session"],
+            "durable": self.durable,
+            "first_step": (number - 1) * self.p.local_steps,
+            "total_steps": self.p.rounds * self.p.local_steps,
+        }
+
+    def collect(self, number: int) -> "_Collected":
+        """Ask cohorts until one gives a quorum of usable updates."""
+        for attempt in range(ATTEMPTS):
+            asked = cohort(self.clients.ids, self.p.cohort, self.p.seed, number, attempt)
+            collected = _Collected(optimisers.collector(self.p, self.out / "updates"))
+            payload = {**self.weights, **(self.optimiser if self.scaffold else {})}
+            collected.bytes_down = _size(payload) * len(asked)
+            answers = self.clients.ask(
+                f"{self.task.name}.update",
+                arrays=payload,
+                config=self.message(number),
+                clients=asked,
+                timeout=self.p.deadline_seconds or None,
+            )
+            for reply, norm in self.usable(number, answers, payload, collected):
+                self.accept(number, reply, norm, collected)
+            quorum = max(1, math.ceil(self.p.quorum * len(asked)))
+            if collected.clients >= quorum:
+                return collected
+            self.fail(number, "", f"{collected.clients} of {len(asked)} clients gave a usable update; {quorum} needed")
+        self.settle()
+        raise QuorumError(
+            f"round {number}: {ATTEMPTS} times too few usable updates; the reasons are in {self.out / 'metrics.jsonl'} "
+            f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it"
+        )
+
+    def usable(
+        self, number: int, answers: Iterator[Reply | Failure], like: Mapping[str, Tensor], collected: "_Collected"
+    ) -> Iterator[tuple[Reply, float]]:
+        """Replies with their norms; the others are recorded with the reason and left out."""
+
+        def sound() -> Iterator[tuple[Reply, float]]:
+            for answer in answers:
+                if isinstance(answer, Failure):
+                    self.fail(number, answer.client, answer.reason)
+                    continue
+                began = time.perf_counter()
+                collected.bytes_up += _size(answer.arrays)
+                try:
+                    norm = optimisers.checked_norm(answer.arrays, like)
+                    _check_metrics(answer.metrics)
+                except optimisers.UpdateError as error:
+                    self.fail(number, answer.client, str(error))
+                else:
+                    yield answer, norm
+                collected.server_seconds += time.perf_counter() - began
+
+        replies = sound()
+        reference = self.state["reference_norm"]
+        if reference is None:
+            held = list(itertools.islice(replies, REFERENCE))
+            reference = statistics.median_low(norm for _, norm in held) if held else 0.0
+            replies = itertools.chain(held, replies)
+            del held
+        for reply, norm in replies:
+            if norm > self.p.outlier * reference > 0:
+                self.fail(number, reply.client, f"its update is {norm / reference:.3g} times as large as is usual")
+            else:
+                yield reply, norm
+
+    def accept(self, number: int, reply: Reply, norm: float, collected: "_Collected") -> None:
+        """Add one usable update to what is collected, and its row to the ledger."""
+        began = time.perf_counter()
+        metrics = reply.metrics
+        weight = metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0
+        collected.collector.add(reply.arrays, weight)
+        collected.clients += 1
+        collected.norms.append(norm)
+        collected.learning_rate = metrics["learning_rate"]
+        collected.sums.update(metrics)
+        collected.server_seconds += time.perf_counter() - began
+        row = {"round": number, "client": reply.client, **self.task.averages(metrics)}
+        row |= {name: metrics[name] for name in ("audio_seconds", "seconds")}
+        self.ledger.row("client", row | {"masked_frames": metrics["objective_count"], "update_norm": norm})
+
+    def fail(self, number: int, client: str, reason: str) -> None:
+        """Record who was left out, and why."""
+        logger.warning("round %d: %s left out: %s", number, client or "cohort", reason)
+        self.ledger.row("failure", {"round": number, "client": client, "reason": reason})
+
+    def validate(self, number: int) -> dict[str, float]:
+        """Loss and accuracy of the new weights on validation utterances of a panel of clients, the same every round."""
+        if number % self.p.validate_every and number != self.p.rounds:
+            return {}
+        sums: Counter[str] = Counter()
+        answers = self.clients.ask(
+            f"{self.task.name}.validate",
+            arrays=self.weights,
+            config=self.message(number),
+            clients=panel(self.clients.ids, self.p),
+            timeout=self.p.deadline_seconds or None,
+        )
+        for answer in answers:
+            if isinstance(answer, Failure):
+                self.fail(number, answer.client, f"validation: {answer.reason}")
+            else:
+                sums.update(answer.metrics)
+        if not sums:  # nobody on the panel has validation utterances
+            return {}
+        return {f"validation_{name}": value for name, value in self.task.averages(sums).items()}
+
+    def save(self, number: int) -> None:
+        """Start to write the checkpoint of round ``number``: a second thread, since disks are slow and nothing changes
+        the tensors before the next step, which waits for it."""
+        self.saving = self.writer.submit(
+            checkpoints.write, self.out, number, self.weights, self.optimiser, dict(self.state), self.task.documents
+        )
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is on disk."""
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
+            self.durable = self.state["round"]
+
+
+@dataclass
+class _Collected:
+    """What the clients of one cohort have given so far."""
+
+    collector: optimisers.Collector
+    clients: int = 0
+    norms: list[float] = field(default_factory=list)
+    sums: Counter[str] = field(default_factory=Counter)
+    learning_rate: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    server_seconds: float = 0.0
+
+
+def _size(arrays: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
+
+
+def _check_metrics(metrics: Mapping[str, float]) -> None:
+    for name in ("objective_count", "audio_seconds", "seconds", "learning_rate"):
+        if name not in metrics:
+            raise optimisers.UpdateError(f"its metrics lack {name}")
+    unusable = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if unusable or metrics["objective_count"] <= 0:
+        raise optimisers.UpdateError(f"its metrics are not finite ({unusable}) or count no masked frame")
+
+
+def _settings(clients: Clients, p: Federation, task: Task) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    chosen = {name: value for name, value in p.model_dump(mode="json").items() if name not in HERE}
+    return chosen | {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}

@@ -1,0 +1,273 @@
+"""Stage 03_pretrain: HuBERT learns to predict the cluster labels of masked frames, over clients or on pooled data.
+
+``update`` and ``validate`` run at a client: its audio, its labels and the global weights in, a change of weights out.
+``run`` is the stage: the federated rounds, then the model folder. ``centralised`` is the yardstick that every federated
+figure stands beside: one trainer with everybody's data, as many optimiser steps, as much audio in each as a cohort has.
+"""
+
+import functools
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from fedhubert_lib import audio, batching, federated, hubert, objectives, params, seeds, training
+from fedhubert_lib.federated import checkpoints, client_state, local, rounds
+from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
+from fedhubert_lib.labels import Labels
+
+STAGE = "03_pretrain"
+VALIDATION_BATCHES = 4
+"""At most so many batches of a client's validation utterances tell its validation loss."""
+
+# ---------------------------------------------------------------------------------------------------------- at a client
+
+
+def update(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
+    """Train the global weights on this client's utterances; return how they changed, and what was measured."""
+    p = params.Pretrain.model_validate(config["params"])
+    module = _filled(home, arrays, config, p)
+    stream = _client_batches(home, "train", p, config["round"], p.local_steps)
+    return local.train(home, arrays, config, p, module, stream, functools.partial(_objective, module, p))
+
+
+def validate(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
+    """Loss and accuracy sums of the global weights on this client's validation utterances; none: no sums."""
+    p = params.Pretrain.model_validate(config["params"])
+    samples = pd.read_parquet(home.data / "validation.parquet", columns=["samples"])["samples"]
+    samples = samples[samples >= audio.SAMPLE_RATE]  # batching uses nothing shorter than a second
+    if samples.empty:
+        return {}, {}
+    # A personal head is that of the round just done, so ask for what was kept before the next.
+    module = _filled(home, arrays, {**config, "round": config["round"] + 1}, p)
+    seconds = samples.clip(upper=int(p.crop_seconds * audio.SAMPLE_RATE)).sum() / audio.SAMPLE_RATE
+    steps = int(np.clip(seconds // p.batch_seconds, 1, VALIDATION_BATCHES))
+    stream = _client_batches(home, "validation", p, 0, steps)
+    return {}, training.evaluate(module, stream, functools.partial(_objective, module, p), p.precision)
+
+
+def _filled(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], p: params.Pretrain
+) -> nn.ModuleDict:
+    """Model and head with the global weights; a personal head from disk, or as drawn at first."""
+    module = _modules(json.dumps(config["model"]), config["clusters"], home.device)
+    personal = client_state.load(home, config, "personal")
+    if p.head == "personal" and personal is None:
+        hubert.initialise(module["head"], seeds.torch_generator(p.seed, "head"))
+    local.fill(module, arrays, personal)
+    return module
+
+
+@functools.lru_cache(maxsize=1)
+def _modules(model: str, clusters: int, device: str) -> nn.ModuleDict:
+    """Model and head on ``device``, kept from one client to the next: one model in a process, filled anew for each."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(model).items()}
+    config = hubert.HubertConfig(**values)
+    return nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, clusters)}).to(device)
+
+
+def _objective(module: nn.ModuleDict, p: params.Pretrain, batch: batching.Batch) -> objectives.Sums:
+    return objectives.masked_prediction(module["model"], module["head"], batch, unmasked_weight=p.unmasked_weight)
+
+
+def _client_batches(
+    home: ClientHome, part: str, p: params.Pretrain, number: int, steps: int
+) -> Iterator[batching.Batch]:
+    table = pd.read_parquet(home.data / f"{part}.parquet")
+    return _batches(table, Labels(home.labels / p.codebook), p, number, home.client, steps)
+
+
+def _batches(
+    table: pd.DataFrame, labels: Mapping[str, np.ndarray], p: params.Pretrain, number: int, client: str, steps: int
+) -> Iterator[batching.Batch]:
+    return batching.batches(
+        table,
+        labels,
+        seed=p.seed,
+        round=number,
+        client=client,
+        steps=steps,
+        batch_seconds=p.batch_seconds,
+        crop_seconds=p.crop_seconds,
+        mask_probability=p.mask_probability,
+        mask_length=p.mask_length,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- at the server
+
+
+def run(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) -> Path:
+    """The stage: federated pretraining over ``p.engine``. Returns the folder of the model, 03_pretrain/checkpoint.
+
+    Goes on where an earlier start stopped. ``on_row`` sees each row of 03_pretrain/metrics.jsonl as it is written.
+    """
+    with federated.connect(run, p.engine, p.device) as clients:
+        return federate(run, p, clients, on_row)
+
+
+def federate(run: Path, p: params.Pretrain, clients: Clients, on_row: checkpoints.OnRow | None = None) -> Path:
+    """What ``run`` does, over ``clients`` that are connected already."""
+    config, weights = initial(run, p)
+    if p.head == "personal":
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+    task = rounds.Task("pretrain", _client_config(run, p, config), objectives.averages, hubert.documents(config))
+    weights, _ = rounds.train(clients, p, task, weights, run / STAGE, on_row)
+    return save(run / STAGE / "checkpoint", config, weights)
+
+
+def _client_config(run: Path, p: params.Pretrain, config: hubert.HubertConfig) -> dict[str, Any]:
+    return {"params": p.model_dump(mode="json"), "model": asdict(config), "clusters": clusters(run, p.codebook)}
+
+
+def clusters(run: Path, codebook: str) -> int:
+    """K of a codebook. Raises FileNotFoundError when 02_kmeans has not made it."""
+    path = run / "02_kmeans" / "codebooks" / codebook / "codebook.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such codebook; name it in codebooks of 02_kmeans and run that first")
+    return int(json.loads(path.read_text())["clusters"])
+
+
+def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]:
+    """Configuration and weights before round 1, named model.NAME and head.NAME: from the seed, or ``p.initial``.
+
+    A head is taken from ``p.initial`` where that has one for as many clusters.
+    """
+    count = clusters(run, p.codebook)
+    head = None
+    if p.initial:
+        model, head = hubert.load(p.initial)
+        if head is not None and len(head.label_embeddings) != count:
+            head = None
+    else:
+        model = hubert.Hubert(hubert.preset(p.model, p.front_end))
+        hubert.initialise(model, seeds.torch_generator(p.seed, "model"))
+    if head is None:
+        head = hubert.Head(model.config, count)
+        hubert.initialise(head, seeds.torch_generator(p.seed, "head"))
+    module = nn.ModuleDict({"model": model, "head": head})
+    return model.config, {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor]) -> Path:
+    """Write ``weights`` as a model folder (``hubert.save``), with the head if it is among them."""
+    module = nn.ModuleDict({"model": hubert.Hubert(config)})
+    if "head.label_embeddings" in weights:
+        module["head"] = hubert.Head(config, len(weights["head.label_embeddings"]))
+    local.fill(module, weights, None)
+    hubert.save(folder, module["model"], module["head"] if "head" in module else None)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------- on all data
+
+
+def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) -> Path:
+    """Train on the pooled data: rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio.
+
+    Same start, schedule, masking and model folder as ``run``, under 03_pretrain/centralised; a checkpoint every
+    ``local_steps`` steps, called a round so that curves lie over each other. Goes on where an earlier start stopped.
+    """
+    out = run / STAGE / "centralised"
+    config, weights = initial(run, p)
+    total = p.rounds * p.local_steps
+    settings = local.settings(p, total, accumulate=p.cohort)
+    module = _modules(json.dumps(asdict(config)), clusters(run, p.codebook), federated.resolve(p.device))
+    names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
+    owners, table = _pool(run)
+    labels = _PooledLabels(run / "02_kmeans" / "clients", p.codebook, owners)
+    with checkpoints.sole(out):
+        state = {"round": 0, "settings": p.model_dump(mode="json", exclude=set(rounds.HERE)), **checkpoints.UNJUDGED}
+        if (saved := checkpoints.resume(out, state["settings"])) is not None:
+            weights, moments, state = saved
+            local.restore_moments(optimiser, names, moments)
+        local.fill(module, weights, None)
+        plan = {
+            "rounds": p.rounds,
+            "local_steps": p.local_steps,
+            "cohort": p.cohort,
+            "clients": len(set(owners.values())),
+        }
+        ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
+        for number in range(state["round"] + 1, p.rounds + 1):
+            began = time.perf_counter()
+            measured = training.local_update(
+                module,
+                _batches(table, labels, p, number, "all", p.local_steps * p.cohort),
+                functools.partial(_objective, module, p),
+                settings,
+                first_step=(number - 1) * p.local_steps,
+                total_steps=total,
+                seed=seeds.derive(p.seed, number, "all", "dropout"),
+                optimiser=optimiser,
+            )
+            weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
+            row = {"round": number, **objectives.averages(measured), **_validate_panel(run, p, config, weights, number)}
+            seconds = time.perf_counter() - began
+            row |= {
+                "learning_rate": measured["learning_rate"],
+                "gradient_norm": measured["gradient_norm"],
+                "clients": 1,
+                "seconds": seconds,
+                "audio_seconds": measured["audio_seconds"],
+                "audio_seconds_per_second": measured["audio_seconds"] / seconds,
+            }
+            checkpoints.judge(state, number, row)
+            state["round"] = number
+            ledger.row("round", row)
+            moments = local.moments(optimiser, names)
+            checkpoints.write(out, number, weights, moments, state, hubert.documents(config))
+        return save(out / "checkpoint", config, weights)
+
+
+def _validate_panel(
+    run: Path, p: params.Pretrain, config: hubert.HubertConfig, weights: Arrays, number: int
+) -> dict[str, float]:
+    """Validation figures from the batches that the federation's panel of clients validates on."""
+    if number % p.validate_every and number != p.rounds:
+        return {}
+    sums: Counter[str] = Counter()
+    message = {**_client_config(run, p, config), "round": number, "session": "centralised"}
+    for client in rounds.panel(federated.client_ids(run), p):
+        home = ClientHome(
+            client,
+            data=run / "01_partition" / "clients" / client,
+            labels=run / "02_kmeans" / "clients" / client,
+            state=run / STAGE / "centralised" / "clients" / client,
+            device=federated.resolve(p.device),
+        )
+        sums.update(validate(home, weights, message)[1])
+    return {f"validation_{name}": value for name, value in objectives.averages(sums).items()} if sums else {}
+
+
+def _pool(run: Path) -> tuple[dict[str, str], pd.DataFrame]:
+    """Who owns each training utterance, and the table of all, in order of utterance."""
+    columns = ["utterance", "path", "samples"]
+    tables = {
+        client: pd.read_parquet(run / "01_partition" / "clients" / client / "train.parquet", columns=columns)
+        for client in federated.client_ids(run)
+    }
+    owners = {utterance: client for client, table in tables.items() for utterance in table["utterance"]}
+    return owners, pd.concat(tables.values()).sort_values("utterance", ignore_index=True)
+
+
+class _PooledLabels:
+    """Everybody's labels: ``labels[utterance]``, opened when they are first needed."""
+
+    def __init__(self, folder: Path, codebook: str, owners: Mapping[str, str]) -> None:
+        self._owners = owners
+        self._labels = functools.cache(lambda client: Labels(folder / client / codebook))
+
+    def __getitem__(self, utterance: str) -> np.ndarray:
+        return self._labels(self._owners[utterance])[utterance]

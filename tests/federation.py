@@ -1,0 +1,56 @@
+"""A small run for tests: clients whose utterances are sequences of tones, labelled by tone, as 01 and 02 would leave it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from fedhubert_lib import files, labels, params, seeds
+from fedhubert_lib.audio import HOP, frame_count
+
+TONES = 6
+CODEBOOK = "federated"
+
+
+def make(run: Path, clients: int = 4, utterances: int = 5, seconds: float = 1.6) -> Path:
+    """Write a run folder with ``clients`` clients of ``utterances`` training and 2 validation utterances each."""
+    rows = []
+    for number in range(clients):
+        client = f"client-{number:03d}"
+        generator = seeds.numpy_generator(0, "tones", client)
+        tables: dict[str, list] = {"train": [], "validation": []}
+        own = {}
+        for index in range(utterances + 2):
+            utterance = f"{client}-{index:02d}"
+            path = run / "audio" / f"{utterance}.flac"
+            waveform, own[utterance] = _tones(generator, int(seconds * 16_000) + HOP * number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, waveform, 16_000)
+            part = "train" if index < utterances else "validation"
+            tables[part].append({"utterance": utterance, "path": str(path), "speaker": client, "samples": len(waveform)})
+        for part, table in tables.items():
+            folder = run / "01_partition" / "clients" / client
+            folder.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(table).to_parquet(folder / f"{part}.parquet")
+        with labels.writing(run / "02_kmeans" / "clients" / client / CODEBOOK, "labels", labels.LABELS) as writer:
+            writer.append(own)
+        rows.append({"client": client, "train_utterances": utterances})
+    pd.DataFrame(rows).to_parquet(run / "01_partition" / "clients.parquet")
+    files.write_json(run / "02_kmeans" / "codebooks" / CODEBOOK / "codebook.json", {"clusters": TONES})
+    return run
+
+
+def _tones(generator: np.random.Generator, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    frames = frame_count(samples)
+    tone = np.repeat(generator.integers(0, TONES, frames // 8 + 1), 8)[:frames]  # 160 ms each
+    pitch = np.repeat(300.0 * 1.5**tone, HOP)
+    pitch = np.pad(pitch, (0, samples - len(pitch)), mode="edge")
+    waveform = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) + 0.01 * generator.standard_normal(samples)
+    return waveform.astype(np.float32), tone.astype(np.uint16)
+
+
+def pretrain(**changes) -> params.Pretrain:
+    """Parameters of seconds."""
+    chosen = {"rounds": 3, "cohort": 2, "local_steps": 2, "batch_seconds": 4.0, "crop_seconds": 1.5, "device": "cpu"}
+    return params.Pretrain(**{**chosen, "precision": "float32", "learning_rate": 1e-3, **changes})
