@@ -37,19 +37,13 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
     else:
         train, test = p.train_subsets, p.test_subsets
         root = librispeech.home(Path(p.root), train + test)
-    scanned = scan.scan(
-        [root / subset for subset in train + test], folder / "scan.parquet", on_progress
-    )
+    scanned = scan.scan([root / subset for subset in train + test], folder / "scan.parquet", on_progress)
     manifest, excluded = librispeech.utterances(root, train + test, scanned)
-    manifest["split"] = (
-        manifest["subset"].isin(test).map({True: "test", False: "train"})
-    )
+    manifest["split"] = manifest["subset"].isin(test).map({True: "test", False: "train"})
     _check(manifest, root, excluded)
 
     if p.keywords == "synthetic":
-        keywords_root = (
-            folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
-        )
+        keywords_root = folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
         synthetic.keywords(keywords_root, p, on_progress)
     else:
         keywords_root = speech_commands.home(Path(p.keywords_root))
@@ -60,14 +54,10 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
     )
     keywords, excluded_clips = speech_commands.clips(keywords_root, scanned)
     if keywords.empty:
-        raise CorpusError(
-            f"{keywords_root}: no usable clip among {len(scanned)} files; {_reasons(excluded_clips)}"
-        )
+        raise CorpusError(f"{keywords_root}: no usable clip among {len(scanned)} files; {_reasons(excluded_clips)}")
 
     phones = phones[phones["utterance"].isin(manifest["utterance"])]
-    excluded = pd.concat([excluded, excluded_clips], ignore_index=True).sort_values(
-        "path"
-    )
+    excluded = pd.concat([excluded, excluded_clips], ignore_index=True).sort_values("path")
     for name, table in (
         ("phones", phones),
         ("keywords", keywords),
@@ -81,21 +71,12 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
 def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame) -> None:
     for split in ("train", "test"):
         if not (manifest["split"] == split).any():
-            raise CorpusError(
-                f"{root}: no usable utterance to {split} on; {_reasons(excluded)}"
-            )
-    both = set.intersection(
-        *(set(part["speaker"]) for _, part in manifest.groupby("split"))
-    )
+            raise CorpusError(f"{root}: no usable utterance to {split} on; {_reasons(excluded)}")
+    both = set.intersection(*(set(part["speaker"]) for _, part in manifest.groupby("split")))
     if both:
-        raise CorpusError(
-            f"{root}: speakers {sorted(both)} are in a training and in a test subset; choose others"
-        )
+        raise CorpusError(f"{root}: speakers {sorted(both)} are in a training and in a test subset; choose others")
 
 
 def _reasons(excluded: pd.DataFrame) -> str:
     counts = excluded["reason"].value_counts()
-    return (
-        "; ".join(f"{count} x {reason}" for reason, count in counts.items())
-        or "there is no audio file"
-    )
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "there is no audio file"

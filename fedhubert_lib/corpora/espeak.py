@@ -8,9 +8,10 @@ order of utterances make eSpeak NG's output the same byte for byte; carrying on 
 A job is ``{"workers": n, "speakers": [...]}``; a speaker is::
 
     {"folder": where its audio goes,    "notes": path of what else it writes, without suffix,
-     "voice": text of an eSpeak NG voice file,             "seed": 31-bit seed,
-     "rate": words per minute,          "noise": RMS of the recording's noise,      "peak": of the loudest sample,
-     "seconds": stop after so much,     "clip_samples": cut or pad every clip to this, or null,
+     "voice": an eSpeak NG voice file,  "seed": 31-bit seed,
+     "rate": words per minute,          "noise": RMS of the recording's noise,
+     "peak": of the loudest sample,     "seconds": stop after so much, or null,
+     "clip_samples": cut or pad every clip to this, or null,
      "utterances": [{"path": file name below folder, "text": ..., "rate": factor}, ...]}
 
 Notes are the voice file, ``NOTES.txt``, and ``NOTES.json``: ``{path: [samples, [[start, end, phone], ...]]}``, in samples at
@@ -31,9 +32,7 @@ import soundfile
 from scipy.signal import resample_poly
 
 RATE_IN, RATE_OUT = 22_050, 16_000
-RETRIEVAL = (
-    1  # AUDIO_OUTPUT_RETRIEVAL: samples come to the callback, no sound card is opened
-)
+RETRIEVAL = 1  # AUDIO_OUTPUT_RETRIEVAL: samples come to the callback, no sound card is opened
 PHONEME_EVENTS = 0x0001
 DONT_EXIT = 0x8000
 UTF8 = 1
@@ -50,11 +49,7 @@ ARPABET = {
     "S": "s", "SH": "S", "T": "t t# t2 t[ ? *", "TH": "T", "UH": "U U@ U2", "UW": "u: u U: u# uu", "V": "v",
     "W": "w w# w2", "Y": "j", "Z": "z z/ z#", "ZH": "Z", "sil": "_: _ _:: _! _| __ :",
 }  # fmt: skip
-FOLD = {
-    mnemonic: phone
-    for phone, mnemonics in ARPABET.items()
-    for mnemonic in mnemonics.split()
-}
+FOLD = {mnemonic: phone for phone, mnemonics in ARPABET.items() for mnemonic in mnemonics.split()}
 
 
 class _Id(ctypes.Union):
@@ -78,9 +73,7 @@ class _Event(ctypes.Structure):
     ]
 
 
-_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
-)
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
 def fold(mnemonic: str) -> str:
@@ -94,18 +87,12 @@ class Synthesiser:
     def __init__(self, voice_file: Path, seed: int) -> None:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
-        rate = self._library.espeak_Initialize(
-            RETRIEVAL, 0, data, PHONEME_EVENTS | DONT_EXIT
-        )
+        rate = self._library.espeak_Initialize(RETRIEVAL, 0, data, PHONEME_EVENTS | DONT_EXIT)
         if rate != RATE_IN:
-            raise RuntimeError(
-                f"eSpeak NG started with {rate} where {RATE_IN} Hz was expected"
-            )
+            raise RuntimeError(f"eSpeak NG started with {rate} where {RATE_IN} Hz was expected")
         self._chunks: list[bytes] = []
         self._events: list[tuple[int, str]] = []
-        self._callback = _CALLBACK(
-            self._receive
-        )  # kept, or it would be collected while the library still calls it
+        self._callback = _CALLBACK(self._receive)  # kept, or it would be collected while the library still calls it
         self._library.espeak_SetSynthCallback(self._callback)
         os.chdir(voice_file.parent)  # eSpeak NG takes at most 40 characters of path
         self._check("espeak_ng_SetVoiceByFile", os.fsencode(voice_file.name))
@@ -121,16 +108,12 @@ class Synthesiser:
             self._chunks.append(ctypes.string_at(samples, 2 * count))
         i = 0
         while events[i].type != EVENT_END:
-            if (
-                events[i].type == EVENT_PHONEME
-            ):  # .string ends at the first NUL: the rest of its 8 bytes is stale
+            if events[i].type == EVENT_PHONEME:  # .string ends at the first NUL: the rest of its 8 bytes is stale
                 self._events.append((events[i].sample, events[i].id.string.decode()))
             i += 1
         return 0
 
-    def __call__(
-        self, text: str, words_per_minute: int
-    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def __call__(self, text: str, words_per_minute: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
         """Samples (int16 at 22.05 kHz) and (first sample, mnemonic) of each phone."""
         self._chunks, self._events = [], []
         self._check("espeak_SetParameter", 1, words_per_minute, 0)
@@ -146,12 +129,8 @@ def phones(events: list[tuple[int, str]], total: int) -> list[list]:
     spans: list[list] = []
     if starts and starts[0] > 0:
         spans.append([0, starts[0], "sil"])
-    for (_, mnemonic), start, end in zip(
-        events, starts, [*starts[1:], total], strict=True
-    ):
-        phone = (
-            spans[-1][2] if mnemonic == ";" else fold(mnemonic)
-        )  # ; only says: palatalise what went before
+    for (_, mnemonic), start, end in zip(events, starts, [*starts[1:], total], strict=True):
+        phone = spans[-1][2] if mnemonic == ";" else fold(mnemonic)  # ; only says: palatalise what went before
         if end <= start:  # eSpeak NG marks some pauses of no length
             continue
         if spans and spans[-1][2] == phone:
@@ -174,9 +153,7 @@ def speak(speaker: dict) -> dict:
     for utterance in speaker["utterances"]:
         if total >= limit:
             break
-        spoken, events = say(
-            utterance["text"], round(speaker["rate"] * utterance["rate"])
-        )
+        spoken, events = say(utterance["text"], round(speaker["rate"] * utterance["rate"]))
         waveform = resample_poly(spoken / 32_768, 320, 441)
         spans = phones(events, len(waveform))
         if speaker["clip_samples"]:
@@ -205,9 +182,7 @@ def speak(speaker: dict) -> dict:
     }
 
 
-def _clip(
-    waveform: np.ndarray, spans: list[list], samples: int
-) -> tuple[np.ndarray, list[list]]:
+def _clip(waveform: np.ndarray, spans: list[list], samples: int) -> tuple[np.ndarray, list[list]]:
     """Centre the voiced part in exactly ``samples`` samples, as the one-second clips of Speech Commands."""
     voiced = [span for span in spans if span[2] != "sil"]
     begin, end = voiced[0][0], voiced[-1][1]
@@ -216,11 +191,7 @@ def _clip(
     clip = np.zeros(samples)
     clip[lead : lead + end - begin] = waveform[begin:end]
     shift = lead - begin
-    moved = [
-        [a + shift, min(b, end) + shift, phone]
-        for a, b, phone in spans
-        if a < end and b > begin and a >= begin
-    ]
+    moved = [[a + shift, min(b, end) + shift, phone] for a, b, phone in spans if a < end and b > begin and a >= begin]
     head = [[0, lead, "sil"]] if lead else []
     tail = [[moved[-1][1], samples, "sil"]] if moved[-1][1] < samples else []
     return clip, head + moved + tail
@@ -229,9 +200,7 @@ def _clip(
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     # Forking is safe here: this process has no threads and has not loaded eSpeak NG.
-    with multiprocessing.get_context("fork").Pool(
-        job["workers"], maxtasksperchild=1
-    ) as pool:
+    with multiprocessing.get_context("fork").Pool(job["workers"], maxtasksperchild=1) as pool:
         for done in pool.imap_unordered(speak, job["speakers"], chunksize=1):
             print(json.dumps(done), flush=True)
 

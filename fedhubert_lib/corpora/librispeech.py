@@ -20,21 +20,14 @@ class CorpusError(ValueError):
 def home(root: Path, subsets: list[str]) -> Path:
     """The folder that holds the subsets: ``root`` or ``root/LibriSpeech``. Missing or empty ones are an error."""
     if not root.is_dir():
-        raise CorpusError(
-            f"corpus.root: there is no folder {root}; give the folder that holds {', '.join(subsets)}"
-        )
+        raise CorpusError(f"corpus.root: there is no folder {root}; give the folder that holds {', '.join(subsets)}")
     root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     for subset in subsets:
         if not (root / subset).is_dir():
-            there = (
-                ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
-                or "no folder at all"
-            )
+            there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folder at all"
             raise CorpusError(f"{root} has no subset {subset}; it has {there}")
         if not any((root / subset).iterdir()):
-            raise CorpusError(
-                f"{root / subset} is empty; unpack the subset there, or leave it out"
-            )
+            raise CorpusError(f"{root / subset} is empty; unpack the subset there, or leave it out")
     return root
 
 
@@ -50,29 +43,20 @@ def sexes(speakers_txt: Path) -> dict[str, str]:
     return table
 
 
-def utterances(
-    root: Path, subsets: list[str], scanned: pd.DataFrame
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row per usable utterance below ``root`` (COLUMNS, in order of utterance), and (path, reason) of the others.
 
     ``scanned`` is what scan.scan found below the subsets. Left out, beside what the scan refused: a file whose name
     does not fit its folders, and the second copy of an utterance or of a recording.
     """
-    places = (
-        scanned["path"]
-        .str.slice(len(str(root.absolute())) + 1)
-        .str.split("/", expand=True)
-    )
+    places = scanned["path"].str.slice(len(str(root.absolute())) + 1).str.split("/", expand=True)
     places = places.reindex(columns=range(max(4, places.shape[1])))
     table = scanned.assign(subset=places[0], speaker=places[1], chapter=places[2])
     table["utterance"] = places[3].str.replace(r"\.(flac|wav)$", "", regex=True)
     fits = places.iloc[:, 4:].isna().all(axis=1) & places[3].notna()
     prefix = table["speaker"].fillna("") + "-" + table["chapter"].fillna("") + "-"
     fits &= np.array(
-        [
-            u.startswith(p)
-            for u, p in zip(table["utterance"].fillna(""), prefix, strict=True)
-        ],
+        [u.startswith(p) for u, p in zip(table["utterance"].fillna(""), prefix, strict=True)],
         bool,
     )
     reason = table["reason"].mask(
@@ -82,20 +66,13 @@ def utterances(
 
     # The first in the order of the subsets stays, so that a smaller subset inside a larger one costs nothing.
     order = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
-    table = table.assign(reason=reason, order=order).sort_values(
-        ["order", "utterance"], kind="stable"
-    )
+    table = table.assign(reason=reason, order=order).sort_values(["order", "utterance"], kind="stable")
     good = table["reason"] == ""
     for column, words in (
         ("utterance", "utterance is in an earlier subset"),
         ("fingerprint", "same audio as another"),
     ):
-        again = (
-            good
-            & (table[column] != "")
-            & table.where(good)[column].duplicated()
-            & (table[column] != "0" * 32)
-        )
+        again = good & (table[column] != "") & table.where(good)[column].duplicated() & (table[column] != "0" * 32)
         table.loc[again, "reason"] = words
         good &= ~again
 
@@ -105,9 +82,7 @@ def utterances(
         sex=accepted["speaker"].map(sex).fillna(""),
         text=accepted["utterance"].map(transcripts(accepted["path"])),
     )
-    return accepted[COLUMNS].reset_index(drop=True), table.loc[
-        ~good, ["path", "reason"]
-    ].reset_index(drop=True)
+    return accepted[COLUMNS].reset_index(drop=True), table.loc[~good, ["path", "reason"]].reset_index(drop=True)
 
 
 def transcripts(paths: pd.Series) -> dict[str, str]:

@@ -1,26 +1,28 @@
-"""What an audio file holds, read from its header alone: fast enough to look at every file of LibriSpeech.
+"""What every audio file of a corpus holds, from its headers: parallel, and incremental over an earlier scan.
 
-A FLAC file opens with STREAMINFO (RFC 9639, section 8.2): rate, channels, number of samples and the MD5 of the decoded
-audio, which serves as the file's fingerprint. A WAV file has no checksum; these are small (one second), so they are
-read whole. Every file that is not 16 kHz mono speech of at least one frame comes back with the reason.
+A file that is not 16 kHz mono speech of at least one frame, or that is not whole, comes back with the reason. FLAC
+files are judged by their two ends (``flac``). A WAV file has no checksum; these are small (one second), so they are
+read whole.
 """
 
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import soundfile
 
 from fedhubert_lib import files
 from fedhubert_lib.audio import RECEPTIVE_FIELD, SAMPLE_RATE
+from fedhubert_lib.corpora import flac
 
 SUFFIXES = (".flac", ".wav")
-CHUNK = 512
+CHUNK = 256
 
 
 class Header(NamedTuple):
@@ -30,6 +32,7 @@ class Header(NamedTuple):
     sample_rate: int
     channels: int
     fingerprint: str
+    """Of the audio alone: the FLAC header's MD5 of the samples, or BLAKE2b of a WAV file's data."""
     reason: str
 
 
@@ -38,19 +41,18 @@ def refused(reason: str) -> Header:
 
 
 def header(path: str) -> Header:
-    """Read the header of one FLAC or WAV file. Never raises: what is wrong is the ``reason``."""
+    """Read the ends of one FLAC file, or one WAV file. What is wrong with the file is the ``reason``, not an error."""
     try:
         with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
+            start = file.read(flac.HEADER_BYTES)
+            if not start:
                 return refused("empty file")
-            start = file.read(42)
             if start[:4] == b"fLaC":
-                found = _flac(start)
+                found = _flac(start, file.fileno())
             elif start[:4] == b"RIFF":
                 found = _wav(start + file.read())
             else:
-                found = refused("neither FLAC nor WAV")
+                return refused("neither FLAC nor WAV")
     except OSError as error:
         return refused(f"cannot be read: {error.strerror}")
     return found._replace(reason=found.reason or _unfit(found))
@@ -62,121 +64,130 @@ def _unfit(found: Header) -> str:
     if found.channels != 1:
         return f"{found.channels} channels, not mono"
     if found.samples < RECEPTIVE_FIELD:
-        return f"{found.samples} samples: shorter than one frame of {RECEPTIVE_FIELD}"
+        return f"shorter than one frame of {RECEPTIVE_FIELD} samples"
     return ""
 
 
-def _flac(start: bytes) -> Header:
-    if len(start) < 42 or start[4] & 0x7F != 0:
+def _flac(start: bytes, descriptor: int) -> Header:
+    info = flac.stream_info(start)
+    if info is None:
         return refused("truncated: no whole FLAC header")
-    bits = int.from_bytes(start[18:26], "big")
-    samples = bits & (1 << 36) - 1
-    if samples == 0:
+    if info.samples == 0:
         return refused("FLAC header gives no length")
-    return Header(samples, bits >> 44, (bits >> 41 & 7) + 1, start[26:42].hex(), "")
+    size = os.fstat(descriptor).st_size
+    begin = max(flac.HEADER_BYTES, size - info.largest_frame)
+    whole = flac.ends_whole(os.pread(descriptor, size - begin, begin), info)
+    reason = "" if whole else "truncated or damaged: does not end with the frame its header promises"
+    return Header(info.samples, info.sample_rate, info.channels, info.md5, reason)
 
 
 def _wav(content: bytes) -> Header:
     tag = channels = rate = bits = 0
     at = 12
     while at + 8 <= len(content):
-        name, size = (
-            content[at : at + 4],
-            int.from_bytes(content[at + 4 : at + 8], "little"),
-        )
+        name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
         body = at + 8
         if name == b"fmt " and body + 16 <= len(content):
-            tag, channels, rate, _, _, bits = struct.unpack_from(
-                "<HHIIHH", content, body
-            )
-            if tag == 0xFFFE and body + 26 <= len(
-                content
-            ):  # WAVE_FORMAT_EXTENSIBLE: the real tag stands later
+            tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, body)
+            if tag == 0xFFFE and body + 26 <= len(content):  # WAVE_FORMAT_EXTENSIBLE: the real tag stands later
                 (tag,) = struct.unpack_from("<H", content, body + 24)
         elif name == b"data":
-            if not channels or not bits:
+            width = channels * bits // 8
+            if not width:
                 return refused("WAV header without a format")
             if body + size > len(content):
-                return refused(
-                    f"truncated: {len(content) - body} of {size} bytes of audio"
-                )
-            if tag == 3 and bits in (
-                32,
-                64,
-            ):  # floating point: the only form that can hold NaN
-                values = np.frombuffer(
-                    content, f"<f{bits // 8}", size // (bits // 8), body
-                )
+                return refused(f"truncated: {len(content) - body} of {size} bytes of audio")
+            if tag == 3 and bits in (32, 64):  # floating point: the only form that can hold NaN
+                values = np.frombuffer(content, f"<f{bits // 8}", size // (bits // 8), body)
                 if not np.isfinite(values).all():
                     return refused("NaN or infinite samples")
-            digest = hashlib.blake2b(
-                content[body : body + size], digest_size=16
-            ).hexdigest()
-            return Header(size // (channels * bits // 8), rate, channels, digest, "")
+            digest = hashlib.blake2b(content[body : body + size], digest_size=16).hexdigest()
+            return Header(size // width, rate, channels, digest, "")
         at = body + size + size % 2
     return refused("truncated: no audio in the WAV file")
 
 
-def walk(root: Path) -> Iterator[tuple[str, int, int]]:
-    """(path, size, modification time in ns) of every audio file below ``root``, in sorted order within a folder."""
-    with os.scandir(root) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
-        if entry.is_dir():
-            yield from walk(Path(entry.path))
-        elif entry.name.endswith(SUFFIXES):
-            status = entry.stat()
-            yield entry.path, status.st_size, status.st_mtime_ns
+def decoded(path: str, found: Header) -> Header:
+    """Decode the whole file; the reason, if its header had none, says what then came out wrong."""
+    if found.reason:
+        return found
+    try:
+        samples, _ = soundfile.read(path, dtype="int16")
+    except (soundfile.LibsndfileError, OSError) as error:
+        return found._replace(reason=f"cannot be decoded: {error}")
+    if len(samples) != found.samples:
+        return found._replace(reason=f"decodes to {len(samples)} samples, its header promises {found.samples}")
+    is_flac = path.endswith(".flac") and found.fingerprint != "0" * 32
+    if is_flac and hashlib.md5(samples.tobytes(), usedforsecurity=False).hexdigest() != found.fingerprint:
+        return found._replace(reason="damaged: the decoded audio is not what its header's MD5 says")
+    return found
+
+
+def walk(root: Path) -> list[tuple[str, int, int]]:
+    """(path, size, modification time in ns) of every audio file below ``root``, in no particular order."""
+    found, folders = [], [str(root)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIXES):
+                    status = entry.stat()
+                    found.append((entry.path, status.st_size, status.st_mtime_ns))
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return found
 
 
 def scan(
     roots: list[Path],
     cache: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    *,
+    decode: bool = False,
     threads: int = 8,
 ) -> pd.DataFrame:
-    """The header of every audio file below ``roots``.
+    """The header of every audio file below ``roots``, in order of path; ``decode`` also decodes each in full.
 
-    ``cache`` is a parquet file of an earlier scan: a file whose size and modification time have not changed since is
-    not opened again. It is written anew. Threads wait for the disk while one of them parses.
+    ``cache`` is a parquet file that an earlier scan left: a file whose size and modification time are the same as then
+    is not opened again. The file is brought up to date. Threads wait for the disk while one of them parses.
 
-    Returns columns path, size, modified, samples, sample_rate, channels, fingerprint, reason.
+    Returns columns path, size, modified (ns), samples, sample_rate, channels, fingerprint, reason, decoded.
     """
-    found = pd.DataFrame(
-        [row for root in roots for row in walk(root.absolute())],
-        columns=["path", "size", "modified"],
-    ).astype({"size": "int64", "modified": "int64"})
+    rows = [row for root in roots for row in walk(root.absolute())]
+    found = pd.DataFrame(rows, columns=["path", "size", "modified"]).astype({"size": "int64", "modified": "int64"})
     keys = ["path", "size", "modified"]
-    if cache is not None and cache.exists():
-        found = found.merge(pd.read_parquet(cache), on=keys, how="left", sort=False)
-        fresh = found["reason"].isna().to_numpy()
+    known = pd.read_parquet(cache) if cache is not None and cache.exists() else None
+    if known is not None:
+        found = found.merge(known, on=keys, how="left")
+        fresh = (found["decoded"].isna() | (decode & (found["decoded"] == False))).to_numpy(bool)  # noqa: E712
     else:
         fresh = np.ones(len(found), dtype=bool)
     if fresh.any():
-        paths = found["path"].to_numpy()[fresh]
         read = pd.DataFrame(
-            _headers(paths, on_progress, threads),
-            columns=Header._fields,
-            index=np.flatnonzero(fresh),
+            _headers(found["path"].to_numpy()[fresh], on_progress, decode, threads), columns=Header._fields
         )
-        kept = found.loc[~fresh] if "reason" in found else found.iloc[:0]
-        found = pd.concat([kept, found.loc[fresh, keys].join(read)]).sort_index()
-    counts = {"samples": "int64", "sample_rate": "int32", "channels": "int32"}
-    found = found.astype(counts)
-    if cache is not None:
+        new = found.loc[fresh, keys].reset_index(drop=True).join(read).assign(decoded=decode)
+        found = pd.concat([found[~fresh], new]) if known is not None else new
+    found = found.astype({"samples": "int64", "sample_rate": "int32", "channels": "int32", "decoded": "bool"})
+    found = found.sort_values("path", ignore_index=True)
+    if cache is not None and (known is None or fresh.any() or len(known) != len(found)):
         with files.atomic(cache) as temporary:
             found.to_parquet(temporary, index=False)
     return found
 
 
 def _headers(
-    paths: np.ndarray, on_progress: Callable[[str, int, int], None] | None, threads: int
+    paths: np.ndarray, on_progress: Callable[[str, int, int], None] | None, decode: bool, threads: int
 ) -> list[Header]:
+    def read(chunk: np.ndarray) -> list[Header]:
+        found = [header(path) for path in chunk]
+        return [decoded(path, one) for path, one in zip(chunk, found, strict=True)] if decode else found
+
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     rows: list[Header] = []
+    flac.crc16(b"")  # builds its table once, before the threads would each
     with ThreadPoolExecutor(threads) as pool:
-        for part in pool.map(lambda chunk: [header(path) for path in chunk], chunks):
+        for part in pool.map(read, chunks):
             rows += part
             if on_progress:
-                on_progress("scan", len(rows), len(paths))
+                on_progress("decode" if decode else "scan", len(rows), len(paths))
     return rows

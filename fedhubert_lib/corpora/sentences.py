@@ -16,37 +16,37 @@ NOUNS = """
 acorn actor album anchor ankle apple apron arch army arrow artist attic aunt author autumn axe badge baker balcony
 banjo barn barrel basin basket bath beach beacon beard beaver bench berry bicycle blanket blossom boat bonnet book boot
 bottle boulder bowl branch bread brick bridge broom brother bucket buckle bulb bullet bundle bus butcher butter button
-cabin cable cactus cage cake camel camera canal candle canoe canvas captain card carpet carriage carrot castle cathedral
-cattle cave ceiling cellar chain chair chalk chapel cheese cherry chest chicken child chimney church circus city clerk
-cliff cloak clock cloth cloud clover coach coal coast coat coffee coin collar college colour comb cook copper cork corn
-corner cottage cotton courage cousin cow cradle crane cream creature creek crew cricket crow crowd crown crystal cup
-curtain cushion dagger dairy dancer daughter dawn deck deer dentist desert desk diamond diary dinner ditch doctor doll
-dolphin donkey door dove dragon drawer dream dress driver drum duck dust eagle ear earth editor egg elbow elephant
-engine envelope evening eye factory falcon family farmer father feather fence fern ferry fever field fig finger fire
-fish fisherman flag flame flask flint flood floor flour flower flute fog forest fork fort fountain fox frame friend frog
-frost fruit furnace garden garlic gate ghost giant ginger giraffe girl glacier glass glove glue goat goose gospel grain
-grape grass gravel grocer ground guard guest guide guitar gull gun hail hall hammer hand harbour hare harp harvest hat
-hawk hay hazel head hearth heart hedge helmet herb hill hinge honey hood hook horn horse hotel hour house hunter ice
-infant ink inn iron island ivory ivy jacket jam jar jaw jewel jockey journal journey judge jug juice jungle keeper kettle
-key king kitchen kite kitten knee knife knight knot ladder lady lake lamb lamp lantern lawn lawyer leaf leather lemon
-letter library lid light lily lime lion lizard lock log lord lunch machine magnet maid mango map maple marble market
-marsh mask mast master mat match meadow measure medal melon merchant metal mile milk mill miner mirror mist mole monkey
-month moon morning moth mother motor mountain mouse mouth mud mule muscle museum music mustard nail napkin nation neck
-needle neighbour nephew nest net newspaper night noise nose nurse nut oak oar ocean office officer oil olive onion orange
-orchard organ otter oven owl ox oyster paddle page paint palace palm pan panther paper parade parcel parent park parrot
-path peach pearl pebble pen pencil pepper piano picture pie pig pigeon pillar pillow pilot pine pipe pirate pistol
-plain planet plate pleasure plough plum pocket poem poet police pond pony porch port post potato powder priest prince
-prison puddle pump pupil puppet purse puzzle queen quilt rabbit radio raft rail rain ranger raven razor reed ribbon rice
-rider rifle ring river road robin rock roof room rooster root rope rose rug ruler sack saddle sail sailor salad salt
-sand sausage scarf school scissors sculptor sea seal seed servant shadow shark shed sheep shelf shell shepherd shield
-ship shirt shoe shop shore shoulder shovel shower silk silver singer sister skull sky sled slope smith smoke snail snake
-snow soap sock soil soldier son song soup spade sparrow spider spoon spring square squirrel stable stage stairs star
-statue steam stone stool storm story stove stranger straw stream street student sugar summer sun swallow swan sword table
-tailor tea teacher temple tent thief thimble thorn thread throne thumb thunder ticket tide tiger timber toast tobacco
-tomato tongue tool tooth torch tower town toy train traveller treasure tree trumpet trunk tulip tunnel turkey turtle
-uncle valley vase veil vessel village vine vinegar violin visitor voice volcano voyage wagon waiter wall walnut war
-wasp watch water wave wax weather weaver web wheat wheel whip whistle widow wife willow wind window wine wing winter wolf
-wood wool worker worm yard year yolk youth zebra zipper
+cabin cable cactus cage cake camel camera canal candle canoe canvas captain card carpet carriage carrot castle
+cathedral cattle cave ceiling cellar chain chair chalk chapel cheese cherry chest chicken child chimney church circus
+city clerk cliff cloak clock cloth cloud clover coach coal coast coat coffee coin collar college colour comb cook
+copper cork corn corner cottage cotton courage cousin cow cradle crane cream creature creek crew cricket crow crowd
+crown crystal cup curtain cushion dagger dairy dancer daughter dawn deck deer dentist desert desk diamond diary dinner
+ditch doctor doll dolphin donkey door dove dragon drawer dream dress driver drum duck dust eagle ear earth editor egg
+elbow elephant engine envelope evening eye factory falcon family farmer father feather fence fern ferry fever field fig
+finger fire fish fisherman flag flame flask flint flood floor flour flower flute fog forest fork fort fountain fox
+frame friend frog frost fruit furnace garden garlic gate ghost giant ginger giraffe girl glacier glass glove glue goat
+goose gospel grain grape grass gravel grocer ground guard guest guide guitar gull gun hail hall hammer hand harbour
+hare harp harvest hat hawk hay hazel head hearth heart hedge helmet herb hill hinge honey hood hook horn horse hotel
+hour house hunter ice infant ink inn iron island ivory ivy jacket jam jar jaw jewel jockey journal journey judge jug
+juice jungle keeper kettle key king kitchen kite kitten knee knife knight knot ladder lady lake lamb lamp lantern lawn
+lawyer leaf leather lemon letter library lid light lily lime lion lizard lock log lord lunch machine magnet maid mango
+map maple marble market marsh mask mast master mat match meadow measure medal melon merchant metal mile milk mill miner
+mirror mist mole monkey month moon morning moth mother motor mountain mouse mouth mud mule muscle museum music mustard
+nail napkin nation neck needle neighbour nephew nest net newspaper night noise nose nurse nut oak oar ocean office
+officer oil olive onion orange orchard organ otter oven owl ox oyster paddle page paint palace palm pan panther paper
+parade parcel parent park parrot path peach pearl pebble pen pencil pepper piano picture pie pig pigeon pillar pillow
+pilot pine pipe pirate pistol plain planet plate pleasure plough plum pocket poem poet police pond pony porch port post
+potato powder priest prince prison puddle pump pupil puppet purse puzzle queen quilt rabbit radio raft rail rain ranger
+raven razor reed ribbon rice rider rifle ring river road robin rock roof room rooster root rope rose rug ruler sack
+saddle sail sailor salad salt sand sausage scarf school scissors sculptor sea seal seed servant shadow shark shed sheep
+shelf shell shepherd shield ship shirt shoe shop shore shoulder shovel shower silk silver singer sister skull sky sled
+slope smith smoke snail snake snow soap sock soil soldier son song soup spade sparrow spider spoon spring square
+squirrel stable stage stairs star statue steam stone stool storm story stove stranger straw stream street student sugar
+summer sun swallow swan sword table tailor tea teacher temple tent thief thimble thorn thread throne thumb thunder
+ticket tide tiger timber toast tobacco tomato tongue tool tooth torch tower town toy train traveller treasure tree
+trumpet trunk tulip tunnel turkey turtle uncle valley vase veil vessel village vine vinegar violin visitor voice
+volcano voyage wagon waiter wall walnut war wasp watch water wave wax weather weaver web wheat wheel whip whistle widow
+wife willow wind window wine wing winter wolf wood wool worker worm yard year yolk youth zebra zipper
 """.split()
 
 VERBS = """
@@ -92,9 +92,7 @@ Joyce Julia Kate Laura Leonard Lewis Lucy Mabel Margaret Martha Mary Matthew Mau
 Percy Peter Philip Rachel Ralph Robert Ruth Samuel Sarah Simon Sophie Stephen Susan Theodore Thomas Victor Walter Zoe
 """.split()
 
-DETERMINERS = (
-    "the a this that each every another my your his her our their some one".split()
-)
+DETERMINERS = "the a this that each every another my your his her our their some one".split()
 PREPOSITIONS = """
 above across after against along among around at before behind below beneath beside between beyond by during for from
 in inside into near of on over past through toward under upon with within without
@@ -129,10 +127,7 @@ b bl br ch d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sc sh sk sl sm 
     + [""]
 )
 NUCLEI = "a e i o u ee oo ai oa ou oi aw ar er or ea ie ow".split()
-CODAS = (
-    "b ck d f g l ll m n nd ng nk nt p r rd rk rn sh ss st t th v x z ft lt mp sk".split()
-    + [""] * 6
-)
+CODAS = "b ck d f g l ll m n nd ng nk nt p r rd rk rn sh ss st t th v x z ft lt mp sk".split() + [""] * 6
 
 VOCABULARY = sorted({word for words in SLOTS.values() for word in words})
 
@@ -143,9 +138,7 @@ def sentence(rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         frames += ["C", FRAMES[rng.integers(len(FRAMES))]]
     tokens = " ".join(frames).split()
-    return " ".join(
-        str(rng.choice(SLOTS[token])) if token in SLOTS else token for token in tokens
-    )
+    return " ".join(str(rng.choice(SLOTS[token])) if token in SLOTS else token for token in tokens)
 
 
 def random_words(rng: np.random.Generator) -> str:
@@ -156,10 +149,7 @@ def random_words(rng: np.random.Generator) -> str:
 def pseudo_words(rng: np.random.Generator) -> str:
     """Four to ten words that do not exist, of one to three random syllables."""
     return " ".join(
-        "".join(
-            str(rng.choice(ONSETS)) + str(rng.choice(NUCLEI)) + str(rng.choice(CODAS))
-            for _ in range(syllables)
-        )
+        "".join(str(rng.choice(ONSETS)) + str(rng.choice(NUCLEI)) + str(rng.choice(CODAS)) for _ in range(syllables))
         for syllables in rng.integers(1, 4, size=rng.integers(4, 11))
     )
 

@@ -31,9 +31,7 @@ def home(root: Path) -> Path:
 
 def words(root: Path) -> list[Path]:
     """The folders of the words, without _background_noise_ and the like."""
-    found = sorted(
-        p for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))
-    )
+    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
     if not found:
         raise CorpusError(f"{root} has no folder of a word; unpack the archive again")
     return found
@@ -41,12 +39,8 @@ def words(root: Path) -> list[Path]:
 
 def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row per usable clip below ``root`` (COLUMNS, in order of clip), and (path, reason) of the others."""
-    table = scanned.assign(
-        clip=scanned["path"].str.slice(len(str(root.absolute())) + 1)
-    )
-    names = table["clip"].str.extract(
-        r"^(?P<word>[^/]+)/(?P<speaker>[^/]+)_nohash_\d+\.wav$"
-    )
+    table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
+    names = table["clip"].str.extract(r"^(?P<word>[^/]+)/(?P<speaker>[^/]+)_nohash_\d+\.wav$")
     table = table.join(names)
     unnamed = table["word"].isna() & (table["reason"] == "")
     table.loc[unnamed, "reason"] = "not WORD/SPEAKER_nohash_TAKE.wav"

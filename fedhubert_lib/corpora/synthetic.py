@@ -56,9 +56,7 @@ def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) 
         (TEST_SUBSET, p.test_speakers, p.test_minutes, 90_001),
     ):
         # Speakers differ in how much they said, by up to a factor of two.
-        shares = seeds.numpy_generator(p.seed, "corpus", subset, "shares").uniform(
-            0.7, 1.4, count
-        )
+        shares = seeds.numpy_generator(p.seed, "corpus", subset, "shares").uniform(0.7, 1.4, count)
         for i, share in enumerate(shares / shares.sum()):
             speakers.append(
                 _speaker(
@@ -72,9 +70,7 @@ def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) 
     _synthesise(folder, speakers, on_progress, _finish_speech)
 
 
-def keywords(
-    folder: Path, p: params.Corpus, on_progress: Progress | None = None
-) -> None:
+def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
     """Write ``folder``: a Speech-Commands-layout corpus of the 35 words, with its validation and testing lists.
 
     A quarter of the voices is for testing only, an eighth for validation only, at least one each. An identical corpus
@@ -83,9 +79,7 @@ def keywords(
     voices = []
     for i in range(p.keyword_voices):
         name = hashlib.sha1(f"{p.seed} voice {i}".encode()).hexdigest()[:8]
-        voices.append(
-            _keyword_voice(p.seed, name, sex="FM"[i % 2], takes=p.keyword_takes)
-        )
+        voices.append(_keyword_voice(p.seed, name, sex="FM"[i % 2], takes=p.keyword_takes))
     testing = max(1, p.keyword_voices // 4)
     validation = max(1, p.keyword_voices // 8)
 
@@ -94,9 +88,7 @@ def keywords(
             ("testing_list.txt", speakers[:testing]),
             ("validation_list.txt", speakers[testing : testing + validation]),
         ):
-            lines = sorted(
-                u["path"] for speaker in chosen for u in speaker["utterances"]
-            )
+            lines = sorted(u["path"] for speaker in chosen for u in speaker["utterances"])
             (temporary / name).write_text("\n".join(lines) + "\n")
 
     _synthesise(folder, voices, on_progress, finish)
@@ -116,15 +108,11 @@ def voice(rng: np.random.Generator, sex: str) -> str:
         f"flutter {rng.integers(0, 5)}",
         "consonants {:.0f} {:.0f}".format(*rng.uniform(80, 125, 2)),
         "breath " + " ".join(f"{value:.0f}" for value in rng.uniform(0, 4, 8)),
-        "formant 0 {:.0f} {:.0f} {:.0f}".format(
-            *100 * rng.uniform((0.95, 0.8, 0.9), (1.05, 1.1, 1.3))
-        ),
+        "formant 0 {:.0f} {:.0f} {:.0f}".format(*100 * rng.uniform((0.95, 0.8, 0.9), (1.05, 1.1, 1.3))),
     ]
     for formant in range(1, 9):
         frequency = 100 * tract * rng.uniform(0.95, 1.05)
-        lines.append(
-            f"formant {formant} {frequency:.0f} {rng.uniform(75, 115):.0f} {rng.uniform(85, 150):.0f}"
-        )
+        lines.append(f"formant {formant} {frequency:.0f} {rng.uniform(75, 115):.0f} {rng.uniform(85, 150):.0f}")
     return "\n".join(lines) + "\n"
 
 
@@ -144,9 +132,7 @@ def _speaker(seed: int, speaker: str, subset: str, sex: str, seconds: float) -> 
     fields = _voice_fields(rng, sex)
     utterances = []
     letters = 0
-    while (
-        letters < seconds * 25
-    ):  # nobody says 25 letters in a second: the synthesiser stops before the text does
+    while letters < seconds * 25:  # nobody says 25 letters in a second: the synthesiser stops before the text does
         number = len(utterances)
         if number % CHAPTER_UTTERANCES == 0:
             chapter, rate = (
@@ -158,11 +144,7 @@ def _speaker(seed: int, speaker: str, subset: str, sex: str, seconds: float) -> 
         name = f"{chapter}/{speaker}-{chapter}-{number % CHAPTER_UTTERANCES:04d}.flac"
         utterances.append({"path": name, "text": text, "rate": rate})
     place = {"name": speaker, "subset": subset, "below": f"{subset}/{speaker}"}
-    return (
-        fields
-        | place
-        | {"seconds": seconds, "clip_samples": None, "utterances": utterances}
-    )
+    return fields | place | {"seconds": seconds, "clip_samples": None, "utterances": utterances}
 
 
 def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
@@ -171,10 +153,7 @@ def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
     utterances = [
         {
             "path": f"{word}/{name}_nohash_{take}.wav",
-            "text": word
-            + str(
-                rng.choice(list(".?!,"))
-            ),  # statement, question, exclamation, unfinished
+            "text": word + str(rng.choice(list(".?!,"))),  # statement, question, exclamation, unfinished
             "rate": float(rng.uniform(0.8, 1.2)),
         }
         for word in KEYWORDS
@@ -207,9 +186,7 @@ def _synthesise(
         (temporary / "plan.json").write_text(plan)
 
 
-def _run_synthesiser(
-    folder: Path, speakers: list[dict], on_progress: Progress | None
-) -> None:
+def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress | None) -> None:
     places = [
         {
             "folder": str(folder / speaker["below"]),
@@ -234,9 +211,7 @@ def _run_synthesiser(
         str(job),
     ]
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             for done, _ in enumerate(process.stdout, start=1):
                 if on_progress:
                     on_progress("synthesise", done, len(speakers))
@@ -244,14 +219,8 @@ def _run_synthesiser(
         said = errors.read().strip()
     if process.returncode != 0:
         missing = "No module named 'espeakng_loader'" in said
-        remedy = (
-            "install it: pip install 'fedhubert[synthetic]'"
-            if missing
-            else "what it said follows"
-        )
-        raise RuntimeError(
-            f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{said}"
-        )
+        remedy = "install it: pip install 'fedhubert[synthetic]'" if missing else "what it said follows"
+        raise RuntimeError(f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{said}")
     job.unlink()
 
 
@@ -262,22 +231,16 @@ def _finish_speech(folder: Path, speakers: list[dict]) -> None:
         home = folder / speaker["below"]
         times = json.loads((folder / "voices" / f"{speaker['name']}.json").read_text())
         minutes = sum(samples for samples, _ in times.values()) / 16_000 / 60
-        rows.append(
-            f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice"
-        )
+        rows.append(f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice")
         transcripts: dict[Path, list[str]] = {}
         for spoken in speaker["utterances"][: len(times)]:
             path = home / spoken["path"]
             chapter = path.with_name(f"{speaker['name']}-{path.parent.name}.trans.txt")
-            transcripts.setdefault(chapter, []).append(
-                f"{path.stem} {sentences.transcript(spoken['text'])}\n"
-            )
+            transcripts.setdefault(chapter, []).append(f"{path.stem} {sentences.transcript(spoken['text'])}\n")
             phones += [(path.stem, *span) for span in times[spoken["path"]][1]]
         for chapter, lines in transcripts.items():
             chapter.write_text("".join(lines))
     header = ";ID | SEX | SUBSET | MINUTES | NAME\n"
     (folder / "SPEAKERS.TXT").write_text(header + "\n".join(rows) + "\n")
-    table = pd.DataFrame(
-        phones, columns=["utterance", "start_sample", "end_sample", "phone"]
-    )
+    table = pd.DataFrame(phones, columns=["utterance", "start_sample", "end_sample", "phone"])
     table.to_parquet(folder / "phones.parquet", index=False)
