@@ -129,10 +129,10 @@ def phone_lengths(phones: pd.DataFrame) -> Figure:
 
 
 @styled
-def clients(table: pd.DataFrame, lengths: Mapping[str, np.ndarray]) -> Figure:
+def clients(table: pd.DataFrame, owned: pd.DataFrame) -> Figure:
     """What each client holds: speech, speakers, and the spread of its utterance lengths.
 
-    ``table`` is 01_partition/clients.parquet; ``lengths`` gives each client's utterance lengths in seconds.
+    ``table`` is 01_partition/clients.parquet; ``owned`` has a row per utterance: client, samples, sample_rate.
     """
     figure, (first, second, third) = _figure(1, 3, width=11, height=3)
     amount, unit = _duration(table.hours.to_numpy())
@@ -141,7 +141,8 @@ def clients(table: pd.DataFrame, lengths: Mapping[str, np.ndarray]) -> Figure:
     _bars(second, table.speakers.to_numpy(), GREEN)
     second.yaxis.set_major_locator(MaxNLocator(integer=True))
     second.set(ylabel="speakers", title="Speakers per client")
-    quantiles = np.array([np.quantile(lengths[client], [0.05, 0.25, 0.5, 0.75, 0.95]) for client in table.client]).T
+    lengths = (owned.samples / owned.sample_rate).groupby(owned.client)
+    quantiles = lengths.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack().loc[table.client].to_numpy().T
     _bars(third, quantiles[4], SKY, quantiles[0], alpha=0.4)
     _bars(third, quantiles[3], SKY, quantiles[1])
     third.plot(quantiles[2], "_", color=BLACK, markersize=4)

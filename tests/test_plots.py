@@ -59,7 +59,7 @@ def pictures() -> dict[str, Figure]:
         "utterance_lengths": plots.utterance_lengths(table),
         "speakers": plots.speakers(table),
         "phone_lengths": plots.phone_lengths(PHONES),
-        "clients": plots.clients(held, dict.fromkeys(CLIENTS, np.arange(1.0, 9))),
+        "clients": plots.clients(held, table.assign(client=np.resize(CLIENTS, len(table)))),
         "partition_schemes": plots.partition_schemes({"speaker": own, "iid": table.assign(client="c0")}),
         "aligned_units": plots.aligned_units(waveform, PHONES, {"federated": labels}),
         "cluster_sizes": plots.cluster_sizes({"federated": np.array([5, 0, 10]), "client": np.array([5, 5, 5])}),
@@ -146,8 +146,8 @@ def test_unused_clusters_have_no_spectrum():
 def test_full_size_is_drawn_without_a_name_for_each():
     names = [f"client-{i:04d}" for i in range(2338)]
     table = pd.DataFrame({"client": names, "hours": RNG.random(2338), "speakers": 1})
-    lengths = dict.fromkeys(names, np.array([1.0, 12.0, 15.0]))
-    figure = plots.clients(table, lengths)
+    owned = manifest(5000).assign(client=np.resize(names, 5000))
+    figure = plots.clients(table, owned)
     assert len(figure.axes[0].get_xticklabels()) < 20
     rows = [
         {"kind": "client", "round": r, "client": f"c{c}", "loss": 1.0, "accuracy_masked": 0.1, "accuracy_unmasked": 0.1}
