@@ -14,8 +14,8 @@ A job is ``{"workers": n, "speakers": [...]}``; a speaker is::
      "clip_samples": cut or pad every clip to this, or null,
      "utterances": [{"path": file name below folder, "text": ..., "rate": factor}, ...]}
 
-Notes are the voice file, ``NOTES.txt``, and ``NOTES.json``: ``{path: [samples, [[start, end, phone], ...]]}``, in samples at
-16 kHz. Phones are folded to the 39 ARPAbet classes of the TIMIT/LibriSpeech tradition plus ``sil``.
+Notes are the voice file, ``NOTES.txt``, and ``NOTES.json``: ``{path: [samples, [[start, end, phone], ...]]}``, in
+samples at 16 kHz. Phones are folded to the 39 ARPAbet classes of the TIMIT/LibriSpeech tradition plus ``sil``.
 """
 
 import ctypes
