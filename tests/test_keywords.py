@@ -116,7 +116,7 @@ def test_clip_of_any_length_becomes_one_second():
 @pytest.mark.parametrize("front_end", ["waveform", "logmel"])
 def test_a_clips_features_do_not_depend_on_its_batch(table, tmp_path, front_end):
     config = hubert.preset("tiny", front_end, num_hidden_layers=2, conv_dim=(16,) * 7)
-    encoder = encoders.untrained(config, 0, torch.device("cpu"))
+    encoder = encoders.of_model(encoders.untrained(config, 0), torch.device("cpu"))
     clips = keywords.read_clips(table)
     whole = keywords.pooled(encoder, clips, tmp_path / "a.npy", batch=54)
     single = keywords.pooled(encoder, clips.iloc[[7]], tmp_path / "b.npy", batch=1)
@@ -182,6 +182,6 @@ def test_unknown_word_is_named():
 def test_untrained_encoder_gives_n_plus_one_states_and_is_seeded():
     config = hubert.preset("tiny", "logmel", num_hidden_layers=2)
     waveforms = torch.from_numpy(seeds.numpy_generator(0).normal(size=(2, 16_000)).astype(np.float32))
-    a, b, c = (encoders.untrained(config, seed, torch.device("cpu"))(waveforms) for seed in (0, 0, 1))
+    a, b, c = (encoders.of_model(encoders.untrained(config, seed), torch.device("cpu"))(waveforms) for seed in (0, 0, 1))
     assert len(a) == 3 and a[0].shape == (2, 49, 192)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])

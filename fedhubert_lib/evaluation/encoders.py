@@ -4,7 +4,6 @@ Trained models, untrained ones and MFCC are then measured by the same code.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,16 +25,11 @@ def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
     return encode
 
 
-def of_checkpoint(folder: Path, device: torch.device) -> Encoder:
-    """``of_model`` of the model in ``folder``."""
-    return of_model(hubert.load(folder)[0], device)
-
-
-def untrained(config: hubert.HubertConfig, seed: int, device: torch.device) -> Encoder:
+def untrained(config: hubert.HubertConfig, seed: int) -> hubert.Hubert:
     """The floor that training must leave: the architecture of ``config`` with random weights."""
     model = hubert.Hubert(config)
     hubert.initialise(model, seeds.torch_generator(seed, "untrained"))
-    return of_model(model, device)
+    return model
 
 
 def mfcc(waveforms: Tensor) -> tuple[Tensor, ...]:

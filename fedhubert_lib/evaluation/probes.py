@@ -15,7 +15,13 @@ from torch.nn import functional
 from fedhubert_lib import seeds
 
 
-def nearest(rows: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, *, neighbours: int = 10) -> float:
+class TooFewClipsError(ValueError):
+    """Clips that do not allow a measure: too few speakers, or too few clips of each."""
+
+
+def nearest(
+    rows: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, *, neighbours: int = 10
+) -> float:
     """Accuracy on ``test`` of the majority of the ``neighbours`` closest rows of ``train``, by cosine.
 
     ``rows``: [clips, width] of one layer; ties go to the nearer neighbours. Memory is test chunk x train.
@@ -52,14 +58,16 @@ def ridge(rows: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndar
     return float((classes[scores.argmax(1)].numpy() == labels[test]).mean())
 
 
-def leave_speakers_out(rows: np.ndarray, labels: np.ndarray, speakers: np.ndarray, *, seed: int, folds: int = 5) -> float:
+def leave_speakers_out(
+    rows: np.ndarray, labels: np.ndarray, speakers: np.ndarray, *, seed: int, folds: int = 5
+) -> float:
     """Accuracy of ``ridge`` on speakers it never saw: each speaker is tested once, in one of ``folds`` groups.
 
-    Raises ValueError with fewer than two speakers.
+    Raises TooFewClipsError with fewer than two speakers.
     """
     names = np.unique(speakers)
     if len(names) < 2:
-        raise ValueError(f"leaving speakers out needs at least two speakers, and there is {len(names)}")
+        raise TooFewClipsError(f"leaving speakers out needs at least two speakers, and there is {len(names)}")
     order = seeds.numpy_generator(seed, "leave-speakers-out").permutation(names)
     right = 0.0
     for group in np.array_split(order, min(folds, len(names))):
@@ -75,13 +83,15 @@ def speaker_accuracy(
     """How well ``ridge`` names the speaker of a clip, and chance: 1 / speakers.
 
     Over at most ``most`` seeded speakers with ``fewest_clips`` or more; a quarter of each speaker's clips is tested.
-    Raises ValueError when fewer than two speakers have that many.
+    Raises TooFewClipsError when fewer than two speakers have that many.
     """
     rng = seeds.numpy_generator(seed, "speaker-probe")
     names, counts = np.unique(speakers, return_counts=True)
     names = rng.permutation(names[counts >= fewest_clips])[:most]
     if len(names) < 2:
-        raise ValueError(f"a speaker probe needs two speakers with {fewest_clips} clips, and there are {len(names)}")
+        raise TooFewClipsError(
+            f"a speaker probe needs two speakers with {fewest_clips} clips, and there are {len(names)}"
+        )
     train, test = [], []
     labels = np.full(len(speakers), -1, dtype=np.int64)
     for index, name in enumerate(names):
@@ -95,7 +105,7 @@ def speaker_accuracy(
 def triplets(labels: np.ndarray, speakers: np.ndarray, *, seed: int, count: int) -> np.ndarray:
     """``count`` seeded (A, B, X) for ABX across speakers, int64 [count, 3], as indices of clips.
 
-    A and B are of one speaker and of different words; X is A's word by another speaker. Raises ValueError when the
+    A and B are of one speaker and of different words; X is A's word by another speaker. Raises TooFewClipsError when the
     clips allow no such triplet.
     """
     rng = seeds.numpy_generator(seed, "abx")
@@ -112,7 +122,9 @@ def triplets(labels: np.ndarray, speakers: np.ndarray, *, seed: int, count: int)
         same = same[speakers[same] != speakers[a]]
         if len(others) and len(same):
             drawn.append((a, int(rng.choice(others)), int(rng.choice(same))))
-    raise ValueError("too few clips for ABX: it needs words that two speakers said, and speakers who said two words")
+    raise TooFewClipsError(
+        "too few clips for ABX: it needs words that two speakers said, and speakers who said two words"
+    )
 
 
 def abx_error(frames: Sequence[Tensor], triples: np.ndarray, *, chunk: int = 256) -> float:
@@ -136,15 +148,17 @@ def _warped(left: list[Tensor], right: list[Tensor]) -> np.ndarray:
     angles = torch.stack(left) @ torch.stack(right).transpose(1, 2)
     angles = torch.arccos(angles.clamp(-1, 1)).numpy() / np.pi  # rounding leaves cosines a little beyond 1
     pairs, rows, columns = angles.shape
-    cost = np.full((pairs, rows + 1, columns + 1), np.inf)
-    length = np.zeros((pairs, rows + 1, columns + 1))
-    cost[:, 0, 0] = 0
-    every = np.arange(pairs)
-    for i in range(1, rows + 1):
-        for j in range(1, columns + 1):
-            ways = np.stack([cost[:, i - 1, j - 1], cost[:, i - 1, j], cost[:, i, j - 1]])
-            best = ways.argmin(0)
-            cost[:, i, j] = ways[best, every] + angles[:, i - 1, j - 1]
-            steps = np.stack([length[:, i - 1, j - 1], length[:, i - 1, j], length[:, i, j - 1]])
-            length[:, i, j] = steps[best, every] + 1
-    return cost[:, -1, -1] / length[:, -1, -1]
+    # One antidiagonal at a time: cell i of diagonal d is (i, d - i), its neighbours lie on the two diagonals before.
+    cost = [np.full((pairs, rows + 1), np.inf) for _ in range(2)]
+    steps = [np.zeros((pairs, rows + 1)) for _ in range(2)]
+    cost[0][:, 0] = 0  # the corner before both sequences
+    for diagonal in range(rows + columns - 1):
+        i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
+        ways = np.stack([cost[0][:, i], cost[1][:, i], cost[1][:, i + 1]])
+        counts = np.stack([steps[0][:, i], steps[1][:, i], steps[1][:, i + 1]])
+        best = ways.argmin(0)[None]
+        new_cost, new_steps = np.full((pairs, rows + 1), np.inf), np.zeros((pairs, rows + 1))
+        new_cost[:, i + 1] = np.take_along_axis(ways, best, 0)[0] + angles[:, i, diagonal - i]
+        new_steps[:, i + 1] = np.take_along_axis(counts, best, 0)[0] + 1
+        cost, steps = [cost[1], new_cost], [steps[1], new_steps]
+    return cost[1][:, -1] / steps[1][:, -1]

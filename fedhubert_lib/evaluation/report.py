@@ -1,0 +1,315 @@
+"""The evaluation of a run: every system on every measure, beside its baselines, as JSON, CSV and a page.
+
+``report.json`` (format ``fedhubert-report``, version 1) holds
+
+* ``run``, ``seed``, ``parameters``: what was evaluated and how;
+* ``data``: clips and speakers per split, words, utterances, minutes and frames of unit quality;
+* ``systems``: ``system`` (stable name), ``title``, and ``absent``: system to the reason it is not there;
+* ``measures``: ``measure`` (stable name), ``title``, ``better`` (higher, lower, or neither) and ``what`` it is;
+* ``figures``: one per system, measure and layer (null where the system is measured as a whole): ``value``, ``low`` and
+  ``high`` (95 % interval over seeds, null for a single value), ``baseline`` (chance, or shuffled labels; null where
+  there is none), ``seeds`` and their ``values``;
+* ``confusion``: for each system, test clips of word i (row) recognised as word j, summed over seeds;
+* ``missed``: for each system, the clips most often mistaken: clip, word, the word it was taken for, seeds that missed it;
+* ``notes``: what could not be measured, and why.
+
+``report.csv`` holds ``figures`` alone. Speed and energy differ from run to run: they are in ``speed.json``, not in these.
+Equal runs thus give equal reports.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fedhubert_lib import audio, files, params
+from fedhubert_lib.evaluation import cost, keywords, layers, page, probes, systems
+from fedhubert_lib.evaluation.intervals import Measure, measure
+from fedhubert_lib.evaluation.systems import System
+
+STAGE = "05_evaluate"
+ABX_CLIPS = 400
+ABX_TRIPLETS = 2000
+
+MEASURES = {
+    "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen; chance"),
+    "layer-accuracy": ("keyword accuracy, one layer", "higher", "linear least squares on one layer; chance"),
+    "layer-weight": ("share of the layer", "neither", "in the keyword probe's weighted sum"),
+    "nearest-accuracy": ("10 nearest neighbours", "higher", "keywords by cosine on the best layer; chance"),
+    "unseen-speaker-accuracy": (
+        "speakers left out",
+        "higher",
+        "linear probe over folds of speakers, best layer; chance",
+    ),
+    "abx-error": ("ABX error across speakers", "lower", "words by dynamic time warping on the best layer; chance"),
+    "speaker-accuracy": ("speaker identified", "lower", "what a linear probe hears of the voice, best layer; chance"),
+    "pnmi": ("PNMI of units", "higher", "phones known from the layer's clusters; shuffled labels"),
+    "phone-purity": ("phone purity of units", "higher", "share of frames whose cluster's main phone is theirs"),
+    "cluster-purity": ("cluster purity of units", "higher", "share of frames whose phone's main cluster is theirs"),
+    "parameters": ("parameters", "lower", "of the encoder"),
+    "macs": ("MACs per second of audio", "lower", "multiply-accumulates for one second"),
+    "bytes": ("bytes on disk", "lower", "of the encoder's weights"),
+}
+"""Stable name to title, which way is better, and what it is with its baseline."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how far it is, and of how much."""
+
+
+def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) -> pd.DataFrame:
+    """Evaluate ``run`` and write its report; returns the figures: the table that report.csv holds, with titles.
+
+    Columns: system, measure (titles), layer, value, low, high, baseline, seeds, and system_name, measure_name (stable).
+    Features are extracted once per system and kept under ``05_evaluate/features``. Raises FileNotFoundError without a
+    teacher, KeywordError where clips allow no fair figure.
+    """
+    folder = run / STAGE
+    device = torch.device(
+        "cuda" if p.device == "auto" and torch.cuda.is_available() else p.device.replace("auto", "cpu")
+    )
+    clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
+    words = sorted(clips.word.unique())
+    compared, absent = systems.of_run(run, p.seed, device)
+    report: dict[str, Any] = {
+        "format": "fedhubert-report",
+        "version": 1,
+        "run": run.name,
+        "seed": p.seed,
+        "parameters": p.model_dump(mode="json", exclude={"run", "device"}),
+        "data": _describe(clips, words),
+        "systems": [{"system": system.name, "title": system.title} for system in compared],
+        "absent": absent,
+        "measures": [{"measure": name, "title": t, "better": b, "what": w} for name, (t, b, w) in MEASURES.items()],
+        "figures": [],
+        "confusion": {},
+        "missed": {},
+        "notes": [],
+    }
+    try:
+        utterances, phones = layers.held_out(run, p.unit_minutes, p.seed)
+    except layers.NoPhonesError as error:
+        utterances = phones = None
+        report["notes"].append(f"units: {error}")
+    else:
+        samples = int(utterances.samples.clip(upper=layers.LONGEST).sum())
+        report["data"]["units"] = {
+            "utterances": len(utterances),
+            "minutes": samples / audio.SAMPLE_RATE / 60,
+            "frames": int(layers.frame_counts(utterances).sum()),
+            "speakers": int(utterances.speaker.nunique()),
+        }
+    speed = {}
+    for system in compared:
+        figures = _Figures(system.name, report["figures"])
+        progress = _progress(on_progress, system.title)
+        rows = keywords.pooled(system.encoder, clips, _cache(folder, system, clips, "clips"), on_progress=progress)
+        best = _keywords(figures, report, keywords.task(rows, clips, words), clips, words, p)
+        _cheap(figures, report, system, rows[:, best], best, clips, p)
+        if utterances is not None and system.name != "mfcc-moments":  # which has no frames to cluster
+            frames = layers.frames(system.encoder, utterances, _cache(folder, system, utterances, "frames"), progress)
+            _units(figures, frames, utterances, phones, p)
+        speed[system.name] = _cost(figures, system)
+    files.write_json(folder / "report.json", report)
+    table = _table(report)
+    with files.atomic(folder / "report.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    files.write_json(folder / "speed.json", speed)
+    with files.atomic(folder / "report.html") as temporary:
+        temporary.write_text(page.render(report, table, headline(table), speed, clips))
+    return table
+
+
+class _Figures:
+    """Appends figures of one system."""
+
+    def __init__(self, system: str, figures: list[dict[str, Any]]) -> None:
+        self.system, self.figures = system, figures
+
+    def add(self, name: str, values: Measure, *, layer: int | None = None, baseline: float | None = None) -> None:
+        half = values.interval
+        self.figures.append(
+            {
+                "system": self.system,
+                "measure": name,
+                "layer": layer,
+                "value": values.mean,
+                "low": None if half is None else values.mean - half,
+                "high": None if half is None else values.mean + half,
+                "baseline": baseline,
+                "seeds": len(values.values),
+                "values": list(values.values),
+            }
+        )
+
+
+def _keywords(
+    figures: _Figures,
+    report: dict[str, Any],
+    task: keywords.Task,
+    clips: pd.DataFrame,
+    words: list[str],
+    p: params.Evaluate,
+) -> int:
+    """The keyword probes of one system; returns the layer that is best on the validation clips."""
+    chance = 1 / task.classes
+    outcomes = [
+        keywords.probe(
+            task, p.seed + seed, steps=p.probe_steps, rate=p.probe_rate, share=p.train_share, standardise=p.standardise
+        )
+        for seed in range(p.seeds)
+    ]
+    figures.add("keyword-accuracy", measure([each.accuracy for each in outcomes]), baseline=chance)
+    validation = []
+    for layer in range(task.rows.shape[1]):
+        figures.add("layer-weight", measure([float(each.layer_weights[layer]) for each in outcomes]), layer=layer)
+        rows = task.rows[:, layer]
+        validation.append(probes.ridge(rows, task.labels, task.train, task.validation))
+        accuracy = probes.ridge(rows, task.labels, task.train, task.test)
+        figures.add("layer-accuracy", measure([accuracy]), layer=layer, baseline=chance)
+    report["confusion"][figures.system] = keywords.confusion(outcomes, task).tolist()
+    report["missed"][figures.system] = _missed(outcomes, task, clips, words)
+    return int(np.argmax(validation))
+
+
+def _missed(
+    outcomes: list[keywords.Outcome], task: keywords.Task, clips: pd.DataFrame, words: list[str], most: int = 12
+) -> list[dict[str, Any]]:
+    predicted = np.stack([each.predicted for each in outcomes])
+    wrong = (predicted != task.labels[task.test]).sum(0)
+    missed = []
+    for index in np.argsort(-wrong, kind="stable")[:most]:
+        if not wrong[index]:
+            break
+        clip = clips.iloc[task.test[index]]
+        taken = np.bincount(predicted[predicted[:, index] != task.labels[task.test[index]], index]).argmax()
+        missed.append({"clip": clip["clip"], "word": clip.word, "taken_for": words[taken], "seeds": int(wrong[index])})
+    return missed
+
+
+def _cheap(
+    figures: _Figures,
+    report: dict[str, Any],
+    system: System,
+    rows: np.ndarray,
+    layer: int,
+    clips: pd.DataFrame,
+    p: params.Evaluate,
+) -> None:
+    """Measures without training, on the layer that the validation clips chose; what the clips do not allow is noted."""
+    rows = np.ascontiguousarray(rows)
+    labels, words = pd.factorize(clips.word, sort=True)
+    speakers = clips.speaker.to_numpy(dtype=str)
+    train, test = (np.flatnonzero(clips.split == split) for split in ("train", "test"))
+    chance = 1 / len(words)
+    seeds = range(p.seed, p.seed + p.seeds)
+    nearest = probes.nearest(rows, labels, train, test, neighbours=min(10, len(train)))
+    figures.add("nearest-accuracy", measure([nearest]), layer=layer, baseline=chance)
+
+    def unseen() -> None:
+        found = [probes.leave_speakers_out(rows, labels, speakers, seed=seed) for seed in seeds]
+        figures.add("unseen-speaker-accuracy", measure(found), layer=layer, baseline=chance)
+
+    def voice() -> None:
+        found = [probes.speaker_accuracy(rows, speakers, seed=seed) for seed in seeds]
+        figures.add("speaker-accuracy", measure([share for share, _ in found]), layer=layer, baseline=found[0][1])
+
+    def abx() -> None:
+        # Whole speakers, since a triplet needs two words of one of them.
+        order = clips.iloc[test].sort_values(["speaker", "clip"]).iloc[:ABX_CLIPS]
+        own_labels, own_speakers = labels[order.index], speakers[order.index]
+        drawn = [probes.triplets(own_labels, own_speakers, seed=seed, count=ABX_TRIPLETS) for seed in seeds]
+        frames = []
+        for start in range(0, len(order), 32):
+            waveforms = [keywords.one_second(audio.read(path)) for path in order.path.iloc[start : start + 32]]
+            frames += list(system.encoder(torch.stack(waveforms))[layer].cpu())
+        figures.add("abx-error", measure([probes.abx_error(frames, each) for each in drawn]), layer=layer, baseline=0.5)
+
+    for each in (
+        (unseen, voice) if system.name == "mfcc-moments" else (unseen, voice, abx)
+    ):  # a single frame: no warping
+        try:
+            each()
+        except probes.TooFewClipsError as error:
+            note = f"{each.__name__}: {error}"
+            if note not in report["notes"]:
+                report["notes"].append(note)
+
+
+def _units(
+    figures: _Figures, frames: np.ndarray, utterances: pd.DataFrame, phones: pd.DataFrame, p: params.Evaluate
+) -> None:
+    for layer in range(frames.shape[1]):
+        rows = np.ascontiguousarray(frames[:, layer])
+        found = [
+            layers.unit_quality(rows, utterances, phones, clusters=p.clusters, seed=p.seed + seed)
+            for seed in range(p.seeds)
+        ]
+        for name in ("pnmi", "phone_purity", "cluster_purity"):
+            shuffled = float(np.mean([each["shuffled_pnmi"] for each in found])) if name == "pnmi" else None
+            values = measure([each[name] for each in found])
+            figures.add(name.replace("_", "-"), values, layer=layer, baseline=shuffled)
+
+
+def _cost(figures: _Figures, system: System) -> dict[str, float | None]:
+    if system.model is not None:
+        figures.add("parameters", measure([cost.parameters(system.model)]))
+        figures.add("macs", measure([cost.macs(system.model)]))
+    if system.folder is not None:
+        figures.add("bytes", measure([cost.size(system.folder)]))
+    return cost.speed(system.encoder)
+
+
+def _describe(clips: pd.DataFrame, words: list[str]) -> dict[str, Any]:
+    splits = clips.groupby("split")
+    return {
+        "words": words,
+        "clips": {split: int(count) for split, count in splits.size().items()},
+        "speakers": {split: int(count) for split, count in splits.speaker.nunique().items()},
+    }
+
+
+def _table(report: dict[str, Any]) -> pd.DataFrame:
+    table = pd.DataFrame(report["figures"]).drop(columns="values")
+    table["layer"] = table.layer.astype("Int64")
+    titles = {each["system"]: each["title"] for each in report["systems"]}
+    table = table.rename(columns={"system": "system_name", "measure": "measure_name"})
+    table.insert(0, "system", table.system_name.map(titles))
+    table.insert(1, "measure", table.measure_name.map({name: title for name, (title, _, _) in MEASURES.items()}))
+    return table
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per system, one column per measure, as text ``mean ± interval``.
+
+    Unit quality is that of each system's best layer by PNMI, which is named.
+    """
+    chosen = table[table.layer.isna() | table.measure_name.isin(("abx-error", "nearest-accuracy", "speaker-accuracy"))]
+    chosen = pd.concat([chosen, table[table.measure_name == "unseen-speaker-accuracy"]])
+    units = table[table.measure_name == "pnmi"]
+    best = units.loc[units.groupby("system_name").value.idxmax(), ["system_name", "layer"]]
+    purity = table[table.measure_name.isin(("pnmi", "phone-purity", "cluster-purity"))]
+    chosen = pd.concat([chosen, purity.merge(best, on=["system_name", "layer"])])
+    text = chosen.assign(text=[_text(row) for row in chosen.itertuples()])
+    wide = text.pivot(index="system", columns="measure", values="text")
+    order = [title for title, _, _ in MEASURES.values() if title in wide.columns]
+    return wide.loc[list(dict.fromkeys(table.system)), order].fillna("")
+
+
+def _text(row: Any) -> str:
+    if row.measure_name in ("parameters", "macs", "bytes"):
+        return f"{row.value / 1e6:.2f} M"
+    text = f"{row.value:.3f}" if pd.isna(row.high) else f"{row.value:.3f} ± {row.high - row.value:.3f}"
+    return f"{text} (layer {row.layer})" if row.measure_name == "pnmi" else text
+
+
+def _cache(folder: Path, system: System, table: pd.DataFrame, what: str) -> Path:
+    key = hashlib.blake2b("\n".join(table.path).encode(), digest_size=8).hexdigest()
+    return folder / "features" / f"{what}-{system.digest}-{key}.npy"
+
+
+def _progress(on_progress: OnProgress | None, title: str) -> Callable[[int, int], None] | None:
+    return None if on_progress is None else lambda done, total: on_progress(title, done, total)

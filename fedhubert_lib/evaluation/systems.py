@@ -1,0 +1,67 @@
+"""What is compared: teacher and student, the centralised yardsticks, and the floors: random weights and MFCC."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedhubert_lib import hubert
+from fedhubert_lib.evaluation import encoders
+from fedhubert_lib.evaluation.encoders import Encoder
+
+CHECKPOINTS = {
+    "teacher": ("federated teacher", "03_pretrain/checkpoint"),
+    "centralised": ("centralised teacher", "03_pretrain/centralised/checkpoint"),
+    "student": ("federated student", "04_distill/checkpoint"),
+    "centralised-student": ("centralised student", "04_distill/centralised/checkpoint"),
+}
+"""Systems that are checkpoints of the run, in the order of the table: title, and folder under the run."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table."""
+
+    name: str
+    """Stable, used in report.json."""
+    title: str
+    encoder: Encoder
+    digest: str
+    """Of weights and architecture: features cached under it are this system's."""
+    model: hubert.Hubert | None = None
+    folder: Path | None = None
+
+
+def of_run(run: Path, seed: int, device: torch.device) -> tuple[list[System], dict[str, str]]:
+    """The systems of ``run`` and, for each that is absent, where it was looked for.
+
+    Raises FileNotFoundError when there is no teacher: the floors alone are no evaluation.
+    """
+    systems: list[System] = []
+    absent: dict[str, str] = {}
+    for name, (title, place) in CHECKPOINTS.items():
+        folder = run / place
+        if not (folder / "config.json").is_file():
+            absent[name] = f"no checkpoint in {place}"
+            continue
+        model, _ = hubert.load(folder)
+        systems.append(System(name, title, encoders.of_model(model, device), _digest(folder), model, folder))
+    if "teacher" in absent:
+        raise FileNotFoundError(f"{run / CHECKPOINTS['teacher'][1]}: no checkpoint; run 03_pretrain first")
+    config = systems[0].model.config
+    untrained = encoders.untrained(config, seed)
+    digest = hashlib.blake2b(repr((config, seed)).encode(), digest_size=8).hexdigest()
+    systems.append(System("random", "random weights", encoders.of_model(untrained, device), digest, untrained))
+    systems.append(System("mfcc", "MFCC", encoders.mfcc, "mfcc-39"))
+    systems.append(System("mfcc-moments", "MFCC, mean and deviation", encoders.mfcc_moments, "mfcc-78"))
+    return systems, absent
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""The report: all systems on all measures, stable keys, equal for equal runs, honest about what is missing."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from fedhubert_lib import hubert, params, seeds
+from fedhubert_lib.evaluation import keywords, layers, report, systems
+
+WORDS = ("yes", "no", "up")
+
+
+def speech(path, pitches, samples=8_000):
+    """A tone per pitch, one after another."""
+    time = np.arange(samples) / 16_000
+    noise = seeds.numpy_generator(0, path.name).normal(size=samples * len(pitches))
+    wave = np.concatenate([0.3 * np.sin(2 * np.pi * pitch * time) for pitch in pitches]) + 0.01 * noise
+    soundfile.write(path, wave.astype(np.float32), 16_000)
+    return len(wave)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose words and phones are pitches, with an untrained teacher and student."""
+    folder = tmp_path / "run"
+    sounds = folder / "00_corpus" / "sounds"
+    sounds.mkdir(parents=True)
+    clips, manifest, phones = [], [], []
+    for speaker in range(6):
+        split = ("train", "validation", "test")[speaker % 3]
+        for index, word in enumerate(WORDS):
+            for take in range(3):
+                clip = f"{word}/{speaker}_{take}"
+                path = sounds / f"{clip.replace('/', '-')}.wav"
+                samples = speech(path, [300 + 300 * index + 20 * speaker, 900])
+                row = {"clip": clip, "path": str(path), "word": word, "speaker": str(speaker), "split": split}
+                clips.append(row | {"samples": samples, "sample_rate": 16_000})
+        utterance = f"{speaker}-0-0"
+        order = seeds.numpy_generator(0, speaker).permutation(4)
+        path = sounds / f"{utterance}.wav"
+        samples = speech(path, [300 + 300 * phone for phone in order])
+        row = {"utterance": utterance, "path": str(path), "speaker": str(speaker), "samples": samples}
+        manifest.append(row | {"split": "train" if speaker < 4 else "test"})
+        phones += [
+            {"utterance": utterance, "start_sample": 8_000 * i, "end_sample": 8_000 * (i + 1), "phone": f"p{phone}"}
+            for i, phone in enumerate(order)
+        ]
+    pd.DataFrame(clips).to_parquet(folder / "00_corpus" / "keywords.parquet")
+    pd.DataFrame(manifest).to_parquet(folder / "00_corpus" / "manifest.parquet")
+    pd.DataFrame(phones).to_parquet(folder / "00_corpus" / "phones.parquet")
+    (folder / "01_partition").mkdir()
+    pd.DataFrame(manifest)[3:4].to_parquet(folder / "01_partition" / "heldout.parquet")
+    for place, seed in (("03_pretrain/checkpoint", 1), ("04_distill/checkpoint", 2)):
+        config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=seed)
+        model = hubert.Hubert(config)
+        hubert.initialise(model, seeds.torch_generator(seed))
+        hubert.save(folder / place, model)
+    return folder
+
+
+P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu")
+
+
+def test_every_system_stands_beside_its_baselines(run):
+    seen = []
+    table = report.run(run, P, on_progress=lambda what, done, total: seen.append((what, done, total)))
+    assert list(dict.fromkeys(table.system_name)) == ["teacher", "student", "random", "mfcc", "mfcc-moments"]
+    assert table[table.measure_name == "keyword-accuracy"].shape[0] == 5
+    words = table[table.measure_name == "keyword-accuracy"]
+    assert (words.seeds == 2).all() and words.low.notna().all() and (words.baseline == 1 / 3).all()
+    student = table[table.system_name == "student"].set_index(["measure_name", "layer"])
+    assert {layer for name, layer in student.index if name == "pnmi"} == {0, 1, 2}
+    assert student.loc[("macs", pd.NA), "value"] > 0
+    # The words are pitches: MFCC hears them, and its units are the phones.
+    mfcc = table[(table.system_name == "mfcc")].set_index("measure_name").value
+    assert mfcc["keyword-accuracy"] > 0.8 and mfcc["pnmi"] > 0.8
+    assert ("federated teacher", 54, 54) in seen
+
+
+def test_report_is_stable_documented_and_plain_json(run):
+    report.run(run, P)
+    written = json.loads((run / "05_evaluate" / "report.json").read_text())
+    assert written["format"] == "fedhubert-report" and written["version"] == 1
+    assert list(written) == [
+        *("format", "version", "run", "seed", "parameters", "data", "systems", "absent", "measures", "figures"),
+        *("confusion", "missed", "notes"),
+    ]
+    keys = ["system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"]
+    assert all(list(figure) == keys for figure in written["figures"])
+    assert {figure["measure"] for figure in written["figures"]} == set(report.MEASURES)
+    assert all(f"``{key}``" in report.__doc__ for key in (*list(written)[2:], *keys[3:]))
+    assert written["absent"] == {
+        "centralised": "no checkpoint in 03_pretrain/centralised/checkpoint",
+        "centralised-student": "no checkpoint in 04_distill/centralised/checkpoint",
+    }
+    assert written["data"]["clips"] == {"test": 18, "train": 18, "validation": 18}
+    assert written["data"]["units"]["utterances"] == 3  # two of the test subset, one held-out speaker
+    table = pd.read_csv(run / "05_evaluate" / "report.csv")
+    assert len(table) == len(written["figures"])
+    assert np.sum(written["confusion"]["teacher"]) == 2 * 18
+
+
+def test_equal_runs_give_equal_reports(run):
+    report.run(run, P)
+    first = {name: (run / "05_evaluate" / name).read_bytes() for name in ("report.json", "report.csv")}
+    features = sorted((run / "05_evaluate" / "features").iterdir())
+    features[0].unlink()  # as after a kill in the middle
+    report.run(run, P)
+    assert first == {name: (run / "05_evaluate" / name).read_bytes() for name in first}
+
+
+def test_page_opens_offline(run):
+    table = report.run(run, P)
+    page = (run / "05_evaluate" / "report.html").read_text()
+    assert "http" not in page and "<script" not in page
+    assert "federated student" in page and "data:audio/flac;base64," in page
+    wide = report.headline(table)
+    assert list(wide.index) == list(dict.fromkeys(table.system))
+    assert all(cell in page for cell in wide["keyword accuracy"])
+
+
+def test_without_phones_units_are_noted_not_invented(run):
+    (run / "00_corpus" / "phones.parquet").unlink()
+    table = report.run(run, P)
+    assert "pnmi" not in set(table.measure_name)
+    notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
+    assert len(notes) == 1 and notes[0].startswith("units: no utterance")
+    assert "units: no utterance" in (run / "05_evaluate" / "report.html").read_text()
+
+
+def test_units_of_trained_on_speech_are_never_used(run):
+    table, phones = layers.held_out(run, 1.0, 0)
+    assert set(table.speaker) == {"3", "4", "5"} and set(phones.utterance) == set(table.utterance)
+    assert len(layers.held_out(run, 0.01, 0)[0]) == 1
+
+
+def test_without_a_teacher_there_is_nothing_to_evaluate(run):
+    (run / "03_pretrain" / "checkpoint" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="run 03_pretrain first"):
+        report.run(run, P)
+
+
+def test_student_of_another_architecture_is_an_error_that_names_it(run):
+    config = run / "04_distill" / "checkpoint" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
+    with pytest.raises(ValueError, match=r"04_distill/checkpoint/model.safetensors.*another shape"):
+        report.run(run, P)
+
+
+def test_too_few_clips_for_a_measure_are_noted(run):
+    path = run / "00_corpus" / "keywords.parquet"
+    clips = pd.read_parquet(path)
+    clips["speaker"] = clips["clip"]  # a speaker per clip
+    clips.to_parquet(path)
+    table = report.run(run, P)
+    assert not {"abx-error", "speaker-accuracy"} & set(table.measure_name)
+    notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
+    assert [note.partition(":")[0] for note in notes] == ["voice", "abx"]
+
+
+def test_frames_are_those_of_each_utterance_alone(run, tmp_path):
+    compared, _ = systems.of_run(run, 0, torch.device("cpu"))
+    table, _ = layers.held_out(run, 1.0, 0)
+    rows = layers.frames(compared[0].encoder, table, tmp_path / "all.npy")
+    one = layers.frames(compared[0].encoder, table.iloc[[1]], tmp_path / "one.npy")
+    counts = layers.frame_counts(table)
+    assert rows.shape == (counts.sum(), 2, 48)
+    assert (rows[counts[0] : counts[0] + counts[1]] == one).all()
+
+
+def test_more_clusters_than_frames_is_refused(run):
+    with pytest.raises(ValueError, match="raise unit_minutes"):
+        layers.unit_quality(np.zeros((5, 2), np.float32), None, None, clusters=6, seed=0)
+
+
+def test_clips_are_read_from_the_runs_own_table(run):
+    assert list(keywords.read_clips(run / "00_corpus" / "keywords.parquet").word.unique()) == ["no", "up", "yes"]
