@@ -1,0 +1,205 @@
+"""The engine for one machine with several devices: a worker process each, alive for the whole run.
+
+Tensors are handed over in anonymous shared memory (memfd), which is not bound by the size of /dev/shm and is gone with
+the last process that holds it: a cohort's common tensors are written once, whatever its size. The rest is JSON on a
+pipe. Linux only.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from fedhubert_lib.federated import messages, workers
+from fedhubert_lib.federated.inprocess import InProcessGrid
+from fedhubert_lib.federated.protocol import Clients
+
+ALIGNMENT = 64
+
+
+class Parcel:
+    """Tensors in shared memory that lives as long as this object, or as a reader's tensors."""
+
+    def __init__(self, arrays: Mapping[str, Tensor]) -> None:
+        self._descriptor = os.memfd_create("fedhubert")
+        self.layout: dict[str, tuple[str, list[int], int]] = {}
+        offset = 0
+        for name, tensor in arrays.items():
+            self.layout[name] = (str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset)
+            values = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            while values:
+                written = os.pwrite(self._descriptor, values, offset)
+                values, offset = values[written:], offset + written
+            offset += -offset % ALIGNMENT
+        os.ftruncate(self._descriptor, max(offset, 1))
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """What a process of the same user needs to read it, as JSON."""
+        return {"path": f"/proc/{os.getpid()}/fd/{self._descriptor}", "layout": self.layout}
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+def read(address: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a parcel, mapped and not copied. Who changes them changes a private copy."""
+    size = os.stat(address["path"]).st_size
+    storage = torch.UntypedStorage.from_file(address["path"], shared=False, nbytes=size)
+    arrays = {}
+    for name, (dtype, shape, offset) in address["layout"].items():
+        values = torch.empty(0, dtype=getattr(torch, dtype))
+        arrays[name] = values.set_(storage, offset // values.element_size(), torch.Size(shape))
+    return arrays
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: subprocess.Popen
+    pipe: Connection
+
+
+class PoolGrid(workers.WorkerGrid):
+    """A Grid over one persistent process per entry of ``devices``."""
+
+    def __init__(self, run: Path, clients: Sequence[str], devices: Sequence[str]) -> None:
+        if not sys.platform.startswith("linux"):
+            raise OSError("the pool engine needs Linux (memfd); use engine inprocess or ray")
+        self._run_folder, self._devices = run, list(devices)
+        self._workers: dict[int, _Worker] = {}
+        self._parcels: dict[tuple, Parcel] = {}
+        super().__init__(run, clients, len(self._devices))
+
+    @property
+    def processes(self) -> list[int]:
+        """The workers' process ids."""
+        return [self._workers[slot].process.pid for slot in sorted(self._workers)]
+
+    def start(self, slot: int) -> None:
+        """A fresh interpreter, not a fork (CUDA forbids it), and not multiprocessing's spawn (which runs the caller's
+        main module again)."""
+        ours, theirs = Pipe()
+        command = "import sys; from fedhubert_lib.federated import pool; pool.work(int(sys.argv[1]))"
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": str(workers.threads())},
+                start_new_session=True,  # Ctrl-C is for this process; the workers end with it
+            )
+        self._workers[slot] = _Worker(process, ours)
+        setup = {
+            "run": str(self._run_folder),
+            "clients": list(self.nodes),
+            "device": self._devices[slot],
+            "threads": workers.threads(),
+        }
+        ours.send_bytes(json.dumps(setup).encode())
+
+    def stop(self, slot: int) -> None:
+        """Kill it: what a client writes is written atomically."""
+        worker = self._workers.pop(slot)
+        worker.pipe.close()
+        worker.process.kill()
+        worker.process.wait()
+
+    def give(self, slot: int, client: str, content: RecordDict) -> None:
+        """Write the tensors, unless another client of this cohort was given the same ones, and say where they are."""
+        arrays, rest = workers.take_apart(content)
+        key = tuple((name, tensor.data_ptr(), tensor.shape) for name, tensor in arrays.items())
+        if key not in self._parcels:
+            self._parcels[key] = Parcel(arrays)
+        request = {"client": client, "arrays": self._parcels[key].address, "rest": rest}
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: collect() finds out, and says how
+            self._workers[slot].pipe.send_bytes(json.dumps(request).encode())
+
+    def push_messages(self, messages: Any) -> Any:
+        """See the parent. The tensors of the last push are forgotten."""
+        self._parcels.clear()
+        return super().push_messages(messages)
+
+    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str]]:
+        """See the parent."""
+        slots = {self._workers[slot].pipe: slot for slot in busy}
+        for pipe in wait(list(slots), seconds):
+            slot = slots[pipe]
+            try:
+                reply = json.loads(pipe.recv_bytes())
+                yield slot, workers.put_together(read(reply["arrays"]), reply["rest"])
+            except (EOFError, OSError):  # OSError: it died between its answer and our reading of it
+                yield slot, _death(self._workers[slot].process)
+
+    def close(self) -> None:
+        """Stop all workers."""
+        for slot in list(self._workers):
+            self.stop(slot)
+
+
+def _death(process: subprocess.Popen) -> str:
+    process.kill()
+    code = process.wait()
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the worker process died ({how}); its standard error says more, and the system log if memory ran out"
+
+
+def work(descriptor: int) -> None:
+    """A worker's main: answer requests until the process that started it is gone."""
+    pipe = Connection(descriptor)
+    requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                requests.put(json.loads(pipe.recv_bytes()))
+        except (EOFError, OSError):
+            os._exit(0)  # at once, in the middle of training: nobody waits for the answer
+
+    threading.Thread(target=listen, daemon=True).start()
+    setup = requests.get()
+    torch.set_num_threads(setup["threads"])
+    grid = InProcessGrid(Path(setup["run"]), setup["clients"], setup["device"])
+    while True:
+        request = requests.get()
+        content = workers.put_together(read(request["arrays"]), request["rest"])
+        content = workers.answer(grid, request["client"], content)
+        arrays, rest = workers.take_apart(content)
+        parcel = Parcel(arrays)  # lives until the next answer: the reader has mapped it by then
+        pipe.send_bytes(json.dumps({"arrays": parcel.address, "rest": rest}).encode())
+
+
+def devices(device: str) -> list[str]:
+    """One entry per worker: every GPU for ``cuda``, one for ``cuda:N``, as many as the cores hold for ``cpu``.
+
+    On a CPU each worker takes as many threads as this process (torch.get_num_threads): set OMP_NUM_THREADS=1 for as
+    many workers as cores.
+    """
+    if device == "cuda":
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "cpu":
+        return ["cpu"] * max(1, len(os.sched_getaffinity(0)) // workers.threads())
+    return [device]
+
+
+@contextlib.contextmanager
+def connect(run: Path, clients: Sequence[str], device: str) -> Iterator[Clients]:
+    """The clients of ``run`` in worker processes, one per device that ``device`` stands for."""
+    grid = PoolGrid(run, clients, devices(device))
+    try:
+        yield messages.GridClients(grid, grid.nodes, messages.SharedArray)
+    finally:
+        grid.close()
