@@ -5,17 +5,15 @@ whose names are the notebook's parameters. Defaults are those of ``params/toy.ya
 parameter cells: a chain of seconds.
 """
 
-import difflib
 import os
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedhubert_lib import yaml12
+from fedhubert_lib import wording, yaml12
 
 ROOT = Path(__file__).resolve().parents[1]
 """The project: notebooks/, params/ and outputs/ lie here. Relative paths in parameters start here, too, so that the
@@ -129,7 +127,9 @@ class Kmeans(Section):
     tolerance: float = Field(1e-4, ge=0, description="stop when the inertia falls by a smaller share than this")
     minimum_count: Count = Field(0, description="a client reports no cluster with fewer frames than this (privacy)")
     noise_multiplier: float = Field(0.0, ge=0, description="Gaussian noise on sums and counts (privacy); 0: none")
-    noise_clip: Positive = Field(100.0, description="norm that an utterance's sums and counts are scaled down to (privacy)")
+    noise_clip: Positive = Field(
+        100.0, description="norm that an utterance's sums and counts are scaled down to (privacy)"
+    )
     cache_features: bool = Field(False, description="keep features on disk instead of computing them in each pass")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     engine: Engine = Field("inprocess", description="what carries the messages")
@@ -143,9 +143,15 @@ class Kmeans(Section):
             yield "codebooks", "names central, which pools all data: in simulation only; leave it out"
         if self.noise_multiplier > 0:
             if exposed := {"one-shot", "aligned", "central"} & set(self.codebooks):
-                yield "noise_multiplier", f"protects the federated codebook, not {', '.join(sorted(exposed))}; leave out"
+                yield (
+                    "noise_multiplier",
+                    f"protects the federated codebook, not {', '.join(sorted(exposed))}; leave out",
+                )
             if self.normalisation != "speaker":
-                yield "noise_multiplier", "needs normalisation: speaker, which scales features and tells the server nothing"
+                yield (
+                    "noise_multiplier",
+                    "needs normalisation: speaker, which scales features and tells the server nothing",
+                )
 
 
 class Federation(Section):
@@ -339,7 +345,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
         study = Study.model_validate(raw)
     except ValidationError as error:
         flowed = {(stage, key) for stage in SECTIONS for key in ("run", "seed")} - places.keys()
-        errors += _explain([item for item in error.errors() if item["loc"] not in flowed], Study, place)
+        errors += wording.explain([item for item in error.errors() if item["loc"] not in flowed], Study, place)
     else:
         errors += [f"{place((stage, key))}: {stage}.{key}: {text}" for stage, key, text in study.conflicts()]
     if errors:
@@ -375,7 +381,7 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
         section = schema.model_validate(plain)
     except ValidationError as error:
         raise ParameterError(
-            "\n".join(errors + _explain(error.errors(), schema, lambda key: where, (stage,)))
+            "\n".join(errors + wording.explain(error.errors(), schema, lambda key: where, (stage,)))
         ) from None
     errors += [f"{where}: {stage}.{key}: {text}" for key, text in section.conflicts()]
     if errors:
@@ -402,7 +408,7 @@ def _override(raw: dict[str, Any], override: str) -> yaml12.Key:
     if len(key) == 1:
         raw[key[0]] = yaml12.value(text)
     elif key[0] not in SECTIONS:
-        raise ValueError(f"no section {key[0]!r}{_nearest(key[0], SECTIONS)}")
+        raise ValueError(f"no section {key[0]!r}{wording.nearest(key[0], SECTIONS)}")
     else:
         section = raw.setdefault(key[0], {})
         if not isinstance(section, dict):
@@ -414,50 +420,3 @@ def _override(raw: dict[str, Any], override: str) -> yaml12.Key:
 
 def _is_text(schema: type[BaseModel], name: str) -> bool:
     return schema.model_json_schema()["properties"].get(name, {}).get("type") == "string"
-
-
-def _explain(
-    wrong: Sequence[Mapping[str, Any]],
-    schema: type[BaseModel],
-    place: Callable[[yaml12.Key], str],
-    above: yaml12.Key = (),
-) -> list[str]:
-    """One line for each thing wrong: its place, its name, what was given, and what may stand there."""
-    lines = []
-    for item in wrong:
-        loc = tuple(part for part in item["loc"] if isinstance(part, str))  # without the position in a list
-        owner, name = (SECTIONS[loc[0]], loc[1]) if len(loc) > 1 else (schema, loc[0])
-        given = "nothing" if item["input"] is None else reprlib.repr(item["input"])
-        if item["type"] == "extra_forbidden":
-            kind = "section" if isinstance(item["input"], dict) else "parameter"
-            text = f"no such {kind}{_nearest(name, owner.model_fields)}"
-        elif name in SECTIONS:
-            text = f"{given} given; a section with 'parameter: value' lines is expected"
-        else:
-            described = owner.model_json_schema()["properties"][name]
-            choices = described.get("enum") or described.get("items", {}).get("enum", [])
-            near = _nearest(item["input"], choices) if choices and isinstance(item["input"], str) else ""
-            text = f"{given} given; {_allowed(described)} is expected{near}"
-        lines.append(f"{place(loc)}: {'.'.join(above + loc)}: {text}")
-    return lines
-
-
-def _allowed(described: Mapping[str, Any]) -> str:
-    """In words, what a parameter with this JSON schema may be."""
-    if "anyOf" in described:
-        return " or ".join(_allowed(option) for option in described["anyOf"])
-    if "enum" in described:
-        return "one of " + ", ".join(described["enum"])
-    if "pattern" in described:
-        return f"text that matches {described['pattern']}"
-    if described["type"] == "array":
-        return f"a list, each item {_allowed(described['items'])}"
-    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {described[limit]:g}" for limit, sign in signs.items() if limit in described]
-    return " ".join([words.get(described["type"], "nothing"), " and ".join(limits)]).strip()
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f" (there are {', '.join(valid)})"
