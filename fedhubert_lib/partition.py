@@ -43,9 +43,10 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     """Give every training utterance of the run's manifest to one client; write ``run/01_partition``.
 
     Each client's folder holds ``train.parquet`` and ``validation.parquet`` with the manifest's columns: all that it may
-    read. Returns the table of clients, as written to ``clients.parquet``: client, train_utterances,
-    validation_utterances, speakers, hours (both lists together). Raises PartitionError when a client would have less
-    than ``p.minimum_minutes`` and ``p.small_clients`` is "error", or when there are fewer speakers or groups than asked.
+    read; and ``phones.parquet``, the phones of these utterances, where the corpus knows them. Returns the table of
+    clients, as written to ``clients.parquet``: client, train_utterances, validation_utterances, speakers, hours (both
+    lists together). Raises PartitionError when a client would have less than ``p.minimum_minutes`` and
+    ``p.small_clients`` is "error", or when there are fewer speakers or groups than clients asked for.
     """
     manifest = pd.read_parquet(run / "00_corpus" / "manifest.parquet")
     manifest = manifest[manifest["split"] == "train"]
@@ -63,13 +64,10 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     ends = np.cumsum(rows)
     with files.atomic(run / "01_partition" / "clients") as folder:
         for i, (end, length) in enumerate(zip(ends, rows, strict=True)):
-            path = (
-                folder
-                / names[i % count]
-                / ("train.parquet", "validation.parquet")[i // count]
-            )
+            path = folder / names[i % count] / ("train.parquet", "validation.parquet")[i // count]
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table.slice(end - length, length), path)
+        _write_phones(run, folder, rest["utterance"], client, names)
     with files.atomic(run / "01_partition" / "heldout.parquet") as path:
         manifest[manifest["speaker"].isin(heldout)].to_parquet(path, index=False)
     clients = pd.DataFrame(
@@ -86,6 +84,23 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     return clients
 
 
+def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.ndarray, names: list[str]) -> None:
+    """Each client's share of ``00_corpus/phones.parquet``, beside its lists; nothing where there is no such file."""
+    path = run / "00_corpus" / "phones.parquet"
+    if not path.exists():
+        return
+    table = pq.read_table(path, read_dictionary=["utterance"]).unify_dictionaries().combine_chunks()
+    if not len(table):
+        return
+    coded = table["utterance"].chunk(0)
+    owner = pd.Series(client, utterances).reindex(coded.dictionary.to_pylist(), fill_value=-1).to_numpy()
+    owner = owner[coded.indices.to_numpy()]
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange(len(names) + 1))
+    for name, start, end in zip(names, bounds[:-1], bounds[1:], strict=True):
+        pq.write_table(table.take(order[start:end]), folder / name / "phones.parquet")
+
+
 def client_names(count: int) -> list[str]:
     """client-000, client-001, …: wide enough that their order as text is that of their numbers."""
     width = max(3, len(str(count - 1)))
@@ -97,25 +112,21 @@ def heldout_speakers(manifest: pd.DataFrame, p: params.Partition) -> list[str]:
     speakers = manifest.groupby("speaker")["sex"].first()
     if p.heldout_speakers >= len(speakers):
         raise PartitionError(
-            f"partition.heldout_speakers: {p.heldout_speakers} of {len(speakers)} training speakers leaves none to train"
+            f"partition.heldout_speakers: {p.heldout_speakers} of {len(speakers)} training speakers leaves none"
         )
     rng = seeds.numpy_generator(p.seed, "partition", "heldout")
     speakers = speakers.iloc[rng.permutation(len(speakers))]
     turn = speakers.groupby(speakers).cumcount()
-    return sorted(
-        speakers.index[np.argsort(turn.to_numpy(), kind="stable")[: p.heldout_speakers]]
-    )
+    return sorted(speakers.index[np.argsort(turn.to_numpy(), kind="stable")[: p.heldout_speakers]])
 
 
 def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     """The number of the client that owns each row of ``table``, by ``p.scheme``: int64 [utterances], 0 … clients-1.
 
-    Every client has at least ``p.minimum_minutes`` of speech. Pure: needs only the columns speaker, chapter, subset, sex
-    and samples. Merging leaves fewer clients than asked for.
+    Every client has at least ``p.minimum_minutes`` of speech; merging leaves fewer clients than asked for. Needs only
+    the columns speaker, chapter, subset, sex and samples.
     """
-    schemes: dict[
-        str, Callable[[pd.DataFrame, params.Partition, np.random.Generator], np.ndarray]
-    ] = {
+    schemes: dict[str, Callable[[pd.DataFrame, params.Partition, np.random.Generator], np.ndarray]] = {
         "speakers": _by_speakers,
         "speaker": _by_speaker,
         "sex": _by_sex,
@@ -129,23 +140,17 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     return _at_least(schemes[p.scheme](table, p, rng), table, p)
 
 
-def _by_speakers(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_speakers(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     return _balanced(table, table["speaker"], p.clients, rng)
 
 
-def _by_chapter(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_chapter(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     return _balanced(table, table["speaker"] + "-" + table["chapter"], p.clients, rng)
 
 
-def _by_speaker(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_speaker(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     codes, speakers = pd.factorize(table["speaker"], sort=True)
-    if p.clients != len(speakers):
+    if p.clients < len(speakers):
         raise PartitionError(
             f"partition.clients: scheme speaker makes one client of each of the {len(speakers)} speakers left for "
             f"training, not {p.clients}; set clients={len(speakers)}"
@@ -153,25 +158,17 @@ def _by_speaker(
     return codes
 
 
-def _by_sex(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_sex(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     if not table["sex"].isin(["F", "M"]).all():
-        raise PartitionError(
-            "partition.scheme: sex of some speakers is not known; is SPEAKERS.TXT beside the subsets?"
-        )
+        raise PartitionError("partition.scheme: sex of some speakers is not known; is SPEAKERS.TXT beside the subsets?")
     return _by_group(table, table["sex"], p, rng)
 
 
-def _by_subset(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_subset(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     return _by_group(table, table["subset"], p, rng)
 
 
-def _by_group(
-    table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     codes, groups = pd.factorize(group, sort=True)
     if p.clients < len(groups):
         raise PartitionError(
@@ -185,15 +182,11 @@ def _by_group(
     client = np.empty(len(table), dtype=np.int64)
     for i, first in enumerate(np.cumsum(counts) - counts):
         mine = codes == i
-        client[mine] = first + _balanced(
-            table[mine], table.loc[mine, "speaker"], counts[i], rng
-        )
+        client[mine] = first + _balanced(table[mine], table.loc[mine, "speaker"], counts[i], rng)
     return client
 
 
-def _by_dirichlet(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_dirichlet(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     group = table["subset"] + " " + table["sex"]
     if group.nunique() < 2:
         raise PartitionError(
@@ -205,27 +198,19 @@ def _by_dirichlet(
         units, _ = pd.factorize(table["speaker"].to_numpy()[mine], sort=True)
         samples = np.bincount(units, table["samples"].to_numpy()[mine])
         client[mine] = _cut(samples, shares, rng)[units]
-    return pd.factorize(client, sort=True)[
-        0
-    ]  # shares can be too small for one speaker: such a client is not there
+    return client
 
 
-def _by_quantity(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _by_quantity(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     shares = np.arange(1, p.clients + 1) ** -p.power
     return _cut(table["samples"].to_numpy(), shares / shares.sum(), rng)
 
 
-def _iid(
-    table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
-) -> np.ndarray:
+def _iid(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     return _cut(table["samples"].to_numpy(), np.full(p.clients, 1 / p.clients), rng)
 
 
-def _cut(
-    samples: np.ndarray, shares: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _cut(samples: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Lay the items one after another in random order and cut the line at the cumulated shares of its length."""
     order = rng.permutation(len(samples))
     middle = np.cumsum(samples[order]) - samples[order] / 2
@@ -234,9 +219,7 @@ def _cut(
     return owner
 
 
-def _balanced(
-    table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random.Generator
-) -> np.ndarray:
+def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random.Generator) -> np.ndarray:
     """Whole units, longest first, each to the client that has least so far (Graham's LPT rule).
 
     Lengths are compared in tenths of the longest, in random order within a tenth, so that the seed decides who is with
@@ -258,9 +241,7 @@ def _balanced(
     return owner[units]
 
 
-def _at_least(
-    client: np.ndarray, table: pd.DataFrame, p: params.Partition
-) -> np.ndarray:
+def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     """Refuse clients below the minimum, or merge the smallest with the next smallest until none is."""
     minutes = np.bincount(client, table["samples"], minlength=p.clients) * 60 / HOUR
     small = np.flatnonzero((minutes < p.minimum_minutes) | (minutes == 0))

@@ -1,0 +1,145 @@
+"""How non-IID is a partition? What each client holds, and how far clients are apart, beside how far one is from itself.
+
+Clients are compared by a histogram: which of K acoustic clusters (k-means on MFCCs) their frames fall into. Two halves
+of one client differ by chance alone; that distance is the floor. What two clients differ by beyond it is skew, and its
+mean is the one number by which schemes are compared: 0 for IID, towards 1 for clients with no sound in common.
+
+Only a researcher who holds all the audio can draw this; nothing here is sent in a federation.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from sklearn.cluster import MiniBatchKMeans
+
+from fedhubert_lib import audio, features, seeds
+
+FIT_FRAMES = 100_000
+"""Frames that the acoustic clusters are fitted on, at most."""
+
+
+def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
+    """What each client holds. ``table`` has the manifest's rows, ``owner`` [utterances] their clients 0 … C-1.
+
+    Columns: hours; utterances; speakers; female, the share of its speech (NaN where no sex is known); shortest, median
+    and longest, the 5 %, 50 % and 95 % quantile of its utterances' lengths in seconds; words_per_minute, of what has a
+    transcript.
+    """
+    seconds = table["samples"].to_numpy() / table["sample_rate"].to_numpy()
+    count = owner.max() + 1
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(owner, values, minlength=count)
+
+    sex = table["sex"].to_numpy()
+    text = table["text"].fillna("").to_numpy(dtype=str)
+    words = np.where(text == "", 0, np.char.count(np.char.strip(text), " ") + 1)
+    speakers = pd.DataFrame({"owner": owner, "speaker": pd.factorize(table["speaker"])[0]}).drop_duplicates()["owner"]
+    # Quantiles of all clients from one sort; between two utterances the lower counts.
+    order = np.lexsort((seconds, owner))
+    size = np.bincount(owner, minlength=count)
+    first = np.cumsum(size) - size
+    quantile = {q: seconds[order][first + ((size - 1) * q).astype(int)] for q in (0.05, 0.5, 0.95)}
+    with np.errstate(invalid="ignore"):
+        return pd.DataFrame(
+            {
+                "hours": total(seconds) / 3600,
+                "utterances": size,
+                "speakers": np.bincount(speakers, minlength=count),
+                "female": total(seconds * (sex == "F")) / total(seconds * np.isin(sex, ["F", "M"])),
+                "shortest": quantile[0.05],
+                "median": quantile[0.5],
+                "longest": quantile[0.95],
+                "words_per_minute": 60 * total(words) / total(seconds * (words > 0)),
+            }
+        )
+
+
+def acoustic_counts(table: pd.DataFrame, *, seed: int, clusters: int = 50, per_speaker: int = 6) -> np.ndarray:
+    """Frames of each utterance in each of ``clusters`` clusters of MFCCs: int32 [utterances, clusters].
+
+    ``per_speaker`` utterances of each speaker, drawn from the seed, are read; the rows of the others stay zero. The
+    clusters are those of k-means over at most 100,000 frames of them, 39 dimensions standardised over all speakers, so
+    that a voice or a recording that is different shows.
+    """
+    rng = seeds.numpy_generator(seed, "skew", "utterances")
+    order = rng.permutation(len(table))
+    rank = table["speaker"].iloc[order].groupby(table["speaker"].iloc[order]).cumcount().to_numpy()
+    rows = np.sort(order[rank < per_speaker])
+    share = min(1.0, FIT_FRAMES / (table["samples"].to_numpy()[rows].sum() / features.MFCC_HOP))
+
+    def mfcc(row: int) -> np.ndarray:
+        return features.mfcc([audio.read(table["path"].iat[row])])[0].numpy()
+
+    # Two passes over the files: the frames of all of LibriSpeech's speakers would not fit in memory.
+    fit = [frames[rng.random(len(frames)) < share] for frames in map(mfcc, rows)]
+    sample = np.concatenate(fit)
+    mean, deviation = sample.mean(0), sample.std(0)
+    kmeans = MiniBatchKMeans(clusters, n_init=1, random_state=seeds.derive(seed, "skew", "kmeans") % 2**32)
+    kmeans.fit((sample - mean) / deviation)
+    centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+    counts = np.zeros((len(table), clusters), dtype=np.int32)
+    for row in rows:
+        scaled = torch.from_numpy((mfcc(row) - mean) / deviation)
+        nearest = (scaled @ centroids.T - centroids.square().sum(1) / 2).argmax(1)
+        counts[row] = np.bincount(nearest.numpy(), minlength=clusters)
+    return counts
+
+
+def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray:
+    """Jensen–Shannon distance (square root of the divergence in bits, 0 … 1) of clients' halves: [clients, clients].
+
+    Each client's utterances are dealt to two halves; element [i, j] compares the first half of i with the second of j.
+    So the diagonal is the distance of a client from itself, drawn from as much speech as the others: the floor. NaN
+    where a half holds nothing. ``counts`` [utterances, K], ``owner`` [utterances].
+    """
+    count = owner.max() + 1
+    used = np.flatnonzero(counts.any(axis=1))
+    draw = seeds.numpy_generator(seed, "skew", "halves").random(len(used))
+    order = used[np.lexsort((draw, owner[used]))]
+    size = np.bincount(owner[order], minlength=count)
+    second = (np.arange(len(order)) - np.repeat(np.cumsum(size) - size, size)) % 2
+    select = sparse.csr_array((np.ones(len(order)), (2 * owner[order] + second, order)), shape=(2 * count, len(counts)))
+    histograms = select @ counts
+    with np.errstate(invalid="ignore"):
+        histograms = histograms / histograms.sum(axis=1, keepdims=True)
+    return jensen_shannon(histograms[0::2], histograms[1::2])
+
+
+def jensen_shannon(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Jensen–Shannon distance, base 2, of each row of ``first`` from each row of ``second``; rows sum to one."""
+    block = max(1, 2_000_000 // second.size)
+    parts = [first[i : i + block, None] for i in range(0, len(first), block)]
+    mixed = np.concatenate([_entropy((part + second) / 2) for part in parts])
+    divergence = mixed - (_entropy(first)[:, None] + _entropy(second)) / 2
+    return np.sqrt(np.maximum(divergence, 0))  # rounding can leave -1e-17 for equal rows
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    return -np.sum(p * np.log2(p, out=np.zeros_like(p), where=p != 0), axis=-1)
+
+
+def summary(table: pd.DataFrame, owner: np.ndarray, counts: np.ndarray, *, seed: int) -> dict[str, float]:
+    """One row of a comparison of schemes.
+
+    clients; hours_smallest, hours_median, hours_largest; imbalance, the standard deviation of the clients' hours over
+    their mean; speakers, the median per client; within, the mean distance of a client from itself; between, that of two
+    clients; and skew = between - within, the one number.
+    """
+    held = clients(table, owner)
+    return {
+        "clients": len(held),
+        "hours_smallest": held["hours"].min(),
+        "hours_median": held["hours"].median(),
+        "hours_largest": held["hours"].max(),
+        "imbalance": held["hours"].std(ddof=0) / held["hours"].mean(),
+        "speakers": held["speakers"].median(),
+    } | apart(distances(counts, owner, seed=seed))
+
+
+def apart(distance: np.ndarray) -> dict[str, float]:
+    """Means of a matrix from ``distances``: within (its diagonal), between (the rest), skew (their difference)."""
+    within = np.nanmean(np.diagonal(distance))
+    between = np.nanmean(distance[~np.eye(len(distance), dtype=bool)])
+    return {"within": within, "between": between, "skew": between - within}
