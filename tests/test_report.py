@@ -1,6 +1,7 @@
 """The report: all systems on all measures, stable keys, equal for equal runs, honest about what is missing."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,15 @@ def speech(path, pitches, samples=8_000):
     return len(wave)
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(autouse=True)
+def few_triplets(monkeypatch):
+    monkeypatch.setattr(report, "ABX_TRIPLETS", 50)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A run whose words and phones are pitches, with an untrained teacher and student."""
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("made") / "run"
     sounds = folder / "00_corpus" / "sounds"
     sounds.mkdir(parents=True)
     clips, manifest, phones = [], [], []
@@ -62,12 +68,26 @@ def run(tmp_path):
     return folder
 
 
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy to change. Its clips are read where ``made`` has them."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def evaluated(made, tmp_path_factory):
+    """A copy that has been evaluated, its table, and the progress that was shown."""
+    run, seen = shutil.copytree(made, tmp_path_factory.mktemp("evaluated") / "run"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "ABX_TRIPLETS", 50)
+        return run, report.run(run, P, on_progress=lambda *what: seen.append(what)), seen
+
+
 P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu")
 
 
-def test_every_system_stands_beside_its_baselines(run):
-    seen = []
-    table = report.run(run, P, on_progress=lambda what, done, total: seen.append((what, done, total)))
+def test_every_system_stands_beside_its_baselines(evaluated):
+    _, table, seen = evaluated
     assert list(dict.fromkeys(table.system_name)) == ["teacher", "student", "random", "mfcc", "mfcc-moments"]
     assert table[table.measure_name == "keyword-accuracy"].shape[0] == 5
     words = table[table.measure_name == "keyword-accuracy"]
@@ -81,8 +101,8 @@ def test_every_system_stands_beside_its_baselines(run):
     assert ("federated teacher", 54, 54) in seen
 
 
-def test_report_is_stable_documented_and_plain_json(run):
-    report.run(run, P)
+def test_report_is_stable_documented_and_plain_json(evaluated):
+    run, _, _ = evaluated
     written = json.loads((run / "05_evaluate" / "report.json").read_text())
     assert written["format"] == "fedhubert-report" and written["version"] == 1
     assert list(written) == [
@@ -104,17 +124,17 @@ def test_report_is_stable_documented_and_plain_json(run):
     assert np.sum(written["confusion"]["teacher"]) == 2 * 18
 
 
-def test_equal_runs_give_equal_reports(run):
-    report.run(run, P)
-    first = {name: (run / "05_evaluate" / name).read_bytes() for name in ("report.json", "report.csv")}
+def test_equal_runs_give_equal_reports(evaluated, run):
+    first = {name: (evaluated[0] / "05_evaluate" / name).read_bytes() for name in ("report.json", "report.csv")}
+    shutil.copytree(evaluated[0] / "05_evaluate" / "features", run / "05_evaluate" / "features")
     features = sorted((run / "05_evaluate" / "features").iterdir())
     features[0].unlink()  # as after a kill in the middle
     report.run(run, P)
     assert first == {name: (run / "05_evaluate" / name).read_bytes() for name in first}
 
 
-def test_page_opens_offline(run):
-    table = report.run(run, P)
+def test_page_opens_offline(evaluated):
+    run, table, _ = evaluated
     page = (run / "05_evaluate" / "report.html").read_text()
     assert "http" not in page and "<script" not in page
     assert "federated student" in page and "data:audio/flac;base64," in page

@@ -33,7 +33,7 @@ from fedhubert_lib.evaluation.systems import System
 
 STAGE = "05_evaluate"
 ABX_CLIPS = 400
-ABX_TRIPLETS = 2000
+ABX_TRIPLETS = 1000
 
 MEASURES = {
     "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen; chance"),
