@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            _flush(file)
+        if temporary.is_dir():  # at once, so that the file system writes its journal for many files together
+            with ThreadPoolExecutor(32) as pool:
+                list(pool.map(_flush, [*temporary.rglob("*"), temporary]))
+        else:
+            _flush(temporary)
         if path.is_dir():  # rename cannot replace a folder that has content
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
