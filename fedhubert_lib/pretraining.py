@@ -162,11 +162,12 @@ def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]
 
 def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor]) -> Path:
     """Write ``weights`` as a model folder (``hubert.save``), with the head if it is among them."""
-    module = nn.ModuleDict({"model": hubert.Hubert(config)})
+    model, head = hubert.Hubert(config), None
     if "head.label_embeddings" in weights:
-        module["head"] = hubert.Head(config, len(weights["head.label_embeddings"]))
-    local.fill(module, weights, None)
-    hubert.save(folder, module["model"], module["head"] if "head" in module else None)
+        head = hubert.Head(config, len(weights["head.label_embeddings"]))
+        local.fill(nn.ModuleDict({"head": head}), weights, None)
+    local.fill(nn.ModuleDict({"model": model}), weights, None)
+    hubert.save(folder, model, head)
     return folder
 
 

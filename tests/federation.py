@@ -1,10 +1,13 @@
-"""A small run for tests: clients whose utterances are sequences of tones, labelled by tone, as 01 and 02 would leave it."""
+"""A small run for tests, as 01 and 02 would leave it: utterances are sequences of tones, labelled by tone."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import soundfile
+import torch
 
 from fedhubert_lib import files, labels, params, seeds
 from fedhubert_lib.audio import HOP, frame_count
@@ -23,12 +26,14 @@ def make(run: Path, clients: int = 4, utterances: int = 5, seconds: float = 1.6)
         own = {}
         for index in range(utterances + 2):
             utterance = f"{client}-{index:02d}"
-            path = run / "audio" / f"{utterance}.flac"
+            path = run / "audio" / client / f"{utterance}.flac"
             waveform, own[utterance] = _tones(generator, int(seconds * 16_000) + HOP * number)
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, waveform, 16_000)
             part = "train" if index < utterances else "validation"
-            tables[part].append({"utterance": utterance, "path": str(path), "speaker": client, "samples": len(waveform)})
+            tables[part].append(
+                {"utterance": utterance, "path": str(path), "speaker": client, "samples": len(waveform)}
+            )
         for part, table in tables.items():
             folder = run / "01_partition" / "clients" / client
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,3 +59,17 @@ def pretrain(**changes) -> params.Pretrain:
     """Parameters of seconds."""
     chosen = {"rounds": 3, "cohort": 2, "local_steps": 2, "batch_seconds": 4.0, "crop_seconds": 1.5, "device": "cpu"}
     return params.Pretrain(**{**chosen, "precision": "float32", "learning_rate": 1e-3, **changes})
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """One name for all bits of ``weights``."""
+    result = hashlib.sha256()
+    for name in sorted(weights):
+        result.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return result.hexdigest()
+
+
+def rows(path: Path) -> list[dict]:
+    """The rows of a metrics file without what differs from one machine, moment or load to another."""
+    timed = {"time", "seconds", "audio_seconds_per_second", "client_seconds", "server_seconds"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in files.read_rows(path)]

@@ -4,13 +4,14 @@ A Flower Grid that calls the ClientApp when a reply is pulled. Nothing is serial
 when the server wants its answer, so one update at most is alive beside the server's own tensors.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.app import Context, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -66,10 +67,18 @@ class InProcessGrid(Grid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Run the clients that these messages are for, one at each step of the iterator."""
+        """Run the clients that these messages are for, one at each step of the iterator.
+
+        Each has the message's time to live for itself, as if all worked side by side; a later answer is an error. It
+        cannot be interrupted here: the other engines stop waiting.
+        """
         for identifier in message_ids:
-            message = self._waiting.pop(identifier)
-            yield client_app.app(message, self._contexts[message.metadata.dst_node_id])
+            message, began = self._waiting.pop(identifier), time.monotonic()
+            reply = client_app.app(message, self._contexts[message.metadata.dst_node_id])
+            if (seconds := time.monotonic() - began) > message.metadata.ttl:
+                reason = f"answered after {seconds:.1f} s, later than the deadline of {message.metadata.ttl:.1f} s"
+                reply = Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=message)
+            yield reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push, and pull in the same order, as the iterator is consumed."""

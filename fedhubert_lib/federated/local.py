@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedhubert_lib import seeds, training
+from fedhubert_lib import compression, privacy, seeds, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.optimisers import CONTROL
@@ -62,7 +62,19 @@ def train(
     change = {name: names[name].detach().cpu() - arrays[name] for name in names if name in arrays}
     if scaffold:
         change |= _new_control(home, config, arrays, own, gradients, measured["steps"])
-    return change, measured
+    if p.privacy != "none":
+        measured |= privacy.protect(change, p, config["clip"], home.client, config["round"])
+    return _compressed(home, config, p, change), measured
+
+
+def _compressed(home: ClientHome, config: Mapping[str, Any], p: Federation, change: Arrays) -> Arrays:
+    """``change`` as it travels; what is lost of it waits on the client's disk for its next part in a round."""
+    if p.compression not in compression.WITH_FEEDBACK:
+        return compression.encode(change, p.compression)
+    lost = client_state.load(home, config, "lost")
+    encoded, lost = compression.with_feedback(change, p.compression, lost, share=p.top_k_share)
+    client_state.save(home, config, "lost", lost)
+    return encoded
 
 
 def settings(p: Federation, total_steps: int, accumulate: int = 1) -> training.Settings:

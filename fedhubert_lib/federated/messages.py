@@ -79,15 +79,20 @@ def failure(client: str, reason: str) -> RecordDict:
 
 
 def read_reply(client: str, message: Message) -> Reply | Failure:
-    """What ``client`` answered. An error of the engine, or an answer in another client's name, is a Failure."""
+    """What ``client`` answered. An error of the engine, an answer in another client's name or one that is not
+    understood is a Failure."""
     if message.has_error():
-        return Failure(client, f"engine error {message.error.code}: {message.error.reason}")
+        return Failure(client, message.error.reason or f"Flower's error {message.error.code}")
     record = message.content.get("client", {})
     if record.get("id") != client:
         return Failure(client, f"answered in the name of {record.get('id')!r}")
     if "failure" in record:
         return Failure(client, str(record["failure"]))
-    return Reply(client, unpacked(message.content["arrays"]), dict(message.content["metrics"]))
+    try:
+        metrics = {name: float(value) for name, value in message.content["metrics"].items()}
+        return Reply(client, unpacked(message.content["arrays"]), metrics)
+    except (KeyError, TypeError, ValueError) as error:
+        return Failure(client, f"its answer is not understood: {type(error).__name__}: {error}")
 
 
 class GridClients:
@@ -118,7 +123,8 @@ class GridClients:
         present = [client for client in asked if client in self._nodes]
         record = packed(arrays or {}, self._pack)
         messages = [
-            Message(request(action, record, config or {}), self._nodes[client], MessageType.TRAIN) for client in present
+            Message(request(action, record, config or {}), self._nodes[client], MessageType.TRAIN, ttl=timeout)
+            for client in present
         ]
         identifiers = dict(zip(present, self._grid.push_messages(messages), strict=True))
         del messages, record

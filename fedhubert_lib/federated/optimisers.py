@@ -114,8 +114,6 @@ class Sorted:
         lowest = (count - 1) // 2 if self._trim == 0.5 else min(max(int(self._trim * count), 1), (count - 1) // 2)
         shape = slices[0].get_shape()
         rows = max(1, STRETCH // max(1, math.prod(shape[1:])))
-        if not shape:
-            return torch.stack([piece[:] for piece in slices]).sort(0).values[lowest : count - lowest].mean(0)
         pieces = []
         for start in range(0, shape[0], rows):
             values = torch.stack([piece[start : start + rows] for piece in slices]).sort(0).values
@@ -184,8 +182,8 @@ def step(p: Federation, weights: Arrays, update: Arrays, state: Arrays, number: 
         weight.addcdiv_(first, denominator, value=rate / correction1)
 
 
-def step_control(control: Arrays, change: Arrays, share: float) -> None:
-    """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378): c moves by the cohort's mean change of c_i times the share
-    of all clients that answered. ``control`` and ``change`` are named with ``CONTROL``."""
-    for name, value in control.items():
-        value.add_(change[name], alpha=share)
+def step_control(state: Arrays, change: Arrays, share: float) -> None:
+    """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378): c moves by the cohort's mean change of the c_i (by name of
+    parameter), times the share of all clients that answered."""
+    for name, value in change.items():
+        state[CONTROL + name].add_(value, alpha=share)

@@ -14,13 +14,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedhubert_lib import seeds
+from fedhubert_lib import compression, privacy, seeds
+from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import checkpoints, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
 from fedhubert_lib.params import Federation
@@ -105,11 +106,15 @@ class _Server:
             "round": 0,
             "session": uuid.uuid4().hex,
             "reference_norm": None,
+            "privacy": privacy.initial_state(p),
             "settings": _settings(clients, p, task),
             **checkpoints.UNJUDGED,
         }
         if (saved := checkpoints.resume(out, self.state["settings"])) is not None:
-            self.weights, self.optimiser, self.state = saved
+            # In the order of a fresh start, which a file does not keep: sums over tensors then round alike.
+            self.weights = {name: saved[0][name] for name in self.weights}
+            self.optimiser = {name: saved[1][name] for name in self.optimiser}
+            self.state = saved[2]
         self.saving: Future[None] | None = None
         self.durable = self.state["round"]
         """The last round that is on disk."""
@@ -129,13 +134,18 @@ class _Server:
         working = time.perf_counter()
         update = collected.collector.result()
         change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
+        self.settle()  # the last checkpoint still reads the tensors and the state that are about to change
+        spent = {}
+        if self.private:
+            spent = privacy.release(
+                update, self.p, self.state["privacy"], len(self.clients.ids), number, collected.within_bound
+            )
         update_norm = optimisers.checked_norm(update, self.weights)
-        self.settle()  # the last checkpoint still reads the tensors that are about to change
         optimisers.step(self.p, self.weights, update, self.optimiser, number)
         if self.scaffold:
             optimisers.step_control(self.optimiser, change, collected.clients / len(self.clients.ids))
         server_seconds = collected.server_seconds + time.perf_counter() - working
-        row = {"round": number, **self.task.averages(collected.sums), **self.validate(number)}
+        row = {"round": number, **self.task.averages(collected.sums), **spent, **self.validate(number)}
         seconds = time.perf_counter() - began
         row |= {
             "learning_rate": collected.learning_rate,
@@ -159,6 +169,11 @@ class _Server:
         """Whether control variates travel beside the weights."""
         return self.p.server == "scaffold"
 
+    @property
+    def private(self) -> bool:
+        """Whether updates are bounded and hidden in noise."""
+        return self.p.privacy != "none"
+
     def message(self, number: int) -> dict[str, Any]:
         """The configuration of a message of round ``number``."""
         return {
@@ -168,12 +183,14 @@ class _Server:
             "durable": self.durable,
             "first_step": (number - 1) * self.p.local_steps,
             "total_steps": self.p.rounds * self.p.local_steps,
+            "clip": self.state["privacy"]["bound"],
         }
 
     def collect(self, number: int) -> "_Collected":
         """Ask cohorts until one gives a quorum of usable updates."""
         for attempt in range(ATTEMPTS):
-            asked = cohort(self.clients.ids, self.p.cohort, self.p.seed, number, attempt)
+            draw = privacy.poisson_cohort if self.private else cohort
+            asked = draw(self.clients.ids, self.p.cohort, self.p.seed, number, attempt)
             collected = _Collected(optimisers.collector(self.p, self.out / "updates"))
             payload = {**self.weights, **(self.optimiser if self.scaffold else {})}
             collected.bytes_down = _size(payload) * len(asked)
@@ -209,16 +226,22 @@ class _Server:
                 began = time.perf_counter()
                 collected.bytes_up += _size(answer.arrays)
                 try:
-                    norm = optimisers.checked_norm(answer.arrays, like)
-                    _check_metrics(answer.metrics)
+                    update = answer.arrays
+                    if self.p.compression != "none":
+                        update = compression.decode(update, self.p.compression, like)
+                    norm = optimisers.checked_norm(update, like)
+                    self.check_metrics(answer.metrics)
                 except optimisers.UpdateError as error:
                     self.fail(number, answer.client, str(error))
                 else:
-                    yield answer, norm
+                    if self.p.privacy == "server":  # rounding may have carried it beyond; and who says that it clipped?
+                        privacy.clip(update, self.state["privacy"]["bound"])
+                    yield replace(answer, arrays=update), norm
                 collected.server_seconds += time.perf_counter() - began
 
         replies = sound()
-        reference = self.state["reference_norm"]
+        # Bounded updates need no outlier test, and must have none: whether one client's counted would depend on others.
+        reference = 0.0 if self.private else self.state["reference_norm"]
         if reference is None:
             held = list(itertools.islice(replies, REFERENCE))
             reference = statistics.median_low(norm for _, norm in held) if held else 0.0
@@ -230,6 +253,19 @@ class _Server:
             else:
                 yield reply, norm
 
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
+        needed = ("objective_count", "audio_seconds", "seconds", "learning_rate")
+        for name in (*needed, "within_bound") if self.private else needed:
+            if name not in metrics:
+                raise optimisers.UpdateError(f"its metrics lack {name}")
+        if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
+        possible = self.p.local_steps * self.p.batch_seconds * SAMPLE_RATE / HOP
+        if not 0 < metrics["objective_count"] <= possible:
+            claimed = metrics["objective_count"]
+            raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")
+
     def accept(self, number: int, reply: Reply, norm: float, collected: "_Collected") -> None:
         """Add one usable update to what is collected, and its row to the ledger."""
         began = time.perf_counter()
@@ -238,6 +274,7 @@ class _Server:
         collected.collector.add(reply.arrays, weight)
         collected.clients += 1
         collected.norms.append(norm)
+        collected.within_bound.append(metrics.get("within_bound", 0.0))
         collected.learning_rate = metrics["learning_rate"]
         collected.sums.update(metrics)
         collected.server_seconds += time.perf_counter() - began
@@ -293,6 +330,7 @@ class _Collected:
     collector: optimisers.Collector
     clients: int = 0
     norms: list[float] = field(default_factory=list)
+    within_bound: list[float] = field(default_factory=list)
     sums: Counter[str] = field(default_factory=Counter)
     learning_rate: float = 0.0
     bytes_up: int = 0
@@ -302,15 +340,6 @@ class _Collected:
 
 def _size(arrays: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
-
-
-def _check_metrics(metrics: Mapping[str, float]) -> None:
-    for name in ("objective_count", "audio_seconds", "seconds", "learning_rate"):
-        if name not in metrics:
-            raise optimisers.UpdateError(f"its metrics lack {name}")
-    unusable = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if unusable or metrics["objective_count"] <= 0:
-        raise optimisers.UpdateError(f"its metrics are not finite ({unusable}) or count no masked frame")
 
 
 def _settings(clients: Clients, p: Federation, task: Task) -> dict[str, Any]:

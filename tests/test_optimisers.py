@@ -1,0 +1,138 @@
+"""Server optimisers against their references; collectors against numpy and scipy."""
+
+import numpy as np
+import pytest
+import torch
+from federation import pretrain
+from scipy import stats
+
+from fedhubert_lib.federated import optimisers
+
+
+def updates(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"model.a": (5, 7), "model.b": (3,), "head.c": (2, 3, 4)}
+    return [{n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(count)]
+
+
+def trajectory(p, steps: list[dict[str, torch.Tensor]]) -> tuple[dict, dict]:
+    weights = {name: torch.ones_like(tensor) for name, tensor in steps[0].items()}
+    state = optimisers.initial_state(p, weights)
+    for number, update in enumerate(steps, start=1):
+        optimisers.step(p, weights, {name: tensor.clone() for name, tensor in update.items()}, state, number)
+    return weights, state
+
+
+def reference(make, steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A torch optimiser that takes minus the update as its gradient."""
+    weights = {name: torch.nn.Parameter(torch.ones_like(tensor)) for name, tensor in steps[0].items()}
+    optimiser = make(list(weights.values()))
+    for update in steps:
+        for name, weight in weights.items():
+            weight.grad = -update[name]
+        optimiser.step()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "make"),
+    [
+        ({"server": "fedavg"}, lambda w: torch.optim.SGD(w, lr=0.5)),
+        ({"server": "scaffold"}, lambda w: torch.optim.SGD(w, lr=0.5)),
+        ({"server": "fedavgm"}, lambda w: torch.optim.SGD(w, lr=0.5, momentum=0.9)),
+        ({"server": "fedadam"}, lambda w: torch.optim.Adam(w, lr=0.5, betas=(0.9, 0.99), eps=1e-3)),
+        (
+            {"server": "fedadagrad", "server_momentum": 0.0},
+            lambda w: torch.optim.Adagrad(w, lr=0.5, initial_accumulator_value=1e-6, eps=1e-3),
+        ),
+    ],
+)
+def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make):
+    steps = updates(6)
+    weights, _ = trajectory(pretrain(server_rate=0.5, **changes), steps)
+    for name, expected in reference(make, steps).items():
+        torch.testing.assert_close(weights[name], expected, rtol=2e-6, atol=2e-6)
+
+
+def test_fedyogi_follows_reddi_et_al():
+    steps = updates(6)
+    weights, _ = trajectory(pretrain(server="fedyogi", server_rate=0.5), steps)
+    for name in weights:
+        x = np.ones(weights[name].shape)
+        m, v = np.zeros_like(x), np.full_like(x, 1e-6)
+        for update in steps:
+            d = update[name].double().numpy()
+            m = 0.9 * m + 0.1 * d
+            v = v - 0.01 * d**2 * np.sign(v - d**2)
+            x = x + 0.5 * m / (np.sqrt(v) + 1e-3)
+        np.testing.assert_allclose(weights[name].numpy(), x, rtol=1e-5, atol=1e-6)
+
+
+def test_fedadams_first_step_is_the_rate():
+    """Stock Flower 1.41 corrects with t + 1: 0.74 of the rate."""
+    weights, _ = trajectory(pretrain(server="fedadam", server_rate=0.1, server_tau=1e-9), updates(1))
+    for name, weight in weights.items():
+        torch.testing.assert_close((weight - 1).abs(), torch.full_like(weight, 0.1))
+
+
+@pytest.mark.parametrize("server", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "median"])
+def test_everything_stays_float32(server):
+    """Stock Flower 1.41's FedAdam makes float64 of the weights from round 2 on."""
+    weights, state = trajectory(pretrain(server=server), updates(3))
+    assert {tensor.dtype for tensor in (weights | state).values()} == {torch.float32}
+
+
+def test_the_running_mean_is_the_weighted_mean():
+    steps, weights = updates(9), [3.0, 1000.0, 1.0, 7.0, 0.5, 20.0, 1e4, 2.0, 11.0]
+    mean = optimisers.Mean()
+    for update, weight in zip(steps, weights, strict=True):
+        mean.add({name: tensor.clone() for name, tensor in update.items()}, weight)
+    for name, tensor in mean.result().items():
+        stacked = np.stack([update[name].double().numpy() for update in steps])
+        np.testing.assert_allclose(tensor.numpy(), np.average(stacked, axis=0, weights=weights), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])
+def test_median_and_trimmed_mean(count, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimisers, "STRETCH", 8)  # several stretches even here
+    steps = updates(count)
+    median = optimisers.collector(pretrain(server="median"), tmp_path / "updates")
+    trimmed = optimisers.collector(pretrain(server="trimmed-mean", server_trim=0.3, cohort=3), tmp_path / "others")
+    for update in steps:
+        median.add(update, 1.0)
+        trimmed.add(update, 1.0)
+    share = max(0.3, 1 / count) if count > 2 else 0
+    for name, values in median.result().items():
+        np.testing.assert_allclose(values.numpy(), np.median([u[name].numpy() for u in steps], 0), rtol=1e-6)
+    for name, values in trimmed.result().items():
+        expected = stats.trim_mean(np.stack([u[name].numpy() for u in steps]), share + 1e-9, 0)
+        np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert not list(tmp_path.iterdir())  # nothing stays on disk
+
+
+def test_one_hostile_client_does_not_move_the_median(tmp_path):
+    honest, hostile = updates(4), {name: torch.full_like(t, 1e6) for name, t in updates(1)[0].items()}
+    collector = optimisers.collector(pretrain(server="median"), tmp_path / "updates")
+    for update in [*honest, hostile]:
+        collector.add(update, 1.0)
+    for name, values in collector.result().items():
+        assert values.abs().max() <= max(update[name].abs().max() for update in honest)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda u: u.pop("head.c"), "lacks .'head.c'."),
+        (lambda u: u.update(extra=torch.zeros(1)), "has .'extra'."),
+        (lambda u: u.update({"model.b": torch.zeros(4)}), r"model.b of the update is torch.float32 \(4,\)"),
+        (lambda u: u.update({"model.b": u["model.b"].double()}), "model.b of the update is torch.float64"),
+        (lambda u: u["model.a"][0].fill_(float("nan")), "NaN or an infinity"),
+        (lambda u: u["model.a"][0].fill_(float("inf")), "NaN or an infinity"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_named(spoil, message):
+    like, update = updates(2)
+    assert optimisers.checked_norm(like, like) == pytest.approx(torch.cat([t.flatten() for t in
+    like.values()]).norm().item()) spoil(update)
+    with pytest.raises(optimisers.UpdateError, match=message):
+        optimisers.checked_norm(update, like)

@@ -1,0 +1,356 @@
+"""The training loop over the in-process engine, with clients that pull the weights towards targets of their own."""
+
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from federation import digest, pretrain, rows
+
+from fedhubert_lib import federated, files, seeds
+from fedhubert_lib.federated import checkpoints, client_app, client_state, messages, optimisers, rounds
+from fedhubert_lib.federated.inprocess import InProcessGrid
+
+CLIENTS = [f"client-{number:03d}" for number in range(6)]
+SERVERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
+
+
+def initial() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"model.a": torch.randn(4, 3, generator=generator), "head.b": torch.randn(5, generator=generator)}
+
+
+def pull(home, arrays, config):
+    """A client whose update depends on the round, on itself, and on what it kept from its last round."""
+    kept = client_state.load(home, config, "toy")
+    generator = seeds.torch_generator(0, home.client, config["round"])
+    change = {
+        name: 0.1 * (torch.randn(tensor.shape, generator=generator) - tensor)
+        for name, tensor in arrays.items()
+        if not name.startswith(optimisers.CONTROL)
+    }
+    if kept is not None:
+        change = {name: tensor + 0.01 * kept[name] for name, tensor in change.items()}
+    client_state.save(home, config, "toy", change)
+    for name in arrays:
+        if name.startswith(optimisers.CONTROL):
+            change[name] = 0.5 * change[name.removeprefix(optimisers.CONTROL)] - arrays[name]
+    frames = 100.0 + CLIENTS.index(home.client)
+    return change, {
+        "loss_sum": frames * config["round"],
+        "objective_count": frames,
+        "audio_seconds": 2.0,
+        "seconds": 0.01,
+        "learning_rate": 0.1,
+    }
+
+
+def measure(home, arrays, config):
+    return {}, {"loss_sum": 10.0 / config["round"], "objective_count": 1.0}
+
+
+def averages(sums):
+    return {"loss": sums["loss_sum"] / sums["objective_count"]}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "01_partition").mkdir()
+    pd.DataFrame({"client": CLIENTS}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", pull)
+    monkeypatch.setitem(client_app.HANDLERS, "toy.validate", measure)
+    return tmp_path
+
+
+def train(run: Path, out: str = "toy", on_row=None, clients=None, **changes):
+    p = pretrain(**{"cohort": 4, "rounds": 6, "batch_seconds": 16.0, **changes})
+    task = rounds.Task("toy", {"any": [1, "thing"]}, averages, {"config.json": "{}\n"})
+    with federated.connect(run) as connected:
+        return rounds.train(clients or connected, p, task, initial(), run / out, on_row)[0]
+
+
+def interrupted(run: Path, out: str, row: int, **changes) -> None:
+    """Train until row number ``row`` has been written, then stop as Ctrl-C would."""
+    count = itertools.count()
+
+    def stop(_):
+        if next(count) == row:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, out, stop, **changes)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_k_rounds_and_then_the_rest_are_all_rounds(run, server):
+    whole = train(run, "whole", server=server)
+    for row in (3, 13, 19):  # in round 1, between two clients' rows, just after a round's row
+        interrupted(run, "parts", row, server=server)
+    parts = train(run, "parts", server=server)
+    assert digest(parts) == digest(whole)
+    assert rows(run / "parts/metrics.jsonl") == rows(run / "whole/metrics.jsonl")
+    assert digest(train(run, "parts", server=server)) == digest(whole)  # nothing is left to do
+
+
+def test_saved_tensors_are_those_of_the_run(run):
+    weights = train(run)
+    saved, server, state = checkpoints.read(run / "toy", 6)
+    assert digest(saved) == digest(weights)
+    assert state["round"] == 6
+    assert {name.split("/")[0] for name in server} == {"first", "second"}
+    assert (checkpoints.path(run / "toy", 6) / "config.json").read_text() == "{}\n"
+
+
+def test_the_last_and_the_best_are_kept(run, monkeypatch):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0, 6: 3.0}
+    monkeypatch.setitem(
+        client_app.HANDLERS,
+        "toy.validate",
+        lambda h, a, c: ({}, {"loss_sum": losses[c["round"]], "objective_count": 1}),
+    )
+    train(run)
+    assert checkpoints.rounds(run / "toy") == [2, 6]
+
+
+def test_training_stops_when_nothing_gets_better(run, monkeypatch):
+    monkeypatch.setitem(
+        client_app.HANDLERS,
+        "toy.validate",
+        lambda h, a, c: ({}, {"loss_sum": abs(c["round"] - 2), "objective_count": 1}),
+    )
+    train(run, patience=2)
+    assert checkpoints.rounds(run / "toy") == [2, 4]
+    train(run, patience=2)  # and stays stopped
+    assert checkpoints.rounds(run / "toy") == [2, 4]
+
+
+def test_cohorts_come_from_seed_and_round_and_client_ids(run):
+    drawn = [rounds.cohort(CLIENTS, 3, 0, number) for number in range(1, 40)]
+    assert drawn == [rounds.cohort(list(reversed(CLIENTS)), 3, 0, number) for number in range(1, 40)]
+    assert drawn != [rounds.cohort(CLIENTS, 3, 1, number) for number in range(1, 40)]
+    assert all(len(set(chosen)) == 3 and chosen == sorted(chosen) for chosen in drawn)
+    assert {client for chosen in drawn for client in chosen} == set(CLIENTS)
+    with pytest.raises(ValueError, match="cohort of 7 cannot be drawn from 6"):
+        rounds.cohort(CLIENTS, 7, 0, 1)
+
+
+class LateAndShuffled(InProcessGrid):
+    """Answers when it likes, and its nodes have other numbers every time."""
+
+    def __init__(self, run, clients, device):
+        shuffled = list(clients)
+        random.shuffle(shuffled)
+        super().__init__(run, shuffled, device)
+        self.answers = {}
+
+    def pull_messages(self, message_ids):
+        waiting = [name for name in self._waiting if name not in self.answers]
+        if waiting:
+            chosen = random.choice(waiting)
+            (self.answers[chosen],) = super().pull_messages([chosen])
+        return [self.answers.pop(name) for name in message_ids if name in self.answers]
+
+
+def test_weights_do_not_depend_on_node_ids_or_on_who_answers_first(run, monkeypatch):
+    monkeypatch.setattr(messages, "POLL_SECONDS", 0)
+    expected = digest(train(run, "one"))
+    for name in ("two", "three"):
+        grid = LateAndShuffled(run, CLIENTS, "cpu")
+        clients = messages.GridClients(grid, grid.nodes, messages.SharedArray)
+        assert digest(train(run, name, clients=clients)) == expected
+
+
+def test_serialised_arrays_give_the_same_weights_as_shared_ones(run):
+    grid = InProcessGrid(run, CLIENTS, "cpu")
+    for context in grid._contexts.values():
+        context.node_config["by_reference"] = False
+    clients = messages.GridClients(grid, grid.nodes)
+    assert digest(train(run, "one", clients=clients)) == digest(train(run, "two"))
+
+
+def spoilt(how):
+    """The client 002 answers with ``how(change, metrics)`` instead."""
+
+    def handler(home, arrays, config):
+        change, metrics = pull(home, arrays, config)
+        return how(change, metrics) if home.client == "client-002" else (change, metrics)
+
+    return handler
+
+
+def explode(change, metrics):
+    raise RuntimeError("no disk")
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (explode, "RuntimeError: no disk"),
+        (lambda c, m: ({**c, "head.b": c["head.b"] * float("nan")}, m), "NaN or an infinity"),
+        (lambda c, m: ({**c, "head.b": c["head.b"][:2]}, m), r"head.b of the update is torch.float32 (2,)"),
+        (lambda c, m: ({"model.a": c["model.a"]}, m), "lacks ['head.b']"),
+        (lambda c, m: ({name: 500 * t for name, t in c.items()}, m), "times as large as is usual"),
+        (lambda c, m: (c, {**m, "loss_sum": float("nan")}), "not finite (['loss_sum'])"),
+        (lambda c, m: (c, {**m, "objective_count": 0.0}), "it claims 0 masked frames"),
+        (lambda c, m: (c, {"loss_sum": 1.0}), "metrics lack objective_count"),
+        (lambda c, m: (c, {**m, "objective_count": 1e9}), "it claims 1e+09 masked frames; from 1 to"),
+    ],
+)
+def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
+    """The others' mean is what would have come without the bad client."""
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", spoilt(how))
+    weights = train(run, server="fedavg", server_rate=1.0, cohort=6, rounds=1)
+    failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
+    assert [row["client"] for row in failures] == ["client-002"]
+    assert reason in failures[0]["reason"]
+    expected, total = initial(), sum(100.0 + number for number in range(6) if number != 2)
+    for name in expected:
+        for number in (0, 1, 3, 4, 5):
+            generator = seeds.torch_generator(0, CLIENTS[number], 1)
+            noise = {n: torch.randn(t.shape, generator=generator) for n, t in initial().items()}
+            expected[name] = expected[name] + (100.0 + number) / total * 0.1 * (noise[name] - initial()[name])
+        torch.testing.assert_close(weights[name], expected[name])
+
+
+def test_clients_can_be_weighted_alike(run):
+    weights = train(run, server="fedavg", server_rate=1.0, cohort=6, rounds=1, weighting="clients")
+    expected = initial()
+    for client in CLIENTS:
+        generator = seeds.torch_generator(0, client, 1)
+        for name, start in initial().items():
+            expected[name] += 0.1 * (torch.randn(start.shape, generator=generator) - start) / 6
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name])
+
+
+def test_a_late_answer_is_left_out(run, monkeypatch):
+    def slow(change, metrics):
+        time.sleep(0.3)
+        return change, metrics
+
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", spoilt(slow))
+    train(run, cohort=6, rounds=1, deadline_seconds=0.2)
+    (failure,) = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
+    assert failure["client"] == "client-002"
+    assert "later than the deadline of 0.2 s" in failure["reason"]
+
+
+def test_a_round_below_its_quorum_stops_the_run_which_then_goes_on(run, monkeypatch):
+    whole = train(run, "whole")
+
+    def broken(home, arrays, config):
+        if config["round"] == 4:
+            raise OSError("the network is down")
+        return pull(home, arrays, config)
+
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", broken)
+    with pytest.raises(rounds.QuorumError, match="round 4: 3 times"):
+        train(run)
+    failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
+    assert [row["reason"] for row in failures].count("0 of 4 clients gave a usable update; 2 needed") == 3
+    assert checkpoints.rounds(run / "toy")[-1] == 3
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", pull)
+    assert digest(train(run)) == digest(whole)
+    assert rows(run / "toy/metrics.jsonl") == rows(run / "whole/metrics.jsonl")
+
+
+def test_a_client_that_comes_back_is_welcome(run, monkeypatch):
+    def away(home, arrays, config):
+        if home.client == "client-002" and config["round"] == 1:
+            raise OSError("away")
+        return pull(home, arrays, config)
+
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", away)
+    train(run, cohort=6, rounds=2)
+    took_part = [row["round"] for row in rows(run / "toy/metrics.jsonl") if row.get("client") == "client-002"]
+    assert took_part == [1, 2]  # once as a failure, then as a client
+
+
+def test_a_client_may_not_answer_for_another(run):
+    grid = InProcessGrid(run, CLIENTS, "cpu")
+    grid._contexts[grid.nodes["client-002"]].node_config["client"] = "client-001"
+    clients = messages.GridClients(grid, grid.nodes, messages.SharedArray)
+    answers = {answer.client: answer for answer in clients.ask("identify")}
+    assert "in the name of 'client-001'" in answers["client-002"].reason
+    assert not hasattr(answers["client-001"], "reason")
+
+
+def test_an_unknown_action_and_an_absent_client_are_failures(run):
+    with federated.connect(run) as clients:
+        (answer,) = clients.ask("toy.nothing", clients=["client-001"])
+        assert "no handler 'toy.nothing'" in answer.reason
+        (answer,) = clients.ask("identify", clients=["client-999"])
+        assert answer.reason == "not connected"
+
+
+def test_a_message_that_a_client_changes_stays_as_it_was_for_the_others(run, monkeypatch):
+    """Stock Flower 1.41 sends all nodes one and the same RecordDict."""
+    seen = []
+
+    def greedy(home, arrays, config):
+        seen.append((sorted(arrays), dict(config)))
+        arrays.clear()
+        config.clear()
+        return {}, {}
+
+    monkeypatch.setitem(client_app.HANDLERS, "toy.greedy", greedy)
+    with federated.connect(run) as clients:
+        list(clients.ask("toy.greedy", arrays=initial(), config={"a": 1}))
+    assert seen == [(["head.b", "model.a"], {"a": 1})] * 6
+
+
+def test_a_run_with_other_parameters_does_not_go_on(run):
+    train(run, rounds=2)
+    with pytest.raises(checkpoints.CheckpointError, match="learning_rate: 0.001 -> 0.01"):
+        train(run, rounds=2, learning_rate=0.01)
+
+
+@pytest.mark.parametrize("file", ["state.json", "model.safetensors", "server.safetensors"])
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_works(run, file):
+    whole = train(run, "whole")
+    train(run)
+    path = checkpoints.path(run / "toy", 6) / file
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(checkpoints.CheckpointError, match="round-00006: cannot be read"):
+        train(run)
+    assert digest(train(run, "whole")) == digest(whole)
+
+
+def test_two_processes_do_not_train_in_one_folder(run):
+    with checkpoints.sole(run / "toy"), pytest.raises(RuntimeError, match="another process trains"):
+        train(run)
+
+
+def test_what_a_killed_process_left_half_written_goes(run):
+    leftover = run / "toy" / "checkpoints" / ".round-00003.4711.partial"
+    leftover.mkdir(parents=True)
+    train(run)
+    assert not leftover.exists()
+
+
+def test_state_of_clients_stays_small_and_of_this_start(run):
+    stale = run / "clients" / CLIENTS[0] / "session-of-old"
+    stale.mkdir(parents=True)
+    train(run, cohort=6, rounds=8)
+    assert not stale.exists()
+    for client in CLIENTS:
+        (session,) = (run / "clients" / client).iterdir()
+        assert len(list(session.iterdir())) <= 3
+
+
+def test_the_ledger_adds_up(run):
+    train(run, cohort=3, rounds=2)
+    ledger = files.read_rows(run / "toy/metrics.jsonl")
+    assert [row["kind"] for row in ledger] == ["plan", *["client"] * 3, "round", *["client"] * 3, "round"]
+    last = ledger[-1]
+    size = 4 * (12 + 5)
+    assert last["bytes_down"] == last["bytes_up"] == 3 * size
+    assert last["audio_seconds"] == 6.0
+    assert last["client_seconds"] == pytest.approx(0.03)
+    assert last["loss"] == 2.0
+    assert last["validation_loss"] == 5.0
+    assert json.loads((checkpoints.path(run / "toy", 2) / "state.json").read_text())["best_round"] == 2
