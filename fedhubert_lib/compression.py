@@ -6,17 +6,16 @@ sum of what the server decodes stays within one round's loss of the sum of the t
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import files
+from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import Arrays
+from fedhubert_lib.params import Compression
 
-Kind = Literal["none", "float16", "int8", "top-k"]
+WITH_FEEDBACK = ("int8", "top-k")
+"""Kinds that lose enough for the loss to be worth a file of the model's size on the client's disk."""
 
 BLOCK = 1024
 """Weights that share one int8 scale: 4 bytes of scale on 1024 of weights."""
@@ -25,7 +24,7 @@ _SCALES = "/scales"
 _INDICES, _VALUES = "indices", "values"
 
 
-def encode(update: Mapping[str, Tensor], kind: Kind, *, share: float = 0.01) -> Arrays:
+def encode(update: Mapping[str, Tensor], kind: Compression, *, share: float = 0.01) -> Arrays:
     """The tensors that travel for ``update`` (float32, CPU).
 
     float16: each value rounded. int8: blocks of ``BLOCK`` values of a tensor share a float32 scale, the largest of
@@ -59,11 +58,11 @@ def encode(update: Mapping[str, Tensor], kind: Kind, *, share: float = 0.01) -> 
     raise ValueError(f"unknown compression {kind!r}; take none, float16, int8 or top-k")
 
 
-def decode(encoded: Mapping[str, Tensor], kind: Kind, like: Mapping[str, Tensor]) -> Arrays:
+def decode(encoded: Mapping[str, Tensor], kind: Compression, like: Mapping[str, Tensor]) -> Arrays:
     """The float32 update in ``encoded``, of the names and shapes of ``like``.
 
-    Whatever does not fit ``like`` exactly (a name, shape, dtype, non-finite value or position) is a ValueError that
-    names it: the sender may be broken or hostile.
+    Whatever does not fit ``like`` exactly (a name, shape, dtype, non-finite value or position) is an UpdateError
+    that names it: the sender may be broken or hostile.
     """
     if kind in ("none", "float16"):
         _check_names(encoded, like)
@@ -78,7 +77,7 @@ def decode(encoded: Mapping[str, Tensor], kind: Kind, like: Mapping[str, Tensor]
         shape = encoded[_VALUES].shape
         indices = _checked(encoded, _INDICES, torch.int32, torch.Size([shape.numel()])).long()
         if len(indices) and not (indices[0] >= 0 and indices[-1] < total and (indices.diff() > 0).all()):
-            raise ValueError(f"top-k positions are not increasing within 0..{total - 1}")
+            raise UpdateError(f"top-k positions are not increasing within 0..{total - 1}")
         flat = torch.zeros(total)
         flat[indices] = _checked(encoded, _VALUES, torch.float32, shape)
         names = sorted(like)
@@ -88,37 +87,13 @@ def decode(encoded: Mapping[str, Tensor], kind: Kind, like: Mapping[str, Tensor]
 
 
 def with_feedback(
-    update: Mapping[str, Tensor], kind: Kind, lost: Mapping[str, Tensor] | None, *, share: float = 0.01
+    update: Mapping[str, Tensor], kind: Compression, lost: Mapping[str, Tensor] | None, *, share: float = 0.01
 ) -> tuple[Arrays, Arrays]:
     """Encode ``update`` plus what earlier rounds ``lost``; return what travels, and what is now lost (float32)."""
     wanted = {name: value + lost[name] if lost else value for name, value in update.items()}
     encoded = encode(wanted, kind, share=share)
     decoded = decode(encoded, kind, update)
     return encoded, {name: wanted[name] - decoded[name] for name in wanted}
-
-
-def size(arrays: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors' values, as they travel (names and envelope not counted)."""
-    return sum(value.numel() * value.element_size() for value in arrays.values())
-
-
-def load_lost(folder: Path, round: int) -> Arrays | None:
-    """What the client lost up to its last part in a round before ``round``; none if it had no part yet."""
-    earlier = [number for number in _lost_rounds(folder) if number < round]
-    return load_file(_lost_path(folder, max(earlier))) if earlier else None
-
-
-def save_lost(folder: Path, round: int, lost: Mapping[str, Tensor]) -> None:
-    """Keep what was lost in ``round`` beside what was lost before it.
-
-    The older one stays because a server that dies in a round asks for it again: the client must then start from the
-    same loss, or the repeated round would not give the same weights.
-    """
-    with files.atomic(_lost_path(folder, round)) as temporary:
-        save_file(dict(lost), temporary)
-    keep = {round, max((number for number in _lost_rounds(folder) if number < round), default=round)}
-    for number in _lost_rounds(folder) - keep:
-        _lost_path(folder, number).unlink()
 
 
 def _quantise(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +109,7 @@ def _dequantise(encoded: Mapping[str, Tensor], name: str, shape: torch.Size) -> 
     blocks = _blocks(_checked(encoded, name, torch.int8, shape).float())
     value = (blocks * scales[:, None]).view(-1)[: shape.numel()].view(shape)
     if not torch.isfinite(value).all():  # scales near the end of float32
-        raise ValueError(f"{name} of the update has NaN or infinite values")
+        raise UpdateError(f"{name} of the update has NaN or infinite values")
     return value
 
 
@@ -146,22 +121,14 @@ def _blocks(value: Tensor) -> Tensor:
 def _check_names(encoded: Mapping[str, Tensor], expected: Mapping[str, Tensor] | list[str] | tuple[str, ...]) -> None:
     missing, surplus = sorted(set(expected) - set(encoded)), sorted(set(encoded) - set(expected))
     if missing or surplus:
-        raise ValueError(f"the update does not fit the model: missing {missing[:3]}, not expected {surplus[:3]}")
+        raise UpdateError(f"the update does not fit the model: missing {missing[:3]}, not expected {surplus[:3]}")
 
 
 def _checked(encoded: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     value = encoded[name]
     if value.dtype != dtype or value.shape != shape:
         found, wanted = f"{value.dtype} {tuple(value.shape)}", f"{dtype} {tuple(shape)}"
-        raise ValueError(f"{name} of the update is {found}, not {wanted}")
+        raise UpdateError(f"{name} of the update is {found}, not {wanted}")
     if dtype.is_floating_point and not torch.isfinite(value).all():
-        raise ValueError(f"{name} of the update has NaN or infinite values")
+        raise UpdateError(f"{name} of the update has NaN or infinite values")
     return value
-
-
-def _lost_path(folder: Path, round: int) -> Path:
-    return folder / f"lost-{round:06d}.safetensors"
-
-
-def _lost_rounds(folder: Path) -> set[int]:
-    return {int(path.stem.removeprefix("lost-")) for path in folder.glob("lost-*.safetensors")}

@@ -40,6 +40,7 @@ Preset = Literal["tiny", "small", "base", "large"]
 FrontEnd = Literal["waveform", "logmel"]
 Head = Literal["shared", "personal"]
 Engine = Literal["inprocess", "pool", "ray", "deployment"]
+Compression = Literal["none", "float16", "int8", "top-k"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Objective = Literal["hubert", "soft-targets", "distilhubert"]
 
@@ -184,6 +185,13 @@ class Federation(Section):
     quorum: Share = Field(0.5, description="share of a cohort that must answer, else the round is repeated")
     deadline_seconds: float = Field(0.0, ge=0, description="an answer later than this is left out; 0: wait")
     outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="an update this many times too large is left out")
+    compression: Compression = Field("none", description="of what a client sends; int8, top-k: with error feedback")
+    top_k_share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="share of an update that top-k sends")
+    privacy: Literal["none", "server", "client"] = Field("none", description="client-level DP: who adds the noise")
+    privacy_clip: Positive = Field(1.0, description="norm an update is scaled down to; with a quantile, in round 1")
+    privacy_quantile: Share = Field(0.0, description="the norm follows this quantile of the updates' norms; 0: stays")
+    privacy_noise: float = Field(1.0, ge=0, description="deviation of the noise on a cohort's sum, in clipping norms")
+    privacy_delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="epsilon is reported at this delta")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     patience: Count = Field(0, description="stop after so many validations without a better loss; 0: never")
     precision: Precision = Field("auto", description="of the local steps: bfloat16 where the machine is faster with it")
@@ -201,6 +209,13 @@ class Federation(Section):
             yield "mask_length", f"{self.mask_length} frames of 20 ms do not fit into crop_seconds: {self.crop_seconds}"
         if self.server == "trimmed-mean" and self.cohort < 3:
             yield "server", f"trimmed-mean needs a cohort of 3 or more; cohort is {self.cohort}"
+        if self.privacy != "none":
+            if self.weighting != "clients":
+                yield "privacy", "needs weighting: clients; by masked frames one client could weigh more than the noise"
+            if self.server in ("scaffold", "trimmed-mean", "median"):
+                yield "privacy", f"its noise is made for a sum of updates; server: {self.server} takes no sum"
+            if self.privacy == "client" and self.compression != "none":
+                yield "compression", "rounds each update, but privacy: client counts on their exact sum; leave it out"
 
 
 class Pretrain(Federation):
@@ -218,16 +233,21 @@ class Distill(Federation):
     teacher: Place = Field("", description="checkpoint folder; empty: what 03_pretrain of this run wrote")
     layers: Natural = Field(2, description="transformer layers of the student")
     width: Natural = Field(96, description="width of the student's transformer")
-    objective: Objective = Field("soft-targets", description="what the student learns; see fedhubert_lib.distillation")
+    initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")
+    objectives: list[Objective] = Field(["soft-targets"], min_length=1, description="what the student learns; summed")
     codebook: Codebook = Field("federated", description="whose labels the k-means part of the objective predicts")
     temperature: Positive = Field(4.0, description="softens teacher and student predictions")
     soft_weight: Share = Field(0.7, description="alpha: weight of the teacher's soft targets")
     label_weight: Share = Field(0.3, description="beta: weight of the k-means labels")
+    regression_weight: Positive = Field(1.0, description="weight of distilhubert in the sum")
+    hubert_weight: Positive = Field(1.0, description="weight of hubert in the sum")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
-        if self.objective == "soft-targets" and self.soft_weight + self.label_weight == 0:
+        if "soft-targets" in self.objectives and self.soft_weight + self.label_weight == 0:
             yield "soft_weight", "0 given, and label_weight is 0, too: nothing is left to learn from"
+        if len(set(self.objectives)) < len(self.objectives):
+            yield "objectives", "names one of them twice; keep one, and give it the weight"
 
 
 class Evaluate(Section):
@@ -292,7 +312,7 @@ class Study(BaseModel):
                 yield stage, "codebook", f"{section.codebook} given, but kmeans.codebooks has {fitted}; add it there"
         distill = self.distill
         if (
-            distill.objective == "soft-targets"
+            "soft-targets" in distill.objectives
             and not distill.teacher
             and distill.label_weight > 0
             and distill.codebook != self.pretrain.codebook

@@ -10,9 +10,9 @@ it. A federation that must protect real people keeps its seed secret from those 
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
 from fedhubert_lib import seeds
-from fedhubert_lib.federated.protocol import Arrays
+from fedhubert_lib.params import Federation
 
 ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 1024)
 """Renyi orders tried. Integers only, for which the sampled Gaussian has a closed form: the bound is valid, and up to
@@ -32,28 +32,26 @@ def norm(arrays: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(arrays[name].double().square().sum()) for name in sorted(arrays)))
 
 
-def clip(arrays: Mapping[str, Tensor], bound: float) -> tuple[Arrays, float]:
-    """``arrays`` scaled down to norm ``bound`` where longer, and their norm before. NaN and infinity are errors."""
+def clip(arrays: Mapping[str, Tensor], bound: float) -> float:
+    """Scale ``arrays`` in place to norm ``bound`` where longer; return the norm before. NaN and infinity are errors."""
     before = norm(arrays)
     if not math.isfinite(before):
         raise ValueError("the update has a NaN or infinite norm; nothing of it can be sent under a privacy bound")
-    if before <= bound:
-        return dict(arrays), before
-    # One part in a million short of the bound: float32 rounding must not carry the result beyond it.
-    factor = bound / before * (1 - 1e-6)
-    return {name: value * factor for name, value in arrays.items()}, before
+    if before > bound:
+        # One part in a million short of the bound: float32 rounding must not carry the result beyond it.
+        for value in arrays.values():
+            value.mul_(bound / before * (1 - 1e-6))
+    return before
 
 
-def add_noise(arrays: Mapping[str, Tensor], deviation: float, seed: int, *keys: int | str) -> Arrays:
-    """``arrays`` plus Gaussian noise of standard deviation ``deviation``, drawn by (seed, keys, tensor name)."""
-    noisy = {}
+def add_noise(arrays: Mapping[str, Tensor], deviation: float, seed: int, *keys: int | str) -> None:
+    """Add Gaussian noise of standard deviation ``deviation`` in place, drawn by (seed, keys, tensor name)."""
     for name, value in arrays.items():
         generator = seeds.torch_generator(seed, *keys, "privacy-noise", name)
-        noisy[name] = value + deviation * torch.randn(value.shape, generator=generator, dtype=torch.float32)
-    return noisy
+        value.add_(torch.randn(value.shape, generator=generator, dtype=torch.float32), alpha=deviation)
 
 
-def poisson_cohort(clients: Sequence[str], expected: int, seed: int, round: int) -> list[str]:
+def poisson_cohort(clients: Sequence[str], expected: int, seed: int, *keys: int | str) -> list[str]:
     """Clients that join with probability ``expected / len(clients)`` each, independently: what the accountant assumes.
 
     The cohort's size varies from round to round; it may be empty.
@@ -62,7 +60,7 @@ def poisson_cohort(clients: Sequence[str], expected: int, seed: int, round: int)
         raise ValueError(
             f"a cohort of {expected} cannot be drawn from {len(clients)} clients; set cohort to 1..clients"
         )
-    draws = seeds.numpy_generator(seed, round, "poisson-cohort").random(len(clients))
+    draws = seeds.numpy_generator(seed, *keys, "poisson-cohort").random(len(clients))
     return [client for client, draw in zip(sorted(clients), draws, strict=True) if draw < expected / len(clients)]
 
 
@@ -74,21 +72,19 @@ def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> fl
     return bound * math.exp(-rate * (within - quantile))
 
 
-def split_noise(multiplier: float, count_deviation: float) -> float:
-    """The noise multiplier for the updates, when counting who was within the bound takes its share of the privacy.
+def count_deviation(p: Federation) -> float:
+    """Deviation of the noise on the number of clients within the bound: a twentieth of the cohort, as in Andrew et al.,
+    but enough for half of the privacy to remain where cohorts are small."""
+    return max(p.cohort / 20, p.privacy_noise)
 
-    Each client's bit, centred to -1/2 or 1/2, is summed with noise of standard deviation ``count_deviation``; both
-    releases together then cost what one of ``multiplier`` costs (Andrew et al. 2021, theorem 1).
-    """
-    if multiplier == 0:
-        return 0.0
-    rest = multiplier**-2 - (2 * count_deviation) ** -2
-    if rest <= 0:
-        raise ValueError(
-            f"noise of {count_deviation:g} on the count is too little for a noise multiplier of {multiplier:g}: "
-            f"take more than {multiplier / 2:g}, or a larger cohort"
-        )
-    return rest**-0.5
+
+def update_multiplier(p: Federation) -> float:
+    """The noise multiplier of the updates. With adaptive clipping the count takes its share of the privacy: both
+    releases together cost what one of ``privacy_noise`` costs (Andrew et al. 2021, theorem 1; a client's bit, centred
+    to -1/2 or 1/2, has sensitivity 1/2)."""
+    if p.privacy_quantile == 0 or p.privacy_noise == 0:
+        return p.privacy_noise
+    return (p.privacy_noise**-2 - (2 * count_deviation(p)) ** -2) ** -0.5
 
 
 @lru_cache(maxsize=4096)
@@ -111,19 +107,76 @@ def renyi(probability: float, multiplier: float) -> tuple[float, ...]:
     return tuple(result)
 
 
-def epsilon(rounds: Sequence[tuple[float, float]], delta: float) -> float:
-    """The epsilon spent by ``rounds`` of (probability to join, noise multiplier), at ``delta``.
+def epsilon(releases: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """The epsilon spent by ``releases`` of (probability to join, noise multiplier, rounds), at ``delta``.
 
     Composition adds Renyi divergences; the conversion is that of Canonne et al. 2020 (arXiv 2004.00010, proposition
     12). A round without noise makes it infinite.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), well below one over the number of clients; it is {delta}")
-    if not rounds:
-        return 0.0
     total = np.zeros(len(ORDERS))
-    for (probability, multiplier), count in sorted(Counter(rounds).items()):
+    for probability, multiplier, count in releases:
         total += count * np.asarray(renyi(probability, multiplier))
     orders = np.asarray(ORDERS)
     spent = total + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
-    return max(float(spent.min()), 0.0)
+    return max(float(spent.min()), 0.0) if total.any() else 0.0
+
+
+# --------------------------------------------------------------------------------------------------- a round's two ends
+
+
+def protect(update: Mapping[str, Tensor], p: Federation, bound: float, client: str, number: int) -> dict[str, float]:
+    """Make what a client sends in round ``number`` private, in place; return the metric that adaptive clipping needs.
+
+    ``privacy: server`` clips; ``privacy: client`` adds the client's share of the noise, too, so that the server sees no
+    update bare: the shares of an expected cohort add up to the server's noise.
+    """
+    within = float(clip(update, bound) <= bound) - 0.5
+    if p.privacy == "client":
+        share = 1 / math.sqrt(p.cohort)
+        add_noise(update, update_multiplier(p) * bound * share, p.seed, number, client)
+        within += _count_noise(p, number, client) * share
+    return {"within_bound": within}
+
+
+def initial_state(p: Federation) -> dict[str, Any]:
+    """What the server keeps from round to round: the clipping norm, and what was released so far. JSON-like."""
+    return {"bound": p.privacy_clip, "releases": []}
+
+
+def release(
+    mean: Mapping[str, Tensor],
+    p: Federation,
+    state: dict[str, Any],
+    clients: int,
+    number: int,
+    answered: Sequence[float],
+) -> dict[str, float | None]:
+    """Make the mean of the clients' bounded updates private in place; count its cost in ``state``; return part of a row.
+
+    ``clients`` are all that could have been drawn; ``answered`` has the ``within_bound`` of those that gave an update.
+    The row's epsilon is None where it is infinite.
+    """
+    bound, present = state["bound"], len(answered) / p.cohort
+    for value in mean.values():
+        value.mul_(present)
+    if p.privacy == "server":
+        add_noise(mean, update_multiplier(p) * bound / p.cohort, p.seed, number)
+        within, spent = sum(answered) + _count_noise(p, number), p.privacy_noise
+    else:  # what hides a client is the noise of the others that answered
+        within, spent = sum(answered), p.privacy_noise * math.sqrt((len(answered) - 1) / p.cohort)
+    if p.privacy_quantile > 0:
+        state["bound"] = adapt(bound, within / p.cohort + 0.5, p.privacy_quantile)
+    _count(state["releases"], p.cohort / clients, spent)
+    total = epsilon(state["releases"], p.privacy_delta)
+    return {"clip": bound, "epsilon": total if math.isfinite(total) else None}
+
+
+def _count_noise(p: Federation, *keys: int | str) -> float:
+    return count_deviation(p) * float(seeds.numpy_generator(p.seed, *keys, "privacy-count").standard_normal())
+
+
+def _count(releases: list[list[float]], probability: float, multiplier: float) -> None:
+    if releases and releases[-1][:2] == [probability, multiplier]:
+        releases[-1][2] += 1
+    else:
+        releases.append([probability, multiplier, 1])
