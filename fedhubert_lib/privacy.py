@@ -151,7 +151,7 @@ def release(
     number: int,
     answered: Sequence[float],
 ) -> dict[str, float | None]:
-    """Make the mean of the clients' bounded updates private in place; count its cost in ``state``; return part of a row.
+    """Make the mean of bounded updates private in place; count its cost in ``state``; return part of a row.
 
     ``clients`` are all that could have been drawn; ``answered`` has the ``within_bound`` of those that gave an update.
     The row's epsilon is None where it is infinite.
