@@ -29,7 +29,7 @@ LONGEST = 8.0
 
 
 class UnitLabels(Protocol):
-    """Labels by utterance: labels.Labels, or a plain mapping."""
+    """Labels by utterance: labels.Labels, or a plain mapping to [frames]."""
 
     def __getitem__(self, utterance: str) -> np.ndarray: ...
 
@@ -106,8 +106,12 @@ class LiveCurves:
     """
 
     def __init__(self, folder: Path) -> None:
-        """``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained."""
+        """``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained.
+
+        The last picture is saved in its ``figures`` as ``curves``.
+        """
         self._files = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
+        self._figures = folder / "figures"
         self._next = 0.0
         self._handle = DisplayHandle()
 
@@ -118,18 +122,22 @@ class LiveCurves:
     def __call__(self, row: Mapping[str, Any]) -> None:
         """A row was written: draw again, unless that was done a moment ago."""
         if time.monotonic() >= self._next:
+            start = time.monotonic()
             self._draw()
+            self._next = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
 
     def __exit__(self, *exception: object) -> None:
-        self._draw()
+        figure = self._draw()
+        if figure is not None:
+            plots.save(figure, self._figures, "curves")
 
-    def _draw(self) -> None:
-        start = time.monotonic()
+    def _draw(self) -> Figure | None:
         rows, centralised = map(read_rows, self._files)
-        if any(row["kind"] == "round" for row in rows + centralised):
-            self._handle.update(Image(data=plots.png(plots.curves(rows, centralised))))
-        now = time.monotonic()
-        self._next = now + max(1.0, 20 * (now - start))
+        if not any(row["kind"] == "round" for row in rows + centralised):
+            return None
+        figure = plots.curves(rows, centralised)
+        self._handle.update(Image(data=plots.png(figure)))
+        return figure
 
 
 class Browser(widgets.VBox):
@@ -143,11 +151,11 @@ class Browser(widgets.VBox):
         manifest: pd.DataFrame,
         group: str = "speaker",
         phones: pd.DataFrame | None = None,
-        labels: Mapping[str, UnitLabels] | None = None,
+        labels: Mapping[str, Mapping[str, UnitLabels]] | None = None,
     ) -> None:
         """``manifest`` has utterance, path, samples and the column ``group``; ``phones`` as in phones.parquet.
 
-        ``labels`` maps the name of a codebook to its labels by utterance.
+        ``labels`` maps the name of a codebook to the labels of each group, and those an utterance to its labels.
         """
         self._tables = dict(list(manifest.groupby(group)))
         self._phones = {} if phones is None else dict(list(phones.groupby("utterance")))
@@ -173,7 +181,7 @@ class Browser(widgets.VBox):
         row = self._tables[self.group.value].iloc[self.utterance.value]
         waveform = audio.read(row.path, 0, min(row.samples, int(LONGEST * audio.SAMPLE_RATE)))
         frames = audio.frame_count(len(waveform))
-        units = {name: np.asarray(labels[row.utterance])[:frames] for name, labels in self._labels.items()}
+        units = {name: own[self.group.value][row.utterance][:frames] for name, own in self._labels.items()}
         self.picture.value = plots.png(plots.aligned_units(waveform, self._phones.get(row.utterance), units))
         self.sound.value = _wav(waveform)
         seconds = row.samples / audio.SAMPLE_RATE

@@ -202,12 +202,16 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
 
 @styled
 def aligned_units(
-    waveform: torch.Tensor, phones: pd.DataFrame | None = None, labels: Mapping[str, np.ndarray] | None = None
+    waveform: torch.Tensor,
+    phones: pd.DataFrame | None = None,
+    labels: Mapping[str, np.ndarray] | None = None,
+    mask: np.ndarray | None = None,
 ) -> Figure:
     """A spectrogram, and under it on the same time axis the phones and each codebook's frame labels.
 
     ``waveform`` [samples] at 16 kHz; ``phones`` has start_sample, end_sample, phone; ``labels`` maps the name of a
-    codebook to its labels [frames] at 50 Hz, each drawn 20 ms wide around the centre of its frame.
+    codebook to its labels [frames] at 50 Hz, each drawn 20 ms wide around the centre of its frame. Where ``mask``
+    [frames] is true the spectrogram is veiled.
     """
     strips = ([] if phones is None or phones.empty else [("phones", *_phone_runs(phones))]) + [
         (name, *_label_runs(np.asarray(units))) for name, units in (labels or {}).items()
@@ -226,6 +230,11 @@ def aligned_units(
     )
     axes[0].grid(visible=False)
     axes[0].set_ylabel("frequency (kHz)")
+    if mask is not None:
+        starts, widths, texts, _ = _label_runs(mask.astype(int))
+        for start, width, text in zip(starts, widths, texts, strict=True):
+            if text == "1":
+                axes[0].axvspan(start, start + width, color="white", alpha=0.75, linewidth=0)
     for strip, (name, starts, widths, texts, colours) in zip(axes[1:], strips, strict=True):
         strip.barh(0, widths, 1, starts, color=colours, edgecolor="white", linewidth=0.5)
         for start, width, text in zip(starts, widths, texts, strict=True):
@@ -253,6 +262,19 @@ def _label_runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str], 
     hues = labels[first] * 0.618 % 1  # neighbouring ids get far-apart hues
     colours = 0.35 * matplotlib.colormaps["turbo"](hues)[:, :3] + 0.65  # pale, so that the id can be read on it
     return starts, frames * HOP / SAMPLE_RATE, [str(label) for label in labels[first]], list(colours)
+
+
+@styled
+def inertia(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Mean squared distance of a frame to its centroid per Lloyd round, a line per codebook of metrics.jsonl."""
+    table = pd.DataFrame([row for row in rows if row["kind"] == "lloyd"])
+    figure, [axes] = _figure(width=5)
+    for name, own in table.groupby("codebook"):
+        axes.plot(own["round"], own.inertia, marker="o", markersize=3, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="Lloyd round", ylabel="squared distance per frame", title="Distance of frames to their centroids")
+    axes.legend()
+    return figure
 
 
 @styled
@@ -340,7 +362,7 @@ def cluster_spectra(waveforms: Sequence[torch.Tensor], labels: Sequence[np.ndarr
     image = axes.imshow(relative[order].T, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
     _names(axes.xaxis, used[order], rotation=0)
     mel = 1127 * np.log1p(np.array([20, 250, 500, 1000, 2000, 4000, 8000]) / 700)
-    axes.set_yticks((mel - mel[0]) / (mel[-1] - mel[0]) * (bins + 1) - 1, "0.02 0.25 0.5 1 2 4 8".split())
+    axes.set_yticks((mel - mel[0]) / (mel[-1] - mel[0]) * (bins + 1) - 1, ["0.02", "0.25", "0.5", "1", "2", "4", "8"])
     axes.set_ylim(-0.5, bins - 0.5)
     axes.grid(visible=False)
     axes.set(xlabel="cluster: energy in low frequencies left, in high ones right", ylabel="frequency (kHz)")
@@ -479,6 +501,24 @@ def bars(table: pd.DataFrame, title: str = "") -> Figure:
     for axes in places[len(measures) :]:
         axes.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+@styled
+def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
+    """What a student kept of its teacher's quality, and at what cost: each value is a share of the teacher's."""
+    figure, [axes] = _figure(width=7, height=0.9 + 0.3 * (len(quality) + len(cost)))
+    shares, at = [*quality.values(), *cost.values()], np.arange(len(quality) + len(cost))
+    axes.barh(at, shares, 0.7, color=[BLUE] * len(quality) + [RED] * len(cost))
+    for place, share in zip(at, shares, strict=True):
+        axes.text(share, place, f" {share:.0%}", va="center", fontsize=8)
+    axes.axvline(1, color=BLACK, linestyle=":")
+    axes.set_yticks(at, [*quality, *cost])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="share of the teacher's", xlim=(0, max(1.1, 1.12 * max(shares))))
+    axes.set_title("What the student kept (blue), at what cost (red)")
     return figure
 
 
