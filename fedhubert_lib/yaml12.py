@@ -2,8 +2,7 @@
 
 PyYAML follows YAML 1.1, where ``1e-3`` is text, ``no`` is false, ``0777`` is 511, ``12:30`` is 750, and the second of
 two equal keys wins in silence. Here a number is a decimal number, only ``true`` and ``false`` are booleans, a repeated
-key is an error, and every value knows its line. A study file is sections of parameters, and a parameter is a word, a
-list of words, or a mapping of words to words, so nothing deeper is read.
+key is an error, and every value knows its line. A study file is two levels deep, so nothing else is read.
 """
 
 import re
@@ -30,7 +29,7 @@ def scalar(text: str) -> str | int | float | bool | None:
 
 
 def value(text: str) -> Any:
-    """One value as it may stand behind a parameter: a word, a list or a mapping of words. Raises ValueError."""
+    """One value as it may stand behind a key: a word, quoted text, or a flat list. Raises ValueError."""
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -81,21 +80,13 @@ def _mapping(
 
 
 def _convert(node: yaml.Node) -> Any:
-    """A word, or one level of a list or mapping of words."""
-    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_word(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-        names = [_word(name) for name, _ in node.value]
-        if len(set(names)) < len(names):
-            raise ValueError("a mapping with the same key twice; keep one")
-        return {name: _word(item) for name, (_, item) in zip(names, node.value, strict=True)}
-    return _word(node)
-
-
-def _word(node: yaml.Node) -> Any:
-    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
-        raise ValueError("a word, text in quotes, or one list or mapping of these is expected")
-    return scalar(node.value) if node.style is None else node.value
+    if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"):
+        raise ValueError("a word, text in quotes, or a flat list is expected here")
+    if isinstance(node, yaml.ScalarNode):
+        return scalar(node.value) if node.style is None else node.value
+    if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        raise ValueError("a list may hold words only, no lists or mappings")
+    return [_convert(item) for item in node.value]
 
 
 def _problem(error: Exception) -> str:
