@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+_LONGEST_ROW = 1 << 16
+"""Bytes looked at for the end of the last whole row."""
 
 
 @contextlib.contextmanager
@@ -50,11 +54,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append ``row`` to a JSON Lines file in one write, so that a reader never sees half of an earlier row."""
+    """Append ``row`` to a JSON Lines file in one write, so that a reader never sees half of an earlier row.
+
+    What a kill has left of an unfinished row is cut off first. On a disk that is full nothing of ``row`` stays, and
+    OSError says so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
-    with path.open("ab", buffering=0) as stream:
-        stream.write(line)
+    with path.open("ab+", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        tail_size = min(size, _LONGEST_ROW)
+        stream.seek(size - tail_size)
+        tail = stream.read(tail_size)
+        if tail and not tail.endswith(b"\n"):
+            size -= tail_size - (tail.rfind(b"\n") + 1)
+            stream.truncate(size)
+        if stream.write(line) != len(line):
+            stream.truncate(size)
+            raise OSError(errno.ENOSPC, "no space left for a whole row", str(path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -63,6 +80,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines if line]
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written by ``atomic`` below ``folder``, while nobody is writing there."""
+    for path in [p for p in folder.rglob(".*") if ".partial" in p.suffixes or p.suffix == ".old"]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -82,6 +82,7 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
         shutil.rmtree(folder)
     (folder / "done.json").unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
+    files.sweep(folder)
     with files.atomic(folder / "params.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False))
     files.write_json(folder / "begun.json", {"identity": now, "started": time.time()})
