@@ -132,7 +132,8 @@ def test_one_hostile_client_does_not_move_the_median(tmp_path):
 )
 def test_an_update_that_does_not_fit_is_named(spoil, message):
     like, update = updates(2)
-    assert optimisers.checked_norm(like, like) == pytest.approx(torch.cat([t.flatten() for t in
-    like.values()]).norm().item()) spoil(update)
+    together = torch.cat([tensor.flatten() for tensor in like.values()])
+    assert optimisers.checked_norm(like, like) == pytest.approx(together.norm().item())
+    spoil(update)
     with pytest.raises(optimisers.UpdateError, match=message):
         optimisers.checked_norm(update, like)

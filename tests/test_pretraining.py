@@ -1,0 +1,274 @@
+"""Pretraining end to end on tones, over the in-process engine: it learns, goes on, keeps what is personal."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from federation import CODEBOOK, TONES, digest, make, pretrain, rows
+from safetensors.torch import load_file
+
+from fedhubert_lib import federated, files, hubert, pretraining
+from fedhubert_lib.federated import checkpoints, client_app, local, rounds
+from fedhubert_lib.federated.protocol import ClientHome
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("tones"))
+
+
+@pytest.fixture(autouse=True)
+def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One narrow layer is enough here; clients get the configuration in the message."""
+    narrow = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **narrow})
+
+
+@pytest.fixture
+def run(tones: Path, tmp_path: Path) -> Path:
+    """A run of the test's own over the same clients."""
+    for name in ("01_partition", "02_kmeans"):
+        (tmp_path / name).symlink_to(tones / name)
+    return tmp_path
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    model = {f"model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    head = folder / "head.safetensors"
+    return model | ({f"head.{n}": t for n, t in load_file(head).items()} if head.exists() else {})
+
+
+def interrupt(stage, run: Path, p, row: int) -> None:
+    count = itertools.count()
+
+    def stop(_):
+        if next(count) == row:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(run, p, stop)
+
+
+def test_federated_pretraining_learns_and_writes_a_model_folder(run):
+    p = pretrain(rounds=6, local_steps=4, cohort=4, server="fedavg", server_rate=1.0, learning_rate=3e-3)
+    folder = pretraining.run(run, p)
+    ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
+    losses = [row["validation_loss"] for row in ledger if row["kind"] == "round"]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.1
+    model, head = hubert.load(folder)
+    assert head.label_embeddings.shape[0] == TONES
+    assert digest(weights_of(folder)) == digest(weights_of(checkpoints.path(run / "03_pretrain", 6)))
+    assert model(torch.zeros(1, 16_000)).last.shape == (1, 49, model.config.hidden_size)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "personal"},
+        {"server": "scaffold", "server_rate": 1.0},
+        {"local_state": "keep", "proximal": 0.1, "server": "fedavg", "server_rate": 1.0},
+    ],
+    ids=["personal head", "scaffold", "kept moments"],
+)
+def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, changes):
+    p = pretrain(**changes)
+    whole = digest(weights_of(pretraining.run(run, p)))
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("01_partition", "02_kmeans"):
+        (other / name).symlink_to(tones / name)
+    for row in (2, 4):
+        interrupt(pretraining.run, other, p, row)
+    assert digest(weights_of(pretraining.run(other, p))) == whole
+    assert rows(other / "03_pretrain/metrics.jsonl") == rows(run / "03_pretrain/metrics.jsonl")
+
+
+def test_a_personal_head_never_leaves_its_client(run):
+    p = pretrain(head="personal", cohort=4)
+    trunk = sum(t.numel() for t in weights_of(pretraining.run(run, p)).values())
+    assert not (run / "03_pretrain/checkpoint/head.safetensors").exists()
+    ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
+    assert {row["bytes_up"] for row in ledger if row["kind"] == "round"} == {4 * trunk * 4}
+    kept = sorted((run / "03_pretrain/clients").glob("*/session-*/personal-000003.safetensors"))
+    assert len(kept) == 4
+    heads = [load_file(path) for path in kept]
+    assert all(
+        set(head) == {"head.label_embeddings", "head.final_proj.weight", "head.final_proj.bias"} for head in heads
+    )
+    assert len({digest(head) for head in heads}) == 4
+
+
+def test_scaffolds_variates_cancel_and_come_from_the_gradients(run):
+    """With everybody in every round, equal weights and rate 1, c stays the mean of the c_i (Karimireddy et al. 2020)."""
+    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, weighting="clients", rounds=2)
+    pretraining.run(run, p)
+    _, server, _ = checkpoints.read(run / "03_pretrain", 2)
+    own = [load_file(p) for p in (run / "03_pretrain/clients").glob("*/session-*/control-000002.safetensors")]
+    assert len(own) == 4
+    for name, tensor in own[0].items():
+        mean = torch.stack([each[name] for each in own]).mean(0)
+        torch.testing.assert_close(server[f"control/{name}"], mean, rtol=1e-4, atol=1e-6)
+        assert tensor.abs().max() > 0
+
+
+def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
+    """Without momentum c_i - c + (x - y) / (K eta) is what the client keeps."""
+    rate = 0.05
+    monkeypatch.setattr(
+        local.training,
+        "adamw",
+        lambda module, settings: torch.optim.SGD(module.parameters(), lr=settings.learning_rate),
+    )
+    monkeypatch.setattr(local.training, "rate", lambda settings, step, total: rate)
+    config, weights = pretraining.initial(run, p := pretrain(server="scaffold", clip_norm=1e9, learning_rate=rate))
+    arrays = weights | {f"control/{name}": torch.full_like(t, 1e-3) for name, t in weights.items()}
+    client = "client-001"
+    home = ClientHome(
+        client,
+        data=run / "01_partition/clients" / client,
+        labels=run / "02_kmeans/clients" / client,
+        state=run / "03_pretrain/clients" / client,
+    )
+    message = pretraining._client_config(run, p, config)
+    message |= {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 100}
+    change, measured = pretraining.update(home, arrays, message)
+    kept = load_file(home.state / "session-a/control-000001.safetensors")
+    for name in weights:
+        expected = -1e-3 - change[name] / (measured["steps"] * rate)
+        torch.testing.assert_close(kept[name], expected, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(change[f"control/{name}"], kept[name])
+
+
+def test_clients_leave_the_servers_tensors_alone(run):
+    p = pretrain()
+    config, weights = pretraining.initial(run, p)
+    before = digest(weights)
+    message = pretraining._client_config(run, p, config)
+    message |= {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 6}
+    with federated.connect(run) as clients:
+        answers = list(clients.ask("pretrain.update", arrays=weights, config=message))
+    assert digest(weights) == before
+    assert len({digest(answer.arrays) for answer in answers}) == 4
+
+
+def test_centralised_training_goes_on_and_ends_with_the_same_bits(run, tmp_path, tones):
+    p = pretrain()
+    whole = digest(weights_of(pretraining.centralised(run, p)))
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("01_partition", "02_kmeans"):
+        (other / name).symlink_to(tones / name)
+    interrupt(pretraining.centralised, other, p, 2)
+    assert digest(weights_of(pretraining.centralised(other, p))) == whole
+    ledger = rows(other / "03_pretrain/centralised/metrics.jsonl")
+    assert ledger == rows(run / "03_pretrain/centralised/metrics.jsonl")
+    assert [row["round"] for row in ledger if row["kind"] == "round"] == [1, 2, 3]
+
+
+def test_the_yardstick_has_the_federations_start_updates_and_audio(run, monkeypatch):
+    steps = []
+    original = local.training.local_update
+
+    def counted(*arguments, **options):
+        measured = original(*arguments, **options)
+        steps.append((measured["steps"], measured["audio_seconds"], measured["learning_rate"]))
+        return measured
+
+    monkeypatch.setattr(local.training, "local_update", counted)
+    p = pretrain(batch_seconds=1.6, crop_seconds=1.6)  # one clip in each batch
+    pretraining.run(run, p)
+    federated_steps, steps[:] = steps[:], []
+    pretraining.centralised(run, p)
+    assert len(steps) == p.rounds
+    assert sum(s for s, _, _ in steps) == p.rounds * p.local_steps
+    assert sum(s for s, _, _ in federated_steps) == p.cohort * p.rounds * p.local_steps
+    assert sum(a for _, a, _ in steps) == pytest.approx(sum(a for _, a, _ in federated_steps), rel=0.05)
+    assert [r for _, _, r in steps] == [r for _, _, r in federated_steps[:: p.cohort]]
+
+
+def test_pretraining_can_start_from_a_checkpoint(run, tmp_path):
+    first = pretraining.run(run, pretrain(rounds=1))
+    _, weights = pretraining.initial(run, pretrain(initial=str(first)))
+    assert digest(weights) == digest(weights_of(first))
+
+
+def test_a_codebook_that_was_not_made_is_named(run):
+    with pytest.raises(FileNotFoundError, match="aligned.*name it in codebooks of 02_kmeans"):
+        pretraining.run(run, pretrain(codebook="aligned"))
+
+
+_opened: list[str] | None = None
+"""Paths that Python code opens or lists while a test watches. An audit hook cannot be removed, so there is one."""
+
+
+def _watch(event: str, arguments: tuple) -> None:
+    if _opened is not None and event in ("open", "os.listdir", "os.scandir") and client_app.acting() is None:
+        _opened.append(os.fspath(arguments[0]) if isinstance(arguments[0], str | os.PathLike) else "")
+
+
+def test_server_code_opens_no_file_of_a_client(run, tmp_path, monkeypatch):
+    """Clients' folders, and the audio, are there only while their client acts: for Python, Arrow, libsndfile and all.
+
+    And while it does, only its own are. An audit hook watches what Python itself opens.
+    """
+    global _opened
+    base = make(tmp_path / "base")
+    hidden = tmp_path / "hidden"
+    places = ["01_partition/clients", "02_kmeans/clients", "03_pretrain/clients", "audio"]
+
+    def move(client: str, there: Path, here: Path) -> None:
+        for place in places:
+            if (there / place / client).exists():
+                (here / place).mkdir(parents=True, exist_ok=True)
+                (there / place / client).rename(here / place / client)
+
+    for client in (ids := federated.client_ids(base)):
+        move(client, base, hidden)
+    acted = []
+    act = client_app._act
+
+    @client_app.contextmanager
+    def present(client):
+        acted.append(client)
+        move(client, hidden, base)
+        try:
+            with act(client):
+                yield
+        finally:
+            move(client, base, hidden)
+
+    monkeypatch.setattr(client_app, "_act", present)
+    sys.addaudithook(_watch)
+    _opened = []
+    try:
+        pretraining.run(base, pretrain(cohort=4, rounds=2, head="personal", local_state="keep"))
+        opened = _opened
+    finally:
+        _opened = None
+    assert set(acted) == set(ids)
+    ledger = files.read_rows(base / "03_pretrain/metrics.jsonl")
+    assert not [row for row in ledger if row["kind"] == "failure"]
+    assert any(path.endswith("metrics.jsonl") for path in opened)  # the hook does see what the server opens
+    assert not [path for path in opened if any(f"{place}/client-" in path for place in places)]
+
+
+def test_the_watch_would_see_a_server_that_looks(run):
+    global _opened
+    sys.addaudithook(_watch)
+    _opened = []
+    try:
+        (run / "02_kmeans/clients/client-000" / CODEBOOK / "labels.bin").read_bytes()
+        seen = _opened
+    finally:
+        _opened = None
+    assert any("02_kmeans/clients/client-000" in path for path in seen)
+
+
+def test_panel_and_cohort_are_draws_of_their_own():
+    ids = [f"client-{number:03d}" for number in range(50)]
+    p = pretrain(cohort=5)
+    assert rounds.panel(ids, p) == rounds.panel(ids, p) != rounds.cohort(ids, 5, p.seed, 1)
