@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import yaml
 
 from fedhubert_lib import files, identity, params
@@ -199,16 +200,13 @@ def record(run: Path, facts: Mapping[str, Any], stage: str = "", state: Mapping[
 
 
 def hardware() -> dict[str, Any]:
-    """What this machine has."""
-    import psutil
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """What this machine has. GPUs are listed once torch is loaded: a stage that does without it uses none."""
+    torch = sys.modules.get("torch")
     return {
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
     }
 
 
