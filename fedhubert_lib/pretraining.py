@@ -7,8 +7,6 @@ figure stands beside: one trainer with everybody's data, as many optimiser steps
 
 import functools
 import json
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fedhubert_lib import audio, batching, federated, hubert, objectives, params, seeds, training
+from fedhubert_lib import audio, batching, federated, hubert, objectives, params, pooled, seeds, training
 from fedhubert_lib.federated import checkpoints, client_state, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
 from fedhubert_lib.labels import Labels
@@ -175,100 +173,27 @@ def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor
 
 
 def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) -> Path:
-    """Train on the pooled data: rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio.
+    """Train on the pooled data, under 03_pretrain/centralised; returns the folder of the model there.
 
-    Same start, schedule, masking and model folder as ``run``, under 03_pretrain/centralised; a checkpoint every
-    ``local_steps`` steps, called a round so that curves lie over each other. Goes on where an earlier start stopped.
+    rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio; see ``pooled.train``.
     """
     out = run / STAGE / "centralised"
     config, weights = initial(run, p)
-    total = p.rounds * p.local_steps
-    settings = local.settings(p, total, accumulate=p.cohort)
     module = _modules(json.dumps(asdict(config)), clusters(run, p.codebook), federated.resolve(p.device))
-    names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    owners, table = _pool(run)
-    labels = _PooledLabels(run / "02_kmeans" / "clients", p.codebook, owners)
-    with checkpoints.sole(out):
-        state = {"round": 0, "settings": p.model_dump(mode="json", exclude=set(rounds.HERE)), **checkpoints.UNJUDGED}
-        if (saved := checkpoints.resume(out, state["settings"])) is not None:
-            weights, moments, state = saved
-            local.restore_moments(optimiser, names, moments)
-        local.fill(module, weights, None)
-        plan = {
-            "rounds": p.rounds,
-            "local_steps": p.local_steps,
-            "cohort": p.cohort,
-            "clients": len(set(owners.values())),
-        }
-        ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
-        for number in range(state["round"] + 1, p.rounds + 1):
-            began = time.perf_counter()
-            measured = training.local_update(
-                module,
-                _batches(table, labels, p, number, "all", p.local_steps * p.cohort),
-                functools.partial(_objective, module, p),
-                settings,
-                first_step=(number - 1) * p.local_steps,
-                total_steps=total,
-                seed=seeds.derive(p.seed, number, "all", "dropout"),
-                optimiser=optimiser,
-            )
-            weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
-            row = {"round": number, **objectives.averages(measured), **_validate_panel(run, p, config, weights, number)}
-            seconds = time.perf_counter() - began
-            row |= {
-                "learning_rate": measured["learning_rate"],
-                "gradient_norm": measured["gradient_norm"],
-                "clients": 1,
-                "seconds": seconds,
-                "audio_seconds": measured["audio_seconds"],
-                "audio_seconds_per_second": measured["audio_seconds"] / seconds,
-            }
-            checkpoints.judge(state, number, row)
-            state["round"] = number
-            ledger.row("round", row)
-            moments = local.moments(optimiser, names)
-            checkpoints.write(out, number, weights, moments, state, hubert.documents(config))
-        return save(out / "checkpoint", config, weights)
-
-
-def _validate_panel(
-    run: Path, p: params.Pretrain, config: hubert.HubertConfig, weights: Arrays, number: int
-) -> dict[str, float]:
-    """Validation figures from the batches that the federation's panel of clients validates on."""
-    if number % p.validate_every and number != p.rounds:
-        return {}
-    sums: Counter[str] = Counter()
-    message = {**_client_config(run, p, config), "round": number, "session": "centralised"}
-    for client in rounds.panel(federated.client_ids(run), p):
-        home = ClientHome(
-            client,
-            data=run / "01_partition" / "clients" / client,
-            labels=run / "02_kmeans" / "clients" / client,
-            state=run / STAGE / "centralised" / "clients" / client,
-            device=federated.resolve(p.device),
-        )
-        sums.update(validate(home, weights, message)[1])
-    return {f"validation_{name}": value for name, value in objectives.averages(sums).items()} if sums else {}
-
-
-def _pool(run: Path) -> tuple[dict[str, str], pd.DataFrame]:
-    """Who owns each training utterance, and the table of all, in order of utterance."""
-    columns = ["utterance", "path", "samples"]
-    tables = {
-        client: pd.read_parquet(run / "01_partition" / "clients" / client / "train.parquet", columns=columns)
-        for client in federated.client_ids(run)
-    }
-    owners = {utterance: client for client, table in tables.items() for utterance in table["utterance"]}
-    return owners, pd.concat(tables.values()).sort_values("utterance", ignore_index=True)
-
-
-class _PooledLabels:
-    """Everybody's labels: ``labels[utterance]``, opened when they are first needed."""
-
-    def __init__(self, folder: Path, codebook: str, owners: Mapping[str, str]) -> None:
-        self._owners = owners
-        self._labels = functools.cache(lambda client: Labels(folder / client / codebook))
-
-    def __getitem__(self, utterance: str) -> np.ndarray:
-        return self._labels(self._owners[utterance])[utterance]
+    owners, table = pooled.utterances(run)
+    labels = pooled.PooledLabels(owners, lambda client: run / "02_kmeans" / "clients" / client / p.codebook)
+    message = {**_client_config(run, p, config), "session": "centralised"}
+    weights = pooled.train(
+        run,
+        p,
+        out,
+        module=module,
+        weights=weights,
+        batches=lambda number, count: _batches(table, labels, p, number, "all", count),
+        objective=functools.partial(_objective, module, p),
+        validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
+        averages=objectives.averages,
+        documents=hubert.documents(config),
+        on_row=on_row,
+    )
+    return save(out / "checkpoint", config, weights)

@@ -1,0 +1,131 @@
+"""The yardstick of every federated figure: one trainer with everybody's data, for pretraining and distillation alike.
+
+As many optimiser steps as the federation makes, each on as much audio as a cohort has; the same start, schedule and
+masking. It exists in simulation only, where one machine can read all clients' folders.
+"""
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from fedhubert_lib import federated, seeds, training
+from fedhubert_lib.batching import Batch
+from fedhubert_lib.federated import checkpoints, local, rounds
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.labels import Labels
+from fedhubert_lib.params import Federation
+
+Averages = Callable[[Mapping[str, float]], dict[str, float]]
+
+
+def train(
+    run: Path,
+    p: Federation,
+    out: Path,
+    *,
+    module: nn.Module,
+    weights: Arrays,
+    batches: Callable[[int, int], Iterable[Batch]],
+    objective: training.Objective,
+    validate: Callable[[ClientHome, Arrays, int], dict[str, float]],
+    averages: Averages,
+    documents: Mapping[str, str],
+    on_row: checkpoints.OnRow | None = None,
+) -> Arrays:
+    """Train ``module`` from ``weights`` for rounds x local_steps steps, or go on where ``out`` stands.
+
+    Args:
+        batches: (round, how many) to batches of the pooled data; a step takes ``cohort`` of them.
+        validate: (home, weights, round) to the sums a client's validation utterances give; asked of the same panel of
+            clients as the federation's.
+        averages, documents: as in ``rounds.Task``.
+
+    Returns the last weights. A checkpoint is written every ``local_steps`` steps, called a round so that curves lie
+    over each other.
+    """
+    total = p.rounds * p.local_steps
+    settings = local.settings(p, total, accumulate=p.cohort)
+    names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
+    ids = federated.client_ids(run)
+    with checkpoints.sole(out):
+        state = {"round": 0, "settings": p.model_dump(mode="json", exclude=set(rounds.HERE)), **checkpoints.UNJUDGED}
+        if (saved := checkpoints.resume(out, state["settings"])) is not None:
+            weights, moments, state = saved
+            local.restore_moments(optimiser, names, moments)
+        local.fill(module, weights, None)
+        plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(ids)}
+        ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
+        for number in range(state["round"] + 1, p.rounds + 1):
+            began = time.perf_counter()
+            measured = training.local_update(
+                module,
+                batches(number, p.local_steps * p.cohort),
+                objective,
+                settings,
+                first_step=(number - 1) * p.local_steps,
+                total_steps=total,
+                seed=seeds.derive(p.seed, number, "all", "dropout"),
+                optimiser=optimiser,
+            )
+            weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
+            row = {"round": number, **averages(measured)}
+            if number % p.validate_every == 0 or number == p.rounds:
+                sums: Counter[str] = Counter()
+                for home in homes(run, rounds.panel(ids, p), out, federated.resolve(p.device)):
+                    sums.update(validate(home, weights, number))
+                row |= {f"validation_{name}": value for name, value in averages(sums).items()} if sums else {}
+            seconds = time.perf_counter() - began
+            row |= {
+                "learning_rate": measured["learning_rate"],
+                "gradient_norm": measured["gradient_norm"],
+                "clients": 1,
+                "seconds": seconds,
+                "audio_seconds": measured["audio_seconds"],
+                "audio_seconds_per_second": measured["audio_seconds"] / seconds,
+            }
+            checkpoints.judge(state, number, row)
+            state["round"] = number
+            ledger.row("round", row)
+            checkpoints.write(out, number, weights, local.moments(optimiser, names), state, documents)
+        return weights
+
+
+def homes(run: Path, clients: Iterable[str], state: Path, device: str) -> Iterator[ClientHome]:
+    """The folders of ``clients``, whose own state lies under ``state``."""
+    for client in clients:
+        yield ClientHome(
+            client,
+            data=run / "01_partition" / "clients" / client,
+            labels=run / "02_kmeans" / "clients" / client,
+            state=state / "clients" / client,
+            device=device,
+        )
+
+
+def utterances(run: Path) -> tuple[dict[str, str], pd.DataFrame]:
+    """Who owns each training utterance, and the table of all, in order of utterance."""
+    columns = ["utterance", "path", "samples"]
+    tables = {
+        client: pd.read_parquet(run / "01_partition" / "clients" / client / "train.parquet", columns=columns)
+        for client in federated.client_ids(run)
+    }
+    owners = {utterance: client for client, table in tables.items() for utterance in table["utterance"]}
+    return owners, pd.concat(tables.values()).sort_values("utterance", ignore_index=True)
+
+
+class PooledLabels:
+    """Everybody's labels: ``labels[utterance]``, each client's opened when it is first needed."""
+
+    def __init__(self, owners: Mapping[str, str], folder: Callable[[str], Path]) -> None:
+        """``owners`` as of ``utterances``; ``folder`` says where a client's labels are."""
+        self._owners = owners
+        self._labels = functools.cache(lambda client: Labels(folder(client)))
+
+    def __getitem__(self, utterance: str) -> np.ndarray:
+        return self._labels(self._owners[utterance])[utterance]
