@@ -1,0 +1,158 @@
+"""Who owns which utterance: each scheme does what its docstring says, from the seed, and nothing gets lost."""
+
+from pathlib import Path
+
+import manifests
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedhubert_lib import params, partition
+
+SCHEMES = ["speakers", "speaker", "sex", "chapter", "subset", "dirichlet", "quantity", "iid"]
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return manifests.librispeech960(utterances=6_000, speakers=120)
+
+
+def parameters(scheme: str, table: pd.DataFrame, **changes: object) -> params.Partition:
+    values = {"clients": table.speaker.nunique() if scheme == "speaker" else 8, "minimum_minutes": 0.0, "alpha": 5.0}
+    return params.Partition(scheme=scheme, **(values | changes))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_same_seed_same_partition(scheme, table):
+    first = partition.owners(table, parameters(scheme, table))
+    again = partition.owners(table.copy(), parameters(scheme, table))
+    assert np.array_equal(first, again)
+    assert set(first) == set(range(first.max() + 1)), "client numbers without a gap"
+    if scheme != "speaker":
+        assert not np.array_equal(first, partition.owners(table, parameters(scheme, table, seed=1)))
+
+
+@pytest.mark.parametrize("scheme", ["speakers", "speaker", "sex", "subset", "dirichlet"])
+def test_speakers_stay_whole(scheme, table):
+    owner = partition.owners(table, parameters(scheme, table))
+    assert (pd.Series(owner).groupby(table.speaker.to_numpy()).nunique() == 1).all()
+
+
+def test_what_each_scheme_promises(table):
+    def held(scheme: str, column: str) -> pd.Series:
+        owner = partition.owners(table, parameters(scheme, table))
+        return table[column].groupby(owner).nunique()
+
+    assert (held("speaker", "speaker") == 1).all() and len(held("speaker", "speaker")) == 120
+    assert (held("sex", "sex") == 1).all()
+    assert (held("subset", "subset") == 1).all()
+    owner = partition.owners(table, parameters("chapter", table))
+    assert (pd.Series(owner).groupby(table.chapter.to_numpy()).nunique() == 1).all()
+    assert (held("iid", "speaker") > 110).all()
+
+
+def hours(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
+    return np.bincount(partition.owners(table, p), table.samples) / partition.HOUR
+
+
+def test_quantity_follows_the_power_law(table):
+    share = hours(table, parameters("quantity", table, power=1.0))
+    expected = 1 / np.arange(1, 9)
+    np.testing.assert_allclose(share / share.sum(), expected / expected.sum(), atol=1e-3)
+
+
+def test_small_alpha_is_less_even(table):
+    even, uneven = (hours(table, parameters("dirichlet", table, alpha=a, small_clients="merge")) for a in (100.0, 0.3))
+    assert even.std() / even.mean() < 0.3 < uneven.std() / uneven.mean()
+
+
+def test_full_size_is_balanced_within_one_percent():
+    table = manifests.librispeech960()
+    share = hours(table, params.Partition(clients=20, heldout_speakers=0))
+    assert share.max() / share.min() < 1.01
+    assert share.sum() == pytest.approx(table.samples.sum() / partition.HOUR)
+
+
+def test_client_below_the_minimum_is_an_error_or_merged(table):
+    p = parameters("quantity", table, power=2.0, minimum_minutes=60.0)
+    with pytest.raises(partition.PartitionError, match=r"minimum_minutes: \d of 8 clients .* small_clients=merge"):
+        partition.owners(table, p)
+    merged = hours(table, p.model_copy(update={"small_clients": "merge"}))
+    assert 1 < len(merged) < 8 and merged.min() >= 1
+    assert merged.sum() == pytest.approx(table.samples.sum() / partition.HOUR)
+    with pytest.raises(partition.PartitionError, match="all training speech"):
+        partition.owners(table, p.model_copy(update={"small_clients": "merge", "minimum_minutes": 1e6}))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "message"),
+    [
+        ("speakers", {"clients": 121}, "121 clients, but 120 speakers"),
+        ("speaker", {"clients": 119}, "set clients=120"),
+        ("subset", {"clients": 2}, "a client for each of train-clean-100"),
+    ],
+)
+def test_impossible_requests_say_what_to_do(scheme, changes, message, table):
+    with pytest.raises(partition.PartitionError, match=message):
+        partition.owners(table, parameters(scheme, table, **changes))
+
+
+def test_unknown_sex_is_refused_by_name(table):
+    with pytest.raises(partition.PartitionError, match=r"SPEAKERS\.TXT"):
+        partition.owners(table.assign(sex=""), parameters("sex", table))
+    with pytest.raises(partition.PartitionError, match="two groups"):
+        partition.owners(table.assign(sex="", subset="mine"), parameters("dirichlet", table))
+
+
+@pytest.fixture
+def run(tmp_path: Path, table: pd.DataFrame) -> Path:
+    (tmp_path / "00_corpus").mkdir()
+    test = table.head(50).assign(split="test", speaker="test", utterance=[f"test-{i}" for i in range(50)])
+    pd.concat([table, test]).to_parquet(tmp_path / "00_corpus" / "manifest.parquet")
+    phones = pd.DataFrame({"utterance": table.utterance[::3], "start_sample": 0, "end_sample": 400, "phone": "AA"})
+    phones.to_parquet(tmp_path / "00_corpus" / "phones.parquet")
+    return tmp_path
+
+
+def test_folders_hold_every_utterance_once(run, table):
+    clients = partition.assign(run, params.Partition(clients=5, heldout_speakers=4, validation_share=0.2))
+    folder = run / "01_partition"
+    parts = ("train.parquet", "validation.parquet")
+    lists = {c: [pd.read_parquet(folder / "clients" / c / part) for part in parts] for c in clients.client}
+    heldout = pd.read_parquet(folder / "heldout.parquet")
+    everything = pd.concat([heldout, *(part for pair in lists.values() for part in pair)])
+    assert sorted(everything.utterance) == sorted(table.utterance), "test speech stays out, nothing else is lost"
+    assert heldout.speaker.nunique() == 4 and (heldout.drop_duplicates("speaker").sex == "F").sum() == 2
+    assert not set(heldout.speaker) & {s for pair in lists.values() for part in pair for s in part.speaker}
+    for row in clients.itertuples():
+        train, validation = lists[row.client]
+        assert list(train.columns) == list(table.columns)
+        assert (len(train), len(validation)) == (row.train_utterances, row.validation_utterances)
+        assert len(validation) == round(0.2 * (len(train) + len(validation)))
+        phones = pd.read_parquet(folder / "clients" / row.client / "phones.parquet")
+        own = {*train.utterance, *validation.utterance}
+        assert set(phones.utterance) == own & set(table.utterance[::3])
+    assert pd.read_parquet(folder / "clients.parquet").equals(clients)
+
+
+def test_a_second_partition_leaves_nothing_of_the_first(run):
+    partition.assign(run, params.Partition(clients=9))
+    partition.assign(run, params.Partition(clients=4))
+    assert len(list((run / "01_partition" / "clients").iterdir())) == 4
+
+
+def test_validation_always_leaves_something_to_train_on():
+    client = np.array([0, 1, 1, 2, 2, 2])
+    mask = partition.validation_mask(client, params.Partition(validation_share=1.0))
+    assert np.bincount(client[~mask]).tolist() == [1, 1, 1]
+    assert not partition.validation_mask(client, params.Partition(validation_share=0.0)).any()
+    assert np.bincount(client[partition.validation_mask(client, params.Partition(validation_share=0.01))]).tolist() == [
+        0,
+        1,
+        1,
+    ]
+
+
+def test_names_sort_as_numbers():
+    names = partition.client_names(2338)
+    assert names == sorted(names) and names[7] == "client-0007" and partition.client_names(3)[2] == "client-002"

@@ -1,0 +1,71 @@
+"""How far clients are apart: equal to SciPy's distance, zero for IID, one for clients with nothing in common."""
+
+import manifests
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.spatial.distance import jensenshannon
+
+from fedhubert_lib import params, partition, skew
+
+
+def test_jensen_shannon_equals_scipy():
+    rng = np.random.default_rng(0)
+    first, second = rng.dirichlet(np.full(30, 0.2), 40), rng.dirichlet(np.full(30, 0.2), 50)
+    first[:, :5] = 0
+    first /= first.sum(1, keepdims=True)
+    expected = [[jensenshannon(p, q, base=2) for q in second] for p in first]
+    np.testing.assert_allclose(skew.jensen_shannon(first, second), expected, atol=1e-7)
+
+
+def test_distance_is_nought_for_the_same_and_one_for_nothing_in_common():
+    owner = np.repeat(np.arange(3), 40)
+    disjoint = np.zeros((120, 6), dtype=int)
+    disjoint[np.arange(120), 2 * owner] = 7
+    matrix = skew.distances(disjoint, owner, seed=0)
+    np.testing.assert_allclose(matrix, 1 - np.eye(3), atol=1e-7)
+    assert skew.apart(matrix) == pytest.approx({"within": 0, "between": 1, "skew": 1})
+
+
+def test_iid_has_no_skew_and_whole_groups_have():
+    table = manifests.librispeech960(utterances=4_000, speakers=80)
+    rng = np.random.default_rng(0)
+    voices = rng.dirichlet(np.full(50, 0.3), size=80)
+    counts = np.stack([rng.multinomial(800, voices[code]) for code in pd.factorize(table.speaker)[0]])
+    found = {
+        scheme: skew.summary(
+            table, partition.owners(table, params.Partition(scheme=scheme, clients=count)), counts, seed=0
+        )
+        for scheme, count in (("iid", 10), ("speakers", 10), ("speaker", 80))
+    }
+    assert abs(found["iid"]["skew"]) < 0.01
+    assert found["speaker"]["skew"] > 2 * found["speakers"]["skew"] > 0.1
+    assert found["speaker"]["clients"] == 80 and found["speaker"]["speakers"] == 1
+
+
+def test_utterances_that_were_not_read_do_not_count():
+    owner = np.array([0, 0, 0, 0, 1, 1, 1])
+    counts = np.zeros((7, 2), dtype=int)
+    counts[[0, 1, 4, 5]] = [[4, 0], [4, 0], [4, 0], [4, 0]]
+    np.testing.assert_allclose(skew.distances(counts, owner, seed=0), 0, atol=1e-9)
+    counts[[4, 5]] = 0
+    matrix = skew.distances(counts, owner, seed=0)
+    assert np.isnan(matrix[1]).all() and np.isnan(matrix[0, 1]) and matrix[0, 0] == 0
+
+
+def test_client_table():
+    table = pd.DataFrame(
+        {
+            "speaker": ["a", "a", "b", "c"],
+            "sex": ["F", "F", "M", ""],
+            "samples": [16_000, 48_000, 64_000, 32_000],
+            "sample_rate": 16_000,
+            "text": ["ONE TWO", "THREE FOUR FIVE SIX", "SEVEN", None],
+        }
+    )
+    held = skew.clients(table, np.array([0, 0, 0, 1]))
+    assert held.hours.tolist() == [8 / 3600, 2 / 3600]
+    assert held.speakers.tolist() == [2, 1] and held.utterances.tolist() == [3, 1]
+    assert held.female[0] == 0.5 and np.isnan(held.female[1])
+    assert held["median"].tolist() == [3, 2] and held.longest[0] == 3
+    assert held.words_per_minute[0] == pytest.approx(7 / 8 * 60) and np.isnan(held.words_per_minute[1])
