@@ -66,7 +66,7 @@ def test_every_parameter_is_read():
     notebooks = [path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb")]
     source = "\n".join(library + notebooks)
     names = {name for schema in params.SECTIONS.values() for name in schema.model_fields} - {"run"}
-    unread = {name for name in names if not re.search(rf"\.{name}\b", source)}
+    unread = {name for name in names if not re.search(rf"\.{name}\b|\"{name}\"", source)}
     assert not unread
 
 
