@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PARAMS ?= params/quickstart.yaml
 # Nothing here phones home.
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
@@ -20,7 +19,7 @@ quickstart: $(VENV)/.installed ## run the whole bench on the built-in corpus and
 	$(BIN)/fedhubert run params/quickstart.yaml
 
 lab: $(VENV)/.installed ## open JupyterLab on the notebooks, on this machine only
-	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks
 
 test: $(VENV)/.installed-test ## the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
@@ -28,15 +27,20 @@ test: $(VENV)/.installed-test ## the quick tests
 test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+bench: $(VENV)/.installed-test ## time the parts that have to be fast against their peers, on an idle machine
+	for file in benchmarks/bench_*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
 lint: $(VENV)/.installed-test ## style and plain mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lock: $(VENV)/.uv ## resolve pyproject.toml anew into the two lock files
+lock: $(VENV)/.uv ## write the lock files anew after a change of pyproject.toml (delete them first to upgrade)
 	$(LOCK) --extra synthetic --output-file requirements.lock pyproject.toml
-	$(LOCK) --extra synthetic --extra test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
+	$(LOCK) --all-extras --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
+
+# Universal: one file for all systems and Python versions. No index is written down, so any will do.
 LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
-	--generate-hashes --no-emit-index-url --no-annotate --upgrade
+	--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate
 
 # Stamps, so that nothing is installed twice.
 
