@@ -1,0 +1,244 @@
+"""What a client does for the codebooks: read its own audio, make features, answer with sums, write its labels.
+
+Every function here that takes ``(home, arrays, config)`` is a handler: it reads the client's folder and the message,
+and answers with arrays and metrics. ``config`` always holds the settings that ``server.prepare`` makes, and ``arrays``
+its arrays: statistics of the ``global`` normalisation, weights of a checkpoint.
+"""
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from fedhubert_lib import files, labels, seeds
+from fedhubert_lib.evaluation import units
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.kmeans import clustering, reading
+
+Answer = tuple[Arrays, dict[str, float]]
+
+
+def moments(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Count, sum and sum of squares per dimension of the sampled frames: what ``global`` normalisation needs."""
+    total, squares, count = 0.0, 0.0, 0
+    for _, frames in reading.stream(home, arrays, config, reading.sampled(home, config), "none"):
+        frames = frames.double()
+        total, squares, count = total + frames.sum(0), squares + frames.square().sum(0), count + len(frames)
+    _require(home, count, 1)
+    return {"sum": total.cpu(), "squares": squares.cpu(), "count": torch.tensor(float(count)).double()}, {}
+
+
+def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Centroids of this client's own k-means and the frames in each: float32 [k, D], float64 [k].
+
+    k is ``config["local"]``, or the number of frames where those are fewer. Clusters below ``minimum_count`` are left
+    out.
+    """
+    frames = reading.in_memory(home, arrays, config)
+    _require(home, len(frames), 1)
+    rng = seeds.numpy_generator(config["seed"], "kmeans-local", home.client)
+    centroids, counts = clustering.fit(frames, min(config["local"], len(frames)), rng)
+    kept = counts >= max(1, config["minimum_count"])
+    return {"centroids": centroids[kept].float().cpu(), "counts": counts[kept].cpu()}, {}
+
+
+def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Sum [K, D], count [K] and inertia [K] of the sampled frames nearest to each of ``arrays["centroids"]``.
+
+    Clusters below ``minimum_count`` are reported as empty. With ``noise_multiplier`` z, what one utterance adds to sums
+    and counts is scaled down to norm ``noise_clip`` and Gaussian noise of deviation z x ``noise_clip`` is added here,
+    before anything leaves the client; no inertia is reported then.
+    """
+    centroids = arrays["centroids"].to(home.device)
+    clusters, width = centroids.shape
+    sums = torch.zeros(clusters, width, dtype=torch.float64)
+    counts = torch.zeros(clusters, dtype=torch.float64)
+    inertias = torch.zeros(clusters, dtype=torch.float64)
+    private = config["noise_multiplier"] > 0
+    for lengths, frames in reading.stream(home, arrays, config, reading.sampled(home, config)):
+        nearest, distances = clustering.nearest(frames, centroids)
+        if private:
+            for part, label in zip(frames.split(lengths), nearest.split(lengths), strict=True):
+                added = clustering.statistics(part, label, torch.zeros(len(part)).double().to(part.device), clusters)
+                norm = torch.sqrt(added[0].square().sum() / width + added[1].square().sum())
+                scale = min(1.0, config["noise_clip"] / float(norm)) if norm > 0 else 1.0
+                sums += scale * added[0].cpu()
+                counts += scale * added[1].cpu()
+        else:
+            added = clustering.statistics(frames, nearest, distances, clusters)
+            sums += added[0].cpu()
+            counts += added[1].cpu()
+            inertias += added[2].cpu()
+    if private:
+        generator = seeds.torch_generator(config["seed"], config["round"], home.client, "kmeans-noise")
+        deviation = config["noise_multiplier"] * config["noise_clip"]
+        # Sums are bounded in units of sqrt(D), the length of a frame whose dimensions have variance 1.
+        sums += deviation * width**0.5 * torch.randn(sums.shape, generator=generator, dtype=torch.float64)
+        counts += deviation * torch.randn(counts.shape, generator=generator, dtype=torch.float64)
+    if config["minimum_count"]:
+        few = counts < config["minimum_count"]
+        sums[few], counts[few], inertias[few] = 0, 0, 0
+    return {"sums": sums, "counts": counts, "inertias": inertias}, {}
+
+
+def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Fit this client's own codebook with fairseq's settings and keep it in the client's folder; nothing is sent.
+
+    MiniBatchKMeans of scikit-learn: k-means++, 20 starts, batches of 10,000 frames, 100 passes at most, no
+    reassignment.
+    """
+    start = time.perf_counter()
+    folder = home.state / "own"
+    reading.start_over_unless(folder, config)
+    if not (folder / "centroids.npy").exists():
+        frames = reading.in_memory(home, arrays, config)
+        _require(home, len(frames), config["clusters"])
+        model = MiniBatchKMeans(
+            n_clusters=config["clusters"],
+            init="k-means++",
+            n_init=20,
+            batch_size=10_000,
+            max_iter=100,
+            tol=0.0,
+            max_no_improvement=100,
+            reassignment_ratio=0.0,
+            compute_labels=False,
+            random_state=seeds.derive(config["seed"], "kmeans-client", home.client) % 2**32,
+        )
+        with warnings.catch_warnings():  # fewer distinct frames than clusters: cluster_use shows it
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(frames.cpu().numpy())
+        centroids = torch.from_numpy(model.cluster_centers_).float()
+        inertia = float(clustering.nearest(frames, centroids.to(frames.device))[1].sum())
+        files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": inertia})
+        _save(folder / "centroids.npy", centroids)
+    return {}, {**json.loads((folder / "fit.json").read_text()), "seconds": time.perf_counter() - start}
+
+
+def own(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Take this client's own codebook as it is for ``config["kind"]``; nothing is sent."""
+    _save(home.labels / config["kind"] / "centroids.npy", _own(home))
+    return {}, {}
+
+
+def lend(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Send this client's own codebook, for others to align theirs to: float32 [K, D]."""
+    return {"centroids": _own(home)}, {}
+
+
+def align(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Take this client's own codebook in the order that fits ``arrays["reference"]`` best; nothing is sent."""
+    _save(home.labels / config["kind"] / "centroids.npy", clustering.matched(_own(home), arrays["reference"]))
+    return {}, {}
+
+
+def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Write the labels of all utterances of this client, training and validation, into its folder.
+
+    Goes on at the first missing utterance when it was killed before, if the codebook is the same. Answers with what
+    ``evaluation.units`` needs: frames per label [K], the number of runs, and counts phone x label with the names of the
+    phones (UTF-8, one a line) where the client knows the phones of its utterances.
+    """
+    start = time.perf_counter()
+    codebook = _codebook(home, arrays, config)
+    folder = home.labels / config["kind"]
+    reading.start_over_unless(folder, {**config, "codebook": _digest(codebook)})
+    table = reading.utterances(home)
+    written = 0
+    if not (folder / "index.parquet").exists():
+        with labels.writing(folder, "labels", labels.LABELS) as writer:
+            missing = table[~table.utterance.isin(list(writer.done))]
+            names = iter(missing.utterance.tolist())
+            for lengths, frames in reading.stream(home, arrays, config, missing):
+                nearest = _assign(frames, codebook)[0].cpu().numpy().astype(labels.LABELS)
+                parts = np.split(nearest, np.cumsum(lengths)[:-1])
+                writer.append({next(names): part for part in parts})
+                written += len(nearest)
+    seconds = time.perf_counter() - start
+    return _counts(home, labels.Labels(folder), config["clusters"]), {"frames": written, "seconds": seconds}
+
+
+def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """This client's labels of public frames, ``arrays["probe"]`` [N, D]: int32 [N]. No frame of its own is involved."""
+    codebook = _codebook(home, arrays, config)
+    return {"labels": _assign(arrays["probe"].to(home.device), codebook)[0].int().cpu()}, {}
+
+
+HANDLERS = {
+    "kmeans.moments": moments,
+    "kmeans.local_centroids": local_centroids,
+    "kmeans.lloyd": lloyd,
+    "kmeans.fit": fit,
+    "kmeans.own": own,
+    "kmeans.lend": lend,
+    "kmeans.align": align,
+    "kmeans.label": label,
+    "kmeans.probe": probe,
+}
+"""What the server can ask of a client about codebooks."""
+
+
+def _own(home: ClientHome) -> Tensor:
+    return torch.from_numpy(np.load(home.state / "own" / "centroids.npy"))
+
+
+def _save(path: Path, centroids: Tensor) -> None:
+    with files.atomic(path) as temporary:
+        np.save(temporary, centroids.numpy())
+
+
+def _require(home: ClientHome, frames: int, needed: int) -> None:
+    if frames < needed:
+        raise ValueError(
+            f"{home.client} has {frames} frames to fit {needed} clusters; lower clusters, raise sample_share, or give"
+            " the client more speech (01_partition: minimum_minutes)"
+        )
+
+
+def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
+    """The codebook of the message, or the client's own: ``centroids``, and ``projection`` for random-projection."""
+    if "centroids" in arrays:
+        names = [name for name in ("centroids", "projection") if name in arrays]
+        return {name: arrays[name].to(home.device) for name in names}
+    path = home.labels / config["kind"] / "centroids.npy"
+    return {"centroids": torch.from_numpy(np.load(path)).to(home.device)}
+
+
+def _assign(frames: Tensor, codebook: Arrays) -> tuple[Tensor, Tensor]:
+    if "projection" in codebook:
+        frames = torch.nn.functional.normalize(frames.double() @ codebook["projection"].double(), dim=1)
+    return clustering.nearest(frames, codebook["centroids"])
+
+
+def _digest(codebook: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(codebook):
+        digest.update(codebook[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _counts(home: ClientHome, mine: labels.Labels, clusters: int) -> Arrays:
+    """What quality needs of this client's labels, as sums."""
+    counts, runs = np.zeros(clusters, np.int64), 0
+    for utterance in mine.utterances:
+        sequence = mine[utterance]
+        counts += np.bincount(sequence, minlength=clusters)
+        runs += units.runs(sequence)
+    arrays = {"counts": torch.from_numpy(counts), "runs": torch.tensor(runs)}
+    path = home.data / "phones.parquet"
+    if path.exists():
+        names, table = units.count_phones(pandas.read_parquet(path), mine, clusters)
+        if names:
+            arrays["phones"] = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
+            arrays["contingency"] = torch.from_numpy(table)
+    return arrays

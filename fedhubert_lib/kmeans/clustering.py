@@ -1,0 +1,150 @@
+"""K-means itself, without files or federations: nearest centroids, k-means++, Lloyd, matching of codebooks.
+
+Distances and sums are float64: which centroid is nearest then depends neither on how frames were batched nor on how
+many clients hold them, and (sum, count) messages add up to what pooled data would give.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+CHUNK = 4096
+"""Frames whose distances to all centroids are held at once."""
+SEEDING_POINTS = 30_000
+"""K-means++ looks at this many frames at most, as scikit-learn's MiniBatchKMeans does with batches of 10,000."""
+
+
+def nearest(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of each frame and the squared distance to it: int64 [N], float64 [N].
+
+    ``frames`` [N, D], ``centroids`` [K, D], on one device. Of equally near centroids the first is taken.
+    """
+    # Around the centroids' mean, where |x|² - 2 x.c + |c|² loses the fewest digits.
+    middle = centroids.double().mean(0)
+    centred = centroids.double() - middle
+    half_norms = centred.square().sum(1) / 2
+    labels = torch.empty(len(frames), dtype=torch.int64, device=frames.device)
+    distances = torch.empty(len(frames), dtype=torch.float64, device=frames.device)
+    for start in range(0, len(frames), CHUNK):
+        chunk = frames[start : start + CHUNK].double() - middle
+        score, label = torch.addmm(half_norms, chunk, centred.T, alpha=-1).min(1)
+        labels[start : start + CHUNK] = label
+        distances[start : start + CHUNK] = (2 * score + chunk.square().sum(1)).clamp_(min=0)
+    return labels, distances
+
+
+def statistics(frames: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Per cluster the sum of its frames [K, D], their number [K] and their inertia [K], all float64."""
+    sums = torch.zeros(clusters, frames.shape[1], dtype=torch.float64, device=frames.device)
+    counts = torch.bincount(labels, minlength=clusters).double()
+    if frames.device.type == "cpu":
+        sums.index_add_(0, labels, frames.double())
+    else:  # index_add_ on a GPU adds in no fixed order; a product with the one-hot labels does
+        for start in range(0, len(frames), CHUNK):
+            member = torch.nn.functional.one_hot(labels[start : start + CHUNK], clusters).double()
+            sums += member.T @ frames[start : start + CHUNK].double()
+    return sums, counts, torch.bincount(labels, weights=distances, minlength=clusters)
+
+
+def plus_plus(points: Tensor, clusters: int, rng: np.random.Generator, weights: Tensor | None = None) -> Tensor:
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007): K of ``points`` [N, D], float64 [K, D].
+
+    Each step draws 2 + ln K candidates and takes the best, as scikit-learn does. ``weights`` [N] count each point so
+    many times. Raises ValueError when there are fewer than K points.
+    """
+    if len(points) < clusters:
+        raise ValueError(f"{clusters} clusters from {len(points)} points; lower clusters or bring more frames")
+    points = points.double()
+    weights = torch.ones(len(points), dtype=torch.float64) if weights is None else weights.double()
+    norms = points.square().sum(1)
+    candidates = 2 + int(math.log(clusters))
+    chosen = [int(np.searchsorted(np.cumsum(weights.numpy()), rng.random() * float(weights.sum())))]
+    closest = (norms + norms[chosen[0]] - 2 * points @ points[chosen[0]]).clamp_(min=0)
+    for _ in range(1, clusters):
+        potential = np.cumsum((closest * weights).numpy())
+        if potential[-1] == 0:  # every point is a centroid already: repeat points, their clusters stay empty
+            drawn = rng.integers(len(points), size=1)
+        else:
+            drawn = np.searchsorted(potential, rng.random(candidates) * potential[-1]).clip(max=len(points) - 1)
+        drawn = torch.from_numpy(drawn)
+        distances = (norms[None] + norms[drawn, None] - 2 * points[drawn] @ points.T).clamp_(min=0)
+        distances = torch.minimum(distances, closest)
+        best = int((distances @ weights).argmin())
+        closest = distances[best]
+        chosen.append(int(drawn[best]))
+    return points[chosen]
+
+
+def update(sums: Tensor, counts: Tensor, inertias: Tensor, centroids: Tensor, rng: np.random.Generator) -> Tensor:
+    """New centroids from what all clients reported: means of clusters, empty clusters re-seeded. [K, D] float64.
+
+    No frame is known here to move an empty centroid to. So each takes half of one of the clusters of greatest inertia:
+    it and that cluster's centroid are put a tenth of the cluster's deviation to either side of the mean, in a random
+    direction.
+    """
+    full = counts > 0
+    means = torch.where(full[:, None], sums / counts.clamp(min=1)[:, None], centroids.double())
+    empty = torch.nonzero(~full).flatten().tolist()
+    order = torch.argsort(inertias, descending=True, stable=True).tolist()
+    for hollow, crowded in zip(empty, [cluster for cluster in order if inertias[cluster] > 0], strict=False):
+        deviation = math.sqrt(float(inertias[crowded]) / float(counts[crowded]))
+        direction = torch.from_numpy(rng.standard_normal(means.shape[1]))
+        step = 0.1 * deviation * direction / direction.norm()
+        means[hollow] = means[crowded] - step
+        means[crowded] += step
+    return means
+
+
+def lloyd(
+    points: Tensor,
+    centroids: Tensor,
+    rng: np.random.Generator,
+    *,
+    rounds: int = 100,
+    tolerance: float = 1e-4,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, float]:
+    """Lloyd's algorithm on points in memory: centroids [K, D] float64, and the inertia before the last update.
+
+    Stops after ``rounds``, or when the inertia falls by a smaller share than ``tolerance``.
+    """
+    before = None
+    for _ in range(rounds):
+        labels, distances = nearest(points, centroids)
+        if weights is None:
+            sums, counts, inertias = statistics(points, labels, distances, len(centroids))
+        else:
+            weighted = points.double() * weights[:, None]
+            sums, _, inertias = statistics(weighted, labels, distances * weights, len(centroids))
+            counts = torch.bincount(labels, weights=weights.double(), minlength=len(centroids))
+        inertia = float(inertias.sum())
+        centroids = update(sums, counts, inertias, centroids, rng)
+        if before is not None and before - inertia <= tolerance * before and bool((counts > 0).all()):
+            break
+        before = inertia
+    return centroids, inertia
+
+
+def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """K-means of frames in memory: centroids [K, D] float64 and frames in each [K] float64.
+
+    K-means++ and Lloyd until it stands still on a sample, then Lloyd on all: the passes over all frames are few.
+    """
+    sample = points
+    if len(points) > SEEDING_POINTS:
+        sample = points[torch.from_numpy(np.sort(rng.choice(len(points), SEEDING_POINTS, replace=False)))]
+    centroids = plus_plus(sample.cpu(), clusters, rng).to(points.device)
+    centroids, _ = lloyd(sample, centroids, rng)
+    if len(points) > SEEDING_POINTS:
+        centroids, _ = lloyd(points, centroids, rng, tolerance=1e-3)
+    labels, _ = nearest(points, centroids)
+    return centroids, torch.bincount(labels, minlength=clusters).double()
+
+
+def matched(centroids: Tensor, reference: Tensor) -> Tensor:
+    """``centroids`` in the order in which they fit ``reference`` best: the Hungarian method on squared distances."""
+    rows, columns = linear_sum_assignment(torch.cdist(reference.double(), centroids.double()).square().numpy())
+    return centroids[torch.from_numpy(columns[np.argsort(rows)])]

@@ -1,0 +1,205 @@
+"""What the server does for the codebooks: it sees sums, counts and centroids of clients, never a frame or a label."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhubert_lib import features, hubert, params, privacy, seeds
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
+from fedhubert_lib.kmeans import clustering, reading
+
+LOCAL_POINTS = 50
+"""Clients send about so many local centroids per cluster, together, so that their number does not grow with clients."""
+LOCAL_LEAST = 16
+"""Local centroids of a client at least."""
+QUORUM = 0.5
+PROJECTED = 16
+"""Dimensions of a random-projection codebook (Chiu et al. 2022, BEST-RQ, arXiv 2202.01855)."""
+DELTA = 1e-5
+
+Log = Callable[[dict[str, Any]], None]
+
+
+class KmeansError(RuntimeError):
+    """Codebooks cannot be fitted: too few clients answered, or they hold too little speech."""
+
+
+class Exchange:
+    """Asks clients, counts the bytes that travel, notes and leaves out those that fail."""
+
+    def __init__(self, clients: Clients, log: Log) -> None:
+        self._clients, self._log = clients, log
+        self.ids = clients.ids
+        self.bytes_down = self.bytes_up = 0
+
+    def ask(
+        self,
+        action: str,
+        arrays: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        clients: Sequence[str] | None = None,
+    ) -> Iterator[Reply]:
+        """Usable replies, in order of client id. Raises KmeansError when fewer than half of the clients answer so."""
+        asked = self.ids if clients is None else clients
+        self.bytes_down += size(arrays) * len(asked)
+        answered, reasons = 0, []
+        for reply in self._clients.ask(action, arrays=arrays, config=config, clients=clients):
+            if not isinstance(reply, Failure) and not all(bool(a.isfinite().all()) for a in reply.arrays.values()):
+                reply = Failure(reply.client, f"its answer to {action} holds a NaN or an infinity")
+            if isinstance(reply, Failure):
+                self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reply.reason})
+                reasons.append(f"{reply.client}: {reply.reason}")
+                continue
+            answered += 1
+            self.bytes_up += size(reply.arrays)
+            yield reply
+        if answered < QUORUM * len(asked) or not answered:
+            raise KmeansError(f"{action}: {answered} of {len(asked)} clients answered. {'; '.join(reasons[:3])}")
+
+
+def size(arrays: Mapping[str, Tensor]) -> int:
+    """Bytes of ``arrays``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
+
+
+def prepare(p: params.Kmeans, exchange: Exchange) -> tuple[dict[str, Any], Arrays, int]:
+    """Settings and arrays that every message carries, and the dimension of the features.
+
+    The arrays are the weights of the checkpoint, where its hidden layer is clustered, so that clients need no file of
+    the server's, and mean and deviation for the ``global`` normalisation, from the clients' sums.
+    """
+    config = p.model_dump(include={"normalisation", "sample_share", "seed", "clusters", "minimum_count"})
+    config |= {"features": "mfcc", "layer": 0, "checkpoint": ""}
+    arrays: Arrays = {}
+    width = features.MFCC_DIMENSION
+    if p.features != "mfcc":
+        config, arrays, width = _checkpoint(p, config)
+    if p.normalisation == "global":
+        total, squares, count = torch.zeros(width).double(), torch.zeros(width).double(), 0.0
+        for reply in exchange.ask("kmeans.moments", arrays, config):
+            total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
+            count += float(reply.arrays["count"])
+        arrays["mean"], arrays["deviation"] = reading.standardiser(total, squares, count)
+    return config, arrays, width
+
+
+def _checkpoint(p: params.Kmeans, config: dict[str, Any]) -> tuple[dict[str, Any], Arrays, int]:
+    model, _ = hubert.load(p.features)
+    depth = model.config.num_hidden_layers
+    layer = max(1, depth // 2) if p.layer is None else p.layer
+    if layer > depth:
+        raise KmeansError(f"layer {layer} of {p.features}, which has {depth}; set layer to 1..{depth}")
+    weights = model.state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].numpy().tobytes())
+    config = {
+        **config,
+        "features": "hidden",
+        "layer": layer,
+        "checkpoint": digest.hexdigest(),
+        "model": dataclasses.asdict(model.config),
+    }
+    return config, {f"model/{name}": weight for name, weight in weights.items()}, model.config.hidden_size
+
+
+def start(
+    exchange: Exchange, arrays: Arrays, config: dict[str, Any], rounds: int = 100
+) -> tuple[Tensor, dict[str, float]]:
+    """Centroids from one message of each client: k-means of its count-weighted local centroids. float32 [K, D].
+
+    K-means++ over them and Lloyd on them: the one-shot federated k-means (Dennis et al. 2021, k-FED, arXiv 2103.00697,
+    with counts as weights).
+    """
+    clusters = config["clusters"]
+    local = min(clusters, max(LOCAL_LEAST, math.ceil(LOCAL_POINTS * clusters / len(exchange.ids))))
+    replies = list(exchange.ask("kmeans.local_centroids", arrays, {**config, "local": local}))
+    points = torch.cat([reply.arrays["centroids"] for reply in replies])
+    weights = torch.cat([reply.arrays["counts"] for reply in replies])
+    if len(points) < clusters:
+        raise KmeansError(f"clients sent {len(points)} local centroids for {clusters} clusters; lower clusters")
+    rng = seeds.numpy_generator(config["seed"], "kmeans-start")
+    centroids = clustering.plus_plus(points, clusters, rng, weights)
+    centroids, _ = clustering.lloyd(points, centroids, rng, rounds=rounds, weights=weights)
+    return centroids.float(), {"frames": float(weights.sum())}
+
+
+def lloyd(
+    exchange: Exchange,
+    arrays: Arrays,
+    config: dict[str, Any],
+    centroids: Tensor,
+    *,
+    rounds: int,
+    tolerance: float,
+    log: Log = lambda row: None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Federated Lloyd from ``centroids``: each round clients send (sum, count, inertia) per cluster, the server adds.
+
+    Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller share than ``tolerance`` and no
+    cluster is empty. Returns centroids float32 [K, D] and, of the last round, its number, frames and inertia per frame.
+    """
+    before, private = None, config["noise_multiplier"] > 0
+    for number in range(1, rounds + 1):
+        down, up = exchange.bytes_down, exchange.bytes_up
+        sums = counts = inertias = 0.0
+        answered = 0
+        message = {**arrays, "centroids": centroids}
+        for reply in exchange.ask("kmeans.lloyd", message, {**config, "round": number}):
+            sums, counts = sums + reply.arrays["sums"], counts + reply.arrays["counts"]
+            inertias = inertias + reply.arrays["inertias"]
+            answered += 1
+        frames, inertia = float(counts.sum()), float(inertias.sum())
+        if private:  # which clusters are large is all that is known; a count within the noise is no cluster
+            counts = torch.where(counts > config["noise_multiplier"] * config["noise_clip"] * answered**0.5, counts, 0)
+            inertias = counts
+        rng = seeds.numpy_generator(config["seed"], number, "kmeans-reseed")
+        centroids = clustering.update(sums, counts, inertias, centroids, rng).float()
+        empty = int((counts == 0).sum())
+        stats = {"round": number, "frames": frames, "empty": empty, "clients": answered}
+        if not private:
+            stats["inertia"] = inertia / frames
+        log({"kind": "lloyd", **stats, "bytes_down": exchange.bytes_down - down, "bytes_up": exchange.bytes_up - up})
+        if not private and empty == 0 and before is not None and before - inertia <= tolerance * before:
+            break
+        before = inertia
+    return centroids, stats
+
+
+def random_start(config: Mapping[str, Any], width: int) -> Tensor:
+    """Centroids that no client had a part in: standard normal draws, for features of about unit variance."""
+    generator = seeds.torch_generator(config["seed"], "kmeans-random-start")
+    return torch.randn(config["clusters"], width, generator=generator)
+
+
+def random_projection(config: Mapping[str, Any], width: int) -> Arrays:
+    """BEST-RQ's quantiser: a Xavier-uniform projection [D, 16] and unit-norm normal codes [K, 16]; nothing is fitted.
+
+    Frames are projected, scaled to unit length and given the nearest code.
+    """
+    generator = seeds.torch_generator(config["seed"], "kmeans-random-projection")
+    bound = math.sqrt(6 / (width + PROJECTED))
+    projection = (2 * torch.rand(width, PROJECTED, generator=generator) - 1) * bound
+    codes = torch.randn(config["clusters"], PROJECTED, generator=generator)
+    return {"centroids": torch.nn.functional.normalize(codes, dim=1), "projection": projection}
+
+
+def epsilon(rounds: int, noise_multiplier: float) -> float:
+    """Epsilon at delta 1e-5 that one utterance's part in ``rounds`` noised Lloyd rounds has cost."""
+    return privacy.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
+
+
+def tables(replies: Sequence[Reply]) -> list[tuple[list[str], np.ndarray]]:
+    """Phone x label counts of those clients that know phones."""
+    found = []
+    for reply in replies:
+        if "phones" in reply.arrays:
+            names = bytes(reply.arrays["phones"].tolist()).decode().split("\n")
+            found.append((names, reply.arrays["contingency"].numpy()))
+    return found

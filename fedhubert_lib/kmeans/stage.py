@@ -1,0 +1,263 @@
+"""The stage 02_kmeans: fit each kind of codebook, have clients write their labels, measure what these are worth."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from fedhubert_lib import files, params
+from fedhubert_lib.evaluation import units
+from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Reply
+from fedhubert_lib.kmeans import client, reading, server
+from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
+
+PER_CLIENT = ("client", "aligned")
+"""Kinds whose codebooks stay with the clients."""
+PROBE_FRAMES = 6000
+"""Public frames that agreement is measured on at most: two minutes."""
+AGREEMENT_CLIENTS = 40
+"""Clients that agreement is measured between at most: pairs grow with the square."""
+
+
+def run(
+    run: Path, p: params.Kmeans, clients: Clients, on_row: Callable[[dict[str, Any]], None] | None = None
+) -> pandas.DataFrame:
+    """Fit the codebooks ``p.codebooks``, write all labels; the table of quality and cost, a row per codebook.
+
+    Writes below ``run/02_kmeans``: ``codebooks/KIND/`` (codebook.json, centroids.npy where shared, counts of labels and
+    of phone x label), ``clients/CID/KIND/`` (by the clients: see ``labels``), ``metrics.jsonl`` and ``quality.json``. A
+    codebook that was fitted with the same settings is kept, and labelling goes on where it stopped. Each row of
+    metrics.jsonl is also given to ``on_row``. Raises KmeansError, with what to change.
+    """
+    folder = run / "02_kmeans"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def log(row: dict[str, Any]) -> None:
+        row = {**row, "time": time.time()}
+        files.append_row(folder / "metrics.jsonl", row)
+        if on_row is not None:
+            on_row(row)
+
+    exchange = Exchange(clients, log)
+    config, arrays, width = server.prepare(p, exchange)
+    config |= {"noise_multiplier": p.noise_multiplier, "noise_clip": p.noise_clip}
+    probe = _probe(run, arrays, config)
+    rows, matrices = {}, {}
+    for kind in p.codebooks:
+        mine = {**config, "kind": kind}
+        codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, width, log)
+        started = time.perf_counter()
+        replies = list(exchange.ask("kmeans.label", {**arrays, **codebook}, mine))
+        rows[kind] = {**_quality(folder / "codebooks" / kind, replies, p.seed), **cost}
+        rows[kind]["label_seconds"] = time.perf_counter() - started
+        if probe is not None:
+            agreement, heldout = _agreement(exchange, probe, codebook, mine, p.seed)
+            matrices[kind] = {name: table.to_numpy().tolist() for name, table in agreement.items()}
+            matrices[kind]["clients"] = agreement["nmi"].index.tolist()
+            rows[kind] |= {f"agreement_{name}": _off_diagonal(table) for name, table in agreement.items()} | heldout
+        log({"kind": "quality", "codebook": kind, **rows[kind]})
+    files.write_json(folder / "quality.json", {"codebooks": rows, "agreement": matrices})
+    return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
+
+
+def _codebook(
+    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, width: int, log: Log
+) -> tuple[Arrays, dict[str, Any]]:
+    """What messages need to label with this codebook (nothing, where it is the client's own), and what it cost."""
+    folder = run / "02_kmeans" / "codebooks" / kind
+    settings = json.loads(json.dumps({**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}))
+    path = folder / "codebook.json"
+    if path.exists() and (known := json.loads(path.read_text()))["settings"] == settings:
+        stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection")}
+        codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
+        return codebook, known["cost"]
+    started, down, up = time.perf_counter(), exchange.bytes_down, exchange.bytes_up
+    codebook, cost = _fit(run, p, exchange, kind, arrays, config, width, log)
+    cost |= {
+        "bytes_down": exchange.bytes_down - down,
+        "bytes_up": exchange.bytes_up - up,
+        "fit_seconds": time.perf_counter() - started,
+    }
+    for name, array in codebook.items():
+        with files.atomic(folder / f"{name}.npy") as temporary:
+            np.save(temporary, array.numpy())
+    for name in ("mean", "deviation"):
+        if name in arrays:
+            with files.atomic(folder / f"{name}.npy") as temporary:
+                np.save(temporary, arrays[name].numpy())
+    files.write_json(
+        path,
+        {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": list(exchange.ids)},
+    )
+    return codebook, cost
+
+
+def _fit(
+    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, width: int, log: Log
+) -> tuple[Arrays, dict[str, Any]]:
+    def named(row: dict[str, Any]) -> None:
+        log({**row, "codebook": kind})
+
+    if kind == "random-projection":
+        return server.random_projection(config, width), {"rounds": 0}
+    if kind in PER_CLIENT:
+        fitted = list(exchange.ask("kmeans.fit", arrays, {**config, "kind": "own"}))
+        frames = sum(reply.metrics["frames"] for reply in fitted)
+        cost = {"rounds": 0, "fit_frames": frames, "inertia": sum(r.metrics["inertia"] for r in fitted) / frames}
+        if kind == "client":
+            list(exchange.ask("kmeans.own", {}, config))
+            return {}, cost
+        lender = max(fitted, key=lambda reply: reply.metrics["frames"]).client
+        (lent,) = exchange.ask("kmeans.lend", {}, config, [lender])
+        list(exchange.ask("kmeans.align", {"reference": lent.arrays["centroids"]}, config))
+        return {}, {**cost, "rounds": 1, "reference": lender}
+    if kind == "central":
+        with _pooled(run, exchange.ids, log) as pooled:
+            return _federated(p, Exchange(pooled, log), arrays, config, width, named)
+    if kind == "one-shot":
+        centroids, cost = server.start(exchange, arrays, config)
+        return {"centroids": centroids}, {"rounds": 1, "fit_frames": cost["frames"]}
+    return _federated(p, exchange, arrays, config, width, named)
+
+
+def _federated(
+    p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict, width: int, log: Log
+) -> tuple[Arrays, dict[str, Any]]:
+    private = p.noise_multiplier > 0
+    start = server.random_start(config, width) if private else server.start(exchange, arrays, config)[0]
+    centroids, last = server.lloyd(
+        exchange, arrays, config, start, rounds=p.lloyd_rounds, tolerance=p.tolerance, log=log
+    )
+    cost = {"rounds": last["round"] + (not private), "fit_frames": last["frames"]}
+    if private:
+        cost |= {"epsilon": server.epsilon(last["round"], p.noise_multiplier), "delta": server.DELTA}
+    else:
+        cost["inertia"] = last["inertia"]
+    return {"centroids": centroids}, cost
+
+
+class _pooled:
+    """One client that owns everything, for as long as the block lasts: the yardstick, possible in simulation only."""
+
+    def __init__(self, run: Path, ids: Sequence[str], log: Log) -> None:
+        self.ids = ["pooled"]
+        self._sources = [run / "01_partition" / "clients" / client_id for client_id in ids]
+        for source in self._sources:
+            if not (source / "train.parquet").exists():
+                raise KmeansError(f"{source}: codebook central needs all clients' data here; leave it out of codebooks")
+        self._scratch = tempfile.TemporaryDirectory(dir=run / "02_kmeans", prefix=".pooled-")
+
+    def __enter__(self) -> Clients:
+        folder = Path(self._scratch.name)
+        for part in ("train", "validation"):
+            table = pandas.concat([pandas.read_parquet(source / f"{part}.parquet") for source in self._sources])
+            table.sort_values("utterance").to_parquet(folder / f"{part}.parquet", index=False)
+        self._home = ClientHome("pooled", data=folder, labels=folder, state=folder)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._scratch.cleanup()
+
+    def ask(self, action: str, *, arrays: Arrays, config: Mapping[str, Any], clients: object = None) -> Iterator[Reply]:
+        """The pooled client's answer. An error is raised, not reported: there is no other client to go on with."""
+        yield Reply("pooled", *client.HANDLERS[action](self._home, arrays, config))
+
+
+def _quality(folder: Path, replies: list[Reply], seed: int) -> dict[str, Any]:
+    """Usage and unit quality of a codebook from its clients' counts, over all of them and as the mean of each alone."""
+    counts = sum(reply.arrays["counts"] for reply in replies).numpy()
+    row = units.usage(counts, int(sum(reply.arrays["runs"] for reply in replies)))
+    row["clients"] = len(replies)
+    tables = server.tables(replies)
+    if tables:
+        names, total = units.added(tables)
+        row |= units.quality_of_counts(total, seed)
+        alone = [units.quality_of_counts(table, seed) for _, table in tables if (table.sum(1) > 0).sum() > 1]
+        for name in ("pnmi", "shuffled_pnmi"):
+            values, frames = [quality[name] for quality in alone], [quality["frames"] for quality in alone]
+            row[f"{name}_within"] = float(np.average(values, weights=frames))
+        with files.atomic(folder / "phones.parquet") as temporary:
+            pandas.DataFrame(total, names).rename(columns=str).to_parquet(temporary)
+    with files.atomic(folder / "counts.npy") as temporary:
+        np.save(temporary, counts)
+    return row
+
+
+class _Probe:
+    """Public frames that all clients label, and their phones where known."""
+
+    def __init__(self, frames: Tensor, phones: np.ndarray | None) -> None:
+        self.frames, self.phones = frames, phones
+
+
+def _probe(run: Path, arrays: Arrays, config: dict) -> _Probe | None:
+    """Frames of held-out utterances, or of the test split; None where there are neither."""
+    table = pandas.DataFrame()
+    heldout = run / "01_partition" / "heldout.parquet"
+    if heldout.exists():
+        table = pandas.read_parquet(heldout)
+    if table.empty and (run / "00_corpus" / "manifest.parquet").exists():
+        table = pandas.read_parquet(run / "00_corpus" / "manifest.parquet", filters=[("split", "==", "test")])
+    if table.empty:
+        return None
+    with tempfile.TemporaryDirectory(dir=run / "02_kmeans", prefix=".public-") as scratch:
+        folder = Path(scratch)
+        for part, rows in (("train", table), ("validation", table.iloc[:0])):
+            rows.to_parquet(folder / f"{part}.parquet", index=False)
+        home = ClientHome("public", data=folder, labels=folder, state=folder)
+        everything = {**config, "sample_share": 1.0}
+        chosen = reading.within(home, everything, PROBE_FRAMES)
+        parts = list(reading.stream(home, arrays, everything, chosen))
+    if not parts:
+        return None
+    lengths = [length for batch, _ in parts for length in batch]
+    return _Probe(torch.cat([frames for _, frames in parts]), _public_phones(run, chosen.utterance.tolist(), lengths))
+
+
+def _public_phones(run: Path, utterances: list[str], lengths: list[int]) -> np.ndarray | None:
+    path = run / "00_corpus" / "phones.parquet"
+    if not path.exists() or not parquet.read_metadata(path).num_rows:
+        return None
+    table = pandas.read_parquet(path, filters=[("utterance", "in", utterances)]).sort_values("start_sample")
+    if table.empty:
+        return None
+    by_utterance = dict(iter(table.groupby("utterance")))
+    found = []
+    for utterance, length in zip(utterances, lengths, strict=True):
+        rows = by_utterance.get(utterance, table.iloc[:0])
+        segment = units.frame_phones(rows.start_sample.to_numpy(), rows.end_sample.to_numpy(), length)
+        names = np.append(rows.phone.to_numpy(dtype=object), "")
+        found.append(names[segment])  # segment -1 is the appended "", no phone
+    return np.concatenate(found).astype(str)
+
+
+def _agreement(
+    exchange: Exchange, probe: _Probe, codebook: Arrays, config: dict, seed: int
+) -> tuple[dict[str, pandas.DataFrame], dict[str, float]]:
+    """Agreement matrices, and the mean unit quality of the clients' labels of the probe where its phones are known."""
+    asked = list(exchange.ids)[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
+    replies = exchange.ask("kmeans.probe", {**codebook, "probe": probe.frames}, config, asked)
+    labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
+    heldout = {}
+    if probe.phones is not None:
+        known = probe.phones != ""
+        each = [units.quality(sequence[known], probe.phones[known], seed) for sequence in labels.values()]
+        heldout = {
+            "heldout_frames": int(known.sum()),
+            "heldout_pnmi": float(np.mean([quality["pnmi"] for quality in each])),
+            "heldout_shuffled_pnmi": float(np.mean([quality["shuffled_pnmi"] for quality in each])),
+        }
+    return units.agreement_matrices(labels), heldout
+
+
+def _off_diagonal(table: pandas.DataFrame) -> float:
+    values = table.to_numpy()
+    return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0

@@ -1,0 +1,79 @@
+"""Features: equal to kaldi's, aligned with the model's frames."""
+
+import pytest
+import torch
+from torchaudio import transforms
+from torchaudio.compliance import kaldi
+from torchaudio.functional import compute_deltas
+
+from fedhubert_lib import audio, features, hubert
+
+
+def speech_like(samples: int, seed: int = 0) -> torch.Tensor:
+    """Noise with the spectral tilt, the level and the pauses of speech."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(samples + 64, generator=generator)
+    tilted = noise.unfold(0, 65, 1)[:samples] @ torch.exp(-torch.arange(65) / 8)
+    envelope = torch.sin(torch.arange(samples) / 3000).clamp(min=0)
+    return 0.05 * tilted * envelope
+
+
+def reference(waveform: torch.Tensor) -> torch.Tensor:
+    """What fairseq's simple_kmeans computes: [frames, 39]."""
+    static = kaldi.mfcc(waveform[None], sample_frequency=16_000, use_energy=False).T
+    delta = compute_deltas(static)
+    return torch.cat([static, delta, compute_deltas(delta)]).T
+
+
+def test_equal_to_kaldi_whatever_shares_the_batch():
+    lengths = [400, 401, 559, 560, 720, 8_000, 16_001, 50_000, 399, 200_123, 12_345]
+    waveforms = [speech_like(n, seed=n) for n in lengths]
+    waveforms += [torch.zeros(8_000), torch.full((4_000,), 0.3), 1e-4 * speech_like(6_000) + 0.1]
+    for waveform, computed in zip(waveforms, features.mfcc(waveforms), strict=True):
+        if len(waveform) < 400:
+            assert computed.shape == (0, 39)
+            continue
+        torch.testing.assert_close(computed, reference(waveform), atol=1e-4, rtol=0)
+
+
+def test_torchaudio_transform_is_not_kaldi():
+    """The comparison above can fail: the other MFCC of torchaudio does not pass it."""
+    waveform = speech_like(16_000)
+    spectrogram = {"n_fft": 400, "hop_length": 160, "center": False, "n_mels": 40}
+    other = transforms.MFCC(n_mfcc=13, melkwargs=spectrogram)(waveform).T
+    assert (other - reference(waveform)[: len(other), :13]).abs().max() > 1
+
+
+def test_equal_to_kaldi_on_real_speech(real_speech):
+    files = sorted((real_speech / "librispeech_mini" / "LibriSpeech").rglob("*.flac"))[::40]
+    waveforms = [audio.read(file) for file in files]
+    for waveform, computed in zip(waveforms, features.mfcc(waveforms), strict=True):
+        torch.testing.assert_close(computed, reference(waveform), atol=1e-4, rtol=0)
+
+
+def test_frames_agree_with_the_model():
+    """Every second MFCC frame is a frame of the model: A1 of the recipe."""
+    for samples in [*range(390, 1_800), 16_000, 250_000]:
+        mfcc_frames = max(0, (samples - 400) // 160 + 1)
+        assert audio.frame_count(samples) == -(-mfcc_frames // 2)
+    assert len(features.mfcc([speech_like(250_000)])[0][::2]) == audio.frame_count(250_000) == 781
+
+
+def test_crop_has_the_frames_of_the_whole():
+    """MFCCs of a crop from sample 320 k are those of the whole from frame 2 k, deltas away from the edge: A2."""
+    waveform = speech_like(40_000)
+    whole, crop = features.mfcc([waveform, waveform[320 * 17 :]])
+    torch.testing.assert_close(crop[:, :13], whole[34:, :13], atol=1e-5, rtol=0)
+    torch.testing.assert_close(crop[4:], whole[38:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "logmel"])
+def test_hidden_layers_frame_by_frame(front_end, monkeypatch):
+    model = hubert.Hubert(hubert.preset("tiny", front_end)).eval()
+    waveforms = [speech_like(20_000), speech_like(399), speech_like(12_345)]
+    hidden = features.hidden(model, waveforms, 1)
+    assert [len(frames) for frames in hidden] == [62, 0, 38]
+    expected = model(waveforms[2][None], hidden_states=True).hidden[1][0]
+    torch.testing.assert_close(hidden[2], expected)
+    monkeypatch.setattr(features, "FORWARD_SAMPLES", 320 * 20)
+    assert [len(frames) for frames in features.hidden(model, waveforms, 1)] == [62, 0, 38]

@@ -1,0 +1,410 @@
+"""Codebooks: federated Lloyd is Lloyd, every kind runs, labels stay with their clients, restarts go on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import soundfile
+import torch
+from sklearn.cluster import KMeans
+
+from fedhubert_lib import audio, features, hubert, kmeans, labels, params
+from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
+from fedhubert_lib.kmeans import client, clustering, reading, server
+
+KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
+
+
+class Direct:
+    """Clients whose handlers are called directly, each with its own folders."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.ids = sorted(folder.name for folder in (run / "01_partition" / "clients").iterdir())
+        self.asked: list[tuple[str, dict, dict]] = []
+        self.failing: dict[str, str] = {}
+
+    def ask(self, action, *, arrays=None, config=None, clients=None, timeout=None):
+        self.asked.append((action, dict(arrays or {}), dict(config or {})))
+        json.dumps(config)
+        for one in clients or self.ids:
+            own = self.run / "02_kmeans" / "clients" / one
+            home = ClientHome(one, self.run / "01_partition" / "clients" / one, own, own)
+            if self.failing.get(one) == action:
+                yield Failure(one, "away")
+            else:
+                yield Reply(one, *client.HANDLERS[action](home, arrays or {}, json.loads(json.dumps(config))))
+
+
+def tone_like(samples: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
+    """A row of vowels of a kind, and their times: three sounds that MFCCs tell apart."""
+    pieces, phones, at = [], [], 0
+    while at < samples:
+        length = min(int(rng.integers(800, 3_000)), samples - at)
+        phone = rng.choice(["low", "high", "noise"])
+        time = np.arange(length) / 16_000
+        sound = {
+            "low": np.sin(2 * np.pi * 300 * time) + 0.5 * np.sin(2 * np.pi * 900 * time),
+            "high": np.sin(2 * np.pi * 2_500 * time) + 0.5 * np.sin(2 * np.pi * 4_000 * time),
+            "noise": rng.standard_normal(length),
+        }[phone]
+        pieces.append(0.1 * sound + 0.002 * rng.standard_normal(length))
+        phones.append((at, at + length, phone))
+        at += length
+    return np.concatenate(pieces).astype(np.float32), phones
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A run with three clients of four utterances, one shorter than a frame, one silent; and held-out speech."""
+    run = tmp_path_factory.mktemp("kmeans") / "run"
+    (run / "audio").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows, times = [], []
+    for speaker in range(4):
+        for number in range(5):
+            samples = 399 if (speaker, number) == (0, 1) else int(rng.integers(16_000, 40_000))
+            waveform, phones = tone_like(samples, rng)
+            if (speaker, number) == (1, 2):
+                waveform, phones = np.zeros(samples, np.float32), [(0, samples, "sil")]
+            name = f"s{speaker}-{number}"
+            soundfile.write(run / "audio" / f"{name}.wav", waveform, 16_000, subtype="FLOAT")
+            rows.append((name, str(run / "audio" / f"{name}.wav"), f"s{speaker}", samples))
+            times += [(name, *phone) for phone in phones]
+    table = pandas.DataFrame(rows, columns=["utterance", "path", "speaker", "samples"])
+    phones = pandas.DataFrame(times, columns=["utterance", "start_sample", "end_sample", "phone"])
+    for number in range(3):
+        folder = run / "01_partition" / "clients" / f"client-00{number}"
+        folder.mkdir(parents=True)
+        mine = table[table.speaker == f"s{number}"]
+        mine.iloc[:4].to_parquet(folder / "train.parquet", index=False)
+        mine.iloc[4:].to_parquet(folder / "validation.parquet", index=False)
+        phones[phones.utterance.isin(mine.utterance)].to_parquet(folder / "phones.parquet", index=False)
+    table[table.speaker == "s3"].to_parquet(run / "01_partition" / "heldout.parquet", index=False)
+    (run / "00_corpus").mkdir()
+    phones.to_parquet(run / "00_corpus" / "phones.parquet", index=False)
+    return run
+
+
+@pytest.fixture
+def run(corpus: Path, tmp_path: Path) -> Path:
+    shutil.copytree(corpus / "00_corpus", tmp_path / "00_corpus")
+    shutil.copytree(corpus / "01_partition", tmp_path / "01_partition")
+    return tmp_path
+
+
+def settings(**changes) -> params.Kmeans:
+    return params.Kmeans(**{"codebooks": ["federated"], "clusters": 8, "normalisation": "none", **changes})
+
+
+# ---------------------------------------------------------------------------------------------------- k-means itself
+
+
+def blobs(frames: int = 3_000, width: int = 13, centres: int = 12, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    middles = 3 * rng.standard_normal((centres, width))
+    return torch.from_numpy(middles[rng.integers(0, centres, frames)] + rng.standard_normal((frames, width))).float()
+
+
+def test_nearest_is_exact_with_large_means():
+    """Raw MFCCs lie far from the origin; float32 expansions of the distance would pick wrong centroids there."""
+    frames = blobs() * 0.01 + 300
+    centroids = frames[:40]
+    chosen, distances = clustering.nearest(frames, centroids)
+    exact = (frames.double()[:, None] - centroids.double()[None]).square().sum(-1)
+    torch.testing.assert_close(distances, exact.min(1).values, atol=1e-7, rtol=0)
+    assert (chosen == exact.argmin(1)).all()
+
+
+def test_lloyd_equals_scikit_learn():
+    frames = blobs()
+    start = frames[:20]
+    expected = KMeans(20, init=start.numpy(), n_init=1, max_iter=7, tol=0).fit(frames.double().numpy())
+    centroids, _ = clustering.lloyd(frames, start, np.random.default_rng(0), rounds=7, tolerance=-1)
+    np.testing.assert_allclose(centroids.numpy(), expected.cluster_centers_, atol=1e-6)
+
+
+def test_fit_as_good_as_scikit_learn():
+    frames = blobs(40_000, 20, 60)
+    ours, counts = clustering.fit(frames, 50, np.random.default_rng(0))
+    reference = KMeans(50, n_init=3, random_state=0).fit(frames.double().numpy())
+    assert float(clustering.nearest(frames, ours)[1].sum()) <= 1.01 * reference.inertia_
+    assert counts.sum() == 40_000 and (counts > 0).all()
+
+
+def test_weights_count_points_so_many_times():
+    points, weights = blobs(200), torch.arange(200) % 3 + 1
+    rng = np.random.default_rng
+    many, _ = clustering.lloyd(points.repeat_interleave(weights, 0), points[:5], rng(0), rounds=5, tolerance=-1)
+    once, _ = clustering.lloyd(points, points[:5], rng(0), rounds=5, tolerance=-1, weights=weights)
+    torch.testing.assert_close(once, many)
+
+
+def test_empty_clusters_come_back():
+    frames = blobs()
+    far = torch.full((3, 13), 1e4)
+    centroids, _ = clustering.lloyd(frames, torch.cat([frames[:5], far]), np.random.default_rng(0))
+    counts = torch.bincount(clustering.nearest(frames, centroids)[0], minlength=8)
+    assert (counts > 0).all()
+
+
+def test_fewer_distinct_points_than_clusters():
+    same = torch.ones(50, 13)
+    centroids, counts = clustering.fit(same, 4, np.random.default_rng(0))
+    assert centroids.isfinite().all() and counts.max() == 50
+    with pytest.raises(ValueError, match="4 clusters from 3 points"):
+        clustering.plus_plus(same[:3], 4, np.random.default_rng(0))
+
+
+def test_matched_undoes_a_permutation():
+    reference = blobs(30)
+    shuffled = reference[torch.randperm(30, generator=torch.Generator().manual_seed(0))] + 0.01
+    torch.testing.assert_close(clustering.matched(shuffled, reference), reference + 0.01)
+
+
+# ------------------------------------------------------------------------------------------------- federated = central
+
+
+@pytest.mark.parametrize("normalisation", ["none", "global", "speaker"])
+def test_federated_lloyd_equals_central(run, normalisation):
+    """From the same start, over three clients, over one that holds everything, and scikit-learn's on all frames."""
+    clients = Direct(run)
+    p = settings(normalisation=normalisation)
+    exchange = server.Exchange(clients, lambda row: None)
+    config, arrays, _ = server.prepare(p, exchange)
+    config |= {"noise_multiplier": 0.0, "noise_clip": 1.0}
+    start, _ = server.start(exchange, arrays, config)
+    federated, _ = server.lloyd(exchange, arrays, config, start, rounds=5, tolerance=-1)
+
+    pooled = run / "pooled" / "01_partition" / "clients" / "client-000"
+    pooled.mkdir(parents=True)
+    for part in ("train", "validation"):
+        paths = [run / "01_partition" / "clients" / one / f"{part}.parquet" for one in clients.ids]
+        pandas.concat([pandas.read_parquet(path) for path in paths]).to_parquet(pooled / f"{part}.parquet")
+    alone = Direct(run / "pooled")
+    central, _ = server.lloyd(server.Exchange(alone, print), arrays, config, start, rounds=5, tolerance=-1)
+    torch.testing.assert_close(federated, central, atol=1e-6, rtol=0)
+
+    home = ClientHome("client-000", pooled, run / "pooled", run / "pooled")
+    frames = reading.in_memory(home, arrays, config)
+    expected = KMeans(8, init=start.numpy(), n_init=1, max_iter=5, tol=0).fit(frames.double().numpy())
+    np.testing.assert_allclose(federated, expected.cluster_centers_, atol=1e-4)
+    assert (clustering.nearest(frames, federated)[0] == clustering.nearest(frames, central)[0]).all()
+
+
+# --------------------------------------------------------------------------------------------------------- whole stage
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_every_kind_end_to_end(run):
+    clients = Direct(run)
+    rows = []
+    table = kmeans.run(run, settings(codebooks=KINDS, normalisation="global"), clients, rows.append)
+    assert table.index.tolist() == KINDS
+    assert (table.pnmi.drop(index=["client", "random-projection"]) > 0.5).all(), table.pnmi
+    assert table.loc[["federated", "one-shot", "random-projection", "central"], "agreement_same"].eq(1).all()
+    assert table.loc["client", "agreement_same"] < table.loc["aligned", "agreement_same"] < 1
+    assert table.loc["client", "agreement_nmi"] == pytest.approx(table.loc["aligned", "agreement_nmi"])
+    for kind in KINDS:
+        assert json.loads((run / "02_kmeans" / "codebooks" / kind / "codebook.json").read_text())["clusters"] == 8
+        for one in clients.ids:
+            mine = labels.Labels(run / "02_kmeans" / "clients" / one / kind)
+            folder = run / "01_partition" / "clients" / one
+            lists = pandas.concat([pandas.read_parquet(folder / f"{part}.parquet") for part in ("train", "validation")])
+            assert mine.utterances == lists.utterance.tolist()
+            for utterance, samples in zip(lists.utterance, lists.samples, strict=True):
+                assert len(mine[utterance]) == audio.frame_count(samples)
+    quality = json.loads((run / "02_kmeans" / "quality.json").read_text())
+    assert quality["codebooks"]["federated"]["pnmi"] == table.pnmi["federated"]
+    assert len(quality["agreement"]["client"]["nmi"]) == 3
+    assert {row["kind"] for row in rows} == {"lloyd", "quality"}
+    assert not list((run / "02_kmeans").rglob("*pooled*")) and not list((run / "02_kmeans").rglob("*public*"))
+
+
+def test_labels_are_those_of_every_second_mfcc_frame(run):
+    """A3 of the recipe notes, through the whole stage: label i is the nearest centroid to MFCC frame 2 i."""
+    kmeans.run(run, settings(), Direct(run))
+    centroids = torch.from_numpy(np.load(run / "02_kmeans" / "codebooks" / "federated" / "centroids.npy"))
+    table = pandas.read_parquet(run / "01_partition" / "clients" / "client-002" / "train.parquet")
+    mine = labels.Labels(run / "02_kmeans" / "clients" / "client-002" / "federated")
+    for utterance, path in zip(table.utterance, table.path, strict=True):
+        expected, _ = clustering.nearest(features.mfcc([audio.read(path)])[0][::2], centroids)
+        np.testing.assert_array_equal(mine[utterance], expected.numpy())
+
+
+def test_killed_while_labelling_goes_on(run, monkeypatch):
+    monkeypatch.setattr(reading, "BATCH_SAMPLES", 20_000)  # about an utterance at a time
+    kmeans.run(run, settings(), Direct(run))
+    folder = run / "02_kmeans" / "clients" / "client-001" / "federated"
+    whole = (folder / "labels.bin").read_bytes()
+    shutil.rmtree(run / "02_kmeans")
+
+    original, made = labels.Writer.append, []
+
+    def killed(writer, batch):
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        made.extend(batch)
+        original(writer, batch)
+
+    monkeypatch.setattr(labels.Writer, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        kmeans.run(run, settings(), Direct(run))
+    assert len(made) == 8  # all of the first client's, some of the second's
+    again = []
+    monkeypatch.setattr(labels.Writer, "append", lambda w, batch: (again.extend(batch), original(w, batch))[1])
+    clients = Direct(run)
+    kmeans.run(run, settings(), clients)
+    assert not set(made) & set(again) and len(made) + len(again) == 15
+    assert (folder / "labels.bin").read_bytes() == whole
+    assert not [action for action, _, _ in clients.asked if action == "kmeans.lloyd"]  # the codebook was kept
+
+
+def test_other_settings_start_over(run):
+    kmeans.run(run, settings(clusters=8), Direct(run))
+    kmeans.run(run, settings(clusters=5), Direct(run))
+    mine = labels.Labels(run / "02_kmeans" / "clients" / "client-001" / "federated")
+    assert mine.flat.max() == 4
+    assert json.loads((run / "02_kmeans" / "codebooks" / "federated" / "codebook.json").read_text())["clusters"] == 5
+
+
+def test_what_leaves_a_client(run):
+    """Replies hold K x D sums and K counts, nothing that grows with a client's frames; labels only of public frames."""
+    clients = Direct(run)
+    replies = []
+    original = clients.ask
+
+    def watched(*arguments, **options):
+        for reply in original(*arguments, **options):
+            replies.append((arguments[0], reply))
+            yield reply
+
+    clients.ask = watched
+    kmeans.run(run, settings(codebooks=["federated", "client"], normalisation="global"), clients)
+    public = pandas.read_parquet(run / "01_partition" / "heldout.parquet").samples.map(audio.frame_count).sum()
+    for action, reply in replies:
+        for name, array in reply.arrays.items():
+            if action == "kmeans.probe":
+                assert array.shape == (public,)
+            elif name == "phones":
+                assert array.numel() < 40
+            else:
+                assert array.numel() <= 8 * 39, (action, name)
+
+
+def test_k_larger_than_frames(run):
+    with pytest.raises(kmeans.KmeansError, match="local centroids for 5000 clusters; lower clusters"):
+        kmeans.run(run, settings(clusters=5_000), Direct(run))
+
+
+def test_client_with_too_few_frames_says_so(run):
+    home = ClientHome("client-000", run / "01_partition" / "clients" / "client-000", run / "a", run / "b")
+    config = {"features": "mfcc", "layer": 0, "checkpoint": "", "normalisation": "none", "sample_share": 1.0, "seed": 0}
+    with pytest.raises(ValueError, match=r"client-000 has \d+ frames to fit 9999 clusters; lower clusters"):
+        client.fit(home, {}, {**config, "clusters": 9_999, "minimum_count": 0})
+
+
+def test_failing_clients_are_noted_and_quorum_holds(run):
+    clients, rows = Direct(run), []
+    clients.failing = {"client-001": "kmeans.lloyd"}
+    table = kmeans.run(run, settings(), clients, rows.append)
+    assert table.loc["federated", "clients"] == 3
+    assert {row["client"] for row in rows if row["kind"] == "failure"} == {"client-001"}
+    assert {row["clients"] for row in rows if row["kind"] == "lloyd"} == {2}
+    shutil.rmtree(run / "02_kmeans")
+    clients.failing |= {"client-002": "kmeans.lloyd"}
+    with pytest.raises(kmeans.KmeansError, match="1 of 3 clients answered"):
+        kmeans.run(run, settings(), clients)
+
+
+def test_privacy_noise_and_minimum_count(run):
+    p = settings(normalisation="speaker", noise_multiplier=0.01, noise_clip=200.0, lloyd_rounds=4, minimum_count=3)
+    clients = Direct(run)
+    table = kmeans.run(run, p, clients)
+    assert "kmeans.local_centroids" not in {action for action, _, _ in clients.asked}
+    assert table.loc["federated", "epsilon"] > 0 and "inertia" not in table
+    noisy = np.load(run / "02_kmeans" / "codebooks" / "federated" / "centroids.npy")
+    shutil.rmtree(run / "02_kmeans")
+    kmeans.run(run, p, Direct(run))
+    np.testing.assert_array_equal(noisy, np.load(run / "02_kmeans" / "codebooks" / "federated" / "centroids.npy"))
+    more = server.epsilon(10, 1.0)
+    assert more > server.epsilon(10, 2.0) > server.epsilon(5, 2.0)
+
+
+def test_minimum_count_hides_small_clusters(run):
+    clients = Direct(run)
+    exchange = server.Exchange(clients, lambda row: None)
+    config, arrays, width = server.prepare(settings(minimum_count=40), exchange)
+    config |= {"noise_multiplier": 0.0, "noise_clip": 1.0}
+    centroids = server.start(exchange, arrays, config)[0]
+    for reply in exchange.ask("kmeans.lloyd", {"centroids": centroids}, {**config, "round": 1}):
+        counts = reply.arrays["counts"]
+        assert ((counts == 0) | (counts >= 40)).all()
+        assert (reply.arrays["sums"][counts == 0] == 0).all()
+
+
+def test_noise_has_the_deviation_it_should(run):
+    clients = Direct(run)
+    config, arrays, width = server.prepare(settings(normalisation="speaker"), server.Exchange(clients, print))
+    centroids = torch.randn(200, width, generator=torch.Generator().manual_seed(0))
+    answers = []
+    for noise in (1e-12, 3.0):
+        message = {**config, "noise_multiplier": noise, "noise_clip": 50.0, "round": 1}
+        replies = clients.ask("kmeans.lloyd", arrays={**arrays, "centroids": centroids}, config=message)
+        answers.append(next(replies).arrays)
+    difference = answers[1]["counts"] - answers[0]["counts"]
+    assert difference.std() == pytest.approx(150, rel=0.2)
+    assert (answers[1]["sums"] - answers[0]["sums"]).std() == pytest.approx(150 * width**0.5, rel=0.05)
+    # Three utterances with frames, each bounded to norm 50 in counts alone.
+    assert answers[0]["counts"].norm() <= 3 * 50 and answers[0]["inertias"].sum() == 0
+
+
+def test_sample_share(run):
+    clients, rows = Direct(run), []
+    everything = kmeans.run(run, settings(), clients).loc["federated", "fit_frames"]
+    shutil.rmtree(run / "02_kmeans")
+    part = kmeans.run(run, settings(sample_share=0.4), clients, rows.append).loc["federated", "fit_frames"]
+    assert 0 < part < 0.8 * everything
+
+
+def test_changed_audio_is_noticed(run):
+    path = run / "01_partition" / "clients" / "client-001" / "train.parquet"
+    table = pandas.read_parquet(path)
+    table.loc[0, "samples"] += 1
+    table.to_parquet(path)
+    rows = []
+    with pytest.raises(audio.AudioError, match="run 00_corpus again"):
+        kmeans.run(run, settings(), Direct(run), rows.append)
+
+
+# ---------------------------------------------------------------------------------------------------- second iteration
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_second_iteration(run, layer):
+    """Clusters of a hidden layer by changing one parameter; clients read no file of the server's."""
+    torch.manual_seed(0)
+    hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
+    p = settings(features=str(run / "first"), layer=layer, normalisation="global", lloyd_rounds=2)
+    table = kmeans.run(run, p, Direct(run))
+    assert table.loc["federated", "pnmi"] > 0.4
+    model, _ = hubert.load(run / "first")
+    path = run / "01_partition" / "clients" / "client-002" / "train.parquet"
+    utterance, waveform = pandas.read_parquet(path).loc[0, ["utterance", "path"]]
+    stored = {
+        name: torch.from_numpy(np.load(run / "02_kmeans" / "codebooks" / "federated" / f"{name}.npy"))
+        for name in ("centroids", "mean", "deviation")
+    }
+    depth = layer or model.config.num_hidden_layers // 2
+    frames = (features.hidden(model, [audio.read(waveform)], depth)[0] - stored["mean"]) / stored["deviation"]
+    mine = labels.Labels(run / "02_kmeans" / "clients" / "client-002" / "federated")
+    np.testing.assert_array_equal(mine[utterance], clustering.nearest(frames, stored["centroids"])[0])
+
+
+def test_layer_too_deep(run):
+    hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny")))
+    with pytest.raises(kmeans.KmeansError, match="set layer to 1.."):
+        kmeans.run(run, settings(features=str(run / "first"), layer=99), Direct(run))

@@ -1,0 +1,106 @@
+"""Unit quality: the identities that purity and PNMI must satisfy, and agreement between labellings."""
+
+import numpy as np
+import pandas
+import pytest
+from sklearn import metrics
+
+from fedhubert_lib.evaluation import units
+
+
+@pytest.fixture
+def phones():
+    rng = np.random.default_rng(0)
+    return rng.choice(40, 20_000, p=rng.dirichlet(np.ones(40)))
+
+
+def test_perfect_labels_one_cluster_and_refinement(phones):
+    perfect = units.quality(phones, phones)
+    assert perfect["pnmi"] == pytest.approx(1) and perfect["phone_purity"] == perfect["cluster_purity"] == 1
+    one = units.quality(np.zeros_like(phones), phones)
+    assert one["pnmi"] == pytest.approx(0, abs=1e-12) and one["cluster_purity"] == 1 and one["bias"] == 0
+    assert one["phone_purity"] == pytest.approx(np.bincount(phones).max() / len(phones))
+    finer = units.quality(2 * phones + np.arange(len(phones)) % 2, phones)
+    assert finer["pnmi"] == pytest.approx(1) and finer["phone_purity"] == 1 and finer["cluster_purity"] < 0.6
+
+
+def test_equal_to_scikit_learn(phones):
+    rng = np.random.default_rng(1)
+    labels = np.where(rng.random(len(phones)) < 0.5, phones, rng.integers(0, 100, len(phones)))
+    counts = np.bincount(phones)
+    entropy = -sum(c / len(phones) * np.log(c / len(phones)) for c in counts if c)
+    quality = units.quality(labels, phones)
+    assert quality["pnmi"] == pytest.approx(metrics.mutual_info_score(phones, labels) / entropy, abs=1e-12)
+    assert quality["pnmi"] == pytest.approx(metrics.homogeneity_score(phones, labels), abs=1e-9)
+
+
+@pytest.mark.parametrize(("frames", "clusters"), [(20_000, 100), (20_000, 500), (3_000, 100)])
+def test_shuffled_labels_score_the_bias(phones, frames, clusters):
+    labels = np.random.default_rng(2).integers(0, clusters, frames)
+    quality = units.quality(labels, phones[:frames])
+    assert quality["pnmi"] == pytest.approx(quality["bias"], rel=0.15)
+    assert quality["shuffled_pnmi"] == pytest.approx(quality["bias"], rel=0.15)
+
+
+def test_counts_of_clients_add_up(phones):
+    """Counts that two clients with different phones report give the quality of all their frames."""
+    names = np.array([f"p{i}" for i in range(40)])
+    labels = (phones * 7 + np.arange(len(phones)) % 3) % 50
+    mine = phones < 20
+    tables = [
+        (names[:20], units.contingency(phones[mine], labels[mine], 20, 50)),
+        (names[20:], units.contingency(phones[~mine] - 20, labels[~mine], 20, 50)),
+    ]
+    total_names, total = units.added(tables)
+    assert total_names == sorted(names) and total.sum() == len(phones)
+    together, pooled = units.quality_of_counts(total), units.quality(labels, phones)
+    assert together["pnmi"] == pytest.approx(pooled["pnmi"])
+    assert together["phone_purity"] == pooled["phone_purity"]
+
+
+def test_no_phones_is_an_error():
+    with pytest.raises(ValueError, match="at least two phones"):
+        units.quality(np.arange(10), np.zeros(10, int))
+
+
+def test_phone_of_a_frame_is_that_at_its_middle():
+    starts, ends = np.array([0, 500, 900]), np.array([500, 850, 1_200])
+    # Middles of frames: 200, 520, 840, 1160, 1480.
+    np.testing.assert_array_equal(units.frame_phones(starts, ends, 5), [0, 1, 1, 2, -1])
+    ends[1] = 600  # a gap: the frame in the middle of it has no phone
+    np.testing.assert_array_equal(units.frame_phones(starts, ends, 5), [0, 1, -1, 2, -1])
+    np.testing.assert_array_equal(units.frame_phones(starts[:0], ends[:0], 2), [-1, -1])
+
+
+def test_count_phones():
+    phones = pandas.DataFrame(
+        {
+            "utterance": ["b", "a", "a", "x"],
+            "start_sample": [0, 500, 0, 0],
+            "end_sample": [900, 900, 500, 99],
+            "phone": ["T", "S", "AH", "ZH"],
+        }
+    )
+    names, counts = units.count_phones(phones, {"a": np.array([3, 1, 1]), "b": np.array([0], np.uint16)}, 4)
+    assert names == ["AH", "S", "T", "ZH"]
+    np.testing.assert_array_equal(counts, [[0, 0, 0, 1], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_usage():
+    sequence = np.array([3, 3, 1, 3, 3, 3], np.uint16)
+    assert units.runs(sequence) == 3 and units.runs(sequence[:0]) == 0
+    usage = units.usage(np.bincount(sequence, minlength=8), units.runs(sequence))
+    assert usage["cluster_use"] == 0.25 and usage["mean_run"] == 2 and usage["labelled_frames"] == 6
+    assert units.usage(np.full(8, 5), 40)["label_entropy"] == pytest.approx(np.log(8))
+
+
+def test_agreement():
+    rng = np.random.default_rng(3)
+    first = rng.integers(0, 20, 5_000)
+    renamed = rng.permutation(20)[first]
+    matrices = units.agreement_matrices({"a": first, "b": renamed, "c": rng.integers(0, 20, 5_000)})
+    assert matrices["nmi"].loc["a", "b"] == pytest.approx(1) and matrices["match"].loc["b", "a"] == 1
+    assert matrices["same"].loc["a", "b"] < 0.2 and matrices["match"].loc["a", "c"] < 0.2
+    assert matrices["nmi"].loc["a", "c"] < 0.05 and matrices["nmi"].loc["c", "c"] == 1
+    expected = metrics.normalized_mutual_info_score(first, first // 2)
+    assert units.agreement(first, first // 2)["nmi"] == pytest.approx(expected)
