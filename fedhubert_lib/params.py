@@ -78,6 +78,11 @@ class Corpus(Section):
     keywords_root: Place = Field("", description="folder that holds a subfolder per word (keywords: speech-commands)")
     keyword_voices: Annotated[int, Field(ge=3)] = Field(6, description="voices of the synthetic keywords")
     keyword_takes: Natural = Field(1, description="takes of each word by each voice of the synthetic keywords")
+    download: bool = Field(False, description="fetch subsets and keywords that are not there, into their roots")
+    mirror: str = Field("https://www.openslr.org/resources", description="where LibriSpeech's archives lie")
+    keywords_mirror: str = Field(
+        "https://storage.googleapis.com/download.tensorflow.org/data", description="where Speech Commands' archive lies"
+    )
     decode_check: bool = Field(False, description="decode every file in full, not only its header")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -106,7 +111,7 @@ class Partition(Section):
     scheme: Literal["speakers", "speaker", "sex", "chapter", "subset", "dirichlet", "quantity", "iid"] = Field(
         "speakers", description="how utterances are given to clients; see fedhubert_lib.partition"
     )
-    clients: Natural = Field(3, description="number of clients (schemes speaker, sex, chapter, subset: at most)")
+    clients: Natural = Field(3, description="number of clients (scheme speaker: at most)")
     alpha: Positive = Field(0.5, description="concentration of the Dirichlet scheme: smaller is less alike")
     power: Positive = Field(1.5, description="exponent of the quantity scheme's power law")
     validation_share: Share = Field(0.1, description="share of each client's utterances kept for validation")
@@ -233,12 +238,16 @@ class Distill(Federation):
     teacher: Place = Field("", description="checkpoint folder; empty: what 03_pretrain of this run wrote")
     layers: Natural = Field(2, description="transformer layers of the student")
     width: Natural = Field(96, description="width of the student's transformer")
+    conv_width: Natural | None = Field(None, description="channels of its convolutions (waveform); none: the model's")
     initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")
+    send_teacher: bool = Field(False, description="send it to clients, once; False: they read its folder themselves")
     objectives: list[Objective] = Field(["soft-targets"], min_length=1, description="what the student learns; summed")
     codebook: Codebook = Field("federated", description="whose labels the k-means part of the objective predicts")
     temperature: Positive = Field(4.0, description="softens teacher and student predictions")
     soft_weight: Share = Field(0.7, description="alpha: weight of the teacher's soft targets")
     label_weight: Share = Field(0.3, description="beta: weight of the k-means labels")
+    teacher_layer: Natural | None = Field(None, description="whose clusters hubert predicts; none: half the depth")
+    teacher_clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K of these clusters")
     regression_weight: Positive = Field(1.0, description="weight of distilhubert in the sum")
     hubert_weight: Positive = Field(1.0, description="weight of hubert in the sum")
 
@@ -248,6 +257,10 @@ class Distill(Federation):
             yield "soft_weight", "0 given, and label_weight is 0, too: nothing is left to learn from"
         if len(set(self.objectives)) < len(self.objectives):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
+        if {"hubert", "soft-targets"} <= set(self.objectives):
+            yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
+        if self.conv_width is not None and self.front_end != "waveform":
+            yield "conv_width", f"{self.conv_width} given, but front_end is logmel, which has no convolutions"
 
 
 class Evaluate(Section):

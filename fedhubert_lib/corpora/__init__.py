@@ -3,7 +3,7 @@
 ``prepare`` is what 00_corpus calls. It writes, in the run's folder ``00_corpus``:
 
 * ``manifest.parquet``: a row per usable utterance, in order of utterance
-* ``excluded.parquet``: path and reason of every file left out
+* ``excluded.parquet``: path and reason of every file or alignment left out
 * ``keywords.parquet``: a row per keyword clip, with its train, validation or test list
 * ``phones.parquet``: phone times, where they are known
 * ``synthetic/``: the generated audio, in the layouts of LibriSpeech and Speech Commands
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedhubert_lib import files, params
-from fedhubert_lib.corpora import librispeech, scan, speech_commands, synthetic
+from fedhubert_lib.corpora import alignments, archives, librispeech, scan, speech_commands, synthetic
 from fedhubert_lib.corpora.librispeech import CorpusError
 from fedhubert_lib.corpora.synthetic import Progress
 
@@ -36,16 +36,39 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
         phones = pd.read_parquet(root / "phones.parquet")
     else:
         train, test = p.train_subsets, p.test_subsets
+        for subset in train + test:
+            archives.provide(
+                Path(p.root),
+                subset,
+                archives.LIBRISPEECH,
+                p.mirror,
+                download=p.download,
+                inside="LibriSpeech",
+                on_progress=on_progress,
+            )
         root = librispeech.home(Path(p.root), train + test)
-    scanned = scan.scan([root / subset for subset in train + test], folder / "scan.parquet", on_progress)
+    places = [root / subset for subset in train + test]
+    scanned = scan.scan(places, folder / "scan.parquet", on_progress, decode=p.decode_check)
     manifest, excluded = librispeech.utterances(root, train + test, scanned)
     manifest["split"] = manifest["subset"].isin(test).map({True: "test", False: "train"})
-    _check(manifest, root, excluded)
+    _check(manifest, root, excluded, p)
+    refused = pd.DataFrame(columns=["path", "reason"])
+    if p.alignments:
+        phones, refused = alignments.read(Path(p.alignments), manifest)
 
     if p.keywords == "synthetic":
         keywords_root = folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
         synthetic.keywords(keywords_root, p, on_progress)
     else:
+        archives.provide(
+            Path(p.keywords_root),
+            "speech_commands_v0.02",
+            archives.KEYWORDS,
+            p.keywords_mirror,
+            download=p.download and not speech_commands.is_home(Path(p.keywords_root)),
+            inside="",
+            on_progress=on_progress,
+        )
         keywords_root = speech_commands.home(Path(p.keywords_root))
     scanned = scan.scan(
         speech_commands.words(keywords_root),
@@ -57,7 +80,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
         raise CorpusError(f"{keywords_root}: no usable clip among {len(scanned)} files; {_reasons(excluded_clips)}")
 
     phones = phones[phones["utterance"].isin(manifest["utterance"])]
-    excluded = pd.concat([excluded, excluded_clips], ignore_index=True).sort_values("path")
+    excluded = pd.concat([excluded, excluded_clips, refused], ignore_index=True).sort_values("path")
     for name, table in (
         ("phones", phones),
         ("keywords", keywords),
@@ -68,11 +91,12 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
             table.to_parquet(temporary, index=False)
 
 
-def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame) -> None:
-    for split in ("train", "test"):
-        if not (manifest["split"] == split).any():
+def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame, p: params.Corpus) -> None:
+    speakers = {split: set(manifest.loc[manifest["split"] == split, "speaker"]) for split in ("train", "test")}
+    for split, wanted in (("train", True), ("test", p.kind == "synthetic" or p.test_subsets)):
+        if wanted and not speakers[split]:
             raise CorpusError(f"{root}: no usable utterance to {split} on; {_reasons(excluded)}")
-    both = set.intersection(*(set(part["speaker"]) for _, part in manifest.groupby("split")))
+    both = speakers["train"] & speakers["test"]
     if both:
         raise CorpusError(f"{root}: speakers {sorted(both)} are in a training and in a test subset; choose others")
 

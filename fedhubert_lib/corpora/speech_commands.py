@@ -14,18 +14,24 @@ COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate"]
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 
 
+def _places(root: Path) -> list[Path]:
+    """Where the lists may be: the folder itself, or what the archive and torchaudio make below it."""
+    places = [root, root / "speech_commands_v0.02", root / "SpeechCommands" / "speech_commands_v0.02"]
+    return [place for place in places if all((place / name).is_file() for name in LISTS.values())]
+
+
+def is_home(root: Path) -> bool:
+    """Whether Speech Commands lies in or below ``root``."""
+    return bool(_places(root))
+
+
 def home(root: Path) -> Path:
-    """The folder that holds the lists: ``root`` or one of the folders the archives and torchaudio make below it."""
-    for place in (
-        root,
-        root / "speech_commands_v0.02",
-        root / "SpeechCommands" / "speech_commands_v0.02",
-    ):
-        if all((place / name).is_file() for name in LISTS.values()):
-            return place
+    """The folder that holds the words and the lists: ``root``, or one below it."""
+    for place in _places(root):
+        return place
     raise CorpusError(
         f"corpus.keywords_root: {root} holds no Speech Commands folder "
-        f"(a folder per word, {' and '.join(LISTS.values())})"
+        f"(a folder per word, {' and '.join(LISTS.values())}); give its folder or archive, or set corpus.download"
     )
 
 
