@@ -32,6 +32,9 @@ from fedhubert_lib.identity import RunError, read_json
 
 _PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 
+PATIENCE = 5.0
+"""Seconds to wait for a lock: the kernel of a runner that was killed takes one to notice."""
+
 _held: dict[Path, IO[str]] = {}
 """The locks of this process."""
 
@@ -123,18 +126,15 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
 
 
 def hold(path: Path, who: str) -> None:
-    """Take the lock file ``path`` for this process, until ``release`` or its end. Raises RunError if another has it.
-
-    Waits a few seconds, since the kernel of a runner that was killed takes one to notice.
-    """
+    """Take the lock file ``path`` for this process, until ``release`` or its end. Raises RunError if another has it."""
     if path in _held:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
-    patience = time.monotonic() + 5
-    while not _locked(file) and time.monotonic() < patience:
-        time.sleep(0.2)
-    if not _locked(file):
+    until = time.monotonic() + PATIENCE
+    while not (taken := _locked(file)) and time.monotonic() < until:
+        time.sleep(0.1)
+    if not taken:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
