@@ -1,0 +1,99 @@
+"""Files are whole or absent, whatever happens to the process that writes them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedhubert_lib import files
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "checkpoint"
+    for name in ("old", "new"):
+        with files.atomic(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert [each.name for each in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "value.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_cut_short_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    files.append_row(path, {"round": 1})
+    with path.open("a") as stream:
+        stream.write('{"round": 2, "lo')  # killed here
+    assert files.read_rows(path) == [{"round": 1}]
+    files.append_row(path, {"round": 2})
+    assert files.read_rows(path) == [{"round": 1}, {"round": 2}]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from fedhubert_lib import files
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # a disk with 1,000 bytes left
+rows = 0
+try:
+    while True:
+        files.append_row(path / "metrics.jsonl", {"round": rows, "text": "x" * 100})
+        rows += 1
+except OSError:
+    print(rows)
+try:
+    with files.atomic(path / "model.bin") as temporary:
+        temporary.write_bytes(bytes(2000))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_disk_that_is_full_leaves_whole_rows_and_no_half_files(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
+    rows, reason = done.stdout.splitlines()
+    assert 0 < int(rows) < 10 and reason == "File too large"
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    assert len(files.read_rows(tmp_path / "metrics.jsonl")) == int(rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_sweep_takes_what_killed_writers_left_and_nothing_else(tmp_path):
+    kept = [tmp_path / "model.old", tmp_path / ".hidden", tmp_path / "partial.npy"]
+    for path in kept:
+        path.touch()
+    clients = tmp_path / "clients"
+    (clients / ".checkpoint.12.partial").mkdir(parents=True)
+    (clients / ".checkpoint.12.old").mkdir()
+    (clients / ".state.12.partial.safetensors").touch()
+    files.sweep(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == sorted([*kept, clients])
+
+
+def test_atomic_and_sweep_agree_on_names(tmp_path):
+    for name in ("model.safetensors", "checkpoint", "a.b.json"):
+        with pytest.raises(KeyboardInterrupt), files.atomic(tmp_path / name) as temporary:
+            temporary.write_text("half")
+            kept = Path(str(temporary))
+            raise KeyboardInterrupt
+        kept.write_text("half")  # as after a kill, when nothing cleans up
+    files.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
