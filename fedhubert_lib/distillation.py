@@ -1,168 +1,360 @@
-"""A smaller student learns from the pretrained teacher, over the same federation.
+"""Stage 04_distill: a smaller student learns from the pretrained teacher, over the same federation.
 
-Three objectives by their published names, alone or summed with weights:
-
-* ``soft-targets``: on masked frames, the teacher's cluster probabilities softened by a temperature (Hinton et al. 2015)
-  and the k-means labels. The teacher hears the clip unmasked: it knows what the student has to guess.
-* ``distilhubert`` (Chang et al. 2022, as s3prl's ``pretrain/distiller``): the student's last layer predicts several of
-  the teacher's through heads that are dropped afterwards; L1 distance and -log sigmoid of the cosine, nothing masked.
-* ``hubert`` (DiceHuBERT): HuBERT's own objective, on clusters of the teacher's features.
-
-The teacher never trains: eval mode, no gradient, the same output bit for bit however often it is asked. (s3prl's
-distiller leaves its teacher in training mode, with dropout.)
+``update`` and ``validate`` run at a client, as in pretraining; what the student learns is in ``teaching``. The teacher
+is frozen, so it need not travel with every round: clients read its public folder, or keep what was sent to them once,
+and know it by its digest. ``run`` is the stage, ``centralised`` its yardstick on pooled data.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+import pandas as pd
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedhubert_lib.batching import Batch
-from fedhubert_lib.hubert import Head, Hubert, HubertConfig
-from fedhubert_lib.objectives import Sums
+from fedhubert_lib import batching, federated, files, hubert, params, pooled, pretraining, seeds, teaching, training
+from fedhubert_lib.federated import checkpoints, local, rounds
+from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
+from fedhubert_lib.kmeans import client as kmeans_client
+from fedhubert_lib.kmeans import server as kmeans_server
+from fedhubert_lib.labels import Labels
+from fedhubert_lib.teaching import Teacher, TeacherError
+
+STAGE = "04_distill"
+TEACHER_LABELS = "teacher"
+"""Folder of the clusters of the teacher's features, in a client's own part of 04_distill."""
+
+logger = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------------------------------------------- at a client
 
 
-class TeacherError(ValueError):
-    """A teacher that this student cannot learn from."""
+def update(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
+    """Train the global student on this client's utterances; return how it changed, and what was measured."""
+    p = params.Distill.model_validate(config["params"])
+    module = _filled(home, arrays, config)
+    stream = _client_batches(home, "train", p, config["round"], p.local_steps)
+    return local.train(home, arrays, config, p, module, stream, _objective(module, _teacher(home, config), p))
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen model and, where the objective needs its predictions, its head."""
-
-    model: Hubert
-    head: Head | None
-
-    def __post_init__(self) -> None:
-        for module in (self.model, self.head):
-            if module is not None:
-                module.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def probabilities(self, waveforms: Tensor, temperature: float) -> Tensor:
-        """Softened cluster probabilities of each frame of the unmasked clips, [B, T, K]."""
-        return (self.head(self.model(waveforms).last) / temperature).softmax(-1)
-
-    @torch.no_grad()
-    def layers(self, waveforms: Tensor, wanted: tuple[int, ...]) -> Tensor:
-        """Hidden layers ``wanted`` (1 is the first) of the unmasked clips, [B, layers, T, D]."""
-        hidden = self.model(waveforms, hidden_states=True).hidden
-        return torch.stack([hidden[layer] for layer in wanted], dim=1)
+def validate(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
+    """What the global student measures on this client's validation utterances; none: no sums."""
+    p = params.Distill.model_validate(config["params"])
+    if not (steps := pretraining.validation_steps(home, p)):
+        return {}, {}
+    module = _filled(home, arrays, config)
+    stream = _client_batches(home, "validation", p, 0, steps)
+    objective = _objective(module, _teacher(home, config), p)
+    return {}, training.evaluate(module, stream, objective, p.precision)
 
 
-def target_layers(depth: int) -> tuple[int, ...]:
-    """The teacher's layers that ``distilhubert`` predicts: its thirds, 4, 8 and 12 of 12."""
-    return tuple(sorted({max(1, round(depth * third / 3)) for third in (1, 2, 3)}))
+def receive(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
+    """Say whether the teacher of ``config["digest"]`` is kept here (metric ``held``); one that comes along is kept.
 
-
-class Regressors(nn.Module):
-    """DistilHuBERT's heads: one hidden layer in common, then a linear map per predicted layer of the teacher."""
-
-    def __init__(self, width: int, teacher_width: int, layers: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(width, teacher_width * layers)
-        self.outputs = nn.ModuleList(nn.Linear(teacher_width, teacher_width) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width] to [B, layers, T, teacher width]."""
-        parts = F.gelu(self.hidden(x)).chunk(len(self.outputs), dim=-1)
-        return torch.stack([output(part) for output, part in zip(self.outputs, parts, strict=True)], dim=1)
-
-
-def soft_targets(
-    student: Hubert,
-    head: Head,
-    teacher: Teacher,
-    batch: Batch,
-    *,
-    temperature: float = 4.0,
-    soft_weight: float = 0.7,
-    label_weight: float = 0.3,
-    penalty_weight: float = 10.0,
-) -> Sums:
-    """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels, over masked frames.
-
-    T² keeps the gradient's size as T grows. ``measured`` is that of ``objectives.masked_prediction`` and soft_loss_sum,
-    the divergence without its weight.
+    Raises TeacherError when what came is not what the digest names.
     """
-    output = student(batch.waveforms, batch.mask)
-    masked, count = batch.mask, int(batch.mask.sum())
-    logits, labels = head(output.last[masked]), batch.labels[masked]
-    targets = teacher.probabilities(batch.waveforms, temperature)
-    if targets.shape[:2] != masked.shape:
-        raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
-    soft_sum = F.kl_div((logits / temperature).log_softmax(-1), targets[masked], reduction="sum") * temperature**2
-    label_sum = F.cross_entropy(logits, labels, reduction="sum")
-    penalty = label_sum.new_zeros(())
-    if output.features is not None:
-        penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
-    with torch.no_grad():
-        others = head(output.last[~masked])
-    measured = {
-        "loss_sum": label_sum,
-        "soft_loss_sum": soft_sum,
-        "unmasked_loss_sum": F.cross_entropy(others, batch.labels[~masked], reduction="sum"),
-        "penalty_sum": penalty,
-        "masked_frames": masked.sum(),
-        "unmasked_frames": (~masked).sum(),
-        "correct_masked": (logits.argmax(-1) == labels).sum(),
-        "correct_unmasked": (others.argmax(-1) == batch.labels[~masked]).sum(),
+    folder = home.state / "teacher" / config["digest"]
+    if arrays and not folder.exists():
+        teacher = Teacher(*_build(config["model"], config["clusters"]))
+        local.fill(_modules_of(teacher), arrays, None)
+        if (found := digest(teacher)) != config["digest"]:
+            raise TeacherError(f"{home.client}: received a teacher {found} where {config['digest']} was announced")
+        hubert.save(folder, teacher.model, teacher.head)
+    return {}, {"held": float(folder.exists())}
+
+
+def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
+    """Label this client's utterances with the clusters of the teacher's features, in its part of 04_distill."""
+    return kmeans_client.label(replace(home, labels=home.state / "labels"), arrays, config)
+
+
+HANDLERS = {
+    "distill.update": update,
+    "distill.validate": validate,
+    "distill.receive": receive,
+    "distill.label": label,
+}
+"""What the server can ask of a client in distillation."""
+
+
+def _teacher(home: ClientHome, config: Mapping[str, Any]) -> Teacher:
+    """The teacher that the message names, from this client's disk or its public folder; the last one is kept loaded."""
+    kept = home.state / "teacher" / config["teacher"]["digest"]
+    folder = str(kept) if kept.exists() else config["teacher"]["folder"]
+    if not Path(folder, "config.json").is_file():
+        raise TeacherError(f"{home.client} cannot read the teacher's folder {folder}; set send_teacher: true")
+    return _load(folder, config["teacher"]["digest"], home.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: str, expected: str, device: str) -> Teacher:
+    teacher = Teacher(*hubert.load(folder))
+    if (found := digest(teacher)) != expected:
+        raise TeacherError(f"{folder}: holds teacher {found}, not the announced {expected}; it was changed or replaced")
+    _modules_of(teacher).to(device)
+    return teacher
+
+
+def digest(teacher: Teacher) -> str:
+    """One name for all bits of a teacher: configuration, weights and head."""
+    result = hashlib.sha256(json.dumps(asdict(teacher.model.config), sort_keys=True).encode())
+    for name, tensor in sorted(_modules_of(teacher).state_dict().items()):
+        result.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return result.hexdigest()[:16]
+
+
+def _modules_of(teacher: Teacher) -> nn.ModuleDict:
+    modules = nn.ModuleDict({"model": teacher.model})
+    if teacher.head is not None:
+        modules["head"] = teacher.head
+    return modules
+
+
+def _build(model: Mapping[str, Any], clusters: int) -> tuple[hubert.Hubert, hubert.Head | None]:
+    config = pretraining.hubert_config(model)
+    return hubert.Hubert(config), hubert.Head(config, clusters) if clusters else None
+
+
+@functools.lru_cache(maxsize=1)
+def _modules(model: str, clusters: int, regression: tuple[int, int], device: str) -> nn.ModuleDict:
+    """The student, its head (if ``clusters``) and its regressors (if ``regression``: the teacher's width, layers)."""
+    student, head = _build(json.loads(model), clusters)
+    module = nn.ModuleDict({"model": student})
+    if head is not None:
+        module["head"] = head
+    if regression[1]:
+        module["regressors"] = teaching.Regressors(student.config.hidden_size, *regression)
+    return module.to(device)
+
+
+def _filled(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.ModuleDict:
+    module = _modules(json.dumps(config["model"]), config["clusters"], tuple(config["regression"]), home.device)
+    local.fill(module, arrays, None)
+    return module
+
+
+def _objective(module: nn.ModuleDict, teacher: Teacher, p: params.Distill) -> training.Objective:
+    student = module["model"]
+    parts: list[tuple[float, training.Objective]] = []
+    if "soft-targets" in p.objectives:
+        weights = {"temperature": p.temperature, "soft_weight": p.soft_weight, "label_weight": p.label_weight}
+        soft = functools.partial(teaching.soft_targets, student, module["head"], teacher, **weights)
+        parts.append((1.0, soft))
+    if "hubert" in p.objectives:
+        parts.append((p.hubert_weight, functools.partial(teaching.hubert_units, student, module["head"])))
+    if "distilhubert" in p.objectives:
+        layers = teaching.target_layers(teacher.model.config.num_hidden_layers)
+        regression = functools.partial(teaching.layer_regression, student, module["regressors"], teacher, layers=layers)
+        parts.append((p.regression_weight, regression))
+    return parts[0][1] if len(parts) == 1 else teaching.summed(parts)
+
+
+def _client_batches(
+    home: ClientHome, part: str, p: params.Distill, number: int, steps: int
+) -> Iterator[batching.Batch]:
+    table = pd.read_parquet(home.data / f"{part}.parquet")
+    return pretraining.batches(table, Labels(_labels(home, p)), p, number, home.client, steps)
+
+
+def _labels(home: ClientHome, p: params.Distill) -> Path:
+    return home.state / "labels" / TEACHER_LABELS if "hubert" in p.objectives else home.labels / p.codebook
+
+
+# -------------------------------------------------------------------------------------------------------- at the server
+
+
+def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -> Path:
+    """The stage: federated distillation over ``p.engine``. Returns the folder of the student, 04_distill/checkpoint.
+
+    Goes on where an earlier start stopped. ``on_row`` sees each row of 04_distill/metrics.jsonl as it is written.
+    Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
+    """
+    with federated.connect(run, p.engine, p.device) as clients:
+        return federate(run, p, clients, on_row)
+
+
+def federate(run: Path, p: params.Distill, clients: Clients, on_row: checkpoints.OnRow | None = None) -> Path:
+    """What ``run`` does, over ``clients`` that are connected already."""
+    teacher = read_teacher(run, p)
+    if "hubert" in p.objectives:
+        cluster_teacher(run, p, clients)
+    config, weights = initial(run, p, teacher)
+    if p.send_teacher:
+        send(clients, teacher)
+    task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, hubert.documents(config))
+    weights, _ = rounds.train(clients, p, task, weights, run / STAGE, on_row)
+    return save(run / STAGE / "checkpoint", config, weights)
+
+
+def teacher_folder(run: Path, p: params.Distill) -> Path:
+    """Where the teacher is: ``p.teacher``, or what 03_pretrain of this run wrote."""
+    return Path(p.teacher) if p.teacher else run / pretraining.STAGE / "checkpoint"
+
+
+def read_teacher(run: Path, p: params.Distill) -> Teacher:
+    """The teacher, after a look at whether it can teach what ``p`` asks. Raises TeacherError."""
+    folder = teacher_folder(run, p)
+    teacher = Teacher(*hubert.load(folder))
+    if "soft-targets" not in p.objectives:
+        return teacher
+    if teacher.head is None:
+        raise TeacherError(
+            f"{folder}: has no head.safetensors, so it predicts no clusters (it is public, or its heads are personal);"
+            " give objectives: [distilhubert] or [hubert]"
+        )
+    known, found = len(teacher.head.label_embeddings), pretraining.clusters(run, p.codebook)
+    if p.label_weight and known != found:
+        raise TeacherError(
+            f"{folder}: predicts {known} clusters, and codebook {p.codebook} of this run has {found}; give the codebook"
+            " that it was pretrained on, or label_weight: 0"
+        )
+    return teacher
+
+
+def student_config(p: params.Distill) -> hubert.HubertConfig:
+    """The student: preset ``p.model`` with ``p.layers`` layers of ``p.width``, feed-forward four times as wide.
+
+    The number of heads is the preset's; ValueError says so where it does not divide the width.
+    """
+    changes: dict[str, Any] = {"num_hidden_layers": p.layers, "hidden_size": p.width, "intermediate_size": 4 * p.width}
+    if p.conv_width is not None:
+        changes["conv_dim"] = (p.conv_width,) * 7
+    return hubert.preset(p.model, p.front_end, **changes)
+
+
+def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.HubertConfig, Arrays]:
+    """The student's configuration and weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
+    config = student_config(p)
+    module = _modules(json.dumps(asdict(config)), _clusters(run, p, teacher), _regression(p, teacher), "cpu")
+    hubert.initialise(module["model"], seeds.torch_generator(p.seed, "student"))
+    if p.initial == "teacher":
+        module["model"].load_state_dict(teaching.student_from(teacher.model, config).state_dict())
+    if "head" in module:
+        hubert.initialise(module["head"], seeds.torch_generator(p.seed, "student-head"))
+    if "regressors" in module:
+        hubert.initialise(module["regressors"], seeds.torch_generator(p.seed, "regressors"))
+    return config, {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def _clusters(run: Path, p: params.Distill, teacher: Teacher) -> int:
+    """K of the student's head; 0: it needs none."""
+    if "soft-targets" in p.objectives:
+        return len(teacher.head.label_embeddings)
+    return p.teacher_clusters if "hubert" in p.objectives else 0
+
+
+def _regression(p: params.Distill, teacher: Teacher) -> tuple[int, int]:
+    config = teacher.model.config
+    layers = len(teaching.target_layers(config.num_hidden_layers)) if "distilhubert" in p.objectives else 0
+    return config.hidden_size, layers
+
+
+def _message(run: Path, p: params.Distill, teacher: Teacher, config: hubert.HubertConfig) -> dict[str, Any]:
+    return {
+        "params": p.model_dump(mode="json"),
+        "model": asdict(config),
+        "clusters": _clusters(run, p, teacher),
+        "regression": _regression(p, teacher),
+        "teacher": {"digest": digest(teacher), "folder": str(teacher_folder(run, p).resolve())},
     }
-    loss = soft_weight * soft_sum + label_weight * label_sum + penalty_weight * penalty
-    return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
 
 
-def layer_regression(
-    student: Hubert, regressors: Regressors, teacher: Teacher, batch: Batch, *, layers: tuple[int, ...]
-) -> Sums:
-    """DistilHuBERT's loss per frame: mean absolute error plus -log sigmoid of the cosine, averaged over ``layers``.
-
-    Nothing is masked and every frame counts. ``measured`` holds regression_sum, cosine_sum (of cosines, whose share of
-    the frames says how well the teacher is followed) and frames.
-    """
-    predicted = regressors(student(batch.waveforms).last).float()
-    targets = teacher.layers(batch.waveforms, layers).float()
-    if predicted.shape != targets.shape:
-        raise TeacherError(f"the student predicts {list(predicted.shape)} and the teacher gives {list(targets.shape)}")
-    distance = (predicted - targets).abs().mean(-1)
-    cosine = F.cosine_similarity(predicted, targets, dim=-1)
-    loss = (distance - F.logsigmoid(cosine)).mean(1).sum()
-    count = batch.labels.numel()
-    measured = {
-        "regression_sum": distance.mean(1).sum(),
-        "cosine_sum": cosine.mean(1).sum(),
-        "frames": torch.tensor(count),
+def send(clients: Clients, teacher: Teacher) -> int:
+    """Send the teacher to those clients that do not keep it yet; returns how many. The log names one that fails."""
+    announced = {"digest": digest(teacher)}
+    lacking = [
+        answer.client
+        for answer in clients.ask("distill.receive", config=announced)
+        if not isinstance(answer, Failure) and not answer.metrics["held"]
+    ]
+    announced |= {
+        "model": asdict(teacher.model.config),
+        "clusters": len(teacher.head.label_embeddings) if teacher.head is not None else 0,
     }
-    return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
+    arrays = {name: parameter.detach() for name, parameter in _modules_of(teacher).named_parameters()}
+    for answer in clients.ask("distill.receive", arrays=arrays, config=announced, clients=lacking) if lacking else ():
+        if isinstance(answer, Failure):
+            logger.warning("%s did not take the teacher: %s", answer.client, answer.reason)
+    return len(lacking)
 
 
-def summed(objectives: Sequence[tuple[float, Callable[[Batch], Sums]]]) -> Callable[[Batch], Sums]:
-    """The weighted sum of objectives, each divided by its own count within the batch, counted in the first's frames."""
+def cluster_teacher(run: Path, p: params.Distill, clients: Clients) -> None:
+    """Federated k-means of a hidden layer of the teacher, and every client's labels: the targets of ``hubert``."""
+    folder = run / STAGE
+    chosen = params.Kmeans(
+        run=p.run,
+        seed=p.seed,
+        features=str(teacher_folder(run, p)),
+        layer=p.teacher_layer,
+        clusters=p.teacher_clusters,
+        normalisation="none",
+        device=p.device,
+    )
+    exchange = kmeans_server.Exchange(clients, lambda row: files.append_row(folder / "clusters.jsonl", row))
+    config, arrays, _ = kmeans_server.prepare(chosen, exchange)
+    config |= {"noise_multiplier": 0.0, "noise_clip": chosen.noise_clip, "kind": TEACHER_LABELS}
+    path = folder / "clusters.safetensors"
+    known = json.loads(path.with_suffix(".json").read_text()) if path.with_suffix(".json").exists() else None
+    settings = json.loads(json.dumps(config))
+    if known != settings:
+        start, _ = kmeans_server.start(exchange, arrays, config)
+        centroids, _ = kmeans_server.lloyd(
+            exchange, arrays, config, start, rounds=chosen.lloyd_rounds, tolerance=chosen.tolerance
+        )
+        with files.atomic(path) as temporary:
+            save_file({"centroids": centroids}, temporary)
+        files.write_json(path.with_suffix(".json"), settings)
+    centroids = load_file(path)["centroids"]
+    for _ in exchange.ask("distill.label", {**arrays, "centroids": centroids}, config):
+        pass
 
-    def objective(batch: Batch) -> Sums:
-        sums = [(weight, each(batch)) for weight, each in objectives]
-        count = sums[0][1].count
-        loss = sum(weight * (part.loss / part.count) for weight, part in sums) * count
-        return Sums(loss, count, {name: value for _, part in sums for name, value in part.measured.items()})
 
-    return objective
+def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor]) -> Path:
+    """Write the student as a model folder; DistilHuBERT's regressors are dropped here."""
+    return pretraining.save(folder, config, {n: t for n, t in weights.items() if not n.startswith("regressors.")})
 
 
-def student_from(teacher: Hubert, config: HubertConfig) -> Hubert:
-    """A student that starts as the teacher's front end, positions and first layers, as DistilHuBERT does.
+# --------------------------------------------------------------------------------------------------------- on all data
 
-    Raises TeacherError, naming both, when a shape differs or the student is the deeper one.
+
+def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -> Path:
+    """The same distillation on the pooled data, under 04_distill/centralised; see ``pooled.train``.
+
+    With objective ``hubert`` the labels are those that the clients wrote in ``run``, which comes first then.
     """
-    student = Hubert(config)
-    own, given = student.state_dict(), teacher.state_dict()
-    for name, tensor in own.items():
-        if name not in given or given[name].shape != tensor.shape:
-            there = list(given[name].shape) if name in given else "absent"
-            raise TeacherError(
-                f"{name} is {list(tensor.shape)} in the student and {there} in the teacher; to start from the teacher,"
-                " the student needs its width, heads and front end and at most its layers; else start it at random"
-            )
-    student.load_state_dict({name: given[name] for name in own})
-    return student
+    out = run / STAGE / "centralised"
+    teacher = read_teacher(run, p)
+    config, weights = initial(run, p, teacher)
+    message = {**_message(run, p, teacher, config), "session": "centralised"}
+    device = federated.resolve(p.device)
+    teacher = _load(message["teacher"]["folder"], message["teacher"]["digest"], device)
+    module = _modules(json.dumps(asdict(config)), message["clusters"], message["regression"], device)
+    owners, table = pooled.utterances(run)
+    homes = {home.client: home for home in pooled.homes(run, federated.client_ids(run), run / STAGE, device)}
+    labels = pooled.PooledLabels(owners, lambda client: _labels(homes[client], p))
+    weights = pooled.train(
+        run,
+        p,
+        out,
+        module=module,
+        weights=weights,
+        batches=lambda number, count: pretraining.batches(table, labels, p, number, "all", count),
+        objective=_objective(module, teacher, p),
+        validate=lambda home, arrays, number: validate(homes[home.client], arrays, {**message, "round": number})[1],
+        averages=teaching.averages,
+        documents=hubert.documents(config),
+        on_row=on_row,
+    )
+    return save(out / "checkpoint", config, weights)

@@ -43,16 +43,22 @@ def validate(
 ) -> tuple[Arrays, dict[str, float]]:
     """Loss and accuracy sums of the global weights on this client's validation utterances; none: no sums."""
     p = params.Pretrain.model_validate(config["params"])
-    samples = pd.read_parquet(home.data / "validation.parquet", columns=["samples"])["samples"]
-    samples = samples[samples >= audio.SAMPLE_RATE]  # batching uses nothing shorter than a second
-    if samples.empty:
+    if not (steps := validation_steps(home, p)):
         return {}, {}
     # A personal head is that of the round just done, so ask for what was kept before the next.
     module = _filled(home, arrays, {**config, "round": config["round"] + 1}, p)
-    seconds = samples.clip(upper=int(p.crop_seconds * audio.SAMPLE_RATE)).sum() / audio.SAMPLE_RATE
-    steps = int(np.clip(seconds // p.batch_seconds, 1, VALIDATION_BATCHES))
     stream = _client_batches(home, "validation", p, 0, steps)
     return {}, training.evaluate(module, stream, functools.partial(_objective, module, p), p.precision)
+
+
+def validation_steps(home: ClientHome, p: params.Federation) -> int:
+    """Batches that this client's validation utterances fill, at most VALIDATION_BATCHES; 0 where it has none to use."""
+    samples = pd.read_parquet(home.data / "validation.parquet", columns=["samples"])["samples"]
+    samples = samples[samples >= audio.SAMPLE_RATE]  # batching uses nothing shorter than a second
+    if samples.empty:
+        return 0
+    seconds = samples.clip(upper=int(p.crop_seconds * audio.SAMPLE_RATE)).sum() / audio.SAMPLE_RATE
+    return int(np.clip(seconds // p.batch_seconds, 1, VALIDATION_BATCHES))
 
 
 def _filled(
@@ -70,9 +76,13 @@ def _filled(
 @functools.lru_cache(maxsize=1)
 def _modules(model: str, clusters: int, device: str) -> nn.ModuleDict:
     """Model and head on ``device``, kept from one client to the next: one model in a process, filled anew for each."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(model).items()}
-    config = hubert.HubertConfig(**values)
+    config = hubert_config(json.loads(model))
     return nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, clusters)}).to(device)
+
+
+def hubert_config(values: Mapping[str, Any]) -> hubert.HubertConfig:
+    """The configuration that came as JSON, which has lists for tuples."""
+    return hubert.HubertConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
 def _objective(module: nn.ModuleDict, p: params.Pretrain, batch: batching.Batch) -> objectives.Sums:
@@ -83,12 +93,13 @@ def _client_batches(
     home: ClientHome, part: str, p: params.Pretrain, number: int, steps: int
 ) -> Iterator[batching.Batch]:
     table = pd.read_parquet(home.data / f"{part}.parquet")
-    return _batches(table, Labels(home.labels / p.codebook), p, number, home.client, steps)
+    return batches(table, Labels(home.labels / p.codebook), p, number, home.client, steps)
 
 
-def _batches(
-    table: pd.DataFrame, labels: Mapping[str, np.ndarray], p: params.Pretrain, number: int, client: str, steps: int
+def batches(
+    table: pd.DataFrame, labels: Mapping[str, np.ndarray], p: params.Federation, number: int, client: str, steps: int
 ) -> Iterator[batching.Batch]:
+    """``steps`` batches of ``table`` for round ``number``, as the parameters say; distillation's are made here, too."""
     return batching.batches(
         table,
         labels,
@@ -189,7 +200,7 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
         out,
         module=module,
         weights=weights,
-        batches=lambda number, count: _batches(table, labels, p, number, "all", count),
+        batches=lambda number, count: batches(table, labels, p, number, "all", count),
         objective=functools.partial(_objective, module, p),
         validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=objectives.averages,

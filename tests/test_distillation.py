@@ -1,165 +1,195 @@
-"""Distillation: each objective against its definition, a teacher that never moves, students that start and learn right."""
+"""Distillation over a federation: every objective, a teacher sent once, known by its digest; resume; clear errors."""
 
+import json
+import shutil
+
+import federation
 import pytest
 import torch
-import torch.nn.functional as F
 
-from fedhubert_lib import distillation, hubert, masking, seeds, training
-from fedhubert_lib.batching import Batch
-from fedhubert_lib.objectives import masked_prediction
+from fedhubert_lib import distillation, federated, files, hubert, params, seeds
+from fedhubert_lib.federated import client_app
+from fedhubert_lib.teaching import TeacherError
 
-CLUSTERS = 12
 TEACHER = hubert.preset(
-    "tiny", "logmel", hidden_size=64, num_attention_heads=2, intermediate_size=128, hidden_dropout=0.2, layerdrop=0.3
-)
-STUDENT = hubert.preset(
-    "tiny", "logmel", hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
+    "tiny", "logmel", hidden_size=48, num_attention_heads=3, intermediate_size=192, hidden_dropout=0.1, layerdrop=0.1
 )
 
 
-def build(config, seed=0, clusters=CLUSTERS):
-    model, head = hubert.Hubert(config), hubert.Head(config, clusters)
-    for module in (model, head):
-        hubert.initialise(module, seeds.torch_generator(seed))
-    return model, head
+def distill(**changes):
+    """Parameters of seconds."""
+    chosen = {"rounds": 2, "cohort": 2, "local_steps": 2, "batch_seconds": 4.0, "crop_seconds": 1.5, "device": "cpu"}
+    chosen |= {"precision": "float32", "layers": 1, "width": 48, "teacher_clusters": 5}
+    return params.Distill(**{**chosen, **changes})
 
 
-def batch(seed=0, clips=3, samples=32_000):
-    generator = seeds.torch_generator(seed)
-    rng = seeds.numpy_generator(seed)
-    frames = (samples - 400) // 320 + 1
-    mask = torch.stack([torch.from_numpy(masking.spans(frames, rng)) for _ in range(clips)])
-    labels = torch.randint(CLUSTERS, (clips, frames), generator=generator)
-    return Batch(torch.randn(clips, samples, generator=generator) * 0.1, labels, mask, tuple("abc"[:clips]))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with clients, labels and a teacher with a head."""
+    folder = federation.make(tmp_path_factory.mktemp("made") / "run", clients=3)
+    save_teacher(folder / "03_pretrain" / "checkpoint")
+    return folder
 
 
 @pytest.fixture
-def teacher():
-    return distillation.Teacher(*build(TEACHER))
+def run(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "run")
 
 
-def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
-    student, head = build(STUDENT, 1)
-    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-    first = teacher.probabilities(batch().waveforms, 4.0)
+def save_teacher(folder, config=TEACHER, clusters=federation.TONES, seed=0):
+    model, head = hubert.Hubert(config), hubert.Head(config, clusters) if clusters else None
+    for module in (model, head) if clusters else (model,):
+        hubert.initialise(module, seeds.torch_generator(seed))
+    hubert.save(folder, model, head)
 
-    def objective(one):
-        return distillation.soft_targets(student, head, teacher, one)
 
-    module = torch.nn.ModuleDict({"model": student, "head": head})
-    training.local_update(
-        module, [batch(), batch(1)], objective, training.Settings(1e-3, 0), first_step=0, total_steps=2, seed=0
+def weights(folder):
+    model, _ = hubert.load(folder)
+    return federation.digest(model.state_dict())
+
+
+def rounds_of(folder):
+    return [row for row in files.read_rows(folder / "metrics.jsonl") if row["kind"] == "round"]
+
+
+@pytest.mark.parametrize(
+    "objectives", [["soft-targets"], ["distilhubert"], ["hubert"], ["soft-targets", "distilhubert"]]
+)
+def test_every_objective_runs_federated_and_centralised(run, objectives):
+    p = distill(objectives=objectives)
+    checkpoint = distillation.run(run, p)
+    assert checkpoint == run / "04_distill" / "checkpoint"
+    student, head = hubert.load(checkpoint)
+    assert student.config.num_hidden_layers == 1 and student.config.hidden_size == 48
+    clusters = {"soft-targets": federation.TONES, "hubert": 5}.get(objectives[0])
+    assert (head is None) if clusters is None else len(head.label_embeddings) == clusters
+    assert sorted(path.name for path in checkpoint.iterdir()) == sorted(
+        ["config.json", "model.safetensors", "preprocessor_config.json", *(["head.safetensors"] if head else [])]
     )
-    assert torch.equal(first, teacher.probabilities(batch().waveforms, 4.0))
-    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    pooled = distillation.centralised(run, p)
+    assert hubert.load(pooled)[0].config == student.config
+    for folder in (run / "04_distill", run / "04_distill" / "centralised"):
+        rows = rounds_of(folder)
+        assert [row["round"] for row in rows] == [1, 2] and all(row["loss"] > 0 for row in rows)
+        assert all("validation_loss" in row for row in rows)
+        assert ("cosine" in rows[0]) == ("distilhubert" in objectives)
+        assert ("accuracy_masked" in rows[0]) == (objectives != ["distilhubert"])
 
 
-def test_a_teacher_in_training_mode_would_not():
-    """The check above can fail: dropout and layerdrop do move the output of this teacher."""
-    model, _ = build(TEACHER)
-    model.train()
-    assert not torch.equal(model(batch().waveforms).last, model(batch().waveforms).last)
+def test_student_learns_from_its_teacher(run):
+    p = distill(rounds=6, local_steps=4, learning_rate=3e-3, server="fedavg", server_rate=1.0, soft_weight=1.0)
+    distillation.run(run, p)
+    losses = [row["loss"] for row in rounds_of(run / "04_distill")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
-def test_soft_targets_are_temperature_distillation(teacher):
-    student, head = build(STUDENT, 1)
-    student.eval()
-    one = batch()
-    sums = distillation.soft_targets(student, head, teacher, one)
-    with torch.no_grad():
-        theirs = teacher.head(teacher.model(one.waveforms).last)[one.mask]
-        ours = head(student(one.waveforms, one.mask).last)[one.mask]
-    soft = F.kl_div(F.log_softmax(ours / 4, -1), F.softmax(theirs / 4, -1), reduction="sum") * 16
-    hard = F.cross_entropy(ours, one.labels[one.mask], reduction="sum")
-    torch.testing.assert_close(sums.loss, 0.7 * soft + 0.3 * hard)
-    assert sums.count == int(one.mask.sum())
+def test_a_run_that_was_stopped_gives_the_same_student(run, made, tmp_path):
+    p = distill(rounds=3, cohort=3)
+    whole = weights(distillation.run(run, p))
+
+    other = shutil.copytree(made, tmp_path / "other")
+
+    def stop(row):
+        if row["kind"] == "client" and row["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distillation.run(other, p, on_row=stop)
+    assert weights(distillation.run(other, p)) == whole
 
 
-def test_labels_alone_are_hubert_own_objective(teacher):
-    student, head = build(hubert.preset("tiny", conv_dim=(8,) * 7, num_hidden_layers=1), 1)
-    one = batch()
-    ours = distillation.soft_targets(student, head, teacher, one, soft_weight=0, label_weight=1)
-    theirs = masked_prediction(student, head, one)
-    torch.testing.assert_close(ours.loss, theirs.loss)
-    assert theirs.measured["penalty_sum"] > 0
-    for name, value in theirs.measured.items():
-        torch.testing.assert_close(ours.measured[name], value)
+def test_teacher_stays_the_same_bit_for_bit(run):
+    teacher = distillation.read_teacher(run, distill())
+    waveforms = torch.randn(2, 16_000, generator=seeds.torch_generator(0))
+    before, name = teacher.model(waveforms).last, distillation.digest(teacher)
+    distillation.run(run, distill(initial="teacher"))
+    after = distillation.read_teacher(run, distill())
+    assert torch.equal(before, after.model(waveforms).last) and distillation.digest(after) == name
 
 
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(teacher):
-    student, head = build(TEACHER)
-    student.eval()
-    one = batch()
-    unmasked = Batch(one.waveforms, one.labels, torch.zeros_like(one.mask), one.utterances)
-    everything = Batch(one.waveforms, one.labels, torch.ones_like(one.mask), one.utterances)
-    logits = head(student(unmasked.waveforms).last)
-    targets = teacher.probabilities(everything.waveforms, 4.0)
-    torch.testing.assert_close((logits / 4).softmax(-1), targets)
+def test_teacher_is_sent_once_and_kept_by_its_digest(run, monkeypatch):
+    p = distill(send_teacher=True)
+    with federated.connect(run) as clients:
+        teacher = distillation.read_teacher(run, p)
+        assert distillation.send(clients, teacher) == 3
+        assert distillation.send(clients, teacher) == 0
+        kept = run / "04_distill" / "clients" / "client-000" / "teacher" / distillation.digest(teacher)
+        assert distillation.digest(distillation.Teacher(*hubert.load(kept))) == kept.name
+    # With its own copy a client needs the public folder no more.
+    shutil.move(run / "03_pretrain", run / "elsewhere")
+    config = distillation._message(run, p, teacher, distillation.student_config(p))
+    home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
+    distillation._load.cache_clear()
+    assert distillation._teacher(home, config).model.config == TEACHER
+    lacking = next(iter(distillation.pooled.homes(run, ["client-000"], run / "nowhere", "cpu")))
+    with pytest.raises(TeacherError, match="cannot read the teacher.*send_teacher: true"):
+        distillation._teacher(lacking, config)
 
 
-def test_layer_regression_is_distilhuberts(teacher):
-    student, _ = build(STUDENT, 1)
-    layers = distillation.target_layers(4)
-    torch.manual_seed(0)
-    regressors = distillation.Regressors(32, 64, len(layers))
-    one = batch()
-    sums = distillation.layer_regression(student, regressors, teacher, one, layers=layers)
-    with torch.no_grad():
-        predicted = regressors(student(one.waveforms).last)
-        targets = torch.stack([teacher.model(one.waveforms, hidden_states=True).hidden[i] for i in layers], 1)
-    # s3prl/pretrain/distiller: l1_loss(...).mean() + cosine_loss * (-logsigmoid(cosine_similarity)).mean()
-    expected = F.l1_loss(predicted, targets) - F.logsigmoid(F.cosine_similarity(predicted, targets, dim=-1)).mean()
-    torch.testing.assert_close(sums.loss / sums.count, expected)
-    assert sums.count == one.labels.numel()
+def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):
+    other = shutil.copytree(made, tmp_path / "other")
+    assert weights(distillation.run(run, distill())) == weights(distillation.run(other, distill(send_teacher=True)))
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(12, (4, 8, 12)), (24, (8, 16, 24)), (4, (1, 3, 4)), (1, (1,))])
-def test_target_layers(depth, layers):
-    assert distillation.target_layers(depth) == layers
+def test_a_teacher_that_was_replaced_is_noticed(run):
+    p = distill()
+    teacher = distillation.read_teacher(run, p)
+    config = distillation._message(run, p, teacher, distillation.student_config(p))
+    save_teacher(run / "03_pretrain" / "checkpoint", seed=1)
+    home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
+    distillation._load.cache_clear()
+    with pytest.raises(TeacherError, match="not the announced"):
+        distillation._teacher(home, config)
 
 
-def test_objectives_add_up_by_their_averages(teacher):
-    student, head = build(STUDENT, 1)
-    regressors = distillation.Regressors(32, 64, 3)
-    one = batch()
-    parts = [
-        (0.5, lambda each: distillation.soft_targets(student, head, teacher, each)),
-        (2.0, lambda each: distillation.layer_regression(student, regressors, teacher, each, layers=(1, 3, 4))),
-    ]
-    both = distillation.summed(parts)(one)
-    soft, regression = (part(one) for _, part in parts)
-    expected = 0.5 * soft.loss / soft.count + 2.0 * regression.loss / regression.count
-    torch.testing.assert_close(both.loss / both.count, expected)
-    assert {"soft_loss_sum", "cosine_sum"} <= set(both.measured)
+def test_a_teacher_that_was_tampered_with_on_the_way_is_refused(run):
+    teacher = distillation.read_teacher(run, distill())
+    home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
+    arrays = {name: parameter + 1e-3 for name, parameter in distillation._modules_of(teacher).named_parameters()}
+    config = {"digest": distillation.digest(teacher), "clusters": federation.TONES}
+    config["model"] = json.loads(json.dumps(hubert.asdict(TEACHER)))
+    with pytest.raises(TeacherError, match="was announced"):
+        distillation.receive(home, arrays, config)
+    assert not (home.state / "teacher" / config["digest"]).exists()
 
 
-def test_student_starts_as_the_first_layers_of_its_teacher(teacher):
-    config = hubert.replace(TEACHER, num_hidden_layers=2)
-    student = distillation.student_from(teacher.model, config).eval()
-    theirs = teacher.model(batch().waveforms, hidden_states=True).hidden
-    ours = student(batch().waveforms, hidden_states=True).hidden
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))
-    with pytest.raises(distillation.TeacherError, match=r"is \[.*\] in the student and \[.*\] in the teacher"):
-        distillation.student_from(teacher.model, STUDENT)
-    with pytest.raises(distillation.TeacherError, match=r"layers\.4.*absent"):
-        distillation.student_from(teacher.model, hubert.replace(TEACHER, num_hidden_layers=5))
+@pytest.mark.parametrize(
+    ("teacher", "changes", "message"),
+    [
+        ({"clusters": 0}, {}, "has no head.safetensors.*distilhubert"),
+        ({"clusters": 9}, {}, "predicts 9 clusters, and codebook federated of this run has 6"),
+        ({}, {"initial": "teacher", "width": 96}, r"is \[.*\] in the student and \[.*\] in the teacher"),
+        ({}, {"initial": "teacher", "layers": 5}, r"layers\.4.*absent"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_named_before_any_round(run, teacher, changes, message):
+    save_teacher(run / "03_pretrain" / "checkpoint", **teacher)
+    with pytest.raises(TeacherError, match=message):
+        distillation.run(run, distill(**changes))
+    assert not rounds_of(run / "04_distill")
 
 
-@pytest.mark.parametrize("name", ["soft-targets", "distilhubert"])
-def test_student_comes_nearer_to_its_teacher(teacher, name):
-    student, head = build(STUDENT, 1)
-    torch.manual_seed(0)
-    regressors = distillation.Regressors(32, 64, 3)
+def test_a_teacher_with_other_frames_is_refused(run):
+    path = run / "03_pretrain" / "checkpoint" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "conv_stride": [5, 2, 2, 2, 2, 2, 1]}))
+    with pytest.raises(ValueError, match="160 samples per frame; labels need 320"):
+        distillation.run(run, distill())
 
-    def objective(one):
-        if name == "soft-targets":
-            return distillation.soft_targets(student, head, teacher, one, soft_weight=1, label_weight=0)
-        return distillation.layer_regression(student, regressors, teacher, one, layers=(1, 3, 4))
 
-    module = torch.nn.ModuleDict({"student": student, "head": head, "regressors": regressors})
-    settings = training.Settings(2e-3, 3, precision="float32")
-    first = objective(batch())
-    training.local_update(module, [batch()] * 40, objective, settings, first_step=0, total_steps=40, seed=0)
-    last = objective(batch())
-    assert last.loss / last.count < 0.8 * (first.loss / first.count)
+def test_student_of_another_width_starts_at_random(run):
+    config, arrays = distillation.initial(run, distill(width=96), distillation.read_teacher(run, distill()))
+    assert config.hidden_size == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)
+    assert distillation.student_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7
+
+
+def test_hubert_predicts_clusters_that_are_not_those_of_kmeans(run):
+    distillation.run(run, distill(objectives=["hubert"]))
+    labels = distillation.Labels(run / "04_distill" / "clients" / "client-000" / "labels" / "teacher")
+    utterance = labels.utterances[0]
+    assert labels[utterance].max() < 5
+    assert len(labels[utterance]) == len(distillation.Labels(run / "02_kmeans/clients/client-000/federated")[utterance])
+
+
+def test_every_action_is_known_to_the_client_app():
+    assert distillation.HANDLERS.items() <= client_app.HANDLERS.items()

@@ -14,7 +14,7 @@ from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedhubert_lib import pretraining
+from fedhubert_lib import distillation, kmeans, pretraining
 from fedhubert_lib.federated import messages
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 
@@ -49,8 +49,10 @@ def identify(
 
 HANDLERS: dict[str, Handler] = {
     "identify": identify,
+    **kmeans.HANDLERS,
     "pretrain.update": pretraining.update,
     "pretrain.validate": pretraining.validate,
+    **distillation.HANDLERS,
 }
 """Everything that a server can ask of a client. Names are ``stage.action``; the stage says where state is kept."""
 

@@ -1,0 +1,200 @@
+"""What a student learns from its teacher, batch by batch.
+
+Three objectives by their published names, alone or summed with weights:
+
+* ``soft-targets``: on masked frames, the teacher's cluster probabilities softened by a temperature (Hinton et al. 2015)
+  and the k-means labels. The teacher hears the clip unmasked: it knows what the student has to guess.
+* ``distilhubert`` (Chang et al. 2022, as s3prl's ``pretrain/distiller``): the student's last layer predicts several of
+  the teacher's through heads that are dropped afterwards; L1 distance and -log sigmoid of the cosine, nothing masked.
+* ``hubert`` (DiceHuBERT): HuBERT's own objective, on clusters of the teacher's features.
+
+The teacher never trains: eval mode, no gradient, the same output bit for bit however often it is asked. (s3prl's
+distiller leaves its teacher in training mode, with dropout.)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedhubert_lib.batching import Batch
+from fedhubert_lib.hubert import Head, Hubert, HubertConfig
+from fedhubert_lib.objectives import Sums, masked_prediction
+from fedhubert_lib.objectives import averages as averages_of_labels
+
+
+class TeacherError(ValueError):
+    """A teacher that this student cannot learn from."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model and, where the objective needs its predictions, its head."""
+
+    model: Hubert
+    head: Head | None
+
+    def __post_init__(self) -> None:
+        for module in (self.model, self.head):
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def probabilities(self, waveforms: Tensor, temperature: float) -> Tensor:
+        """Softened cluster probabilities of each frame of the unmasked clips, [B, T, K]."""
+        return (self.head(self.model(waveforms).last) / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def layers(self, waveforms: Tensor, wanted: tuple[int, ...]) -> Tensor:
+        """Hidden layers ``wanted`` (1 is the first) of the unmasked clips, [B, layers, T, D]."""
+        hidden = self.model(waveforms, hidden_states=True).hidden
+        return torch.stack([hidden[layer] for layer in wanted], dim=1)
+
+
+def target_layers(depth: int) -> tuple[int, ...]:
+    """The teacher's layers that ``distilhubert`` predicts: its thirds, 4, 8 and 12 of 12."""
+    return tuple(sorted({max(1, round(depth * third / 3)) for third in (1, 2, 3)}))
+
+
+class Regressors(nn.Module):
+    """DistilHuBERT's heads: one hidden layer in common, then a linear map per predicted layer of the teacher."""
+
+    def __init__(self, width: int, teacher_width: int, layers: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, teacher_width * layers)
+        self.outputs = nn.ModuleList(nn.Linear(teacher_width, teacher_width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] to [B, layers, T, teacher width]."""
+        parts = F.gelu(self.hidden(x)).chunk(len(self.outputs), dim=-1)
+        return torch.stack([output(part) for output, part in zip(self.outputs, parts, strict=True)], dim=1)
+
+
+def soft_targets(
+    student: Hubert,
+    head: Head,
+    teacher: Teacher,
+    batch: Batch,
+    *,
+    temperature: float = 4.0,
+    soft_weight: float = 0.7,
+    label_weight: float = 0.3,
+    penalty_weight: float = 10.0,
+) -> Sums:
+    """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels, over masked frames.
+
+    T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction``, soft_loss_sum (the
+    divergence, without its weight) and objective (the loss).
+    """
+    output = student(batch.waveforms, batch.mask)
+    masked, count = batch.mask, int(batch.mask.sum())
+    logits, labels = head(output.last[masked]), batch.labels[masked]
+    targets = teacher.probabilities(batch.waveforms, temperature)
+    if targets.shape[:2] != masked.shape:
+        raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
+    soft_sum = F.kl_div((logits / temperature).log_softmax(-1), targets[masked], reduction="sum") * temperature**2
+    label_sum = F.cross_entropy(logits, labels, reduction="sum")
+    penalty = label_sum.new_zeros(())
+    if output.features is not None:
+        penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
+    with torch.no_grad():
+        others = head(output.last[~masked])
+    loss = soft_weight * soft_sum + label_weight * label_sum + penalty_weight * penalty
+    measured = {
+        "objective": loss,
+        "loss_sum": label_sum,
+        "soft_loss_sum": soft_sum,
+        "unmasked_loss_sum": F.cross_entropy(others, batch.labels[~masked], reduction="sum"),
+        "penalty_sum": penalty,
+        "masked_frames": masked.sum(),
+        "unmasked_frames": (~masked).sum(),
+        "correct_masked": (logits.argmax(-1) == labels).sum(),
+        "correct_unmasked": (others.argmax(-1) == batch.labels[~masked]).sum(),
+    }
+    return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
+
+
+def layer_regression(
+    student: Hubert, regressors: Regressors, teacher: Teacher, batch: Batch, *, layers: tuple[int, ...]
+) -> Sums:
+    """DistilHuBERT's loss per frame: mean absolute error plus -log sigmoid of the cosine, averaged over ``layers``.
+
+    Nothing is masked, and every frame counts: ``measured`` gives all of them as masked_frames, by which updates are
+    weighted, and as frames; it also holds objective (the loss) and cosine_sum (over frames, averaged over layers).
+    """
+    predicted = regressors(student(batch.waveforms).last).float()
+    targets = teacher.layers(batch.waveforms, layers).float()
+    if predicted.shape != targets.shape:
+        raise TeacherError(f"the student predicts {list(predicted.shape)} and the teacher gives {list(targets.shape)}")
+    distance = (predicted - targets).abs().mean(-1)
+    cosine = F.cosine_similarity(predicted, targets, dim=-1)
+    # Nothing is masked, but every parameter that travels needs a gradient: AdamW's moments, control variates.
+    loss = (distance - F.logsigmoid(cosine)).mean(1).sum() + 0 * student.masked_spec_embed.sum()
+    count = batch.labels.numel()
+    frames = torch.tensor(count)
+    measured = {"objective": loss, "cosine_sum": cosine.mean(1).sum(), "frames": frames, "masked_frames": frames}
+    return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
+
+
+def hubert_units(student: Hubert, head: Head, batch: Batch) -> Sums:
+    """DiceHuBERT: masked prediction of the clusters of the teacher's features, which are the batch's labels."""
+    sums = masked_prediction(student, head, batch)
+    return replace(sums, measured={"objective": sums.loss.detach(), **sums.measured})
+
+
+def summed(objectives: Sequence[tuple[float, Callable[[Batch], Sums]]]) -> Callable[[Batch], Sums]:
+    """The weighted sum of objectives, each divided by its own count within the batch, counted in the first's frames."""
+
+    def objective(batch: Batch) -> Sums:
+        sums = [(weight, each(batch)) for weight, each in objectives]
+        count = sums[0][1].count
+        loss = sum(weight * (part.loss / part.count) for weight, part in sums) * count
+        measured = {name: value for _, part in reversed(sums) for name, value in part.measured.items()}
+        return Sums(loss, count, {**measured, "objective": loss.detach()})
+
+    return objective
+
+
+def averages(measured: Mapping[str, float]) -> dict[str, float]:
+    """From added-up ``measured``: loss (the objective), and what there is of accuracies, divergence and cosine.
+
+    ``divergence`` is that of the softened predictions in nats, ``cosine`` that between predicted and true layers.
+    """
+    row = {"loss": measured["objective"] / max(measured["masked_frames"], 1)}
+    if "correct_masked" in measured:
+        row = (
+            averages_of_labels(measured)
+            | row
+            | {"label_loss": measured["loss_sum"] / max(measured["masked_frames"], 1)}
+        )
+    if "soft_loss_sum" in measured:
+        row["divergence"] = measured["soft_loss_sum"] / max(measured["masked_frames"], 1)
+    if "cosine_sum" in measured:
+        row["cosine"] = measured["cosine_sum"] / max(measured["frames"], 1)
+    return row
+
+
+def student_from(teacher: Hubert, config: HubertConfig) -> Hubert:
+    """A student that starts as the teacher's front end, positions and first layers, as DistilHuBERT does.
+
+    Raises TeacherError, naming both, when a shape differs or the student is the deeper one.
+    """
+    for name in ("num_attention_heads", "do_stable_layer_norm", "do_normalize", "conv_stride", "position_embedding"):
+        if getattr(config, name) != getattr(teacher.config, name):  # what shapes do not show
+            raise TeacherError(
+                f"{name} is {getattr(config, name)} in the student and {getattr(teacher.config, name)} in the teacher;"
+                " to start from the teacher, both must be of one kind; else start it at random"
+            )
+    student = Hubert(config)
+    own, given = student.state_dict(), teacher.state_dict()
+    for name, tensor in own.items():
+        if name not in given or given[name].shape != tensor.shape:
+            there = list(given[name].shape) if name in given else "absent"
+            raise TeacherError(
+                f"{name} is {list(tensor.shape)} in the student and {there} in the teacher; to start from the teacher,"
+                " the student needs its width, heads and front end and at most its layers; else start it at random"
+            )
+    student.load_state_dict({name: given[name] for name in own})
+    return student

@@ -1,0 +1,167 @@
+"""Each objective of distillation against its definition; a teacher that never moves; students that start right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedhubert_lib import hubert, masking, seeds, teaching, training
+from fedhubert_lib.batching import Batch
+from fedhubert_lib.objectives import masked_prediction
+
+CLUSTERS = 12
+TEACHER = hubert.preset(
+    "tiny", "logmel", hidden_size=64, num_attention_heads=2, intermediate_size=128, hidden_dropout=0.2, layerdrop=0.3
+)
+STUDENT = hubert.preset(
+    "tiny", "logmel", hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
+)
+
+
+def build(config, seed=0, clusters=CLUSTERS):
+    model, head = hubert.Hubert(config), hubert.Head(config, clusters)
+    for module in (model, head):
+        hubert.initialise(module, seeds.torch_generator(seed))
+    return model, head
+
+
+def batch(seed=0, clips=3, samples=32_000):
+    generator = seeds.torch_generator(seed)
+    rng = seeds.numpy_generator(seed)
+    frames = (samples - 400) // 320 + 1
+    mask = torch.stack([torch.from_numpy(masking.spans(frames, rng)) for _ in range(clips)])
+    labels = torch.randint(CLUSTERS, (clips, frames), generator=generator)
+    return Batch(torch.randn(clips, samples, generator=generator) * 0.1, labels, mask, tuple("abc"[:clips]))
+
+
+@pytest.fixture
+def teacher():
+    return teaching.Teacher(*build(TEACHER))
+
+
+def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
+    student, head = build(STUDENT, 1)
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    first = teacher.probabilities(batch().waveforms, 4.0)
+
+    def objective(one):
+        return teaching.soft_targets(student, head, teacher, one)
+
+    module = torch.nn.ModuleDict({"model": student, "head": head})
+    training.local_update(
+        module, [batch(), batch(1)], objective, training.Settings(1e-3, 0), first_step=0, total_steps=2, seed=0
+    )
+    assert torch.equal(first, teacher.probabilities(batch().waveforms, 4.0))
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_a_teacher_in_training_mode_would_not():
+    """The check above can fail: dropout and layerdrop do move the output of this teacher."""
+    model, _ = build(TEACHER)
+    model.train()
+    assert not torch.equal(model(batch().waveforms).last, model(batch().waveforms).last)
+
+
+def test_soft_targets_are_temperature_distillation(teacher):
+    student, head = build(STUDENT, 1)
+    student.eval()
+    one = batch()
+    sums = teaching.soft_targets(student, head, teacher, one)
+    with torch.no_grad():
+        theirs = teacher.head(teacher.model(one.waveforms).last)[one.mask]
+        ours = head(student(one.waveforms, one.mask).last)[one.mask]
+    soft = F.kl_div(F.log_softmax(ours / 4, -1), F.softmax(theirs / 4, -1), reduction="sum") * 16
+    hard = F.cross_entropy(ours, one.labels[one.mask], reduction="sum")
+    torch.testing.assert_close(sums.loss, 0.7 * soft + 0.3 * hard)
+    assert sums.count == int(one.mask.sum())
+
+
+def test_labels_alone_are_hubert_own_objective(teacher):
+    student, head = build(hubert.preset("tiny", conv_dim=(8,) * 7, num_hidden_layers=1), 1)
+    one = batch()
+    ours = teaching.soft_targets(student, head, teacher, one, soft_weight=0, label_weight=1)
+    theirs = masked_prediction(student, head, one)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert theirs.measured["penalty_sum"] > 0
+    for name, value in theirs.measured.items():
+        torch.testing.assert_close(ours.measured[name], value)
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(teacher):
+    student, head = build(TEACHER)
+    student.eval()
+    one = batch()
+    unmasked = Batch(one.waveforms, one.labels, torch.zeros_like(one.mask), one.utterances)
+    everything = Batch(one.waveforms, one.labels, torch.ones_like(one.mask), one.utterances)
+    logits = head(student(unmasked.waveforms).last)
+    targets = teacher.probabilities(everything.waveforms, 4.0)
+    torch.testing.assert_close((logits / 4).softmax(-1), targets)
+
+
+def test_layer_regression_is_distilhuberts(teacher):
+    student, _ = build(STUDENT, 1)
+    layers = teaching.target_layers(4)
+    torch.manual_seed(0)
+    regressors = teaching.Regressors(32, 64, len(layers))
+    one = batch()
+    sums = teaching.layer_regression(student, regressors, teacher, one, layers=layers)
+    with torch.no_grad():
+        predicted = regressors(student(one.waveforms).last)
+        targets = torch.stack([teacher.model(one.waveforms, hidden_states=True).hidden[i] for i in layers], 1)
+    # s3prl/pretrain/distiller: l1_loss(...).mean() + cosine_loss * (-logsigmoid(cosine_similarity)).mean()
+    expected = F.l1_loss(predicted, targets) - F.logsigmoid(F.cosine_similarity(predicted, targets, dim=-1)).mean()
+    torch.testing.assert_close(sums.loss / sums.count, expected)
+    assert sums.count == one.labels.numel()
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(12, (4, 8, 12)), (24, (8, 16, 24)), (4, (1, 3, 4)), (1, (1,))])
+def test_target_layers(depth, layers):
+    assert teaching.target_layers(depth) == layers
+
+
+def test_objectives_add_up_by_their_averages(teacher):
+    student, head = build(STUDENT, 1)
+    regressors = teaching.Regressors(32, 64, 3)
+    one = batch()
+    parts = [
+        (0.5, lambda each: teaching.soft_targets(student, head, teacher, each)),
+        (2.0, lambda each: teaching.layer_regression(student, regressors, teacher, each, layers=(1, 3, 4))),
+    ]
+    both = teaching.summed(parts)(one)
+    soft, regression = (part(one) for _, part in parts)
+    expected = 0.5 * soft.loss / soft.count + 2.0 * regression.loss / regression.count
+    torch.testing.assert_close(both.loss / both.count, expected)
+    assert {"soft_loss_sum", "cosine_sum"} <= set(both.measured)
+
+
+def test_student_starts_as_the_first_layers_of_its_teacher(teacher):
+    config = hubert.replace(TEACHER, num_hidden_layers=2)
+    student = teaching.student_from(teacher.model, config).eval()
+    theirs = teacher.model(batch().waveforms, hidden_states=True).hidden
+    ours = student(batch().waveforms, hidden_states=True).hidden
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))
+    with pytest.raises(teaching.TeacherError, match=r"is \[.*\] in the student and \[.*\] in the teacher"):
+        teaching.student_from(teacher.model, STUDENT)
+    with pytest.raises(teaching.TeacherError, match=r"layers\.4.*absent"):
+        teaching.student_from(teacher.model, hubert.replace(TEACHER, num_hidden_layers=5))
+    with pytest.raises(teaching.TeacherError, match="num_attention_heads is 4 in the student and 2 in the teacher"):
+        teaching.student_from(teacher.model, hubert.replace(TEACHER, num_attention_heads=4))
+
+
+@pytest.mark.parametrize("name", ["soft-targets", "distilhubert"])
+def test_student_comes_nearer_to_its_teacher(teacher, name):
+    student, head = build(STUDENT, 1)
+    torch.manual_seed(0)
+    regressors = teaching.Regressors(32, 64, 3)
+
+    def objective(one):
+        if name == "soft-targets":
+            return teaching.soft_targets(student, head, teacher, one, soft_weight=1, label_weight=0)
+        return teaching.layer_regression(student, regressors, teacher, one, layers=(1, 3, 4))
+
+    module = torch.nn.ModuleDict({"student": student, "head": head, "regressors": regressors})
+    settings = training.Settings(2e-3, 3, precision="float32")
+    first = objective(batch())
+    training.local_update(module, [batch()] * 40, objective, settings, first_step=0, total_steps=40, seed=0)
+    last = objective(batch())
+    assert last.loss / last.count < 0.8 * (first.loss / first.count)
