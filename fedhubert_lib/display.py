@@ -105,11 +105,12 @@ class LiveCurves:
     drawn, so that a headless run holds the final state. At most one twentieth of the time goes into drawing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clusters: int | None = None) -> None:
         """``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained.
 
-        The last picture is saved in its ``figures`` as ``curves``.
+        ``clusters`` draws what guessing among so many would give. The last picture is saved as figures/curves.
         """
+        self._clusters = clusters
         self._files = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
         self._figures = folder / "figures"
         self._next = 0.0
@@ -135,7 +136,7 @@ class LiveCurves:
         rows, centralised = map(read_rows, self._files)
         if not any(row["kind"] == "round" for row in rows + centralised):
             return None
-        figure = plots.curves(rows, centralised)
+        figure = plots.curves(rows, centralised, self._clusters)
         self._handle.update(Image(data=plots.png(figure)))
         return figure
 

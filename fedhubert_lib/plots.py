@@ -289,6 +289,7 @@ def cluster_sizes(counts: Mapping[str, np.ndarray]) -> Figure:
                   marker=marker if clusters <= READABLE else "", markersize=4)  # fmt: skip
     axes.axhline(1 / clusters, color=BLACK, linestyle=":", label="all of one size")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="cluster, largest first", ylabel="share of frames", title="Cluster sizes", ylim=(0, None))
     axes.legend()
     return figure
@@ -329,7 +330,7 @@ def phones_per_cluster(counts: pd.DataFrame) -> Figure:
     best = share.to_numpy().argmax(0)
     share = share.iloc[:, np.lexsort((-share.to_numpy().max(0), best))]
     figure, [axes] = _figure(width=10, height=1.5 + 0.11 * len(share))
-    image = axes.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(share, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(np.arange(len(share)), share.index, fontsize=6.5)
     _names(axes.xaxis, share.columns, rotation=0)
     axes.grid(visible=False)
@@ -410,11 +411,14 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str, low: float = 0.0, h
 
 
 @styled
-def curves(rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str, Any]] = ()) -> Figure:
+def curves(
+    rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str, Any]] = (), clusters: int | None = None
+) -> Figure:
     """Loss, and accuracy on masked and unmasked frames, per round.
 
     ``rows`` and ``centralised`` are those of metrics.jsonl. Thin: each client; thick: their mean, weighted by masked
-    frames; dashed: training on the pooled data with the same number of updates.
+    frames; dashed: training on the pooled data with the same number of updates; dotted, where ``clusters`` is given:
+    guessing at random among so many.
     """
     rounds, each, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
     panels = (
@@ -439,6 +443,9 @@ def curves(rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str,
         if validation in rounds:
             held = rounds.dropna(subset=[validation])
             axes.plot(held["round"], held[validation], color=GREEN, marker=marker, markersize=3, label="validation")
+        if clusters is not None:
+            guess = np.log(clusters) if name == "loss" else 1 / clusters
+            axes.axhline(guess, color=BLACK, linestyle=":", label="guessing")
         axes.set(xlabel="round", ylabel=label, title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.autoscale_view()
@@ -460,7 +467,8 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     rate.ticklabel_format(axis="y", scilimits=(-2, 3))
     norm.plot(at, rounds.update_norm, **line)
     norm.set(ylabel="L2 norm", title="Aggregated update", ylim=(0, None))
-    sent.plot(at, rounds.bytes_down.cumsum() / 1e6, **(line | {"color": RED}), linestyle="--", label="to clients")
+    behind = line | {"color": ORANGE, "linewidth": 4, "alpha": 0.6}
+    sent.plot(at, rounds.bytes_down.cumsum() / 1e6, **behind, label="to clients")
     sent.plot(at, rounds.bytes_up.cumsum() / 1e6, **line, label="to the server")
     sent.set(ylabel="sent so far (MB)", title="Bytes", ylim=(0, None))
     sent.legend()
