@@ -13,11 +13,8 @@ from typing import Any, NamedTuple
 
 from fedhubert_lib import params
 
-PRESENTATION = {
-    f"{module}.py"
-    for module in ("cli", "display", "identity", "index", "params", "plots", "runner", "runs", "wording", "yaml12")
-}
-"""Library files that no result depends on: when they change a stage is run again, but what it has made is kept."""
+PRESENTATION = {"cli", "display", "identity", "index", "params", "plots", "runner", "runs", "wording", "yaml12"}
+"""Modules that no result depends on: when they change a stage is run again, but what it has made is kept."""
 
 _CACHES = {"checkpoints", "features", "synthetic"}
 """What no later stage reads: checkpoints of single rounds, features kept for speed, audio the manifest stands for."""
@@ -80,7 +77,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], results_only: bool =
     for kind in ("parameters", "inputs", "library"):
         keys = sorted(k for k in old[kind].keys() | new[kind].keys() if old[kind].get(k) != new[kind].get(k))
         if kind == "library" and results_only:
-            keys = [k for k in keys if k not in PRESENTATION]
+            keys = [k for k in keys if k.split("/")[0].removesuffix(".py") not in PRESENTATION]
         if kind == "parameters":
             keys = [f"{k} {old[kind].get(k)} -> {new[kind].get(k)}" for k in keys]
         if keys:

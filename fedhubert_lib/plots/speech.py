@@ -1,0 +1,141 @@
+"""What there is: utterances, speakers, phones, and what each client holds of them."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fedhubert_lib.audio import HOP, SAMPLE_RATE
+from fedhubert_lib.plots import style
+from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, GREY, RED, SKY, styled
+
+
+@styled
+def utterance_lengths(manifest: pd.DataFrame) -> Figure:
+    """Histogram of utterance lengths in seconds, a line per split of the manifest."""
+    figure, [axes] = style.panels(width=6)
+    seconds = manifest.samples / manifest.sample_rate
+    bins = np.linspace(0, seconds.max(), 31)
+    for split in sorted(manifest.split.unique(), reverse=True):  # train, test
+        own = seconds[manifest.split == split]
+        axes.hist(own, bins, histtype="step", linewidth=1.6, label=f"{split}: {len(own):,} utterances")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="length of an utterance (s)", ylabel="utterances", title="Utterance lengths")
+    axes.legend()
+    return figure
+
+
+@styled
+def speakers(manifest: pd.DataFrame) -> Figure:
+    """Speech per speaker, longest first, coloured by sex."""
+    table = manifest.assign(hours=manifest.samples / manifest.sample_rate / 3600)
+    table = table.groupby(["speaker", "sex"], as_index=False).hours.sum().sort_values("hours", ascending=False)
+    figure, [axes] = style.panels(width=8)
+    amount, unit = style.duration(table.hours.to_numpy())
+    colours = table.sex.map({"F": RED, "M": BLUE}).fillna(GREY)
+    for colour in colours.unique():
+        style.columns(axes, np.where(colours == colour, amount, 0), colour)
+    style.ticks(axes.xaxis, table.speaker)
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel="speaker, longest first", ylabel=f"speech ({unit})", title="Speech per speaker")
+    for sex, colour, name in (("F", RED, "female"), ("M", BLUE, "male")):
+        if (table.sex == sex).any():
+            axes.bar(0, 0, color=colour, label=f"{name}: {(table.sex == sex).sum():,} speakers")
+    if not table.sex.isin(["F", "M"]).all():
+        axes.bar(0, 0, color=GREY, label="sex not recorded")
+    axes.legend()
+    return figure
+
+
+@styled
+def phone_lengths(phones: pd.DataFrame) -> Figure:
+    """How often each phone occurs, and how long it lasts (median, and the middle half)."""
+    milliseconds = (phones.end_sample - phones.start_sample) * (1000 / SAMPLE_RATE)
+    quartiles = milliseconds.groupby(phones.phone).quantile([0.25, 0.5, 0.75]).unstack()
+    share = phones.phone.value_counts(normalize=True)
+    order, place = share.index, np.arange(len(share))
+    figure, (top, bottom) = style.panels(2, 1, width=9, height=4.2, sharex=True)
+    top.bar(place, share, color=BLUE)
+    top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    top.set(ylabel="share of phones", title="Phones: how often, and how long")
+    low, middle, high = (quartiles.loc[order, q].to_numpy() for q in (0.25, 0.5, 0.75))
+    bottom.errorbar(place, middle, [middle - low, high - middle], fmt="o", color=RED, markersize=3)
+    bottom.axhline(1000 * HOP / SAMPLE_RATE, color=BLACK, linestyle=":", label="one frame, 20 ms")
+    bottom.set(ylabel="length (ms)", xlabel="phone, most frequent first", ylim=(0, None))
+    bottom.set_xticks(place, order, fontsize=7)
+    bottom.set_xlim(-0.7, len(order) - 0.3)
+    bottom.legend()
+    return figure
+
+
+@styled
+def clients(table: pd.DataFrame, owned: pd.DataFrame) -> Figure:
+    """What each client holds: speech, speakers, and the spread of its utterance lengths.
+
+    ``table`` is 01_partition/clients.parquet; ``owned`` has a row per utterance: client, samples, sample_rate.
+    """
+    figure, (first, second, third) = style.panels(1, 3, width=11, height=3)
+    amount, unit = style.duration(table.hours.to_numpy())
+    style.columns(first, amount, BLUE)
+    first.set(ylabel=f"speech ({unit})", title="Speech per client")
+    style.columns(second, table.speakers.to_numpy(), GREEN)
+    second.yaxis.set_major_locator(MaxNLocator(integer=True))
+    second.set(ylabel="speakers", title="Speakers per client")
+    lengths = (owned.samples / owned.sample_rate).groupby(owned.client)
+    quantiles = lengths.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack().loc[table.client].to_numpy().T
+    style.columns(third, quantiles[4], SKY, quantiles[0], alpha=0.4)
+    style.columns(third, quantiles[3], SKY, quantiles[1])
+    third.plot(quantiles[2], "_", color=BLACK, markersize=4)
+    third.set(ylabel="utterance length (s)", title="Lengths: median, 50 % and 90 %", ylim=(0, None))
+    for axes in (first, second, third):
+        style.ticks(axes.xaxis, table.client)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("client")
+    return figure
+
+
+@styled
+def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[str, str] | None = None) -> Figure:
+    """Partition schemes side by side: speech per client, whose speech it is, and how much of it is female.
+
+    Each table has a row per utterance with client, speaker, sex, samples and sample_rate; a summary is one line of text
+    under the scheme's name.
+    """
+    count = len(schemes)
+    figure, places = style.panels(
+        3, count, width=2.3 + 2.2 * count, height=6.2, sharey="row", height_ratios=[1, 1.4, 0.8]
+    )
+    hours = {
+        name: table.assign(hours=table.samples / table.sample_rate / 3600).pivot_table(
+            values="hours", index="client", columns="speaker", aggfunc="sum", fill_value=0
+        )
+        for name, table in schemes.items()
+    }
+    women = pd.concat(schemes.values()).drop_duplicates("speaker").query("sex == 'F'").speaker
+    _, unit = style.duration(np.concatenate([table.sum(axis=1) for table in hours.values()]))
+    for column, (scheme, table) in enumerate(hours.items()):
+        top, middle, bottom = places[column::count]
+        table = table.iloc[np.argsort(-table.sum(axis=1).to_numpy(), kind="stable")]
+        amount, share = table.sum(axis=1), table.div(table.sum(axis=1), axis=0)
+        style.columns(top, amount.to_numpy() * (1 if unit == "hours" else 60), BLUE)
+        top.set_title(scheme + (f"\n{summaries[scheme]}" if summaries else ""))
+        # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
+        order = np.lexsort((-share.to_numpy().max(0), share.to_numpy().argmax(0)))
+        image = middle.imshow(
+            share.iloc[:, order].T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+        )
+        style.columns(bottom, share.loc[:, share.columns.isin(women)].sum(axis=1).to_numpy(), RED)
+        bottom.axhline(table.loc[:, table.columns.isin(women)].sum(axis=None) / amount.sum(), color=BLACK, ls=":")
+        for axes in (top, middle, bottom):
+            axes.grid(visible=axes is not middle, axis="y")
+            axes.set_xticks([] if axes is not bottom else [0, len(table) - 1])
+            axes.set_xlim(-0.6, len(table) - 0.4)
+        bottom.set(xlabel="client, largest first", ylim=(0, 1))
+    places[0].set_ylabel(f"speech ({unit})")
+    places[count].set_ylabel("speaker")
+    places[2 * count].set_ylabel("share of women's\nspeech")
+    places[2 * count].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.colorbar(image, ax=list(places[count : 2 * count]), label="share of the client's speech", pad=0.01)
+    return figure

@@ -1,0 +1,92 @@
+"""Training, round by round, from the rows of metrics.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fedhubert_lib.plots import style
+from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, ORANGE, READABLE, RED, SKY, styled
+
+CURVES = 100
+"""At most so many clients' curves are drawn behind the mean."""
+
+
+@styled
+def curves(
+    rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str, Any]] = (), clusters: int | None = None
+) -> Figure:
+    """Loss, and accuracy on masked and unmasked frames, per round.
+
+    ``rows`` and ``centralised`` are those of metrics.jsonl. Thin: each client; thick: their mean, weighted by masked
+    frames; dashed: training on the pooled data with the same number of updates; dotted, where ``clusters`` is given:
+    guessing at random among so many.
+    """
+    rounds, each, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
+    panels = (
+        ("loss", "validation_loss", "loss (nats per frame)", "Loss"),
+        ("accuracy_masked", "validation_accuracy_masked", "accuracy", "Masked frames"),
+        ("accuracy_unmasked", None, "accuracy", "Unmasked frames"),
+    )
+    figure, places = style.panels(1, 3, width=11, height=3)
+    for axes, (name, validation, label, title) in zip(places, panels, strict=True):
+        if len(each):
+            ids = each.client.unique()
+            chosen = ids[np.linspace(0, len(ids) - 1, min(len(ids), CURVES)).astype(int)]
+            shown = each[each.client.isin(chosen)].groupby("client")
+            lines = [group[["round", name]].to_numpy() for _, group in shown]
+            text = "each client" if len(chosen) == len(ids) else f"{len(chosen)} of {len(ids):,} clients"
+            axes.add_collection(LineCollection(lines, colors=SKY, linewidths=0.7, alpha=0.6, label=text))
+        marker = "o" if len(rounds) <= READABLE else ""
+        if len(rounds):
+            axes.plot(rounds["round"], rounds[name], color=BLUE, linewidth=2, marker=marker, markersize=3, label="mean")
+        if len(central):
+            axes.plot(central["round"], central[name], color=RED, linestyle="--", label="centralised")
+        if validation in rounds:
+            held = rounds.dropna(subset=[validation])
+            axes.plot(held["round"], held[validation], color=GREEN, marker=marker, markersize=3, label="validation")
+        if clusters is not None:
+            guess = np.log(clusters) if name == "loss" else 1 / clusters
+            axes.axhline(guess, color=BLACK, linestyle=":", label="guessing")
+        axes.set(xlabel="round", ylabel=label, title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.autoscale_view()
+    for axes in places[1:]:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    places[0].legend()
+    return figure
+
+
+@styled
+def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Learning rate, norm of the aggregated update, bytes moved so far, and speed, per round of metrics.jsonl."""
+    rounds = _rows(rows, "round")
+    figure, (rate, norm, sent, speed) = style.panels(1, 4, width=12, height=2.7)
+    at, marker = rounds["round"], "o" if len(rounds) <= READABLE else ""
+    line = {"color": BLUE, "marker": marker, "markersize": 3}
+    rate.plot(at, rounds.learning_rate, **line)
+    rate.set(ylabel="learning rate", title="Clients' learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", scilimits=(-2, 3))
+    norm.plot(at, rounds.update_norm, **line)
+    norm.set(ylabel="L2 norm", title="Aggregated update", ylim=(0, None))
+    behind = line | {"color": ORANGE, "linewidth": 4, "alpha": 0.6}
+    sent.plot(at, rounds.bytes_down.cumsum() / 1e6, **behind, label="to clients")
+    sent.plot(at, rounds.bytes_up.cumsum() / 1e6, **line, label="to the server")
+    sent.set(ylabel="sent so far (MB)", title="Bytes", ylim=(0, None))
+    sent.legend()
+    speed.plot(at, rounds.audio_seconds_per_second, **line)
+    speed.set(ylabel="audio seconds per second", title="Speed", ylim=(0, None))
+    for axes in (rate, norm, sent, speed):
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], kind: str) -> pd.DataFrame:
+    """The rows of one kind; of a round that was done again after a restart, the last."""
+    table = pd.DataFrame([row for row in rows if row["kind"] == kind])
+    return table.drop_duplicates(["round", "client"][: 1 + (kind == "client")], keep="last") if len(table) else table
