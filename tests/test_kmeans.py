@@ -175,7 +175,6 @@ def test_federated_lloyd_equals_central(run, normalisation):
     p = settings(normalisation=normalisation)
     exchange = server.Exchange(clients, lambda row: None)
     config, arrays, _ = server.prepare(p, exchange)
-    config |= {"noise_multiplier": 0.0, "noise_clip": 1.0}
     start, _ = server.start(exchange, arrays, config)
     federated, _ = server.lloyd(exchange, arrays, config, start, rounds=5, tolerance=-1)
 
@@ -220,7 +219,7 @@ def test_every_kind_end_to_end(run):
     quality = json.loads((run / "02_kmeans" / "quality.json").read_text())
     assert quality["codebooks"]["federated"]["pnmi"] == table.pnmi["federated"]
     assert len(quality["agreement"]["client"]["nmi"]) == 3
-    assert {row["kind"] for row in rows} == {"lloyd", "quality"}
+    assert {row["kind"] for row in rows} == {"lloyd", "codebook", "quality"}
     assert not list((run / "02_kmeans").rglob("*pooled*")) and not list((run / "02_kmeans").rglob("*public*"))
 
 
@@ -263,6 +262,47 @@ def test_killed_while_labelling_goes_on(run, monkeypatch):
     assert not [action for action, _, _ in clients.asked if action == "kmeans.lloyd"]  # the codebook was kept
 
 
+def test_killed_between_lloyd_rounds_goes_on(run):
+    """Rounds that are done are not done again, and the centroids are those of one go."""
+    p = settings(lloyd_rounds=6, tolerance=0)
+    kmeans.run(run, p, Direct(run))
+    whole = np.load(run / "02_kmeans" / "codebooks" / "federated" / "centroids.npy")
+    shutil.rmtree(run / "02_kmeans")
+    rows = []
+
+    def killed(row):
+        rows.append(row)
+        if row.get("round") == 3:  # before the third round is saved
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kmeans.run(run, p, Direct(run), killed)
+    kmeans.run(run, p, Direct(run), rows.append)
+    assert [row["round"] for row in rows if row["kind"] == "lloyd"][:5] == [1, 2, 3, 3, 4]
+    np.testing.assert_array_equal(np.load(run / "02_kmeans" / "codebooks" / "federated" / "centroids.npy"), whole)
+
+
+@pytest.mark.parametrize("first", ["mfcc", "hidden"])
+def test_cached_features_change_nothing_but_what_is_read(run, first, monkeypatch):
+    if first == "hidden":
+        hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
+        first = str(run / "first")
+    results = []
+    for cached in (False, True):
+        clients = Direct(run)
+        p = settings(codebooks=["federated", "central"], features=first, cache_features=cached, lloyd_rounds=2)
+        results.append(kmeans.run(run, p, clients).pnmi.tolist())
+        weights = [action for action, arrays, _ in clients.asked if any(name.startswith("model/") for name in arrays)]
+        assert set(weights) <= ({"kmeans.cache"} if cached else {action for action, _, _ in clients.asked})
+    assert results[0] == results[1]
+    path = run / "02_kmeans" / "clients" / "client-001" / "features" / "features.bin"
+    assert path.stat().st_size > 0
+    monkeypatch.setattr(audio, "read", None)  # all passes but that over the public frames come from the cache
+    config, arrays, _ = server.prepare(p, server.Exchange(Direct(run), print))
+    home = ClientHome("client-001", run / "01_partition" / "clients" / "client-001", run, path.parents[1])
+    assert len(reading.in_memory(home, arrays, config)) > 100
+
+
 def test_other_settings_start_over(run):
     kmeans.run(run, settings(clusters=8), Direct(run))
     kmeans.run(run, settings(clusters=5), Direct(run))
@@ -302,9 +342,9 @@ def test_k_larger_than_frames(run):
 
 def test_client_with_too_few_frames_says_so(run):
     home = ClientHome("client-000", run / "01_partition" / "clients" / "client-000", run / "a", run / "b")
-    config = {"features": "mfcc", "layer": 0, "checkpoint": "", "normalisation": "none", "sample_share": 1.0, "seed": 0}
+    config, _, _ = server.prepare(settings(), server.Exchange(Direct(run), print))
     with pytest.raises(ValueError, match=r"client-000 has \d+ frames to fit 9999 clusters; lower clusters"):
-        client.fit(home, {}, {**config, "clusters": 9_999, "minimum_count": 0})
+        client.fit(home, {}, {**config, "clusters": 9_999})
 
 
 def test_failing_clients_are_noted_and_quorum_holds(run):
@@ -337,8 +377,7 @@ def test_privacy_noise_and_minimum_count(run):
 def test_minimum_count_hides_small_clusters(run):
     clients = Direct(run)
     exchange = server.Exchange(clients, lambda row: None)
-    config, arrays, width = server.prepare(settings(minimum_count=40), exchange)
-    config |= {"noise_multiplier": 0.0, "noise_clip": 1.0}
+    config, arrays, _ = server.prepare(settings(minimum_count=40), exchange)
     centroids = server.start(exchange, arrays, config)[0]
     for reply in exchange.ask("kmeans.lloyd", {"centroids": centroids}, {**config, "round": 1}):
         counts = reply.arrays["counts"]
@@ -348,7 +387,8 @@ def test_minimum_count_hides_small_clusters(run):
 
 def test_noise_has_the_deviation_it_should(run):
     clients = Direct(run)
-    config, arrays, width = server.prepare(settings(normalisation="speaker"), server.Exchange(clients, print))
+    config, arrays, _ = server.prepare(settings(normalisation="speaker"), server.Exchange(clients, print))
+    width = config["width"]
     centroids = torch.randn(200, width, generator=torch.Generator().manual_seed(0))
     answers = []
     for noise in (1e-12, 3.0):

@@ -38,6 +38,12 @@ def moments(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str,
     return {"sum": total.cpu(), "squares": squares.cpu(), "count": torch.tensor(float(count)).double()}, {}
 
 
+def cache(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Keep the features of all utterances in the client's folder: later messages need not bring the checkpoint."""
+    reading.cache(home, arrays, config)
+    return {}, {}
+
+
 def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Centroids of this client's own k-means and the frames in each: float32 [k, D], float64 [k].
 
@@ -152,7 +158,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     start = time.perf_counter()
     codebook = _codebook(home, arrays, config)
     folder = home.labels / config["kind"]
-    reading.start_over_unless(folder, {**config, "codebook": _digest(codebook)})
+    reading.start_over_unless(folder, {**config, "codebook": _digest(codebook)}, keep="centroids.npy")
     table = reading.utterances(home)
     written = 0
     if not (folder / "index.parquet").exists():
@@ -175,6 +181,7 @@ def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 
 
 HANDLERS = {
+    "kmeans.cache": cache,
     "kmeans.moments": moments,
     "kmeans.local_centroids": local_centroids,
     "kmeans.lloyd": lloyd,

@@ -16,7 +16,7 @@ import pandas
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, features, files, seeds
+from fedhubert_lib import audio, features, files, labels, seeds
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.hubert import Hubert, HubertConfig
 
@@ -30,6 +30,7 @@ FIT_FRAMES = 360_000
 SPEAKER_SECONDS = 300
 """Audio of a speaker at most that the ``speaker`` normalisation takes its mean and deviation from."""
 
+FEATURES = np.dtype("<f4")
 _MODELS: dict[str, Hubert] = {}
 
 
@@ -90,7 +91,35 @@ def stream(
 def _features(
     home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pandas.DataFrame
 ) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    """Features at 50 Hz, not normalised."""
+    """Features at 50 Hz, not normalised, of each batch of utterances; out of the cache where there is to be one."""
+    if config["cache_features"]:
+        cached = cache(home, arrays, config)
+        for rows in _batches(table):
+            yield rows, [torch.tensor(cached[utterance], device=home.device) for utterance in rows.utterance]
+        return
+    yield from _extracted(home, arrays, config, table)
+
+
+def cache(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> labels.Ragged:
+    """Features of all utterances of the client, kept in its folder: computed once, or what is missing of them."""
+    folder = home.state / "features"
+    start_over_unless(folder, _features_settings(config))
+    if not (folder / "index.parquet").exists():
+        table, width = utterances(home), config["width"]
+        with labels.writing(folder, "features", FEATURES, width) as writer:
+            missing = table[~table.utterance.isin(list(writer.done))]
+            for rows, parts in _extracted(home, arrays, config, missing):
+                writer.append({u: part.cpu().numpy() for u, part in zip(rows.utterance, parts, strict=True)})
+    return labels.Ragged(folder, "features", FEATURES, config["width"])
+
+
+def _features_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in ("features", "layer", "checkpoint")}
+
+
+def _extracted(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pandas.DataFrame
+) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
     model = _model(arrays, config, home.device) if config["features"] == "hidden" else None
     for rows, waveforms in _read(table):
         waveforms = [waveform.to(home.device) for waveform in waveforms]
@@ -100,12 +129,18 @@ def _features(
             yield rows, features.hidden(model, waveforms, config["layer"])
 
 
+def _batches(table: pandas.DataFrame) -> Iterator[pandas.DataFrame]:
+    """``table`` in stretches of about ``BATCH_SAMPLES`` samples."""
+    batch = (table.samples.cumsum() - table.samples) // BATCH_SAMPLES
+    for _, rows in table.groupby(batch.to_numpy(), sort=True):
+        yield rows
+
+
 def _read(table: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
     """The audio of ``table`` in batches, each decoded by several threads while the one before is worked on."""
-    batch = (table.samples.cumsum() - table.samples) // BATCH_SAMPLES
     waiting: collections.deque = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-        for _, rows in table.groupby(batch.to_numpy(), sort=True):
+        for rows in _batches(table):
             files_and_lengths = zip(rows.path, rows.samples, strict=True)
             waiting.append((rows, [readers.submit(_read_one, *one) for one in files_and_lengths]))
             if len(waiting) > 1:
@@ -145,7 +180,7 @@ def _speaker_statistics(
     Computed once and kept in the client's folder. A dimension that does not vary (digital silence) has deviation 1.
     """
     folder = home.state / "speakers"
-    start_over_unless(folder, {key: config[key] for key in ("features", "layer", "checkpoint", "seed")})
+    start_over_unless(folder, {**_features_settings(config), "seed": config["seed"]})
     path = folder / "statistics.npz"
     if not path.exists():
         table = utterances(home)
@@ -173,13 +208,13 @@ def standardiser(total: Tensor, squares: Tensor, count: float) -> tuple[Tensor, 
     return mean.float(), torch.where(varies, variance.sqrt(), 1.0).float()
 
 
-def start_over_unless(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Empty ``folder`` (but for a codebook in it) unless it was made with the same ``settings``, and note these."""
+def start_over_unless(folder: Path, settings: Mapping[str, Any], keep: str = "") -> None:
+    """Empty ``folder``, but for the file ``keep``, unless it was made with the same ``settings``; note these in it."""
     path = folder / "settings.json"
     settings = json.loads(json.dumps(dict(settings)))
     if path.exists() and json.loads(path.read_text()) == settings:
         return
     for old in folder.glob("*"):
-        if old.name != "centroids.npy":
+        if old.name != keep:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     files.write_json(path, settings)

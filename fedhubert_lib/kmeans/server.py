@@ -2,15 +2,19 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import features, hubert, params, privacy, seeds
+from fedhubert_lib import features, files, hubert, params, privacy, seeds
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
 from fedhubert_lib.kmeans import clustering, reading
 
@@ -68,28 +72,45 @@ def size(arrays: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
 
 
-def prepare(p: params.Kmeans, exchange: Exchange) -> tuple[dict[str, Any], Arrays, int]:
-    """Settings and arrays that every message carries, and the dimension of the features.
+SETTINGS = {
+    "normalisation",
+    "sample_share",
+    "seed",
+    "clusters",
+    "minimum_count",
+    "noise_multiplier",
+    "noise_clip",
+    "cache_features",
+}
+"""Parameters that clients are told."""
 
-    The arrays are the weights of the checkpoint, where its hidden layer is clustered, so that clients need no file of
-    the server's, and mean and deviation for the ``global`` normalisation, from the clients' sums.
+
+def prepare(p: params.Kmeans, exchange: Exchange) -> tuple[dict[str, Any], Arrays, Arrays]:
+    """Settings and arrays that every message carries, and the weights of the checkpoint that makes the features.
+
+    Weights travel with every message, so that clients need no file of the server's; with ``cache_features`` they travel
+    once. The other arrays are mean and deviation for the ``global`` normalisation, from the clients' sums.
     """
-    config = p.model_dump(include={"normalisation", "sample_share", "seed", "clusters", "minimum_count"})
-    config |= {"features": "mfcc", "layer": 0, "checkpoint": ""}
-    arrays: Arrays = {}
-    width = features.MFCC_DIMENSION
+    config = p.model_dump(include=SETTINGS)
+    config |= {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
+    weights: Arrays = {}
     if p.features != "mfcc":
-        config, arrays, width = _checkpoint(p, config)
+        config, weights = _checkpoint(p, config)
+    arrays = dict(weights)
+    if p.cache_features:
+        for _ in exchange.ask("kmeans.cache", weights, config):
+            pass
+        arrays = {}
     if p.normalisation == "global":
-        total, squares, count = torch.zeros(width).double(), torch.zeros(width).double(), 0.0
+        total, squares, count = 0.0, 0.0, 0.0
         for reply in exchange.ask("kmeans.moments", arrays, config):
             total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
             count += float(reply.arrays["count"])
         arrays["mean"], arrays["deviation"] = reading.standardiser(total, squares, count)
-    return config, arrays, width
+    return config, arrays, weights
 
 
-def _checkpoint(p: params.Kmeans, config: dict[str, Any]) -> tuple[dict[str, Any], Arrays, int]:
+def _checkpoint(p: params.Kmeans, config: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
     model, _ = hubert.load(p.features)
     depth = model.config.num_hidden_layers
     layer = max(1, depth // 2) if p.layer is None else p.layer
@@ -104,9 +125,10 @@ def _checkpoint(p: params.Kmeans, config: dict[str, Any]) -> tuple[dict[str, Any
         "features": "hidden",
         "layer": layer,
         "checkpoint": digest.hexdigest(),
+        "width": model.config.hidden_size,
         "model": dataclasses.asdict(model.config),
     }
-    return config, {f"model/{name}": weight for name, weight in weights.items()}, model.config.hidden_size
+    return config, {f"model/{name}": weight for name, weight in weights.items()}
 
 
 def start(
@@ -139,14 +161,22 @@ def lloyd(
     rounds: int,
     tolerance: float,
     log: Log = lambda row: None,
+    progress: Path | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Federated Lloyd from ``centroids``: each round clients send (sum, count, inertia) per cluster, the server adds.
 
     Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller share than ``tolerance`` and no
     cluster is empty. Returns centroids float32 [K, D] and, of the last round, its number, frames and inertia per frame.
+    ``progress``, a file, is written after each round; if it is there, the rounds in it are not done again.
     """
-    before, private = None, config["noise_multiplier"] > 0
-    for number in range(1, rounds + 1):
+    before, private, first, stats = None, config["noise_multiplier"] > 0, 1, {"round": 0}
+    if progress is not None and progress.exists():
+        with safe_open(progress, "pt") as stored:
+            centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
+        first, before = stats["round"] + 1, stats.get("inertia")
+    for number in range(first, rounds + 1):
+        if stats.get("settled"):
+            break
         down, up = exchange.bytes_down, exchange.bytes_up
         sums = counts = inertias = 0.0
         answered = 0
@@ -155,7 +185,8 @@ def lloyd(
             sums, counts = sums + reply.arrays["sums"], counts + reply.arrays["counts"]
             inertias = inertias + reply.arrays["inertias"]
             answered += 1
-        frames, inertia = float(counts.sum()), float(inertias.sum())
+        frames = float(counts.sum())
+        total = float(inertias.sum())
         if private:  # which clusters are large is all that is known; a count within the noise is no cluster
             counts = torch.where(counts > config["noise_multiplier"] * config["noise_clip"] * answered**0.5, counts, 0)
             inertias = counts
@@ -164,28 +195,30 @@ def lloyd(
         empty = int((counts == 0).sum())
         stats = {"round": number, "frames": frames, "empty": empty, "clients": answered}
         if not private:
-            stats["inertia"] = inertia / frames
+            stats["inertia"] = total / frames
+            stats["settled"] = before is not None and not empty and before - stats["inertia"] <= tolerance * before
+            before = stats["inertia"]
         log({"kind": "lloyd", **stats, "bytes_down": exchange.bytes_down - down, "bytes_up": exchange.bytes_up - up})
-        if not private and empty == 0 and before is not None and before - inertia <= tolerance * before:
-            break
-        before = inertia
+        if progress is not None:
+            with files.atomic(progress) as temporary:
+                save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats)})
     return centroids, stats
 
 
-def random_start(config: Mapping[str, Any], width: int) -> Tensor:
+def random_start(config: Mapping[str, Any]) -> Tensor:
     """Centroids that no client had a part in: standard normal draws, for features of about unit variance."""
     generator = seeds.torch_generator(config["seed"], "kmeans-random-start")
-    return torch.randn(config["clusters"], width, generator=generator)
+    return torch.randn(config["clusters"], config["width"], generator=generator)
 
 
-def random_projection(config: Mapping[str, Any], width: int) -> Arrays:
+def random_projection(config: Mapping[str, Any]) -> Arrays:
     """BEST-RQ's quantiser: a Xavier-uniform projection [D, 16] and unit-norm normal codes [K, 16]; nothing is fitted.
 
     Frames are projected, scaled to unit length and given the nearest code.
     """
     generator = seeds.torch_generator(config["seed"], "kmeans-random-projection")
-    bound = math.sqrt(6 / (width + PROJECTED))
-    projection = (2 * torch.rand(width, PROJECTED, generator=generator) - 1) * bound
+    bound = math.sqrt(6 / (config["width"] + PROJECTED))
+    projection = (2 * torch.rand(config["width"], PROJECTED, generator=generator) - 1) * bound
     codes = torch.randn(config["clusters"], PROJECTED, generator=generator)
     return {"centroids": torch.nn.functional.normalize(codes, dim=1), "projection": projection}
 

@@ -13,7 +13,7 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from fedhubert_lib import files, params
+from fedhubert_lib import federated, files, params
 from fedhubert_lib.evaluation import units
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Reply
 from fedhubert_lib.kmeans import client, reading, server
@@ -47,13 +47,12 @@ def run(
             on_row(row)
 
     exchange = Exchange(clients, log)
-    config, arrays, width = server.prepare(p, exchange)
-    config |= {"noise_multiplier": p.noise_multiplier, "noise_clip": p.noise_clip}
-    probe = _probe(run, arrays, config)
+    config, arrays, weights = server.prepare(p, exchange)
+    probe = _probe(run, arrays | weights, {**config, "cache_features": False}, federated.resolve(p.device))
     rows, matrices = {}, {}
     for kind in p.codebooks:
         mine = {**config, "kind": kind}
-        codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, width, log)
+        codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, weights, log)
         started = time.perf_counter()
         replies = list(exchange.ask("kmeans.label", {**arrays, **codebook}, mine))
         rows[kind] = {**_quality(folder / "codebooks" / kind, replies, p.seed), **cost}
@@ -69,18 +68,19 @@ def run(
 
 
 def _codebook(
-    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, width: int, log: Log
+    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, weights: Arrays, log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (nothing, where it is the client's own), and what it cost."""
     folder = run / "02_kmeans" / "codebooks" / kind
     settings = json.loads(json.dumps({**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}))
+    reading.start_over_unless(folder, settings)
     path = folder / "codebook.json"
-    if path.exists() and (known := json.loads(path.read_text()))["settings"] == settings:
+    if path.exists():
         stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
-        return codebook, known["cost"]
+        return codebook, json.loads(path.read_text())["cost"]
     started, down, up = time.perf_counter(), exchange.bytes_down, exchange.bytes_up
-    codebook, cost = _fit(run, p, exchange, kind, arrays, config, width, log)
+    codebook, cost = _fit(run, p, exchange, kind, arrays, config, weights, log)
     cost |= {
         "bytes_down": exchange.bytes_down - down,
         "bytes_up": exchange.bytes_up - up,
@@ -97,17 +97,20 @@ def _codebook(
         path,
         {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": list(exchange.ids)},
     )
+    log({"kind": "codebook", "codebook": kind, **cost})
     return codebook, cost
 
 
 def _fit(
-    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, width: int, log: Log
+    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, weights: Arrays, log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
+    progress = run / "02_kmeans" / "codebooks" / kind / "lloyd.safetensors"
+
     def named(row: dict[str, Any]) -> None:
         log({**row, "codebook": kind})
 
     if kind == "random-projection":
-        return server.random_projection(config, width), {"rounds": 0}
+        return server.random_projection(config), {"rounds": 0}
     if kind in PER_CLIENT:
         fitted = list(exchange.ask("kmeans.fit", arrays, {**config, "kind": "own"}))
         frames = sum(reply.metrics["frames"] for reply in fitted)
@@ -120,21 +123,31 @@ def _fit(
         list(exchange.ask("kmeans.align", {"reference": lent.arrays["centroids"]}, config))
         return {}, {**cost, "rounds": 1, "reference": lender}
     if kind == "central":
-        with _pooled(run, exchange.ids, log) as pooled:
-            return _federated(p, Exchange(pooled, log), arrays, config, width, named)
+        with _pooled(run, exchange.ids, federated.resolve(p.device)) as pooled:
+            alone = Exchange(pooled, log)
+            return _federated(p, alone, arrays | weights, {**config, "cache_features": False}, progress, named)
     if kind == "one-shot":
         centroids, cost = server.start(exchange, arrays, config)
         return {"centroids": centroids}, {"rounds": 1, "fit_frames": cost["frames"]}
-    return _federated(p, exchange, arrays, config, width, named)
+    return _federated(p, exchange, arrays, config, progress, named)
 
 
 def _federated(
-    p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict, width: int, log: Log
+    p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict, progress: Path, log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     private = p.noise_multiplier > 0
-    start = server.random_start(config, width) if private else server.start(exchange, arrays, config)[0]
+    start = torch.empty(0)
+    if not progress.exists():
+        start = server.random_start(config) if private else server.start(exchange, arrays, config)[0]
     centroids, last = server.lloyd(
-        exchange, arrays, config, start, rounds=p.lloyd_rounds, tolerance=p.tolerance, log=log
+        exchange,
+        arrays,
+        config,
+        start,
+        rounds=p.lloyd_rounds,
+        tolerance=p.tolerance,
+        log=log,
+        progress=progress,
     )
     cost = {"rounds": last["round"] + (not private), "fit_frames": last["frames"]}
     if private:
@@ -147,8 +160,9 @@ def _federated(
 class _pooled:
     """One client that owns everything, for as long as the block lasts: the yardstick, possible in simulation only."""
 
-    def __init__(self, run: Path, ids: Sequence[str], log: Log) -> None:
+    def __init__(self, run: Path, ids: Sequence[str], device: str) -> None:
         self.ids = ["pooled"]
+        self._device = device
         self._sources = [run / "01_partition" / "clients" / client_id for client_id in ids]
         for source in self._sources:
             if not (source / "train.parquet").exists():
@@ -160,7 +174,7 @@ class _pooled:
         for part in ("train", "validation"):
             table = pandas.concat([pandas.read_parquet(source / f"{part}.parquet") for source in self._sources])
             table.sort_values("utterance").to_parquet(folder / f"{part}.parquet", index=False)
-        self._home = ClientHome("pooled", data=folder, labels=folder, state=folder)
+        self._home = ClientHome("pooled", data=folder, labels=folder, state=folder, device=self._device)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -198,7 +212,7 @@ class _Probe:
         self.frames, self.phones = frames, phones
 
 
-def _probe(run: Path, arrays: Arrays, config: dict) -> _Probe | None:
+def _probe(run: Path, arrays: Arrays, config: dict, device: str) -> _Probe | None:
     """Frames of held-out utterances, or of the test split; None where there are neither."""
     table = pandas.DataFrame()
     heldout = run / "01_partition" / "heldout.parquet"
@@ -212,14 +226,16 @@ def _probe(run: Path, arrays: Arrays, config: dict) -> _Probe | None:
         folder = Path(scratch)
         for part, rows in (("train", table), ("validation", table.iloc[:0])):
             rows.to_parquet(folder / f"{part}.parquet", index=False)
-        home = ClientHome("public", data=folder, labels=folder, state=folder)
+        home = ClientHome("public", data=folder, labels=folder, state=folder, device=device)
         everything = {**config, "sample_share": 1.0}
         chosen = reading.within(home, everything, PROBE_FRAMES)
         parts = list(reading.stream(home, arrays, everything, chosen))
     if not parts:
         return None
     lengths = [length for batch, _ in parts for length in batch]
-    return _Probe(torch.cat([frames for _, frames in parts]), _public_phones(run, chosen.utterance.tolist(), lengths))
+    return _Probe(
+        torch.cat([frames.cpu() for _, frames in parts]), _public_phones(run, chosen.utterance.tolist(), lengths)
+    )
 
 
 def _public_phones(run: Path, utterances: list[str], lengths: list[int]) -> np.ndarray | None:
