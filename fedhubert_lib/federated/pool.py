@@ -133,14 +133,14 @@ class PoolGrid(workers.WorkerGrid):
         self._parcels.clear()
         return super().push_messages(messages)
 
-    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str]]:
+    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str | None]]:
         """See the parent."""
         slots = {self._workers[slot].pipe: slot for slot in busy}
         for pipe in wait(list(slots), seconds):
             slot = slots[pipe]
             try:
-                reply = json.loads(pipe.recv_bytes())
-                yield slot, workers.put_together(read(reply["arrays"]), reply["rest"])
+                news = json.loads(pipe.recv_bytes())
+                yield slot, None if news is None else workers.put_together(read(news["arrays"]), news["rest"])
             except (EOFError, OSError):  # OSError: it died between its answer and our reading of it
                 yield slot, _death(self._workers[slot].process)
 
@@ -175,6 +175,7 @@ def work(descriptor: int) -> None:
     grid = InProcessGrid(Path(setup["run"]), setup["clients"], setup["device"])
     while True:
         request = requests.get()
+        pipe.send_bytes(b"null")
         content = workers.put_together(read(request["arrays"]), request["rest"])
         content = workers.answer(grid, request["client"], content)
         arrays, rest = workers.take_apart(content)

@@ -13,24 +13,23 @@ from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from fedhubert_lib.federated import messages
 from fedhubert_lib.federated.inprocess import InProcessGrid
 
 WAIT_SECONDS = 0.5
-"""Longest wait for an answer in one pull, so that the caller can look at its deadline."""
-
-WORKER_DIED = 1
-"""Code of the error in a dead worker's place; the reason says more."""
+"""Longest wait for an answer in one pull; deadlines are seen that late."""
 
 
 class WorkerGrid(InProcessGrid):
     """A Grid over ``count`` workers. An engine says how they are started, stopped, given a message and listened to.
 
     Messages start in the order in which they are pushed. Answers not yet pulled are few, since no message starts while
-    there are twice as many as workers: memory does not grow with the cohort. A new push ends the one before: a client
-    still at work, past its deadline then, is stopped, so that a straggler does not hold its device into the next round.
+    there are twice as many as workers: memory does not grow with the cohort. A client has the message's time to live
+    from when it begins, as if all worked side by side; past it the worker is stopped: a straggler holds no device. A
+    new push ends the one before.
     """
 
     def __init__(self, run: Path, clients: Sequence[str], count: int) -> None:
@@ -38,6 +37,7 @@ class WorkerGrid(InProcessGrid):
         self._clients = {node: client for client, node in self.nodes.items()}
         self._queue: deque[Message] = deque()
         self._busy: dict[int, Message] = {}
+        self._began: dict[int, float] = {}
         self._answers: dict[str, Message] = {}
         self._count = count
         for slot in range(count):
@@ -56,15 +56,14 @@ class WorkerGrid(InProcessGrid):
         """Send the worker of ``slot``, which is idle, a message for ``client``."""
 
     @abstractmethod
-    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str]]:
-        """Wait up to ``seconds`` for the ``busy`` workers: who is ready, and its answer or how it died."""
+    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str | None]]:
+        """Wait up to ``seconds`` for the ``busy`` workers: whose news it is, and its answer, how it died, or None when
+        it begins (a new worker takes seconds to start, which are not its client's)."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages, in place of whatever is left of the last push."""
         for slot in list(self._busy):
-            del self._busy[slot]
-            self.stop(slot)
-            self.start(slot)
+            self._lose(slot)
         self._answers.clear()
         self._waiting.clear()
         identifiers = super().push_messages(messages)
@@ -103,12 +102,28 @@ class WorkerGrid(InProcessGrid):
 
     def _receive(self, seconds: float) -> None:
         for slot, answer in self.collect(sorted(self._busy), seconds):
-            message = self._busy.pop(slot)
+            if answer is None:
+                self._began[slot] = time.monotonic()
+                continue
             if isinstance(answer, str):
-                self.stop(slot)
-                self.start(slot)
-                answer = Error(WORKER_DIED, answer)
+                message, answer = self._lose(slot), Error(ErrorCode.UNKNOWN, answer)
+            else:
+                del self._began[slot]
+                message = self._busy.pop(slot)
             self._answers[message.metadata.message_id] = Message(answer, reply_to=message)
+        for slot, began in list(self._began.items()):
+            limit = self._busy[slot].metadata.ttl
+            if time.monotonic() - began > limit:
+                message = self._lose(slot)
+                error = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"no answer before the deadline of {limit:.1f} s")
+                self._answers[message.metadata.message_id] = Message(error, reply_to=message)
+
+    def _lose(self, slot: int) -> Message:
+        """Replace a worker that is dead, or is not waited for any more; what it worked on."""
+        self.stop(slot)
+        self.start(slot)
+        self._began.pop(slot, None)
+        return self._busy.pop(slot)
 
 
 def answer(grid: InProcessGrid, client: str, content: RecordDict) -> RecordDict:
