@@ -213,7 +213,7 @@ def test_the_whole_chain_and_what_each_change_runs_again(project):
         ("sys.exit(0)", "", "sys.exit"),
         pytest.param(WORK, "runs.finish(stage, {})\nsys.exit(0)", "sys.exit", marks=pytest.mark.slow),
         pytest.param(WORK, "", "without runs.finish", marks=pytest.mark.slow),
-        pytest.param("1 / 0", "", "failed in cell [3]: ZeroDivisionError: division by zero", marks=pytest.mark.slow),
+        pytest.param("1 / 0", "", "failed in cell [4]: ZeroDivisionError: division by zero", marks=pytest.mark.slow),
         pytest.param(
             WORK, 'runs.finish(stage, {"x": float("nan")})', "headline figure x is NaN", marks=pytest.mark.slow
         ),
