@@ -81,7 +81,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], results_only: bool =
         if kind == "parameters":
             keys = [f"{k} {old[kind].get(k)} -> {new[kind].get(k)}" for k in keys]
         if keys:
-            words.append(f"{kind} changed: {', '.join(keys)}")
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            words.append(f"{kind} changed: {', '.join(keys[:5])}{more}")
     if not results_only and old["notebook"] != new["notebook"]:
         words.append("notebook changed")
     return words
