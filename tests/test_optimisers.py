@@ -71,7 +71,7 @@ def test_fedyogi_follows_reddi_et_al():
 def test_fedadams_first_step_is_the_rate():
     """Stock Flower 1.41 corrects with t + 1: 0.74 of the rate."""
     weights, _ = trajectory(pretrain(server="fedadam", server_rate=0.1, server_tau=1e-9), updates(1))
-    for name, weight in weights.items():
+    for weight in weights.values():
         torch.testing.assert_close((weight - 1).abs(), torch.full_like(weight, 0.1))
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from federation import CODEBOOK, TONES, digest, make, pretrain, rows
+from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
 from fedhubert_lib import federated, files, hubert, pretraining
-from fedhubert_lib.federated import checkpoints, client_app, local, rounds
+from fedhubert_lib.federated import checkpoints, client_app, local, rounds, server_app
+from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import ClientHome
 
 
@@ -103,7 +106,7 @@ def test_a_personal_head_never_leaves_its_client(run):
 
 
 def test_scaffolds_variates_cancel_and_come_from_the_gradients(run):
-    """With everybody in every round, equal weights and rate 1, c stays the mean of the c_i (Karimireddy et al. 2020)."""
+    """With everybody in every round, equal weights and rate 1, c stays the mean of the c_i."""
     p = pretrain(server="scaffold", server_rate=1.0, cohort=4, weighting="clients", rounds=2)
     pretraining.run(run, p)
     _, server, _ = checkpoints.read(run / "03_pretrain", 2)
@@ -266,6 +269,43 @@ def test_the_watch_would_see_a_server_that_looks(run):
     finally:
         _opened = None
     assert any("02_kmeans/clients/client-000" in path for path in seen)
+
+
+class Gathering(InProcessGrid):
+    """Its nodes connect one after another, as SuperNodes do; the last one only in the middle of the run."""
+
+    looks = 0
+
+    def get_node_ids(self):
+        self.looks += 1
+        return list(super().get_node_ids())[: min(self.looks - 1, 3 if self.looks < 8 else 4)]
+
+
+def test_the_server_app_does_what_the_notebook_does(run, tones, tmp_path):
+    p = pretrain()
+    expected = digest(weights_of(pretraining.run(run, p)))
+    other = tmp_path / "other"
+    (other / "03_pretrain").mkdir(parents=True)
+    for name in ("01_partition", "02_kmeans"):
+        (other / name).symlink_to(tones / name)
+    (other / "03_pretrain/params.yaml").write_text(yaml.safe_dump(p.model_dump()))
+    context = Context(1, 1, {}, RecordDict(), {"run": str(other), "stage": "pretrain"})
+    server_app.app(InProcessGrid(other, federated.client_ids(other), "cpu"), context)
+    assert digest(weights_of(other / "03_pretrain/checkpoint")) == expected
+
+
+def test_the_server_app_goes_on_without_a_late_client_and_welcomes_it(run):
+    p = pretrain(cohort=4, rounds=4)
+    (run / "03_pretrain").mkdir()
+    (run / "03_pretrain/params.yaml").write_text(yaml.safe_dump(p.model_dump()))
+    context = Context(1, 1, {}, RecordDict(), {"run": str(run), "stage": "pretrain", "wait_seconds": 0.03})
+    server_app.app(Gathering(run, federated.client_ids(run), "cpu"), context)
+    ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
+    absent = {row["round"] for row in ledger if row["kind"] == "failure" and row["reason"] == "not connected"}
+    present = {row["round"] for row in ledger if row["kind"] == "client" and row["client"] == "client-003"}
+    assert absent
+    assert present
+    assert max(absent) <= min(present)
 
 
 def test_panel_and_cohort_are_draws_of_their_own():

@@ -7,7 +7,7 @@ it failed). Nothing else travels.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ Pack = Callable[[Tensor], Array]
 """How a tensor becomes a Flower Array: ``Array`` itself, or ``SharedArray`` where both ends live in one process."""
 
 POLL_SECONDS = 0.05
+IDENTIFY_SECONDS = 120.0
+"""A node's first answer: its process has to import PyTorch."""
 
 
 class SharedArray(Array):
@@ -101,12 +103,18 @@ class GridClients:
     Replies are pulled one by one in sorted order of client id: those that came early wait where the engine keeps them,
     so the server holds one at a time, and sums do not depend on the order of arrival.
 
-    ``nodes`` maps client ids to Flower node ids; ``pack`` is how tensors are handed to the engine.
+    ``nodes`` maps client ids to the Flower nodes that are known; ``pack`` is how tensors are handed to the engine;
+    ``ids`` are all clients, also those that are not connected yet (default: the known ones). A node that comes later
+    is asked who it is before the next message goes out.
     """
 
-    def __init__(self, grid: Grid, nodes: Mapping[str, int], pack: Pack = Array) -> None:
+    def __init__(
+        self, grid: Grid, nodes: Mapping[str, int], pack: Pack = Array, ids: Sequence[str] | None = None
+    ) -> None:
         self._grid, self._nodes, self._pack = grid, dict(nodes), pack
-        self.ids: Sequence[str] = sorted(nodes)
+        self._strangers: set[int] = set()
+        """Nodes that did not say who they are, or are not among ``ids``."""
+        self.ids: Sequence[str] = sorted(nodes if ids is None else ids)
 
     def ask(
         self,
@@ -119,11 +127,11 @@ class GridClients:
     ) -> Iterator[Reply | Failure]:
         """See ``protocol.Clients.ask``. A client that is not connected is a Failure, not an exception."""
         asked = self.ids if clients is None else sorted(clients)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        present = [client for client in asked if client in self._nodes]
+        connected = self._connected()
+        present = [client for client in asked if client in connected]
         record = packed(arrays or {}, self._pack)
         messages = [
-            Message(request(action, record, config or {}), self._nodes[client], MessageType.TRAIN, ttl=timeout)
+            Message(request(action, record, config or {}), connected[client], MessageType.TRAIN, ttl=timeout)
             for client in present
         ]
         identifiers = dict(zip(present, self._grid.push_messages(messages), strict=True))
@@ -131,33 +139,38 @@ class GridClients:
         for client in asked:
             if client not in identifiers:
                 yield Failure(client, "not connected")
+            elif identifiers[client] is None:
+                yield Failure(client, "the engine could not take its message")
             else:
-                yield self._answer(client, identifiers[client], deadline)
+                yield self._answer(client, identifiers[client])
 
-    def _answer(self, client: str, identifier: str, deadline: float | None) -> Reply | Failure:
-        while True:
+    def _connected(self) -> dict[str, int]:
+        """Nodes by client, of those that are there now."""
+        there = set(self._grid.get_node_ids())
+        if unknown := there - set(self._nodes.values()) - self._strangers:
+            found = identify(self._grid, unknown)
+            self._nodes |= {client: node for client, node in found.items() if client in self.ids}
+            self._strangers |= unknown - set(self._nodes.values())
+        return {client: node for client, node in self._nodes.items() if node in there}
+
+    def _answer(self, client: str, identifier: str) -> Reply | Failure:
+        while True:  # ends: past a message's time to live every engine answers with an error
             for message in self._grid.pull_messages([identifier]):
                 return read_reply(client, message)
-            if deadline is not None and time.monotonic() >= deadline:
-                return Failure(client, "no answer before the deadline")
             time.sleep(POLL_SECONDS)
 
 
-def identify(grid: Grid, timeout: float) -> dict[str, int]:
-    """Ask every connected node which client it is: node id by client id. Nodes that do not answer are left out.
+def identify(grid: Grid, nodes: Iterable[int], timeout: float = IDENTIFY_SECONDS) -> dict[str, int]:
+    """Ask ``nodes`` which client each is: node by client. Those that do not answer in time are left out.
 
-    Raises ValueError when two nodes say that they are the same client.
+    Raises ValueError when two say that they are the same client.
     """
-    nodes: dict[str, int] = {}
-    asked = list(grid.get_node_ids())
-    messages = [Message(request("identify", ArrayRecord(), {}), node, MessageType.TRAIN) for node in asked]
-    for message in grid.send_and_receive(messages, timeout=timeout):
+    found: dict[str, int] = {}
+    asked = [Message(request("identify", ArrayRecord(), {}), node, MessageType.TRAIN) for node in sorted(nodes)]
+    for message in grid.send_and_receive(asked, timeout=timeout):
         if message.has_error():
             continue
-        client = message.content["client"]["id"]
-        node = message.metadata.src_node_id
-        if nodes.setdefault(client, node) != node:
-            raise ValueError(
-                f"two connected nodes say that they are {client!r}; give each its own client in node_config"
-            )
-    return nodes
+        client, node = str(message.content["client"]["id"]), message.metadata.src_node_id
+        if found.setdefault(client, node) != node:
+            raise ValueError(f"two connected nodes say that they are {client!r}; give each its own in --node-config")
+    return found

@@ -26,6 +26,8 @@ CONTROL = "control/"
 
 STRETCH = 1 << 22
 """Values of one tensor that are sorted over clients at a time: 16 MiB per client."""
+BLOCK = 1 << 17
+"""Values that are stepped at a time: what several passes touch stays in the cache."""
 
 
 class UpdateError(ValueError):
@@ -155,31 +157,36 @@ def step(p: Federation, weights: Arrays, update: Arrays, state: Arrays, number: 
     fedadagrad: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2. FedAdam corrects both moments' bias by 1 - beta^t
     with t from 1 and starts v at 0, as Adam does: the first step is rate x sign(update) where |update| >> tau.
     """
-    rate, beta1, beta2, tau = p.server_rate, p.server_momentum, p.server_beta2, p.server_tau
+    moments = [moment for moment in ("first", "second") if any(name.startswith(f"{moment}/") for name in state)]
     for name, weight in weights.items():
-        delta = update.pop(name)
-        if p.server in ("fedavg", "trimmed-mean", "median", "scaffold"):
-            weight.add_(delta, alpha=rate)
-            continue
-        first = state[f"first/{name}"]
-        if p.server == "fedavgm":
-            first.mul_(beta1).add_(delta)
-            weight.add_(first, alpha=rate)
-            continue
-        second = state[f"second/{name}"]
-        first.lerp_(delta, 1 - beta1)
-        square = delta.square_()
-        correction1 = correction2 = 1.0
-        if p.server == "fedadam":
-            second.lerp_(square, 1 - beta2)
-            correction1, correction2 = 1 - beta1**number, 1 - beta2**number
-        elif p.server == "fedyogi":
-            second.addcmul_(square, torch.sign(second - square), value=-(1 - beta2))
-        else:
-            second.add_(square)
-        # The square is not needed any more: its memory holds the denominator.
-        denominator = torch.div(second, correction2, out=square).sqrt_().add_(tau)
-        weight.addcdiv_(first, denominator, value=rate / correction1)
+        tensors = [weight, update.pop(name), *(state[f"{moment}/{name}"] for moment in moments)]
+        for parts in zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True):
+            _step_block(p, number, *parts)
+
+
+def _step_block(
+    p: Federation, number: int, weight: Tensor, delta: Tensor, first: Tensor | None = None, second: Tensor | None = None
+) -> None:
+    rate, beta1, beta2 = p.server_rate, p.server_momentum, p.server_beta2
+    if p.server == "fedavgm":
+        weight.add_(first.mul_(beta1).add_(delta), alpha=rate)
+        return
+    if second is None:
+        weight.add_(delta, alpha=rate)
+        return
+    first.lerp_(delta, 1 - beta1)
+    square = delta.square_()
+    correction1 = correction2 = 1.0
+    if p.server == "fedadam":
+        second.lerp_(square, 1 - beta2)
+        correction1, correction2 = 1 - beta1**number, 1 - beta2**number
+    elif p.server == "fedyogi":
+        second.addcmul_(square, torch.sign(second - square), value=-(1 - beta2))
+    else:
+        second.add_(square)
+    # The square is not needed any more: its memory holds the denominator.
+    denominator = torch.div(second, correction2, out=square).sqrt_().add_(p.server_tau)
+    weight.addcdiv_(first, denominator, value=rate / correction1)
 
 
 def step_control(state: Arrays, change: Arrays, share: float) -> None:

@@ -233,11 +233,11 @@ class _Server:
                     self.check_metrics(answer.metrics)
                 except optimisers.UpdateError as error:
                     self.fail(number, answer.client, str(error))
-                else:
-                    if self.p.privacy == "server":  # rounding may have carried it beyond; and who says that it clipped?
-                        privacy.clip(update, self.state["privacy"]["bound"])
-                    yield replace(answer, arrays=update), norm
+                    continue
+                if self.p.privacy == "server":  # rounding may have carried it beyond; and who says that it clipped?
+                    privacy.clip(update, self.state["privacy"]["bound"])
                 collected.server_seconds += time.perf_counter() - began
+                yield replace(answer, arrays=update), norm
 
         replies = sound()
         # Bounded updates need no outlier test, and must have none: whether one client's counted would depend on others.
