@@ -77,7 +77,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], results_only: bool =
     for kind in ("parameters", "inputs", "library"):
         keys = sorted(k for k in old[kind].keys() | new[kind].keys() if old[kind].get(k) != new[kind].get(k))
         if kind == "library" and results_only:
-            keys = [k for k in keys if k.split("/")[0].removesuffix(".py") not in PRESENTATION]
+            keys = [k for k in keys if not _presents(k)]
         if kind == "parameters":
             keys = [f"{k} {old[kind].get(k)} -> {new[kind].get(k)}" for k in keys]
         if keys:
@@ -109,7 +109,8 @@ def library(code: str, path: Path) -> dict[str, str]:
             if key not in found and file.is_file():
                 text = file.read_bytes()
                 found[key] = hashlib.sha256(text).hexdigest()
-                todo += _imports(text.decode(), file)
+                if not _presents(key):  # what pictures import, no result rests on for that
+                    todo += _imports(text.decode(), file)
     return dict(sorted(found.items()))
 
 
@@ -135,6 +136,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{path}: cannot be read ({error}); remove it and run the stage again") from error
+
+
+def _presents(key: str) -> bool:
+    return key.split("/")[0].removesuffix(".py") in PRESENTATION
 
 
 def _listing(place: str) -> str:
