@@ -109,8 +109,9 @@ def library(code: str, path: Path) -> dict[str, str]:
             if key not in found and file.is_file():
                 text = file.read_bytes()
                 found[key] = hashlib.sha256(text).hexdigest()
-                if not _presents(key):  # what pictures import, no result rests on for that
-                    todo += _imports(text.decode(), file)
+                imported = _imports(text.decode(), file)
+                # No result rests on a module because pictures import it.
+                todo += [name for name in imported if _presents(name)] if _presents(key) else imported
     return dict(sorted(found.items()))
 
 
