@@ -42,6 +42,8 @@ class Run:
     @property
     def state(self) -> str:
         """``done``, or what became of the last stage that was begun."""
+        if "unreadable" in self.facts:
+            return self.facts["unreadable"]
         begun = [(stage, self.facts["stages"][stage]) for stage in params.SECTIONS if stage in self.facts["stages"]]
         if not begun:
             return "nothing run"
@@ -75,15 +77,13 @@ class Run:
 
 
 def read(outputs: Path) -> list[Run]:
-    """The runs in ``outputs``, the latest first. Raises RunError when the record of one cannot be read."""
+    """The runs in ``outputs``, the latest first. One whose record cannot be read is there, and says so."""
     found = []
     for path in outputs.glob("*/run.json"):
-        facts = runs.read_json(path)
-        values = {}
-        for stage, folder in params.FOLDERS.items():
-            file = path.parent / folder / "params.yaml"
-            if file.exists():
-                values |= {f"{stage}.{name}": value for name, value in yaml.safe_load(file.read_text()).items()}
+        try:
+            facts, values = runs.read_json(path), _parameters(path.parent)
+        except (runs.RunError, yaml.YAMLError) as error:
+            facts, values = {"unreadable": str(error)}, {}
         found.append(Run(path.parent, {"stages": {}} | facts, values))
     return sorted(found, key=lambda run: (run.started, run.name), reverse=True)
 
@@ -178,6 +178,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _parameters(run: Path) -> dict[str, Any]:
+    values = {}
+    for stage, folder in params.FOLDERS.items():
+        file = run / folder / "params.yaml"
+        if file.exists():
+            values |= {f"{stage}.{name}": value for name, value in yaml.safe_load(file.read_text()).items()}
+    return values
 
 
 def _headlines(found: Sequence[Run]) -> list[tuple[str, list[Any]]]:

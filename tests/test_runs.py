@@ -201,6 +201,18 @@ def test_runs_side_by_side(outputs):
     assert "://" not in page and "<script" not in page, "it opens offline"
 
 
+def test_a_run_with_a_broken_record_hides_no_other(outputs):
+    do("corpus")
+    (outputs / "broken").mkdir()
+    (outputs / "broken/run.json").write_text("{")
+    (outputs / "broken too/00_corpus").mkdir(parents=True)
+    (outputs / "broken too/run.json").write_text("{}")
+    (outputs / "broken too/00_corpus/params.yaml").write_text("a: [")
+    listed = index.listing(outputs)
+    assert "broken/run.json: cannot be read" in listed and "00_corpus done" in listed
+    assert "broken too" in index.write(outputs).read_text()
+
+
 def test_no_runs_yet(outputs):
     assert "no runs" in index.listing(outputs)
     assert index.results(outputs / "toy") == ""
