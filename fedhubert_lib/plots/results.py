@@ -54,7 +54,7 @@ def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="share of the teacher's", xlim=(0, max(1.1, 1.12 * max(shares))))
-    axes.set_title("What the student kept (blue), at what cost (red)")
+    axes.set_title("Student against teacher: quality (blue), cost (red)")
     return figure
 
 
@@ -78,7 +78,7 @@ def layers(table: pd.DataFrame, label: str, baselines: Mapping[str, float] | Non
 
     ``baselines`` are drawn as dotted horizontal lines.
     """
-    figure, [axes] = style.panels(width=6.5)
+    figure, [axes] = style.panels(width=8)
     for name, marker in zip(table.columns, "osD^vPX*" * len(table.columns), strict=False):
         own = table[name].dropna()
         axes.plot(own.index, own, marker=marker, markersize=4, label=name)
@@ -86,5 +86,5 @@ def layers(table: pd.DataFrame, label: str, baselines: Mapping[str, float] | Non
         axes.axhline(value, color=colour, linestyle=":", label=name)
     axes.set(xlabel="layer (0: input of the transformer)", ylabel=label, title="Layer by layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return figure
