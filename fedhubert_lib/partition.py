@@ -21,6 +21,7 @@ Held-out speakers are taken out first and given to nobody; the corpus's test sub
 """
 
 import heapq
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 
 from fedhubert_lib import files, params, seeds
 from fedhubert_lib.audio import SAMPLE_RATE
+from fedhubert_lib.corpora import scan
 
 HOUR = 3600 * SAMPLE_RATE
 
@@ -279,3 +281,36 @@ def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:
     if p.validation_share > 0:
         wanted = np.maximum(wanted, 1)
     return rank < np.minimum(wanted, count - 1)[client]
+
+
+def export_client(run: Path, client: str, destination: Path, at: Path | None = None) -> Path:
+    """Copy what ``client`` owns, its audio and its lists, and nothing of the others, to the new folder ``destination``.
+
+    It is laid out as a run, so that it is what a SuperNode names as its ``run`` folder: ``audio/`` and
+    ``01_partition/clients/CLIENT/``. The lists point into ``destination``, or into ``at`` when that is where the folder
+    will lie on the client's machine. Every copy is checked against the fingerprint in the manifest. Raises
+    PartitionError when there is no such client, the folder already exists, or a file has changed since it was scanned.
+    """
+    source = run / "01_partition" / "clients" / client
+    if not source.is_dir():
+        others = sorted(path.name for path in source.parent.glob("*"))
+        there = f"it has {others[0]} to {others[-1]}" if others else "run 01_partition first"
+        raise PartitionError(f"{run} has no client {client}; {there}")
+    if destination.exists():
+        raise PartitionError(f"{destination} already exists; remove it, or export to a new folder")
+    with files.atomic(destination) as folder:
+        copy = folder / "01_partition" / "clients" / client
+        copy.mkdir(parents=True)
+        (folder / "audio").mkdir()
+        for part in ("train", "validation"):
+            table = pd.read_parquet(source / f"{part}.parquet")
+            names = [f"{row.utterance}{Path(row.path).suffix}" for row in table.itertuples()]
+            for name, row in zip(names, table.itertuples(), strict=True):
+                shutil.copyfile(row.path, folder / "audio" / name)
+                if scan.header(str(folder / "audio" / name)).fingerprint != row.fingerprint:
+                    raise PartitionError(f"{row.path}: not the audio that was scanned; run 00_corpus again")
+            home = (at or destination).absolute() / "audio"
+            table.assign(path=[str(home / name) for name in names]).to_parquet(copy / f"{part}.parquet", index=False)
+        if (source / "phones.parquet").exists():
+            shutil.copyfile(source / "phones.parquet", copy / "phones.parquet")
+    return destination

@@ -6,8 +6,10 @@ import manifests
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 
 from fedhubert_lib import params, partition
+from fedhubert_lib.corpora import librispeech, scan
 
 SCHEMES = ["speakers", "speaker", "sex", "chapter", "subset", "dirichlet", "quantity", "iid"]
 
@@ -156,3 +158,50 @@ def test_validation_always_leaves_something_to_train_on():
 def test_names_sort_as_numbers():
     names = partition.client_names(2338)
     assert names == sorted(names) and names[7] == "client-0007" and partition.client_names(3)[2] == "client-002"
+
+
+@pytest.fixture
+def spoken(tmp_path: Path) -> Path:
+    """A run over eight real files, two clients."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        path = tmp_path / "corpus" / f"{i}.flac"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, rng.normal(0, 0.1, 16_000), 16_000, subtype="PCM_16")
+        header = scan.header(str(path))
+        rows.append((f"{i % 4}-1-{i}", str(path), str(i % 4), "1", "mine", "F", 16_000, 16_000, "", header.fingerprint))
+    (tmp_path / "run" / "00_corpus").mkdir(parents=True)
+    manifest = pd.DataFrame(rows, columns=librispeech.COLUMNS).assign(split="train")
+    manifest.to_parquet(tmp_path / "run" / "00_corpus" / "manifest.parquet")
+    partition.assign(tmp_path / "run", params.Partition(clients=2, heldout_speakers=0, minimum_minutes=0))
+    return tmp_path / "run"
+
+
+def test_an_exported_client_holds_its_own_audio_and_nothing_else(spoken, tmp_path):
+    partition.export_client(spoken, "client-001", tmp_path / "node")
+    lists = [pd.read_parquet(path) for path in (tmp_path / "node").rglob("*.parquet")]
+    held = pd.concat(lists)
+    own = pd.concat(pd.read_parquet(p) for p in (spoken / "01_partition" / "clients" / "client-001").glob("*.parquet"))
+    assert sorted(held.utterance) == sorted(own.utterance) and 0 < len(held) < 8
+    assert sorted(p.name for p in (tmp_path / "node" / "audio").iterdir()) == sorted(held.utterance + ".flac")
+    for row in held.itertuples():
+        assert Path(row.path).is_relative_to(tmp_path / "node")
+        assert scan.header(row.path).fingerprint == row.fingerprint
+    assert {p.name for p in (tmp_path / "node" / "01_partition" / "clients").iterdir()} == {"client-001"}
+    partition.export_client(spoken, "client-000", tmp_path / "other", at=Path("/data/speech"))
+    paths = pd.read_parquet(tmp_path / "other" / "01_partition" / "clients" / "client-000" / "train.parquet").path
+    assert paths.str.startswith("/data/speech/audio/").all()
+
+
+def test_an_export_is_whole_or_absent(spoken, tmp_path):
+    with pytest.raises(partition.PartitionError, match="no client client-002; it has client-000 to client-001"):
+        partition.export_client(spoken, "client-002", tmp_path / "node")
+    own = pd.read_parquet(spoken / "01_partition" / "clients" / "client-001" / "train.parquet")
+    soundfile.write(own.path[0], np.zeros(16_000), 16_000, subtype="PCM_16")
+    with pytest.raises(partition.PartitionError, match="not the audio that was scanned"):
+        partition.export_client(spoken, "client-001", tmp_path / "node")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "run"]
+    (tmp_path / "node").mkdir()
+    with pytest.raises(partition.PartitionError, match="already exists"):
+        partition.export_client(spoken, "client-000", tmp_path / "node")

@@ -22,7 +22,9 @@ import ctypes
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -140,8 +142,8 @@ def phones(events: list[tuple[int, str]], total: int) -> list[list]:
     return spans
 
 
-def speak(speaker: dict) -> dict:
-    """Synthesise one speaker; runs in a process of its own. Returns its folder, files and seconds of audio."""
+def speak(speaker: dict) -> None:
+    """Synthesise one speaker; runs in a process of its own."""
     folder = Path(speaker["folder"])
     voice_file = Path(speaker["notes"] + ".txt")
     voice_file.write_text(speaker["voice"])
@@ -199,10 +201,21 @@ def _clip(waveform: np.ndarray, spans: list[list], samples: int) -> tuple[np.nda
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    # Forking is safe here: this process has no threads and has not loaded eSpeak NG.
-    with multiprocessing.get_context("fork").Pool(job["workers"], maxtasksperchild=1) as pool:
-        for done in pool.imap_unordered(speak, job["speakers"], chunksize=1):
-            print(json.dumps(done), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving so ends the daemon processes, too
+    context = multiprocessing.get_context("fork")  # safe: this process has no threads and has not loaded eSpeak NG
+    waiting, running = job["speakers"][::-1], {}
+    while waiting or running:
+        while waiting and len(running) < job["workers"]:
+            speaker = waiting.pop()
+            process = context.Process(target=speak, args=(speaker,), daemon=True)
+            process.start()
+            running[process.sentinel] = process, speaker["notes"]
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            process, notes = running.pop(sentinel)
+            process.join()
+            if process.exitcode != 0:
+                sys.exit(f"the process of speaker {notes} ended with exit status {process.exitcode}")
+            print(json.dumps({"done": notes}), flush=True)
 
 
 if __name__ == "__main__":

@@ -124,17 +124,28 @@ def decoded(path: str, found: Header) -> Header:
 
 
 def walk(root: Path) -> list[tuple[str, int, int]]:
-    """(path, size, modification time in ns) of every audio file below ``root``, in no particular order."""
+    """(path, size, modification time in ns) of every audio file below ``root``, in no particular order.
+
+    Links are followed, but for those to a folder they are in. One that leads nowhere is listed with size -1.
+    """
     found, folders = [], [str(root)]
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        folder = folders.pop()
+        with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith(SUFFIXES):
-                    status = entry.stat()
-                    found.append((entry.path, status.st_size, status.st_mtime_ns))
-                elif entry.is_dir(follow_symlinks=False):
+                    try:
+                        status = entry.stat()
+                        found.append((entry.path, status.st_size, status.st_mtime_ns))
+                    except FileNotFoundError:
+                        found.append((entry.path, -1, 0))
+                elif entry.is_dir() and not (entry.is_symlink() and _contains(entry.path, folder)):
                     folders.append(entry.path)
     return found
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return f"{os.path.realpath(inner)}/".startswith(f"{os.path.realpath(outer)}/")
 
 
 def scan(

@@ -212,9 +212,14 @@ def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress |
     ]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            for done, _ in enumerate(process.stdout, start=1):
-                if on_progress:
-                    on_progress("synthesise", done, len(speakers))
+            try:
+                for done, _ in enumerate(process.stdout, start=1):
+                    if on_progress:
+                        on_progress("synthesise", done, len(speakers))
+            except BaseException:  # an interrupt, too: it must not go on writing into a folder that is removed
+                process.terminate()
+                process.wait()
+                raise
         errors.seek(0)
         said = errors.read().strip()
     if process.returncode != 0:

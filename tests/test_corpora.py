@@ -1,0 +1,385 @@
+"""Scanning, reading and preparing corpora: what is accepted is whole, and what is not is named."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from fedhubert_lib import corpora, params
+from fedhubert_lib.corpora import alignments, flac, librispeech, scan
+
+RNG = np.random.default_rng(0)
+
+
+def write(path: Path, samples: int = 16_000, rate: int = 16_000, channels: int = 1, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (samples, channels) if channels > 1 else samples
+    soundfile.write(path, RNG.normal(0, 0.1, shape), rate, **options)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- one file
+
+
+def test_header_tells_what_soundfile_tells(tmp_path):
+    for samples in (400, 4096, 4097, 33_000, 560_000):
+        path = write(tmp_path / f"{samples}.flac", samples)
+        found = scan.header(str(path))
+        assert (found.samples, found.sample_rate, found.channels, found.reason) == (samples, 16_000, 1, "")
+        decoded = soundfile.read(path, dtype="int16")[0]
+        assert found.fingerprint == hashlib.md5(decoded.tobytes(), usedforsecurity=False).hexdigest()
+    for subtype in ("PCM_16", "PCM_24", "FLOAT"):
+        assert scan.header(str(write(tmp_path / "a.wav", 1_234, subtype=subtype)))[:3] == (1_234, 16_000, 1)
+
+
+def test_fingerprint_is_of_the_audio(tmp_path):
+    samples = RNG.normal(0, 0.1, 9_000)
+    for name, level in (("a.flac", 0.0), ("b.flac", 1.0)):
+        soundfile.write(tmp_path / name, samples, 16_000, compression_level=level)
+    first, second = (scan.header(str(tmp_path / name)) for name in ("a.flac", "b.flac"))
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != scan.header(str(write(tmp_path / "c.flac", 9_000))).fingerprint
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 500, 5_000, 20_000])
+def test_a_truncated_flac_is_found_by_its_end(cut, tmp_path):
+    content = write(tmp_path / "a.flac", 40_000).read_bytes()
+    (tmp_path / "a.flac").write_bytes(content[:-cut])
+    assert "truncated" in scan.header(str(tmp_path / "a.flac")).reason
+    (tmp_path / "a.flac").write_bytes(content)
+    assert not scan.header(str(tmp_path / "a.flac")).reason
+
+
+def test_a_flipped_bit_in_the_last_frame_is_found(tmp_path):
+    content = bytearray(write(tmp_path / "a.flac", 40_000).read_bytes())
+    content[-700] ^= 4
+    (tmp_path / "a.flac").write_bytes(content)
+    assert "damaged" in scan.header(str(tmp_path / "a.flac")).reason
+
+
+def test_crc16_is_that_of_a_loop():
+    def slow(data: bytes) -> int:
+        crc = 0
+        for byte in data:
+            crc ^= byte << 8
+            for _ in range(8):
+                crc = (crc << 1 ^ 0x8005 if crc & 0x8000 else crc << 1) & 0xFFFF
+        return crc
+
+    for size in (0, 1, 2, 1_000, 20_000):
+        data = RNG.bytes(size)
+        assert flac.crc16(data) == slow(data)
+
+
+def nan_wav(path: Path) -> None:
+    samples = RNG.normal(0, 0.1, 8_000).astype("float32")
+    samples[77] = np.nan
+    soundfile.write(path, samples, 16_000, subtype="FLOAT")
+
+
+BROKEN = {
+    "empty.flac": (lambda path: path.write_bytes(b""), "empty file"),
+    "8k.wav": (lambda path: write(path, rate=8_000), "8000 Hz, not 16000 Hz"),
+    "44k.flac": (lambda path: write(path, rate=44_100), "44100 Hz"),
+    "stereo.wav": (lambda path: write(path, channels=2), "2 channels, not mono"),
+    "stereo.flac": (lambda path: write(path, channels=2), "2 channels, not mono"),
+    "20ms.wav": (lambda path: write(path, 320), "shorter than one frame"),
+    "20ms.flac": (lambda path: write(path, 320), "shorter than one frame"),
+    "nan.wav": (nan_wav, "NaN or infinite"),
+    "text.flac": (lambda path: path.write_text("<html>404</html>"), "neither FLAC nor WAV"),
+    "head.flac": (lambda path: path.write_bytes(write(path).read_bytes()[:30]), "no whole FLAC header"),
+    "half.wav": (lambda path: path.write_bytes(write(path).read_bytes()[:9_000]), "truncated: 8956 of 32000 bytes"),
+    "head.wav": (lambda path: path.write_bytes(write(path).read_bytes()[:20]), "truncated: no audio"),
+    "dangling.flac": (lambda path: path.symlink_to("nowhere"), "cannot be read: No such file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_used_is_named(name, tmp_path):
+    make, reason = BROKEN[name]
+    make(tmp_path / name)
+    assert reason in scan.header(str(tmp_path / name)).reason
+
+
+def test_random_bytes_never_raise(tmp_path):
+    whole = {end: write(tmp_path / f"a{end}", 3_000).read_bytes() for end in (".flac", ".wav")}
+    for end, content in whole.items():
+        for _ in range(200):
+            broken = bytearray(content[: RNG.integers(1, len(content))])
+            for place in RNG.integers(0, min(60, len(broken)), 3):
+                broken[place] = RNG.integers(256)
+            (tmp_path / f"b{end}").write_bytes(broken)
+            scan.header(str(tmp_path / f"b{end}"))
+    riff = b"RIFF\0\0\0\0WAVEdata" + struct.pack("<I", 0xFFFFFFFF)
+    (tmp_path / "c.wav").write_bytes(riff)
+    assert scan.header(str(tmp_path / "c.wav")).reason
+
+
+def test_decoding_finds_damage_in_the_middle(tmp_path):
+    path = write(tmp_path / "a.flac", 80_000)
+    assert not scan.scan([tmp_path], decode=True).reason[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    assert not scan.scan([tmp_path]).reason[0]
+    assert scan.scan([tmp_path], decode=True).reason[0]
+
+
+# -------------------------------------------------------------------------------------------------- many files
+
+
+def test_a_second_scan_opens_only_what_has_changed(tmp_path, monkeypatch):
+    for i in range(6):
+        write(tmp_path / "tree" / str(i % 2) / f"{i}.flac", 1_000 + i)
+    cache = tmp_path / "scan.parquet"
+    first = scan.scan([tmp_path / "tree"], cache)
+    opened = []
+    header = scan.header
+    monkeypatch.setattr(scan, "header", lambda path: opened.append(Path(path).name) or header(path))
+    pd.testing.assert_frame_equal(scan.scan([tmp_path / "tree"], cache), first)
+    assert not opened
+    write(tmp_path / "tree" / "0" / "2.flac", 2_000)
+    write(tmp_path / "tree" / "1" / "7.flac", 1_007)
+    (tmp_path / "tree" / "0" / "0.flac").unlink()
+    changed = scan.scan([tmp_path / "tree"], cache)
+    assert sorted(opened) == ["2.flac", "7.flac"]
+    assert {Path(p).name: n for p, n in zip(changed.path, changed.samples, strict=True)} == {
+        "1.flac": 1_001, "2.flac": 2_000, "3.flac": 1_003, "4.flac": 1_004, "5.flac": 1_005, "7.flac": 1_007,
+    }  # fmt: skip
+    opened.clear()
+    scan.scan([tmp_path / "tree"], cache, decode=True)
+    assert len(opened) == 6, "headers alone are no decode check"
+    opened.clear()
+    assert scan.scan([tmp_path / "tree"], cache, decode=True).decoded.all() and not opened
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    write(tmp_path / "elsewhere" / "a.flac", 1_000)
+    (tmp_path / "tree" / "inner").mkdir(parents=True)
+    (tmp_path / "tree" / "inner" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tree" / "inner" / "loop").symlink_to(tmp_path / "tree")
+    found = scan.scan([tmp_path / "tree"])
+    assert found.path.tolist() == [str(tmp_path / "tree" / "inner" / "link" / "a.flac")] and not found.reason[0]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A LibriSpeech folder of two subsets with one broken file of each kind among good ones."""
+    root = tmp_path / "LibriSpeech"
+    for subset, speaker in (("train-clean-5", "19"), ("train-clean-5", "26"), ("dev-clean-2", "84")):
+        chapter = root / subset / speaker / "7"
+        for i in range(3):
+            write(chapter / f"{speaker}-7-{i:04d}.flac", 8_000)
+        lines = [f"{speaker}-7-{i:04d} WORDS OF {i}\n" for i in range(3)]
+        (chapter / f"{speaker}-7.trans.txt").write_text("".join(lines[:2]))
+    (root / "SPEAKERS.TXT").write_text(
+        "; comment\n19 | F | train-clean-5 | 1 | A | B\n26 | M | train-clean-5 | 1 | C\n"
+    )
+    return root
+
+
+def prepare(run: Path, root: Path, **changes: object) -> dict[str, pd.DataFrame]:
+    p = params.Corpus(
+        kind="librispeech", root=str(root), train_subsets=["train-clean-5"], test_subsets=["dev-clean-2"],
+        keywords="speech-commands", keywords_root=str(keyword_tree(run.parent / "keywords")), **changes,
+    )  # fmt: skip
+    corpora.prepare(run, p)
+    names = ("manifest", "excluded", "keywords", "phones")
+    return {name: pd.read_parquet(run / "00_corpus" / f"{name}.parquet") for name in names}
+
+
+def keyword_tree(root: Path) -> Path:
+    for word in ("yes", "no"):
+        for voice in ("0a", "0b", "0c"):
+            write(root / word / f"{voice}_nohash_0.wav")
+    write(root / "_background_noise_" / "noise.wav", 64_000)
+    (root / "validation_list.txt").write_text("yes/0b_nohash_0.wav\nno/0b_nohash_0.wav\n")
+    (root / "testing_list.txt").write_text("yes/0c_nohash_0.wav\nno/0c_nohash_0.wav\n")
+    return root
+
+
+def test_a_folder_becomes_a_manifest(tree, tmp_path):
+    found = prepare(tmp_path / "run", tree)
+    manifest = found["manifest"]
+    assert manifest.utterance.tolist() == [f"{s}-7-{i:04d}" for s in (19, 26, 84) for i in range(3)]
+    assert manifest.columns.tolist() == [*librispeech.COLUMNS, "split"]
+    assert manifest.sex.tolist() == ["F"] * 3 + ["M"] * 3 + [""] * 3
+    assert manifest.split.tolist() == ["train"] * 6 + ["test"] * 3
+    assert manifest.text[0] == "WORDS OF 0" and pd.isna(manifest.text[2])
+    assert all(Path(path).is_absolute() for path in manifest.path)
+    assert found["excluded"].empty and len(found["keywords"]) == 6
+    assert found["keywords"].groupby("split").speaker.unique().str[0].to_dict() == {
+        "test": "0c", "train": "0a", "validation": "0b",
+    }  # fmt: skip
+    again = prepare(tmp_path / "again", tree.parent)
+    assert again["manifest"].equals(manifest), "the folder above LibriSpeech will do as well"
+
+
+def test_broken_files_are_left_out_by_name_and_counted(tree, tmp_path):
+    chapter = tree / "train-clean-5" / "19" / "7"
+    for i, (make, _) in enumerate(BROKEN.values()):
+        make(chapter / f"19-7-1{i:03d}{'.wav' if 'wav' in list(BROKEN)[i] else '.flac'}")
+    write(chapter / "20-7-0000.flac")
+    write(tree / "train-clean-5" / "19-7-9999.flac")
+    copy = chapter / "19-7-0003.flac"
+    copy.write_bytes((chapter / "19-7-0000.flac").read_bytes())
+    found = prepare(tmp_path / "run", tree)
+    assert len(found["manifest"]) == 9
+    reasons = found["excluded"].reason
+    for _, reason in BROKEN.values():
+        assert reasons.str.contains(reason, regex=False).any(), reason
+    assert reasons.str.startswith("not SUBSET/SPEAKER/CHAPTER").sum() == 2
+    assert found["excluded"].set_index("path").reason[str(copy)] == "same audio as another"
+    assert len(reasons) == len(BROKEN) + 3
+
+
+def test_an_utterance_in_two_subsets_counts_once(tree, tmp_path):
+    twin = tree / "train-clean-100" / "19" / "7" / "19-7-0000.flac"
+    twin.parent.mkdir(parents=True)
+    twin.write_bytes((tree / "train-clean-5" / "19" / "7" / "19-7-0000.flac").read_bytes())
+    subsets = ["train-clean-5", "train-clean-100"]
+    manifest, excluded = librispeech.utterances(tree, subsets, scan.scan([tree / subset for subset in subsets]))
+    assert manifest.utterance.is_unique and (manifest.subset == "train-clean-5").all()
+    assert excluded.reason.tolist() == ["utterance is in an earlier subset"]
+
+
+def test_missing_and_empty_folders_are_named(tree, tmp_path):
+    with pytest.raises(corpora.CorpusError, match="there is no folder .*nowhere"):
+        prepare(tmp_path / "run", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(corpora.CorpusError, match="has no subset train-clean-5; it has no folder at all"):
+        prepare(tmp_path / "run", tmp_path / "empty")
+    with pytest.raises(corpora.CorpusError, match="has no subset .*; it has dev-clean-2, train-clean-5"):
+        librispeech.home(tree, ["train-clean-100"])
+    for path in (tree / "train-clean-5").rglob("*.flac"):
+        path.write_bytes(b"")
+    with pytest.raises(corpora.CorpusError, match="no usable utterance to train on; 6 x empty file"):
+        prepare(tmp_path / "run", tree)
+    assert not (tmp_path / "run" / "00_corpus" / "manifest.parquet").exists()
+    with pytest.raises(corpora.CorpusError, match="holds no Speech Commands folder"):
+        corpora.speech_commands.home(tmp_path / "empty")
+
+
+def test_a_speaker_in_training_and_test_is_refused(tree, tmp_path):
+    write(tree / "dev-clean-2" / "26" / "8" / "26-8-0000.flac")
+    with pytest.raises(corpora.CorpusError, match=r"\['26'\] are in a training and in a test subset"):
+        prepare(tmp_path / "run", tree)
+
+
+def test_a_full_disk_leaves_the_old_manifest(tree, tmp_path, monkeypatch):
+    first = prepare(tmp_path / "run", tree)["manifest"]
+    write(tree / "train-clean-5" / "19" / "7" / "19-7-0009.flac")
+
+    def full(self: pd.DataFrame, path: Path, **options: object) -> None:
+        Path(path).write_bytes(b"PAR1")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(tmp_path / "run", tree)
+    assert pd.read_parquet(tmp_path / "run" / "00_corpus" / "manifest.parquet").equals(first)
+    assert not [p for p in (tmp_path / "run" / "00_corpus").iterdir() if "partial" in p.name]
+
+
+# -------------------------------------------------------------------------------------------------- alignments
+
+
+def textgrid(seconds: float, phones: list[tuple[float, float, str]], promised: int | None = None) -> str:
+    def tier(name: str, spans: list[tuple[float, float, str]], number: int) -> str:
+        rows = [
+            f'intervals [{i}]:\n    xmin = {a} \n    xmax = {b} \n    text = "{t}" \n'
+            for i, (a, b, t) in enumerate(spans)
+        ]
+        size = promised if promised is not None and name == "phones" else len(spans)
+        return (
+            f'    item [{number}]:\n        class = "IntervalTier" \n        name = "{name}" \n        xmin = 0 \n'
+            f"        xmax = {seconds} \n        intervals: size = {size} \n" + "".join(rows)
+        )
+
+    head = f'File type = "ooTextFile"\nObject class = "TextGrid"\n\nxmin = 0 \nxmax = {seconds} \ntiers? <exists> \n'
+    return head + "size = 2 \nitem []: \n" + tier("words", [(0.0, seconds, "hi")], 1) + tier("phones", phones, 2)
+
+
+MANIFEST = pd.DataFrame({"utterance": ["1-2-0000", "1-2-0001"], "samples": [16_000, 8_000]})
+
+
+def test_textgrids_are_read_and_folded(tmp_path):
+    folder = tmp_path / "train" / "1" / "2"
+    folder.mkdir(parents=True)
+    spans = [(0.0, 0.2, "sil"), (0.2, 0.55, "HH"), (0.55, 0.9, "AY1"), (0.9, 1.0, "")]
+    (folder / "1-2-0000.TextGrid").write_text(textgrid(1.0, spans))
+    (folder / "9-9-0000.TextGrid").write_text("of another subset: not read")
+    phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert refused.empty
+    assert phones.values.tolist() == [
+        ["1-2-0000", 0, 3_200, "sil"], ["1-2-0000", 3_200, 8_800, "HH"],
+        ["1-2-0000", 8_800, 14_400, "AY"], ["1-2-0000", 14_400, 16_000, "sil"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (textgrid(0.9, [(0.0, 0.9, "AA")]), "is 0.900 s long, the audio 1.000 s"),
+        (textgrid(1.0, [(0.0, 0.6, "AA"), (0.5, 1.0, "B")]), "B from 0.5 to 1.0 s overlaps"),
+        (textgrid(1.0, [(0.0, 1.5, "AA")]), "leaves the audio"),
+        (textgrid(1.0, [(0.6, 0.5, "AA")]), "AA from 0.6 to 0.5"),
+        (textgrid(1.0, [(0.0, 1.0, "AA")], promised=3), "truncated, 1 intervals"),
+        (textgrid(1.0, []), "has no phone"),
+        ("nonsense", "no TextGrid with one tier named phones"),
+    ],
+)
+def test_a_textgrid_that_does_not_fit_is_left_out(content, reason, tmp_path):
+    (tmp_path / "1-2-0000.TextGrid").write_text(content)
+    (tmp_path / "1-2-0001.TextGrid").write_text(textgrid(0.5, [(0.0, 0.5, "AA0")]))
+    phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert phones.utterance.unique().tolist() == ["1-2-0001"]
+    assert len(refused) == 1 and reason in refused.reason[0] and "1-2-0000" in refused.reason[0]
+
+
+def test_json_alignments(tmp_path):
+    path = tmp_path / "a.json"
+    table = {
+        "1-2-0000": [1.01, [[0.0, 0.5, "SIL"], [0.5, 0.51, "AH"]], -1.0],
+        "1-2-0001": [0.5, [[0.0, "x", "SIL"]]],
+        "3-4-0000": [1.0, []],
+    }
+    path.write_text(json.dumps(table))
+    phones, refused = alignments.read(path, MANIFEST)
+    assert phones.values.tolist() == [["1-2-0000", 0, 8_000, "sil"], ["1-2-0000", 8_000, 16_000, "AH"]]
+    assert "1-2-0001" in refused.reason[0]
+    for content, message in (("{", "is not JSON"), ("[]", "no table"), ("{}", "no alignment of any")):
+        path.write_text(content)
+        with pytest.raises(corpora.CorpusError, match=message):
+            alignments.read(path, MANIFEST)
+    with pytest.raises(corpora.CorpusError, match="no file or folder"):
+        alignments.read(tmp_path / "missing", MANIFEST)
+
+
+# -------------------------------------------------------------------------------------------------- real speech
+
+
+def test_real_speech(real_speech, tmp_path):
+    root = real_speech / "librispeech_mini"
+    p = params.Corpus(
+        kind="librispeech", root=str(root), test_subsets=["test-other"], decode_check=False,
+        alignments=str(root / "phone_alignments_pocketsphinx.json"), keywords="speech-commands",
+        keywords_root=str(real_speech / "speech_commands_v002_excerpt"),
+    )  # fmt: skip
+    corpora.prepare(tmp_path, p)
+    folder = tmp_path / "00_corpus"
+    manifest, keywords = (pd.read_parquet(folder / f"{name}.parquet") for name in ("manifest", "keywords"))
+    assert manifest.groupby("split").speaker.nunique().to_dict() == {"test": 5, "train": 22}
+    assert len(manifest) == 415 and manifest.text.notna().all() and manifest.sex.isin(["F", "M"]).all()
+    for row in manifest.sample(20, random_state=0).itertuples():
+        with Path(row.path).open("rb") as file:
+            assert soundfile.info(file).frames == row.samples
+    assert keywords.groupby("split").size().to_dict() == {"test": 39, "train": 280, "validation": 31}
+    phones = pd.read_parquet(folder / "phones.parquet")
+    assert phones.utterance.nunique() == 224 and phones.phone.nunique() == 40
+    assert len(pd.read_parquet(folder / "excluded.parquet")) == 0
