@@ -199,8 +199,10 @@ def _of(run: Run, stage: str) -> dict[str, Any]:
 
 
 def _hardware(run: Run) -> str:
-    has = run.facts.get("hardware") or {}
-    return ", ".join(f"{name} {_text(value)}" for name, value in has.items() if value)
+    has = run.facts.get("hardware")
+    if has is None:
+        return "-"
+    return ", ".join([has["machine"], f"{has['cores']} cores", f"{has['memory_bytes'] / 2**30:.1f} GiB", *has["gpus"]])
 
 
 def _rows(rows: Sequence[tuple[str, Sequence[Any]]]) -> list[str]:
