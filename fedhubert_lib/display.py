@@ -77,7 +77,7 @@ def sounds(clips: Mapping[str, torch.Tensor]) -> HTML:
 
 
 class Progress:
-    """A line of text per task, ``task: done of total``, in one output. Give it to a stage as ``on_progress``."""
+    """A line of text per task in one output. Give it to a stage as ``on_progress``, or its ``row`` as ``on_row``."""
 
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
@@ -86,8 +86,17 @@ class Progress:
 
     def __call__(self, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of ``task`` are done."""
-        self._lines[task] = f"{task}: {done:,} of {total:,}"
-        if time.monotonic() < self._next and done < total:
+        self._show(task, f"{done:,} of {total:,}", done == total)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """The latest row of each kind, and of each codebook, that a stage writes to metrics.jsonl."""
+        task = " ".join(str(row[name]) for name in ("codebook", "kind") if name in row)
+        figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "time"}
+        self._show(task, ", ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[:5]), True)
+
+    def _show(self, task: str, line: str, now: bool) -> None:
+        self._lines[task] = f"{task}: {line}"
+        if time.monotonic() < self._next and not now:
             return
         self._next = time.monotonic() + 0.5
         text = HTML(f"<pre>{escape(chr(10).join(self._lines.values()))}</pre>")

@@ -18,7 +18,7 @@ from fedhubert_lib.corpora import alignments, archives, librispeech, scan, speec
 from fedhubert_lib.corpora.librispeech import CorpusError
 from fedhubert_lib.corpora.synthetic import Progress
 
-PHONE_COLUMNS = ["utterance", "start_sample", "end_sample", "phone"]
+PHONE_COLUMNS = {"utterance": "str", "start_sample": "int64", "end_sample": "int64", "phone": "str"}
 
 
 def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
@@ -28,7 +28,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
     missing or empty, when nothing in it can be used, or when a speaker is both in a training and in a test subset.
     """
     folder = run / "00_corpus"
-    phones = pd.DataFrame(columns=PHONE_COLUMNS)
+    phones = pd.DataFrame(columns=list(PHONE_COLUMNS)).astype(PHONE_COLUMNS)  # with types, or readers cannot filter
     if p.kind == "synthetic":
         root = folder / "synthetic" / "LibriSpeech"
         synthetic.speech(root, p, on_progress)
