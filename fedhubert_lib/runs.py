@@ -219,13 +219,14 @@ def _locked(file: IO[str]) -> bool:
 
 
 def _since(started: float) -> dict[str, Any]:
-    """Time and peak memory of a stage that began at ``started``; one that was resumed counts from there."""
+    """Time since ``started``, and the peak memory of the notebook or of its largest worker, whichever is more."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own, children = (
-        resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    now = time.time()
-    return {"finished": _clock(now), "seconds": round(now - started, 1), "peak_memory_bytes": max(own, children)}
+    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    now, torch = time.time(), sys.modules.get("torch")
+    used = {"finished": _clock(now), "seconds": round(now - started, 1), "peak_memory_bytes": max(peaks)}
+    if torch and torch.cuda.is_initialized():
+        used["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return used
 
 
 def _version(package: str) -> str | None:
