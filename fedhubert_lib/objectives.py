@@ -54,7 +54,7 @@ def masked_prediction(
     loss = loss_sum + unmasked_weight * other_sum if unmasked_weight else loss_sum
     penalty = loss_sum.new_zeros(())
     if output.features is not None:
-        penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
+        penalty = (output.features.to(loss_sum.dtype).square().mean((1, 2)) * masked.sum(1)).sum()
         loss = loss + penalty_weight * penalty
     measured = {
         "loss_sum": loss_sum,

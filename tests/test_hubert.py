@@ -1,12 +1,14 @@
 """The model against transformers and torchaudio, its initialisation, its checkpoints."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
-from fedhubert_lib import audio, hubert, seeds
+from fedhubert_lib import audio, batching, hubert, objectives, seeds
 
 SMALL = {
     "hidden_size": 48,
@@ -118,3 +120,107 @@ def test_public_layout_loads(tmp_path):
     assert head is None
     waveforms, _ = clips()
     assert torch.equal(loaded(waveforms).last, model(waveforms).last)
+
+
+def torchaudio_twin(config: hubert.HubertConfig, model: hubert.Hubert, head: hubert.Head):
+    """torchaudio's pretraining model with the same weights: three prefixes differ."""
+    import torchaudio
+
+    twin = torchaudio.models.hubert_pretrain_model(
+        extractor_mode="group_norm" if config.feat_extract_norm == "group" else "layer_norm",
+        extractor_conv_layer_config=list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
+        extractor_conv_bias=config.conv_bias,
+        encoder_embed_dim=config.hidden_size,
+        encoder_projection_dropout=0.0,
+        encoder_pos_conv_kernel=config.num_conv_pos_embeddings,
+        encoder_pos_conv_groups=config.num_conv_pos_embedding_groups,
+        encoder_num_layers=config.num_hidden_layers,
+        encoder_num_heads=config.num_attention_heads,
+        encoder_attention_dropout=0.0,
+        encoder_ff_interm_features=config.intermediate_size,
+        encoder_ff_interm_dropout=0.0,
+        encoder_dropout=0.0,
+        encoder_layer_norm_first=config.do_stable_layer_norm,
+        encoder_layer_drop=0.0,
+        mask_prob=0.8,
+        mask_selection="static",
+        mask_other=0.0,
+        mask_length=10,
+        no_mask_overlap=False,
+        mask_min_space=1,
+        mask_channel_prob=0.0,
+        mask_channel_selection="static",
+        mask_channel_other=0.0,
+        mask_channel_length=10,
+        no_mask_channel_overlap=False,
+        mask_channel_min_space=1,
+        skip_masked=False,
+        skip_nomask=True,
+        num_classes=len(head.label_embeddings),
+        final_dim=config.classifier_proj_size,
+        feature_grad_mult=None if config.feature_grad_mult == 1 else config.feature_grad_mult,
+    )
+    weights = {f"wav2vec2.{name}": value for name, value in model.state_dict().items()}
+    weights = {
+        name.replace(".encoder.", ".encoder.transformer.").replace(
+            ".feature_projection", ".encoder.feature_projection"
+        ): value
+        for name, value in weights.items()
+    }
+    weights["mask_generator.mask_embedding"] = weights.pop("wav2vec2.masked_spec_embed")
+    weights["logit_generator.label_embeddings"] = head.label_embeddings.detach()
+    for kind in ("weight", "bias"):
+        weights[f"logit_generator.final_proj.{kind}"] = getattr(head.final_proj, kind).detach()
+    twin.load_state_dict(weights)
+    return twin.train()
+
+
+@pytest.mark.parametrize("variant", ["base", "large", "base, layer norm, bias"])
+def test_loss_and_gradients_equal_torchaudio(variant, request):
+    """Stacked positive-and-negatives logits, feature penalty and all: loss to 1e-5, every gradient to 1e-6 relative."""
+    import torchaudio
+
+    config = hubert.replace(
+        VARIANTS[variant], hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0
+    )
+    torch.set_default_dtype(torch.float64)
+    request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
+    model, head = make(config).train(), hubert.Head(config, 11)
+    hubert.initialise(head, seeds.torch_generator(1))
+    twin = torchaudio_twin(config, model, head)
+    waveforms, _ = clips()
+    frames = audio.frame_count(waveforms.shape[1])
+    # fairseq's penalty and ours agree where the clips of a batch have equally many masked frames.
+    mask = torch.stack([torch.randperm(frames, generator=seeds.torch_generator(i)) < 15 for i in range(2)])
+    labels = torch.randint(11, mask.shape, generator=seeds.torch_generator(2))
+    embedding = twin.mask_generator.mask_embedding
+    twin.mask_generator.forward = lambda x, _: (torch.where(mask[..., None], embedding, x), mask)
+    assert isinstance(twin, torchaudio.models.HuBERTPretrainModel)
+
+    inputs = waveforms.double()
+    normalised = inputs
+    if config.do_normalize:
+        normalised = (inputs - inputs.mean(1, True)) / torch.sqrt(inputs.var(1, correction=0, keepdim=True) + 1e-7)
+    logits, _, penalty = twin(normalised, labels)
+    expected = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
+    expected = expected + 10 * penalty * len(logits)
+    batch = batching.Batch(inputs, labels, mask, ("a", "b"))
+    sums = objectives.masked_prediction(model, head, batch)
+    assert sums.count == mask.sum()
+    assert sums.loss.item() / sums.count == pytest.approx(expected.item() / sums.count, abs=1e-5)
+    sums.loss.backward()
+    expected.backward()
+    theirs = dict(twin.named_parameters())
+    compared = 0
+    for prefix, module in (("wav2vec2.", model), ("logit_generator.", head)):
+        for name, parameter in module.named_parameters():
+            name = prefix + name
+            if prefix == "wav2vec2.":
+                name = name.replace(".encoder.", ".encoder.transformer.")
+                name = name.replace(".feature_projection", ".encoder.feature_projection")
+                name = name.replace("wav2vec2.masked_spec_embed", "mask_generator.mask_embedding")
+            difference = (parameter.grad - theirs[name].grad).norm() / theirs[name].grad.norm().clamp_min(1e-9)
+            # k_proj.bias shifts all scores of a query alike: its gradient is zero but for rounding.
+            assert difference < 1e-6 or theirs[name].grad.norm() < 1e-9, (name, difference)
+            compared += 1
+    assert compared == len(theirs)
