@@ -182,6 +182,7 @@ def test_unknown_word_is_named():
 def test_untrained_encoder_gives_n_plus_one_states_and_is_seeded():
     config = hubert.preset("tiny", "logmel", num_hidden_layers=2)
     waveforms = torch.from_numpy(seeds.numpy_generator(0).normal(size=(2, 16_000)).astype(np.float32))
-    a, b, c = (encoders.of_model(encoders.untrained(config, seed), torch.device("cpu"))(waveforms) for seed in (0, 0, 1))
+    cpu = torch.device("cpu")
+    a, b, c = (encoders.of_model(encoders.untrained(config, seed), cpu)(waveforms) for seed in (0, 0, 1))
     assert len(a) == 3 and a[0].shape == (2, 49, 192)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])

@@ -15,7 +15,7 @@ Encoder = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
-    """All N + 1 hidden states of ``model`` (the input of the first layer to the output of the last), without dropout."""
+    """All N + 1 hidden states of ``model``, from the input of the first layer to the output of the last; no dropout."""
     model = model.to(device).eval()
 
     @torch.no_grad()

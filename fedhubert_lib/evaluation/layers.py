@@ -40,8 +40,8 @@ def held_out(run: Path, minutes: float, seed: int) -> tuple[pd.DataFrame, pd.Dat
     table = table[table.utterance.isin(set(phones.utterance)) & (table.samples >= audio.RECEPTIVE_FIELD)]
     if table.empty:
         raise NoPhonesError(
-            "no utterance of a test subset or of a held-out speaker has phones; give corpus.alignments, or keep speakers"
-            " out with partition.heldout_speakers"
+            "no utterance of a test subset or of a held-out speaker has phones; give corpus.alignments, or keep"
+            " speakers out with partition.heldout_speakers"
         )
     table = table.sort_values("utterance").iloc[seeds.numpy_generator(seed, "held-out").permutation(len(table))]
     seconds = table.samples.clip(upper=LONGEST).cumsum() / audio.SAMPLE_RATE
@@ -54,8 +54,8 @@ def frames(
 ) -> np.ndarray:
     """Frames of all utterances end to end, float32 [frames, layers, width], memory-mapped from ``path`` (.npy).
 
-    Utterances pass one by one, so that none depends on another; each is cut at 30 s. As ``keywords.pooled``, the file is
-    read back when it is there.
+    Utterances pass one by one, so that none depends on another; each is cut at 30 s. As with ``keywords.pooled``, the
+    file is read back when it is there.
     """
     counts = frame_counts(table)
     if not path.exists():
@@ -88,8 +88,8 @@ def unit_quality(
 ) -> dict[str, float]:
     """Quality of the units of one layer, ``rows`` [frames, width], laid out as by ``frames``; see ``units``.
 
-    MiniBatchKMeans as in fairseq's ``simple_kmeans`` (k-means++, batches of 10,000 frames), with 5 starts instead of 20.
-    Each dimension is first divided by its deviation, for every system alike.
+    MiniBatchKMeans as in fairseq's ``simple_kmeans`` (k-means++, batches of 10,000 frames), with 5 starts, not 20. Each
+    dimension is first divided by its deviation, for every system alike.
     """
     if len(rows) < clusters:
         raise ValueError(f"{len(rows)} frames cannot make {clusters} clusters; raise unit_minutes or lower clusters")

@@ -30,11 +30,11 @@ def render(
     speed: dict[str, dict[str, float | None]],
     clips: pd.DataFrame,
 ) -> str:
-    """The page. ``table`` holds the figures, ``wide`` one row per system; ``speed`` by system; ``clips`` to read from."""
+    """The page. ``table`` holds the figures, ``wide`` a row per system; ``speed`` by system; ``clips`` to read from."""
     data = report["data"]
     about = (
-        f"{data['clips']['test']} test clips of {len(data['words'])} words by {data['speakers']['test']} speakers that no"
-        f" probe has heard; mean and 95 % interval over {report['parameters']['seeds']} evaluation seeds."
+        f"{data['clips']['test']} test clips of {len(data['words'])} words by {data['speakers']['test']} speakers that"
+        f" no probe has heard; mean and 95 % interval over {report['parameters']['seeds']} evaluation seeds."
     )
     if "units" in data:
         about += f" Units: {data['units']['minutes']:.1f} minutes of {data['units']['speakers']} held-out speakers."

@@ -105,8 +105,8 @@ def speaker_accuracy(
 def triplets(labels: np.ndarray, speakers: np.ndarray, *, seed: int, count: int) -> np.ndarray:
     """``count`` seeded (A, B, X) for ABX across speakers, int64 [count, 3], as indices of clips.
 
-    A and B are of one speaker and of different words; X is A's word by another speaker. Raises TooFewClipsError when the
-    clips allow no such triplet.
+    A and B are of one speaker and of different words; X is A's word by another speaker. Raises TooFewClipsError when
+    the clips allow no such triplet.
     """
     rng = seeds.numpy_generator(seed, "abx")
     by_word = {word: np.flatnonzero(labels == word) for word in np.unique(labels)}

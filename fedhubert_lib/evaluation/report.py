@@ -10,11 +10,11 @@
   ``high`` (95 % interval over seeds, null for a single value), ``baseline`` (chance, or shuffled labels; null where
   there is none), ``seeds`` and their ``values``;
 * ``confusion``: for each system, test clips of word i (row) recognised as word j, summed over seeds;
-* ``missed``: for each system, the clips most often mistaken: clip, word, the word it was taken for, seeds that missed it;
+* ``missed``: for each system, the clips most often mistaken: clip, word, the word it was taken for, how many seeds;
 * ``notes``: what could not be measured, and why.
 
-``report.csv`` holds ``figures`` alone. Speed and energy differ from run to run: they are in ``speed.json``, not in these.
-Equal runs thus give equal reports.
+``report.csv`` holds ``figures`` alone. Speed and energy differ from run to run: they are in ``speed.json``, not in
+these. Equal runs thus give equal reports.
 """
 
 import hashlib
@@ -257,7 +257,7 @@ def _units(
 def _cost(figures: _Figures, system: System) -> dict[str, float | None]:
     if system.model is not None:
         figures.add("parameters", measure([cost.parameters(system.model)]))
-        figures.add("macs", measure([cost.macs(system.model)]))
+        figures.add("macs", measure([cost.macs(system.model.config)]))
     if system.folder is not None:
         figures.add("bytes", measure([cost.size(system.folder)]))
     return cost.speed(system.encoder)
