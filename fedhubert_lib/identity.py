@@ -42,7 +42,7 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
     """What the results of ``stage`` depend on: parameters, inputs, library source; and the notebook's own source.
 
     Inputs are the outputs of the stage before, by content, and the folders that parameters point to, by the names,
-    sizes and times of their files. Raises RunError when the stage before is not done.
+    sizes and times of their files. Raises RunError when a stage before is not done.
     """
     inputs: dict[str, str] = {}
     for before in list(params.FOLDERS.values())[: list(params.FOLDERS).index(stage)]:
@@ -55,7 +55,7 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
                 f"{run / before}: made from another {stale[0]} than is there now; run notebook {before} again"
             )
         inputs[before] = done["outputs"]
-    inputs |= {name: _listing(place) for name, place in params.places(p).items()}
+    inputs |= listings(p)
     path = notebook(stage)
     cells = read_notebook(path)
     return {
@@ -86,6 +86,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], results_only: bool =
     if not results_only and old["notebook"] != new["notebook"]:
         words.append("notebook changed")
     return words
+
+
+def listings(p: params.Section) -> dict[str, str]:
+    """For each parameter that points to a file or folder, a hash of the names, sizes and times of all files there."""
+    return {name: _listing(Path(place)) for name, place in params.places(p).items()}
 
 
 def read_notebook(path: Path) -> list[Cell]:
@@ -143,11 +148,7 @@ def _presents(key: str) -> bool:
     return key.split("/")[0].removesuffix(".py") in PRESENTATION
 
 
-def _listing(place: str) -> str:
-    """Hash of the names, sizes and times of all files under ``place``. Raises RunError if there is nothing."""
-    root = Path(place)
-    if not root.exists():
-        raise RunError(f"{place}: no such file or folder")
+def _listing(root: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
         if file.is_file():

@@ -423,9 +423,15 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
 
 
 def places(section: Section) -> dict[str, str]:
-    """The parameters that point to a file or folder which must be there, with where they point."""
+    """The parameters that point to a file or folder, with where they point."""
     values = {name: getattr(section, name) for name, field in type(section).model_fields.items() if _is_place(field)}
     return {name: value for name, value in values.items() if value not in ("", "mfcc")}
+
+
+def absent(section: Section) -> dict[str, str]:
+    """Those of ``places`` that are not there. What the stage may download need not be."""
+    fetched = {"root", "keywords_root"} if isinstance(section, Corpus) and section.download else set()
+    return {n: place for n, place in places(section).items() if n not in fetched and not Path(place).exists()}
 
 
 def _is_place(field: FieldInfo) -> bool:

@@ -93,10 +93,7 @@ def reason(stage: str, p: params.Section, run: Path) -> str:
 
 
 def _preflight(stage: str, p: params.Section) -> None:
-    missing = {name: place for name, place in params.places(p).items() if not Path(place).exists()}
-    if missing:
-        lines = (f"{stage}.{name}: {place}: no such file or folder" for name, place in missing.items())
-        raise runs.RunError("\n".join(lines))
+    runs.check_places(stage, p)
     path = identity.notebook(stage)
     tagged = sum("parameters" in cell.tags for cell in identity.read_notebook(path))
     if tagged != 1:  # without one, papermill puts the parameters above the cell that then overrides them

@@ -76,6 +76,7 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
     p = params.check(stage, given)
     namespace["_names_at_start"] = first or frozenset(namespace)
 
+    check_places(stage, p)
     run = outputs() / p.run
     hold(run / ".lock", f"notebook {params.FOLDERS[stage]}")
     folder = run / params.FOLDERS[stage]
@@ -109,6 +110,10 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
     begun = read_json(stage.folder / "begun.json")
     if begun is None:
         raise RunError(f"{stage.folder}: begun.json has gone; run the notebook again from its top")
+    listings = identity.listings(stage.p)
+    if begun["identity"]["inputs"] != begun["identity"]["inputs"] | listings:  # what has been downloaded or unpacked
+        begun["identity"]["inputs"] |= listings
+        files.write_json(stage.folder / "begun.json", begun)
     used = _since(begun["started"])
     facts = {**stage.provenance, **used, "data": identity.data_fingerprint(stage.run)}
     done = {
@@ -123,6 +128,13 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
     files.write_json(stage.folder / "done.json", done)
     release(stage.run / ".lock")
     return facts
+
+
+def check_places(stage: str, p: params.Section) -> None:
+    """Raise RunError if a file or folder that a parameter points to is not there."""
+    lines = [f"{stage}.{name}: {place}: no such file or folder" for name, place in params.absent(p).items()]
+    if lines:
+        raise RunError("\n".join(lines))
 
 
 def hold(path: Path, who: str) -> None:

@@ -146,8 +146,19 @@ def test_identity_is_content(tmp_path):
     assert identity.changes(one, identity.of("pretrain", p, run)) == ["inputs changed: 02_kmeans, initial"]
     faster = identity.of("pretrain", p.model_copy(update={"learning_rate": 0.5}), run)
     assert "parameters changed: learning_rate 0.001 -> 0.5" in identity.changes(one, faster)
-    with pytest.raises(runs.RunError, match="nowhere: no such file or folder"):
-        identity.of("pretrain", params.Pretrain(initial=str(tmp_path / "nowhere")), run)
+
+
+def test_folders_are_there_or_are_downloaded(tmp_path):
+    place = tmp_path / "LibriSpeech"
+    asked = {"kind": "librispeech", "root": str(place)}
+    with pytest.raises(runs.RunError, match=r"corpus.root: .*LibriSpeech: no such file or folder"):
+        begin(**asked)
+    stage = begin(**asked, download=True)
+    place.mkdir()
+    (place / "archive").touch()
+    runs.finish(stage, {})
+    now = identity.of("corpus", stage.p, stage.run)
+    assert runs.read_json(stage.folder / "done.json")["identity"] == now, "what was downloaded is no change of inputs"
 
 
 def test_library_is_what_a_notebook_imports_and_what_that_imports():
