@@ -17,6 +17,8 @@ from fedhubert_lib import audio, features, seeds
 
 FIT_FRAMES = 100_000
 """Frames that the acoustic clusters are fitted on, at most."""
+EXCERPT = 4 * audio.SAMPLE_RATE
+"""Samples from the middle of an utterance that are enough to hear who and what it is."""
 
 
 def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
@@ -59,18 +61,21 @@ def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
 def acoustic_counts(table: pd.DataFrame, *, seed: int, clusters: int = 50, per_speaker: int = 6) -> np.ndarray:
     """Frames of each utterance in each of ``clusters`` clusters of MFCCs: int32 [utterances, clusters].
 
-    ``per_speaker`` utterances of each speaker, drawn from the seed, are read; the rows of the others stay zero. The
-    clusters are those of k-means over at most 100,000 frames of them, 39 dimensions standardised over all speakers, so
-    that a voice or a recording that is different shows.
+    Four seconds from the middle of ``per_speaker`` utterances of each speaker, drawn from the seed, are read; the rows
+    of the others stay zero. The clusters are those of k-means over at most 100,000 frames of them, 39 dimensions
+    standardised over all speakers, so that a voice or a recording that is different shows.
     """
     rng = seeds.numpy_generator(seed, "skew", "utterances")
     order = rng.permutation(len(table))
     rank = table["speaker"].iloc[order].groupby(table["speaker"].iloc[order]).cumcount().to_numpy()
     rows = np.sort(order[rank < per_speaker])
-    share = min(1.0, FIT_FRAMES / (table["samples"].to_numpy()[rows].sum() / features.MFCC_HOP))
+    samples = table["samples"].to_numpy()
+    share = min(1.0, FIT_FRAMES * features.MFCC_HOP / np.minimum(samples[rows], EXCERPT).sum())
 
     def mfcc(row: int) -> np.ndarray:
-        return features.mfcc([audio.read(table["path"].iat[row])])[0].numpy()
+        start = max(0, samples[row] - EXCERPT) // 2
+        excerpt = audio.read(table["path"].iat[row], start, min(samples[row], start + EXCERPT))
+        return features.mfcc([excerpt])[0].numpy()
 
     # Two passes over the files: the frames of all of LibriSpeech's speakers would not fit in memory.
     fit = [frames[rng.random(len(frames)) < share] for frames in map(mfcc, rows)]

@@ -1,0 +1,155 @@
+"""Corpora and partition at LibriSpeech's full size: scanning, giving out, measuring skew, and speaking.
+
+    python benchmarks/bench_corpora.py [--files 20000] [--utterances 281241] [--speakers 2338] [--minutes 5]
+        [--repeats 5]
+
+The scanned tree holds links to generated FLAC files of LibriSpeech's lengths, so that its headers are in the page cache
+as after a first look. Partition and statistics run in a process of their own per scheme; its memory is its peak, the
+imports included. Speech is timed in CPU seconds: what one core makes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from fedhubert_lib import params, partition, skew
+from fedhubert_lib.corpora import scan, synthetic
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+import manifests  # noqa: E402
+
+SCHEMES = ["speakers", "speaker", "sex", "chapter", "subset", "dirichlet", "quantity", "iid"]
+CLIENTS = 20
+
+
+def tree(root: Path, files: int) -> None:
+    """SUBSET/SPEAKER/CHAPTER folders of 48 links each to one of 50 FLAC files of 2 to 16 seconds."""
+    rng = np.random.default_rng(0)
+    originals = []
+    for i, seconds in enumerate(np.linspace(2, 16, 50)):
+        originals.append(root / "originals" / f"{i}.flac")
+        originals[-1].parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(originals[-1], rng.normal(0, 0.05, int(16_000 * seconds)), 16_000, subtype="PCM_16")
+    for i in range(files):
+        speaker, chapter = str(i // 120), str(i // 48)
+        path = root / "tree" / speaker / chapter / f"{speaker}-{chapter}-{i:06d}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(originals[i % 50], path)
+
+
+def bench_scan(files: int, repeats: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tree(root, files)
+        scan.scan([root / "tree"])
+        first, again = [], []
+        for _ in range(repeats):
+            cache = root / "scan.parquet"
+            cache.unlink(missing_ok=True)
+            for seconds in (first, again):
+                start = time.perf_counter()
+                found = scan.scan([root / "tree"], cache)
+                seconds.append(time.perf_counter() - start)
+            assert len(found) == files and (found["reason"] == "").all()
+    return {
+        "files": files,
+        "headers_per_second": files / statistics.median(first),
+        "unchanged_files_per_second": files / statistics.median(again),
+    }
+
+
+def partition_once(scheme: str, run: Path, counts: Path) -> dict[str, float]:
+    """One scheme in this process: partition, per-client statistics, distances, summary."""
+    clients = 1_000_000 if scheme == "speaker" else CLIENTS
+    p = params.Partition(scheme=scheme, clients=clients, heldout_speakers=0, small_clients="merge", alpha=0.5)
+    start = time.perf_counter()
+    held = partition.assign(run, p)
+    assigned = time.perf_counter()
+    table = pd.read_parquet(run / "00_corpus" / "manifest.parquet")
+    found = skew.summary(table, partition.owners(table, p), np.load(counts), seed=0)
+    end = time.perf_counter()
+    return {
+        "scheme": scheme,
+        "clients": len(held),
+        "partition_s": assigned - start,
+        "statistics_s": end - assigned,
+        "peak_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "largest_over_smallest": held["hours"].max() / held["hours"].min(),
+        "skew": found["skew"],
+    }
+
+
+def bench_partition(utterances: int, speakers: int) -> list[dict[str, float]]:
+    """The manifest is generated; acoustic histograms, too: a random voice per speaker, six utterances of each read."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        table = manifests.librispeech960(utterances, speakers)
+        (run / "00_corpus").mkdir()
+        table.to_parquet(run / "00_corpus" / "manifest.parquet")
+        rng = np.random.default_rng(0)
+        voices = rng.dirichlet(np.full(50, 0.5), size=speakers)
+        counts = np.zeros((utterances, 50), dtype=np.int32)
+        number, speaker = table.groupby("speaker").cumcount().to_numpy(), pd.factorize(table["speaker"])[0]
+        for row in np.flatnonzero(number < 6):
+            counts[row] = rng.multinomial(400, voices[speaker[row]])
+        np.save(run / "counts.npy", counts)
+        results = []
+        for scheme in SCHEMES:
+            # A folder of its own each: removing the clients of the scheme before is not part of this one.
+            (run / scheme).mkdir()
+            (run / scheme / "00_corpus").symlink_to(run / "00_corpus")
+            command = [sys.executable, __file__, "--once", scheme, str(run / scheme), str(run / "counts.npy")]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(done.stdout))
+    return results
+
+
+def bench_synthetic(minutes: float) -> dict[str, float | bool]:
+    p = params.Corpus(speakers=8, minutes=minutes, test_speakers=1, test_minutes=0.5)
+    sums = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("once", "again"):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            synthetic.speech(Path(folder, name), p)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            audio = sorted(Path(folder, name).rglob("*.flac"))
+            sums.append(hashlib.sha256(b"".join(path.read_bytes() for path in audio)).hexdigest())
+        seconds = sum(soundfile.info(path).duration for path in audio)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"audio_s": seconds, "times_real_time_per_core": seconds / cpu, "same_bytes_again": sums[0] == sums[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--utterances", type=int, default=281_241)
+    parser.add_argument("--speakers", type=int, default=2_338)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--once", nargs=3, metavar=("SCHEME", "RUN", "COUNTS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.once:
+        print(json.dumps(partition_once(given.once[0], Path(given.once[1]), Path(given.once[2])), default=float))
+        return
+    print("scan:", {name: round(value) for name, value in bench_scan(given.files, given.repeats).items()})
+    speech = bench_synthetic(given.minutes)
+    print("speech:", {name: value if isinstance(value, bool) else round(value) for name, value in speech.items()})
+    rows = bench_partition(given.utterances, given.speakers)
+    print(f"partition of {given.utterances:,} utterances, {given.speakers:,} speakers:")
+    print(pd.DataFrame(rows).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
