@@ -1,0 +1,111 @@
+"""The first notebook in JupyterLab as a person uses it: Run All, then a slider is moved and the picture changes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chapters import NOTEBOOKS
+from playwright.sync_api import Page, sync_playwright
+
+MINUTE = 60_000  # milliseconds
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # opens a dialog otherwise
+    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, seen or not
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A JupyterLab of its own on this machine only, with fresh settings and a copy of the notebook."""
+    home = tmp_path_factory.mktemp("lab")
+    (home / "notebooks").mkdir()
+    shutil.copy(NOTEBOOKS["corpus"], home / "notebooks")
+    for name, values in SETTINGS.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    places |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+    command += ["--expose-app-in-browser", "--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'notebooks'}"]
+    environment = os.environ | places | {"FEDHUBERT_OUTPUTS": str(home / "outputs")}
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/api", process, home / "server.log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+    pytest.fail(f"{url} does not answer: {log.read_text()}")
+
+
+@pytest.fixture
+def page(server: str) -> Iterator[Page]:
+    browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--headless=new"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(3 * MINUTE)
+        page.goto(f"{server}/lab/tree/{NOTEBOOKS['corpus'].name}")
+        yield page
+        browser.close()
+
+
+def test_run_all_and_move_a_slider(page: Page, tmp_path: Path):
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    status = page.locator(".jp-StatusBar-Right, #jp-main-statusbar", has_text="Idle")
+    status.first.wait_for()
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    # The last cell has run, and no other waits or has failed.
+    page.wait_for_function(
+        """() => {
+            const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(x => x.textContent);
+            const failed = document.querySelector('.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]');
+            return failed !== null || prompts.every(text => /\\[\\d+\\]/.test(text));
+        }"""
+    )
+    errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']")
+    assert errors.count() == 0, errors.first.inner_text()
+
+    picture = page.locator("img.widget-image")
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+    words = page.locator(".widget-html-content").first.inner_text()
+    handle = page.locator(".noUi-handle").first
+    handle.focus()
+    handle.press("ArrowRight")
+    page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
+    assert page.locator(".widget-html-content").first.inner_text() != words, "another utterance is named"
+
+    speaker = page.locator(".widget-dropdown select")
+    after = picture.get_attribute("src")
+    speaker.select_option(index=1)
+    page.wait_for_function("after => document.querySelector('img.widget-image').src !== after", arg=after)
+    assert speaker.locator("option").nth(1).inner_text() in page.locator(".widget-html-content").first.inner_text()
+    assert page.locator("audio").count() >= 2, "sound to play"
+    page.screenshot(path=tmp_path / "jupyterlab.png")
+    assert picture.evaluate("image => image.naturalWidth") > 600

@@ -1,0 +1,55 @@
+"""The notebooks as they are written: short cells, prose between them, no code that belongs in the library."""
+
+import ast
+
+import nbformat
+import pytest
+from chapters import NOTEBOOKS
+
+LONGEST = 25
+
+
+@pytest.fixture(params=NOTEBOOKS)
+def stage(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def cells(stage: str) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(NOTEBOOKS[stage], 4)
+    assert notebook.metadata.kernelspec.name == "python3", "papermill needs the kernel's name"
+    return notebook.cells
+
+
+def test_begins_with_an_idea_and_its_parameters(cells):
+    assert cells[0].cell_type == "markdown"
+    assert cells[0].source.startswith("# ")
+    assert cells[1].metadata.tags == ["parameters"]
+    assert all(" # " in " " + line for line in cells[1].source.splitlines()), "each parameter says what it is"
+
+
+def test_starts_and_finishes_the_stage(cells, stage):
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert f'stage = runs.start("{stage}", globals())' in code[1]
+    assert "runs.finish(stage, headline)" in code[-1]
+
+
+def test_cells_are_short_and_half_of_them_prose(cells):
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert max(len(source.splitlines()) for source in code[:1] + code[2:] if source != code[0]) <= LONGEST
+    assert len(cells) - len(code) >= 0.4 * len(cells)
+    assert len(cells) <= 40
+
+
+def test_defines_nothing(cells):
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for cell in cells:
+        if cell.cell_type == "code":
+            assert not any(isinstance(node, definitions) for node in ast.walk(ast.parse(cell.source)))
+
+
+def test_says_what_to_look_for_beside_every_picture(cells):
+    for index, cell in enumerate(cells):
+        if cell.cell_type == "code" and "plots." in cell.source and "import" not in cell.source:
+            prose = cells[index - 1]
+            assert prose.cell_type == "markdown", f"no prose before: {cell.source}"
