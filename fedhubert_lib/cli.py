@@ -1,8 +1,9 @@
 """The ``fedhubert`` command."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedhubert_lib import index, params, runner, runs
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_ls(commands)
+    _add_export_client(commands)
+    _add_deploy(commands)
     given = parser.parse_args(arguments)
     try:
         return given.function(given)
@@ -38,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return runner.FAILED
+    except KeyboardInterrupt:
+        return runner.INTERRUPTED
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -76,6 +81,114 @@ def _add_ls(commands: argparse._SubParsersAction) -> None:
 def _ls(given: argparse.Namespace) -> int:
     print(index.listing(runs.outputs()))
     print(index.write(runs.outputs()))
+    return runner.OK
+
+
+def _add_deploy(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "deploy",
+        help="a real federation: keys, server, clients, stages over it",
+        description="A federation over Flower's SuperLink and SuperNodes; see docs/deployment.md.",
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], text: str, run: str) -> argparse.ArgumentParser:
+        step = steps.add_parser(name, help=text, description=text)
+        step.add_argument("run", type=Path, help=run)
+        step.set_defaults(function=function)
+        return step
+
+    here = "the server's run folder, such as outputs/toy"
+    prepare = add("prepare", _prepare, "write keys, certificates and configuration to RUN/federation", here)
+    prepare.add_argument("--host", default="127.0.0.1", help="name or address by which clients reach the server")
+    prepare.add_argument("--port", type=int, default=9092)
+    server = add("server", _server, "run the SuperLink, until it is stopped", here)
+    server.add_argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")
+    add("register", _register, "let in the clients whose keys the running SuperLink does not know yet", here)
+    client = add("client", _client, "run a client's SuperNode, until it is stopped", "the run folder with its data")
+    client.add_argument("node", type=Path, help="the client's folder that prepare wrote, RUN/federation/nodes/CLIENT")
+    client.add_argument("--device", default="cpu", help="where it computes: cpu, cuda:0 ...")
+    run = add("run", _submit, "run stages over the clients that are connected", here)
+    local = add("local", _local, "server, clients and stages on this machine, then stop them", here)
+    for step in (run, local):
+        step.add_argument("study", type=Path, help="study file with the stages' parameters")
+        step.add_argument("stage", nargs="+", choices=["kmeans", "pretrain", "distill"])
+        step.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for clients to connect")
+    local.add_argument("--device", default="cpu", help="where the clients compute: cpu, cuda:0 ...")
+
+
+def _prepare(given: argparse.Namespace) -> int:
+    from fedhubert_lib import federated
+    from fedhubert_lib.federated import deployment
+
+    folder = given.run / deployment.FOLDER
+    deployment.prepare(folder, federated.client_ids(given.run), given.host, given.port)
+    print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
+    return runner.OK
+
+
+def _server(given: argparse.Namespace) -> int:
+    from fedhubert_lib.federated import deployment
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the SuperLink is ended, too
+    return deployment.serve(given.run / deployment.FOLDER, given.bind)
+
+
+def _register(given: argparse.Namespace) -> int:
+    from fedhubert_lib.federated import deployment
+
+    added = deployment.register(given.run / deployment.FOLDER)
+    print(f"let in: {', '.join(added) or 'nobody new'}")
+    return runner.OK
+
+
+def _client(given: argparse.Namespace) -> int:
+    from fedhubert_lib.federated import deployment
+
+    deployment.become(deployment.supernode_command(given.node, given.run, given.device), given.node)
+
+
+def _submit(given: argparse.Namespace) -> int:
+    from fedhubert_lib.federated import deployment
+
+    study = params.load(given.study)
+    for stage in given.stage:
+        deployment.submit(given.run, getattr(study, stage), given.wait, _print_row)
+    return runner.OK
+
+
+def _local(given: argparse.Namespace) -> int:
+    from fedhubert_lib.federated import deployment
+
+    with deployment.local(given.run / deployment.FOLDER, given.run, given.device):
+        return _submit(given)
+
+
+def _print_row(row: dict) -> None:
+    shown = {name: value for name, value in row.items() if name not in ("kind", "time")}
+    print(row["kind"], " ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+
+
+def _add_export_client(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export-client", help="copy what one client of a run owns to a folder of its own, for a machine of its own"
+    )
+    parser.add_argument("run", type=Path, help="the run's folder, such as outputs/toy")
+    parser.add_argument("client", help="its id, such as client-003")
+    parser.add_argument("destination", type=Path, help="folder to make")
+    parser.add_argument(
+        "--at", type=Path, metavar="FOLDER", help="where it will lie on the client's machine, if elsewhere"
+    )
+    parser.set_defaults(function=_export_client)
+
+
+def _export_client(given: argparse.Namespace) -> int:
+    from fedhubert_lib import partition  # here: pandas takes a second to import, for which other commands need not wait
+
+    try:
+        print(partition.export_client(given.run, given.client, given.destination, given.at))
+    except partition.PartitionError as error:
+        raise runs.RunError(str(error)) from error
     return runner.OK
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedhubert_lib import batching, federated, files, hubert, params, pooled, pretraining, seeds, teaching, training
-from fedhubert_lib.federated import checkpoints, local, rounds
+from fedhubert_lib.federated import checkpoints, deployment, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
@@ -181,6 +181,9 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     Goes on where an earlier start stopped. ``on_row`` sees each row of 04_distill/metrics.jsonl as it is written.
     Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
     """
+    if p.engine == "deployment":
+        deployment.submit(run, p, on_row=on_row)
+        return run / STAGE / "checkpoint"
     with federated.connect(run, p.engine, p.device) as clients:
         return federate(run, p, clients, on_row)
 

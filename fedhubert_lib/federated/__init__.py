@@ -43,5 +43,15 @@ def connect(run: Path, engine: str = "inprocess", device: str = "cpu") -> Iterat
 
         with pool.connect(run, ids, device) as clients:
             yield clients
+    elif engine == "ray":
+        from fedhubert_lib.federated import ray
+
+        with ray.connect(run, ids, device) as clients:
+            yield clients
+    elif engine == "deployment":
+        raise ValueError(
+            f"engine 'deployment': stages are run by Flower's server, not by this process; "
+            f"use fedhubert deploy run {run} STUDY STAGE, or deployment.submit"
+        )
     else:
-        raise ValueError(f"engine {engine!r}: not one of inprocess, pool")
+        raise ValueError(f"engine {engine!r}: not one of inprocess, pool, ray, deployment")

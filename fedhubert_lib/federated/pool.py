@@ -173,9 +173,9 @@ def work(descriptor: int) -> None:
     setup = requests.get()
     torch.set_num_threads(setup["threads"])
     grid = InProcessGrid(Path(setup["run"]), setup["clients"], setup["device"])
+    pipe.send_bytes(b"null")  # up
     while True:
         request = requests.get()
-        pipe.send_bytes(b"null")
         content = workers.put_together(read(request["arrays"]), request["rest"])
         content = workers.answer(grid, request["client"], content)
         arrays, rest = workers.take_apart(content)

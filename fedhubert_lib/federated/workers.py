@@ -28,8 +28,8 @@ class WorkerGrid(InProcessGrid):
 
     Messages start in the order in which they are pushed. Answers not yet pulled are few, since no message starts while
     there are twice as many as workers: memory does not grow with the cohort. A client has the message's time to live
-    from when it begins, as if all worked side by side; past it the worker is stopped: a straggler holds no device. A
-    new push ends the one before.
+    from when a worker has it, as if all worked side by side; past it the worker is stopped: a straggler holds no
+    device. A new push ends the one before.
     """
 
     def __init__(self, run: Path, clients: Sequence[str], count: int) -> None:
@@ -37,6 +37,7 @@ class WorkerGrid(InProcessGrid):
         self._clients = {node: client for client, node in self.nodes.items()}
         self._queue: deque[Message] = deque()
         self._busy: dict[int, Message] = {}
+        self._up: set[int] = set()
         self._began: dict[int, float] = {}
         self._answers: dict[str, Message] = {}
         self._count = count
@@ -58,7 +59,7 @@ class WorkerGrid(InProcessGrid):
     @abstractmethod
     def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str | None]]:
         """Wait up to ``seconds`` for the ``busy`` workers: whose news it is, and its answer, how it died, or None when
-        it begins (a new worker takes seconds to start, which are not its client's)."""
+        it is up (a new worker takes seconds to start, which are not its client's)."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages, in place of whatever is left of the last push."""
@@ -99,10 +100,13 @@ class WorkerGrid(InProcessGrid):
             if self._queue and slot not in self._busy and len(self._busy) + len(self._answers) < 2 * self._count:
                 message = self._busy[slot] = self._queue.popleft()
                 self.give(slot, self._clients[message.metadata.dst_node_id], message.content)
+                if slot in self._up:
+                    self._began[slot] = time.monotonic()
 
     def _receive(self, seconds: float) -> None:
         for slot, answer in self.collect(sorted(self._busy), seconds):
             if answer is None:
+                self._up.add(slot)
                 self._began[slot] = time.monotonic()
                 continue
             if isinstance(answer, str):
@@ -123,6 +127,7 @@ class WorkerGrid(InProcessGrid):
         self.stop(slot)
         self.start(slot)
         self._began.pop(slot, None)
+        self._up.discard(slot)
         return self._busy.pop(slot)
 
 

@@ -1,0 +1,363 @@
+"""The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to start a stage.
+
+``prepare`` writes all that the machines need into one folder: a certificate authority of the federation's own, the
+server's certificate, a key per client, Flower's configuration, and a Flower app that only imports this library. Nodes
+check the server's certificate; the server lets in only nodes whose keys were registered.
+
+    federation/federation.json, ca/ca.key (stays offline), app/, flower/config.toml
+    federation/server/    ca.pem server.pem server.key         the server's machine
+    federation/nodes/CID/ ca.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
+
+The SuperLink keeps its state in memory. Its database option is not used: in Flower 1.41, clients that answer together
+meet a locked SQLite file, and the answers are lost. Keys are registered anew at each start, checkpoints hold the rest.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import yaml
+from cryptography.hazmat.primitives import serialization
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest, StopRunRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedhubert_lib import files, params
+from fedhubert_lib.federated import keys
+from fedhubert_lib.federated.checkpoints import OnRow
+
+FOLDER = "federation"
+"""Where a run keeps it."""
+CONNECTION = "fedhubert"
+PORT = 9092
+START_SECONDS = 180
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the machines have the library already
+}
+
+_PROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "fedhubert-app"
+description = "The shim that Flower carries"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedhubert"
+
+[tool.flwr.app.components]
+serverapp = "fedhubert_app:server"
+clientapp = "fedhubert_app:client"
+
+[tool.flwr.app.config]
+run = ""
+stage = ""
+wait_seconds = 300
+"""
+
+_APP = '''\
+"""What Flower carries to every machine; the code itself is the library that is installed there."""
+
+from fedhubert_lib.federated.client_app import app as client
+from fedhubert_lib.federated.server_app import app as server
+
+__all__ = ["client", "server"]
+'''
+
+
+class DeploymentError(ChildProcessError):
+    """A SuperLink, SuperNode or run that did not do its work; the text ends with what it said."""
+
+
+# --------------------------------------------------------------------------------------------------- what machines need
+
+
+def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port: int = PORT) -> None:
+    """Write keys, certificates, configuration and app for ``clients`` and a server that they reach at ``host``.
+
+    ``host`` is a name or an IP address. Raises FileExistsError where a federation was prepared before: new keys would
+    lock its nodes out.
+    """
+    folder = folder.resolve()
+    if (folder / "federation.json").exists():
+        raise FileExistsError(f"{folder}: has keys already; add a client with add_client, or delete the folder")
+    ca, ca_key = keys.authority(folder / "ca")
+    # Flower's own processes on the server's machine come by its loopback address.
+    keys.server(folder / "server", ca, ca_key, list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
+    for path, content in {
+        "app/pyproject.toml": _PROJECT,
+        "app/fedhubert_app.py": _APP,
+        "flower/config.toml": _flower_config(folder, host, port),
+    }.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    files.write_json(folder / "federation.json", {"host": host, "port": port})
+    for client in clients:
+        add_client(folder, client)
+
+
+def add_client(folder: Path, client: str) -> None:
+    """Write the folder of one more client; ``register`` lets it in."""
+    node = folder / "nodes" / client
+    if node.exists():
+        raise FileExistsError(f"{node}: this client has its key already")
+    keys.node(node)
+    shutil.copy(folder / "ca" / "ca.pem", node / "ca.pem")
+    files.write_json(node / "node.json", {"client": client, **_address(folder)})
+
+
+def _flower_config(folder: Path, host: str, port: int) -> str:
+    certificate = json.dumps(str(folder / "ca" / "ca.pem"))  # a JSON string is a TOML string
+    return (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "{host}:{port}"\nroot-certificates = {certificate}\n'
+    )
+
+
+def _address(folder: Path) -> dict[str, Any]:
+    path = folder / "federation.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no federation yet; prepare it first")
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
+    """The command of the server's SuperLink. ``bind`` is the address to listen on; default: the host's own, or all
+    where nodes reach it by name."""
+    where, server = _address(folder), folder / "server"
+    return [
+        *_program("flower-superlink"),
+        *("--ssl-ca-certfile", str(server / "ca.pem")),
+        *("--ssl-certfile", str(server / "server.pem")),
+        *("--ssl-keyfile", str(server / "server.key")),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        *("--host", bind or where["host"]),
+        *("--port", str(where["port"])),
+    ]
+
+
+def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0) -> list[str]:
+    """The command of a client's SuperNode. ``node`` is the client's folder from ``prepare``; ``run`` the run folder
+    with its data; ``port`` one of its own on the machine, for Flower's internal use (0: any that is free)."""
+    about = json.loads((node / "node.json").read_text())
+    settings = {"client": about["client"], "run": str(run.resolve()), "device": device}
+    return [
+        *_program("flower-supernode"),
+        *("--root-certificates", str(node / "ca.pem")),
+        *("--superlink", f"{about['host']}:{about['port']}"),
+        *("--auth-supernode-private-key", str(node / "node.key")),
+        *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port or free_port())),
+    ]
+
+
+def serve(folder: Path, bind: str | None = None) -> int:
+    """Run the SuperLink, all prepared keys registered, until it or this process is stopped; return its exit code."""
+    superlink = subprocess.Popen(superlink_command(folder, bind), env=environment(folder))
+    try:
+        wait_listening(folder, superlink)
+        register(folder)
+        return superlink.wait()
+    finally:
+        _end([superlink])
+
+
+def become(command: Sequence[str], home: Path) -> NoReturn:
+    """Turn this process into Flower's: signals reach it, and its exit code is this one's."""
+    sys.stdout.flush()
+    os.execve(command[0], command, environment(home))
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment of Flower's processes: its files in ``home/flower``, no calls to others' servers."""
+    # Flower starts further programs by name: those of this interpreter's environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | QUIET | {"FLWR_HOME": str((home / "flower").resolve()), "PATH": path}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _program(name: str) -> list[str]:
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; install the project (flwr is one of its dependencies)")
+    return [str(path)]
+
+
+@contextlib.contextmanager
+def control(folder: Path) -> Iterator[ControlHttpClient]:
+    """Flower's client for the running SuperLink's control API."""
+    # Imported here: Flower's commands take seconds to import, and few who import this module come this far.
+    from flwr.cli.typing import SuperLinkConnection
+    from flwr.cli.utils import init_http_client_from_connection
+
+    where = _address(folder)
+    certificates = str((folder / "ca" / "ca.pem").resolve())
+    address = f"{where['host']}:{where['port']}"
+    client = init_http_client_from_connection(SuperLinkConnection(CONNECTION, address, certificates))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def register(folder: Path) -> list[str]:
+    """Let in the clients whose keys the running SuperLink does not know yet; return them."""
+    added = []
+    with control(folder) as superlink:
+        known = {node.public_key for node in superlink.ListNodes(ListNodesRequest()).nodes_info}
+        for path in sorted(folder.glob("nodes/*/node.pub")):
+            key = public_key_to_bytes(serialization.load_ssh_public_key(path.read_bytes()))
+            if key not in known:
+                superlink.RegisterNode(RegisterNodeRequest(public_key=key, name=path.parent.name))
+                added.append(path.parent.name)
+    return added
+
+
+def submit(run: Path, p: params.Section, wait_seconds: int = 300, on_row: OnRow | None = None) -> None:
+    """``flwr run``: have the SuperLink run the stage that ``p`` are the parameters of, and wait for its end.
+
+    ``run`` is the server's run folder, with the federation in it; the stage's params.yaml is written there. ``on_row``
+    sees the rows of the stage's metrics.jsonl as they come. Raises DeploymentError when the run fails; an interrupt
+    stops it.
+    """
+    folder = run / FOLDER
+    stage = next(name for name, section in params.SECTIONS.items() if type(p) is section)
+    with files.atomic(run / params.FOLDERS[stage] / "params.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False))
+    settings = {"run": str(run.resolve()), "stage": stage, "wait_seconds": wait_seconds}
+    command = [
+        *_program("flwr"),
+        *("run", str(folder / "app"), CONNECTION, "--stream"),
+        *("--run-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
+    ]
+    log, metrics = folder / "logs" / "flwr-run.log", run / params.FOLDERS[stage] / "metrics.jsonl"
+    shown = len(files.read_rows(metrics))
+    process = _start(command, folder, log)
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            if on_row is not None:
+                shown = _show(metrics, shown, on_row)
+    except BaseException:
+        _end([process])
+        with control(folder) as superlink:
+            superlink.StopRun(StopRunRequest(run_id=_run_id(log)))
+        raise
+    if on_row is not None:
+        _show(metrics, shown, on_row)
+    if process.returncode != 0 or (status := _status(folder, _run_id(log))) != "completed":
+        what = f"exit code {process.returncode}" if process.returncode else status
+        raise DeploymentError(f"{stage} did not finish over the federation ({what}). flwr run said:\n{_tail(log)}")
+
+
+def _show(metrics: Path, shown: int, on_row: OnRow) -> int:
+    rows = files.read_rows(metrics)
+    # A server that goes on from a checkpoint first takes back the rows of later rounds.
+    for row in rows[min(shown, len(rows)) :]:
+        on_row(row)
+    return len(rows)
+
+
+def _run_id(log: Path) -> int:
+    found = re.search(r"Successfully started run (\d+)", log.read_text())
+    if found is None:
+        raise DeploymentError(f"flwr run started nothing. It said:\n{_tail(log)}")
+    return int(found[1])
+
+
+def _status(folder: Path, run_id: int) -> str:
+    with control(folder) as superlink:
+        runs = superlink.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
+    status = runs[run_id].status
+    return status.sub_status or status.status
+
+
+@contextlib.contextmanager
+def local(folder: Path, run: Path, device: str = "cpu") -> Iterator[None]:
+    """The whole federation on this machine: a SuperLink and a SuperNode per client, until the ``with`` block ends."""
+    logs, processes = folder / "logs", []
+    try:
+        processes.append(superlink := _start(superlink_command(folder), folder, logs / "superlink.log"))
+        wait_listening(folder, superlink)
+        register(folder)
+        for node in sorted((folder / "nodes").iterdir()):
+            command = supernode_command(node, run, device)
+            processes.append(_start(command, node, logs / f"{node.name}.log"))
+        yield
+    finally:
+        _end(processes)
+
+
+def wait_listening(folder: Path, superlink: subprocess.Popen, seconds: float = START_SECONDS) -> None:
+    """Wait until the SuperLink takes connections. Raises DeploymentError when it ends or is not there in time."""
+    where, deadline = _address(folder), time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((where["host"], where["port"]), timeout=1):
+            return
+        if superlink.poll() is not None or time.monotonic() > deadline:
+            raise DeploymentError("the SuperLink did not start; what it said (or logs/superlink.log) says why")
+        time.sleep(0.2)
+
+
+def _start(command: Sequence[str], home: Path, log: Path) -> subprocess.Popen:
+    """Start a Flower program; Ctrl-C is for this process, which then ends it."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command,
+            env=environment(home),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
+    """End processes and all that they started (Flower gives its children sessions of their own): politely, then not."""
+    family = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            family += [parent, *parent.children(recursive=True)]
+    for process in processes:
+        process.terminate()
+    _, stubborn = psutil.wait_procs(family, timeout=seconds)
+    for member in stubborn:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    for process in processes:
+        process.wait()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]

@@ -1,0 +1,104 @@
+"""What a deployment's machines are given: keys, certificates, configuration, commands."""
+
+import socket
+import ssl
+import stat
+import threading
+import tomllib
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+from fedhubert_lib import cli
+from fedhubert_lib.federated import deployment
+
+CLIENTS = ["client-000", "client-001"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / deployment.FOLDER
+    deployment.prepare(path, CLIENTS, host="localhost", port=12345)
+    return path
+
+
+def handshake(folder: Path, authority: Path, host: str = "localhost") -> str:
+    """The TLS version that a client trusting ``authority`` speaks with a server of ``folder``."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "server" / "server.pem", folder / "server" / "server.key")
+    client = ssl.create_default_context(cafile=authority)
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    theirs.settimeout(10)
+
+    def serve() -> None:
+        try:
+            server.wrap_socket(theirs, server_side=True).close()
+        except OSError:  # the client hung up, or refused
+            theirs.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with client.wrap_socket(ours, server_hostname=host) as connection:
+            return connection.version()
+    finally:
+        ours.close()
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_nodes_trust_the_server_and_no_other(folder, tmp_path, host):
+    assert handshake(folder, folder / "nodes" / "client-000" / "ca.pem", host) == "TLSv1.3"
+    deployment.prepare(tmp_path / "other", [], host="localhost")
+    with pytest.raises(ssl.SSLCertVerificationError, match="verify failed"):
+        handshake(folder, tmp_path / "other" / "ca" / "ca.pem", host)
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
+        handshake(folder, folder / "ca" / "ca.pem", "example.org")
+
+
+def test_private_keys_are_private_and_stay_where_they_belong(folder):
+    private = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.key"))
+    assert private == ["ca/ca.key", *(f"nodes/{client}/node.key" for client in CLIENTS), "server/server.key"]
+    assert {stat.S_IMODE((folder / path).stat().st_mode) for path in private} == {0o600}
+    # What a client is given: its own key, the authority's certificate, where the server is.
+    given = sorted(path.name for path in (folder / "nodes" / "client-000").iterdir())
+    assert given == ["ca.pem", "node.json", "node.key", "node.pub"]
+    assert (folder / "nodes/client-000/node.key").read_bytes() != (folder / "nodes/client-001/node.key").read_bytes()
+
+
+def test_keys_are_not_made_twice(folder):
+    with pytest.raises(FileExistsError, match="has keys already"):
+        deployment.prepare(folder, CLIENTS)
+    with pytest.raises(FileExistsError, match="client-001"):
+        deployment.add_client(folder, "client-001")
+
+
+def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):
+    server = deployment.superlink_command(folder)
+    client = deployment.supernode_command(folder / "nodes" / "client-001", tmp_path / "a run", "cuda:1", port=4567)
+    assert "--enable-supernode-auth" in server
+    assert "--auth-supernode-private-key" in client
+    assert not {"--insecure"} & {*server, *client}
+    assert client[client.index("--superlink") + 1] == "localhost:12345"
+    settings = tomllib.loads(client[client.index("--node-config") + 1].replace('" ', '"\n'))
+    assert settings == {"client": "client-001", "run": str(tmp_path / "a run"), "device": "cuda:1"}
+    assert deployment.environment(folder)["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_the_app_is_a_shim(folder):
+    """What Flower sends to the clients' machines holds no code but imports of the library that is installed there."""
+    content = build_fab_from_disk(folder / "app")
+    assert len(content) < 5_000
+    source = (folder / "app" / "fedhubert_app.py").read_text()
+    lines = [line for line in source.splitlines() if line and not line.startswith(('"', "__all__"))]
+    assert all(line.startswith("from fedhubert_lib.federated.") for line in lines)
+
+
+def test_a_federation_that_is_not_there_is_named(tmp_path, capsys):
+    assert cli.main(["deploy", "register", str(tmp_path)]) != 0
+    said = capsys.readouterr().err
+    assert "federation.json" in said
+    assert "prepare" in said

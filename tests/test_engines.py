@@ -1,0 +1,185 @@
+"""The same study on every engine gives the same weights; what fails or is not let in does not stop it."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedhubert_lib import pretraining
+from fedhubert_lib.federated import client_ids, deployment, keys, messages, pool
+from fedhubert_lib.federated.protocol import Failure, Reply
+from tests import federation
+
+pytestmark = pytest.mark.slow
+
+STUDY = {"rounds": 2, "cohort": 4, "local_steps": 1, "validate_every": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums split over another number of threads round differently; and two workers fit two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digest(checkpoint: Path) -> str:
+    """Of names and bytes of all weights."""
+    total = hashlib.sha256()
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        for name, tensor in sorted(load_file(file).items()):
+            total.update(name.encode())
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> str:
+    """The weights of the in-process engine."""
+    torch.set_num_threads(1)
+    run = federation.make(tmp_path_factory.mktemp("inprocess"))
+    return digest(pretraining.run(run, federation.pretrain(**STUDY)))
+
+
+def test_the_seed_matters(tmp_path, expected):
+    """Else the tests below would hold for any engine."""
+    run = federation.make(tmp_path)
+    assert digest(pretraining.run(run, federation.pretrain(**STUDY, seed=1))) != expected
+
+
+def test_pool_gives_the_weights_of_inprocess(tmp_path, expected):
+    run = federation.make(tmp_path)
+    assert digest(pretraining.run(run, federation.pretrain(**STUDY, engine="pool"))) == expected
+    assert not psutil.Process().children()
+
+
+def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    run = federation.make(tmp_path)
+    assert digest(pretraining.run(run, federation.pretrain(**STUDY, engine="ray"))) == expected
+    assert not ray.is_initialized()
+
+
+def test_a_killed_worker_costs_one_clients_answer(tmp_path):
+    run = federation.make(tmp_path)
+    ids, rows = client_ids(run), []
+    grid = pool.PoolGrid(run, ids, ["cpu", "cpu"])
+    first = grid.processes
+
+    def on_row(row: dict) -> None:
+        rows.append(row)
+        if row["kind"] == "round" and row["round"] == 1:
+            os.kill(first[0], signal.SIGKILL)
+
+    try:
+        p = federation.pretrain(**STUDY | {"rounds": 3, "validate_every": 3})
+        pretraining.federate(run, p, messages.GridClients(grid, grid.nodes, messages.SharedArray), on_row)
+        assert first[0] not in grid.processes
+        assert first[1] in grid.processes
+    finally:
+        grid.close()
+    assert [row["clients"] for row in rows if row["kind"] == "round"] == [4, 3, 4]
+    (failure,) = [row for row in rows if row["kind"] == "failure"]
+    assert (failure["round"], failure["client"]) == (2, "client-000")
+    assert "SIGKILL" in failure["reason"]
+    assert not psutil.Process().children()
+
+
+def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
+    run = federation.make(tmp_path)
+    grid = pool.PoolGrid(run, client_ids(run), ["cpu", "cpu"])
+    clients = messages.GridClients(grid, grid.nodes, messages.SharedArray)
+    try:
+        assert len(list(clients.ask("identify"))) == 4  # both workers are up
+        hung = grid.processes[0]
+        os.kill(hung, signal.SIGSTOP)
+        late, other = clients.ask("identify", timeout=2.0, clients=["client-000", "client-001"])
+        assert late == Failure("client-000", "no answer before the deadline of 2.0 s")
+        assert other == Reply("client-001")
+        assert not psutil.pid_exists(hung)
+        assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
+    finally:
+        grid.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- deployment
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory) -> Iterator[Path]:
+    """The run folder of a federation of four that is up: TLS, authenticated nodes, loopback only."""
+    run = federation.make(tmp_path_factory.mktemp("deployment"))
+    folder = run / deployment.FOLDER
+    deployment.prepare(folder, client_ids(run), port=deployment.free_port())
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        with deployment.local(folder, run):
+            yield run
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    assert not psutil.Process().children()
+
+
+def test_deployment_gives_the_weights_of_inprocess(deployed, expected):
+    p = federation.pretrain(**STUDY, engine="deployment")
+    rows: list[dict] = []
+    assert digest(pretraining.run(deployed, p, rows.append)) == expected
+    assert [row["kind"] for row in rows if row["kind"] != "client"] == ["plan", "round", "round"]
+
+
+def refused(node: Path, run: Path, *changes: tuple[str, str | None]) -> str:
+    """What a SuperNode says that is not let in: it ends by itself, with an error."""
+    command = deployment.supernode_command(node, run)
+    for option, value in changes:
+        at = command.index(option)
+        command[at : at + 2] = [option, value] if value is not None else []
+    command += ["--max-retries", "1", "--max-wait-time", "10"]
+    environment = deployment.environment(node)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+def test_an_unregistered_node_is_refused(deployed):
+    folder = deployed / deployment.FOLDER
+    node = folder.parent / "stranger"
+    node.mkdir()
+    for name in ("ca.pem", "node.json"):
+        (node / name).write_bytes((folder / "nodes" / "client-000" / name).read_bytes())
+    keys.node(node)
+    refused(node, deployed)
+
+
+def test_a_wrong_authority_is_refused(deployed, tmp_path):
+    keys.authority(tmp_path / "other")
+    node = deployed / deployment.FOLDER / "nodes" / "client-000"
+    refused(node, deployed, ("--root-certificates", str(tmp_path / "other" / "ca.pem")))
+
+
+def test_plain_text_is_refused(deployed):
+    port = deployment._address(deployed / deployment.FOLDER)["port"]
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            assert not connection.recv(1000).startswith(b"HTTP/1.1 200")
+    # The same words are answered inside TLS, so what was refused was the plain text.
+    context = ssl.create_default_context(cafile=deployed / deployment.FOLDER / "ca" / "ca.pem")
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1")
