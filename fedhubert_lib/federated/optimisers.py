@@ -38,7 +38,7 @@ class Collector(Protocol):
     """Takes one update at a time and gives what the server steps along."""
 
     def add(self, update: Arrays, weight: float) -> None:
-        """Take ``update``; the collector may keep and overwrite its tensors."""
+        """Take ``update``: its tensors may be kept and overwritten."""
 
     def result(self) -> Arrays:
         """The collected update; the collector is spent."""
@@ -73,7 +73,7 @@ class Mean:
         """Move the mean towards ``update`` by its share of the weight so far. ``weight`` above 0."""
         self._weight += weight
         if not self._mean:
-            self._mean = update
+            self._mean = dict(update)
             return
         for name, mean in self._mean.items():
             mean.lerp_(update[name], weight / self._weight)

@@ -203,6 +203,7 @@ class _Server:
             )
             for reply, norm in self.usable(number, answers, payload, collected):
                 self.accept(number, reply, norm, collected)
+                reply.arrays.clear()  # several loops still know this reply while the next client works
             quorum = max(1, math.ceil(self.p.quorum * len(asked)))
             if collected.clients >= quorum:
                 return collected
