@@ -98,7 +98,7 @@ def clients(table: pd.DataFrame, owned: pd.DataFrame) -> Figure:
 
 @styled
 def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[str, str] | None = None) -> Figure:
-    """Partition schemes side by side: speech per client, whose speech it is, and how much of it is female.
+    """Partition schemes side by side: speech per client, whose speech it is (share of each speaker), share of women.
 
     Each table has a row per utterance with client, speaker, sex, samples and sample_rate; a summary is one line of text
     under the scheme's name.
@@ -113,21 +113,23 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         )
         for name, table in schemes.items()
     }
-    women = pd.concat(schemes.values()).drop_duplicates("speaker").query("sex == 'F'").speaker
+    speakers = next(iter(schemes.values())).drop_duplicates("speaker")
+    women = speakers.speaker[speakers.sex == "F"]
     _, unit = style.duration(np.concatenate([table.sum(axis=1) for table in hours.values()]))
     for column, (scheme, table) in enumerate(hours.items()):
         top, middle, bottom = places[column::count]
         table = table.iloc[np.argsort(-table.sum(axis=1).to_numpy(), kind="stable")]
-        amount, share = table.sum(axis=1), table.div(table.sum(axis=1), axis=0)
+        amount, share = table.sum(axis=1), table / table.sum()
         style.columns(top, amount.to_numpy() * (1 if unit == "hours" else 60), BLUE)
         top.set_title(scheme + (f"\n{summaries[scheme]}" if summaries else ""))
         # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
-        order = np.lexsort((-share.to_numpy().max(0), share.to_numpy().argmax(0)))
+        order = np.argsort(share.to_numpy().argmax(0), kind="stable")
         image = middle.imshow(
             share.iloc[:, order].T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
         )
-        style.columns(bottom, share.loc[:, share.columns.isin(women)].sum(axis=1).to_numpy(), RED)
-        bottom.axhline(table.loc[:, table.columns.isin(women)].sum(axis=None) / amount.sum(), color=BLACK, ls=":")
+        female = table.loc[:, table.columns.isin(women)].sum(axis=1)
+        style.columns(bottom, (female / amount).to_numpy(), RED)
+        bottom.axhline(female.sum() / amount.sum(), color=BLACK, linestyle=":")
         for axes in (top, middle, bottom):
             axes.grid(visible=axes is not middle, axis="y")
             axes.set_xticks([] if axes is not bottom else [0, len(table) - 1])
@@ -135,7 +137,8 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         bottom.set(xlabel="client, largest first", ylim=(0, 1))
     places[0].set_ylabel(f"speech ({unit})")
     places[count].set_ylabel("speaker")
+    places[count].yaxis.set_major_locator(MaxNLocator(6, integer=True))
     places[2 * count].set_ylabel("share of women's\nspeech")
     places[2 * count].yaxis.set_major_formatter(PercentFormatter(1))
-    figure.colorbar(image, ax=list(places[count : 2 * count]), label="share of the client's speech", pad=0.01)
+    figure.colorbar(image, ax=list(places[count : 2 * count]), label="share of the speaker's speech", pad=0.01)
     return figure
