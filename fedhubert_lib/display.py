@@ -81,12 +81,19 @@ class Progress:
 
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._handle: DisplayHandle | None = None
         self._next = 0.0
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of ``task`` are done."""
-        self._show(task, f"{done:,} of {total:,}", done == total)
+        """``done`` of ``total`` steps of ``task`` are done; until all are, their rate and the time left are shown."""
+        start, first = self._begun.setdefault(task, (time.monotonic(), done))
+        line = f"{done:,} of {total:,}"
+        if first < done < total:
+            rate = (done - first) / max(time.monotonic() - start, 1e-3)
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            line += f", {rate:,.1f} a second, {minutes}:{seconds:02d} left"
+        self._show(task, line, done == total)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """The latest row of each kind, and of each codebook, that a stage writes to metrics.jsonl."""

@@ -78,6 +78,14 @@ def test_progress_is_one_output_with_a_line_per_task(handles):
     assert len(handle.shown) < 20
 
 
+def test_progress_tells_rate_and_time_left(handles, monkeypatch):
+    progress = display.Progress()
+    for second, done in enumerate((100, 110, 130)):
+        monkeypatch.setattr(display.time, "monotonic", lambda now=1000.0 + second: now)
+        progress("download (MiB)", done, 2_980)
+    assert handles[0].shown[-1].data == "<pre>download (MiB): 130 of 2,980, 15.0 a second, 3:10 left</pre>"
+
+
 def test_browser_turns_pages_by_group_and_utterance(manifest):
     labels = {"k": {"a": {u: np.zeros(1000, int) for u in ("u0", "u1")}, "b": {"u2": np.ones(1000, int)}}}
     browser = display.Browser(manifest, labels=labels)
