@@ -25,7 +25,9 @@ from fedhubert_lib import audio, plots
 from fedhubert_lib.files import read_rows
 
 LONGEST = 8.0
-"""Seconds of an utterance that are shown and embedded as sound: a notebook must stay small."""
+"""Seconds of a clip that are embedded as sound: a notebook must stay small."""
+PAGE = 4
+"""Seconds of an utterance on one page of the browser: at more, labels of 20 ms cannot be read."""
 
 
 class UnitLabels(Protocol):
@@ -179,27 +181,42 @@ class Browser(widgets.VBox):
         self._labels = labels or {}
         self.group = widgets.Dropdown(options=list(self._tables), description=group)
         self.utterance = widgets.IntSlider(min=0, max=0, description="utterance", continuous_update=False)
+        self.second = widgets.IntSlider(min=0, max=0, description="from second", continuous_update=False)
         self.text = widgets.HTML()
         self.picture = widgets.Image(format="png")
         self.sound = widgets.Audio(format="wav", autoplay=False, loop=False)
         self.group.observe(self._choose, "value")
-        self.utterance.observe(self._turn, "value")
-        super().__init__([widgets.HBox([self.group, self.utterance]), self.text, self.picture, self.sound])
+        self.utterance.observe(self._open, "value")
+        self.second.observe(self._turn, "value")
+        super().__init__([widgets.HBox([self.group, self.utterance, self.second]), self.text, self.picture, self.sound])
         self._choose()
 
     def _choose(self, change: object = None) -> None:
         self.utterance.max = len(self._tables[self.group.value]) - 1
         if self.utterance.value:
-            self.utterance.value = 0  # turns the page too
+            self.utterance.value = 0  # opens it, too
+        else:
+            self._open()
+
+    def _open(self, change: object = None) -> None:
+        row = self._tables[self.group.value].iloc[self.utterance.value]
+        self.second.max = max(0, row.samples // audio.SAMPLE_RATE - 1)
+        if self.second.value:
+            self.second.value = 0  # turns the page, too
         else:
             self._turn()
 
     def _turn(self, change: object = None) -> None:
         row = self._tables[self.group.value].iloc[self.utterance.value]
-        waveform = audio.read(row.path, 0, min(row.samples, int(LONGEST * audio.SAMPLE_RATE)))
-        frames = audio.frame_count(len(waveform))
-        units = {name: own[self.group.value][row.utterance][:frames] for name, own in self._labels.items()}
-        self.picture.value = plots.png(plots.aligned_units(waveform, self._phones.get(row.utterance), units))
+        start = self.second.value * audio.SAMPLE_RATE
+        waveform = audio.read(row.path, start, min(row.samples, start + PAGE * audio.SAMPLE_RATE))
+        first, frames = start // audio.HOP, audio.frame_count(len(waveform))
+        units = {name: own[self.group.value][row.utterance] for name, own in self._labels.items()}
+        units = {name: sequence[first : first + frames] for name, sequence in units.items()}
+        phones = self._phones.get(row.utterance)
+        if phones is not None:
+            phones = phones.assign(start_sample=phones.start_sample - start, end_sample=phones.end_sample - start)
+        self.picture.value = plots.png(plots.aligned_units(waveform, phones, units))
         self.sound.value = _wav(waveform)
         seconds = row.samples / audio.SAMPLE_RATE
         text = row.get("text")

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from matplotlib.figure import Figure
 
 from fedhubert_lib import audio, display, files
 
@@ -114,9 +115,27 @@ def test_long_utterances_are_cut_and_text_is_no_markup(manifest):
     browser = display.Browser(manifest)
     browser.group.value = "b"
     samples, rate = soundfile.read(io.BytesIO(browser.sound.value))
-    assert len(samples) / rate == display.LONGEST
+    assert len(samples) / rate == display.PAGE
     assert "<b>bold" not in browser.text.value
     assert "12.0 s" in browser.text.value
+
+
+def test_pages_of_a_long_utterance_are_aligned(manifest):
+    phones = pd.DataFrame(
+        {"utterance": "u2", "start_sample": [0, 80_000], "end_sample": [80_000, 192_000], "phone": ["a", "b"]}
+    )
+    labels = {"k": {"a": {}, "b": {"u2": np.arange(599)}}}
+    browser = display.Browser(manifest[manifest.speaker == "b"], phones=phones, labels=labels)
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(display.plots, "aligned_units", lambda *page: drawn.append(page) or Figure())
+        browser.second.value = 3
+        browser.second.value = browser.second.max
+    (wave, known, units), (last, _, _) = drawn
+    np.testing.assert_allclose(wave, audio.read(manifest.path[2])[48_000:112_000])
+    assert known.start_sample.tolist() == [-48_000, 32_000]
+    assert units["k"].tolist() == list(range(150, 150 + audio.frame_count(64_000)))
+    assert len(last) == audio.SAMPLE_RATE
 
 
 def test_sounds_can_be_played_without_a_file():

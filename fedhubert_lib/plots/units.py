@@ -29,14 +29,13 @@ def aligned_units(
     codebook to its labels [frames] at 50 Hz, each drawn 20 ms wide around the centre of its frame. Where ``mask``
     [frames] is true the spectrogram is veiled.
     """
-    strips = ([] if phones is None or phones.empty else [("phones", *_phone_runs(phones))]) + [
-        (name, *_label_runs(np.asarray(units))) for name, units in (labels or {}).items()
-    ]
+    seconds = len(waveform) / SAMPLE_RATE
+    strips = [("phones", *_phone_runs(phones))] if phones is not None and len(phones) else []
+    strips += [(name, *_label_runs(np.asarray(units))) for name, units in (labels or {}).items()]
     figure, axes = style.panels(
         1 + len(strips), 1, width=11, height=2.4 + 0.42 * len(strips), sharex=True,
         height_ratios=[4] + [0.8] * len(strips),
     )  # fmt: skip
-    seconds = len(waveform) / SAMPLE_RATE
     window = torch.hann_window(RECEPTIVE_FIELD)
     spectrum = torch.stft(waveform.float(), 512, HOP // 2, RECEPTIVE_FIELD, window, return_complex=True)
     decibels = 10 * torch.log10(spectrum.abs().square() + 1e-10)
@@ -54,7 +53,7 @@ def aligned_units(
     for strip, (name, starts, widths, texts, colours) in zip(axes[1:], strips, strict=True):
         strip.barh(0, widths, 1, starts, color=colours, edgecolor="white", linewidth=0.5)
         for start, width, text in zip(starts, widths, texts, strict=True):
-            if width > seconds / 140 * len(text):  # only where it fits
+            if width > seconds / 140 * len(text) and 0 <= start + width / 2 <= seconds:  # only where it fits
                 strip.text(start + width / 2, 0, text, ha="center", va="center_baseline", fontsize=6.5)
         strip.set_ylabel(name, rotation=0, ha="right", va="center")
         strip.set(yticks=[], ylim=(-0.5, 0.5))
