@@ -72,16 +72,16 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     inertias = torch.zeros(clusters, dtype=torch.float64)
     private = config["noise_multiplier"] > 0
     for lengths, frames in reading.stream(home, arrays, config, reading.sampled(home, config)):
-        nearest, distances = clustering.nearest(frames, centroids)
+        nearest = clustering.nearest(frames, centroids)
         if private:
             for part, label in zip(frames.split(lengths), nearest.split(lengths), strict=True):
-                added = clustering.statistics(part, label, torch.zeros(len(part)).double().to(part.device), clusters)
+                added = clustering.statistics(part, label, centroids)
                 norm = torch.sqrt(added[0].square().sum() / width + added[1].square().sum())
                 scale = min(1.0, config["noise_clip"] / float(norm)) if norm > 0 else 1.0
                 sums += scale * added[0].cpu()
                 counts += scale * added[1].cpu()
         else:
-            added = clustering.statistics(frames, nearest, distances, clusters)
+            added = clustering.statistics(frames, nearest, centroids)
             sums += added[0].cpu()
             counts += added[1].cpu()
             inertias += added[2].cpu()
@@ -125,7 +125,7 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(frames.cpu().numpy())
         centroids = torch.from_numpy(model.cluster_centers_).float()
-        inertia = float(clustering.nearest(frames, centroids.to(frames.device))[1].sum())
+        inertia = clustering.inertia(frames, centroids.to(frames.device))
         files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": inertia})
         _save(folder / "centroids.npy", centroids)
     return {}, {**json.loads((folder / "fit.json").read_text()), "seconds": time.perf_counter() - start}
@@ -166,7 +166,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
             missing = table[~table.utterance.isin(list(writer.done))]
             names = iter(missing.utterance.tolist())
             for lengths, frames in reading.stream(home, arrays, config, missing):
-                nearest = _assign(frames, codebook)[0].cpu().numpy().astype(labels.LABELS)
+                nearest = _assign(frames, codebook).cpu().numpy().astype(labels.LABELS)
                 parts = np.split(nearest, np.cumsum(lengths)[:-1])
                 writer.append({next(names): part for part in parts})
                 written += len(nearest)
@@ -177,7 +177,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """This client's labels of public frames, ``arrays["probe"]`` [N, D]: int32 [N]. No frame of its own is involved."""
     codebook = _codebook(home, arrays, config)
-    return {"labels": _assign(arrays["probe"].to(home.device), codebook)[0].int().cpu()}, {}
+    return {"labels": _assign(arrays["probe"].to(home.device), codebook).int().cpu()}, {}
 
 
 HANDLERS = {
@@ -221,7 +221,7 @@ def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[st
     return {"centroids": torch.from_numpy(np.load(path)).to(home.device)}
 
 
-def _assign(frames: Tensor, codebook: Arrays) -> tuple[Tensor, Tensor]:
+def _assign(frames: Tensor, codebook: Arrays) -> Tensor:
     if "projection" in codebook:
         frames = torch.nn.functional.normalize(frames.double() @ codebook["projection"].double(), dim=1)
     return clustering.nearest(frames, codebook["centroids"])

@@ -1,7 +1,7 @@
 """K-means itself, without files or federations: nearest centroids, k-means++, Lloyd, matching of codebooks.
 
-Distances and sums are float64: which centroid is nearest then depends neither on how frames were batched nor on how
-many clients hold them, and (sum, count) messages add up to what pooled data would give.
+Which centroid is nearest to a frame depends neither on how frames were batched nor on how many clients hold them, and
+sums are float64: (sum, count) messages add up to what pooled data would give.
 """
 
 import math
@@ -12,41 +12,77 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 CHUNK = 4096
-"""Frames whose distances to all centroids are held at once."""
+"""Frames whose distances to all centroids a GPU holds at once."""
+ROWS = 512
+"""The same on a CPU."""
 SEEDING_POINTS = 30_000
 """K-means++ looks at this many frames at most, as scikit-learn's MiniBatchKMeans does with batches of 10,000."""
 
 
-def nearest(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of each frame and the squared distance to it: int64 [N], float64 [N].
+def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest centroid of each frame: int64 [N], of ``frames`` [N, D] and ``centroids`` [K, D], on one device.
 
-    ``frames`` [N, D], ``centroids`` [K, D], on one device. Of equally near centroids the first is taken.
+    Which one does not depend on what else is in the batch. Of equally near centroids the first is taken.
     """
     # Around the centroids' mean, where |x|² - 2 x.c + |c|² loses the fewest digits.
     middle = centroids.double().mean(0)
     centred = centroids.double() - middle
     half_norms = centred.square().sum(1) / 2
-    labels = torch.empty(len(frames), dtype=torch.int64, device=frames.device)
-    distances = torch.empty(len(frames), dtype=torch.float64, device=frames.device)
-    for start in range(0, len(frames), CHUNK):
-        chunk = frames[start : start + CHUNK].double() - middle
-        score, label = torch.addmm(half_norms, chunk, centred.T, alpha=-1).min(1)
-        labels[start : start + CHUNK] = label
-        distances[start : start + CHUNK] = (2 * score + chunk.square().sum(1)).clamp_(min=0)
-    return labels, distances
+    if frames.device.type != "cpu":
+        labels = torch.empty(len(frames), dtype=torch.int64, device=frames.device)
+        for start in range(0, len(frames), CHUNK):
+            chunk = frames[start : start + CHUNK].double() - middle
+            labels[start : start + CHUNK] = torch.addmm(half_norms, chunk, centred.T, alpha=-1).argmin(1)
+        return labels
+    # On a CPU float64 would take twice as long as scikit-learn's float32. In float32 a score must not depend on the
+    # number of rows, by which BLAS may choose another order of summation: every product has the same shape.
+    width = frames.shape[1]
+    codes = torch.cat([-centred, half_norms[:, None]], dim=1).float().T.contiguous()
+    shift = middle.float()
+    rows = torch.zeros(ROWS, width + 1)
+    rows[:, width] = 1
+    scores = torch.empty(ROWS, len(centroids))
+    labels = np.empty(len(frames), np.int64)
+    for start in range(0, len(frames), ROWS):
+        part = frames[start : start + ROWS]
+        torch.sub(part, shift, out=rows[: len(part), :width])
+        # NumPy's argmin is vectorised, torch's is not.
+        labels[start : start + ROWS] = torch.mm(rows, codes, out=scores).numpy()[: len(part)].argmin(1)
+    return torch.from_numpy(labels)
 
 
-def statistics(frames: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per cluster the sum of its frames [K, D], their number [K] and their inertia [K], all float64."""
-    sums = torch.zeros(clusters, frames.shape[1], dtype=torch.float64, device=frames.device)
-    counts = torch.bincount(labels, minlength=clusters).double()
+def statistics(
+    frames: Tensor, labels: Tensor, centroids: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per cluster the sum of its frames [K, D], their number [K] and their squared distances to it [K], all float64.
+
+    ``weights`` [N] count each frame so many times.
+    """
+    clusters, width = centroids.shape
+    frames = frames.double()
+    middle = centroids.double().mean(0)
+    centred = frames - middle
+    norms = centred.square().sum(1)
+    if weights is not None:
+        weights = weights.double()
+        centred, norms = centred * weights[:, None], norms * weights
+    counts = torch.bincount(labels, weights=weights, minlength=clusters).double()
+    sums = torch.zeros(clusters, width, dtype=torch.float64, device=frames.device)
     if frames.device.type == "cpu":
-        sums.index_add_(0, labels, frames.double())
+        sums.index_add_(0, labels, centred)
     else:  # index_add_ on a GPU adds in no fixed order; a product with the one-hot labels does
         for start in range(0, len(frames), CHUNK):
             member = torch.nn.functional.one_hot(labels[start : start + CHUNK], clusters).double()
-            sums += member.T @ frames[start : start + CHUNK].double()
-    return sums, counts, torch.bincount(labels, weights=distances, minlength=clusters)
+            sums += member.T @ centred[start : start + CHUNK]
+    codes = centroids.double() - middle
+    within = torch.bincount(labels, weights=norms, minlength=clusters)
+    inertias = within - 2 * (sums * codes).sum(1) + counts * codes.square().sum(1)
+    return sums + counts[:, None] * middle, counts, inertias.clamp(min=0)
+
+
+def inertia(frames: Tensor, centroids: Tensor) -> float:
+    """Sum of the squared distances of frames to their nearest centroids."""
+    return float(statistics(frames, nearest(frames, centroids), centroids)[2].sum())
 
 
 def plus_plus(points: Tensor, clusters: int, rng: np.random.Generator, weights: Tensor | None = None) -> Tensor:
@@ -113,19 +149,13 @@ def lloyd(
     """
     before = None
     for _ in range(rounds):
-        labels, distances = nearest(points, centroids)
-        if weights is None:
-            sums, counts, inertias = statistics(points, labels, distances, len(centroids))
-        else:
-            weighted = points.double() * weights[:, None]
-            sums, _, inertias = statistics(weighted, labels, distances * weights, len(centroids))
-            counts = torch.bincount(labels, weights=weights.double(), minlength=len(centroids))
-        inertia = float(inertias.sum())
+        sums, counts, inertias = statistics(points, nearest(points, centroids), centroids, weights)
+        total = float(inertias.sum())
         centroids = update(sums, counts, inertias, centroids, rng)
-        if before is not None and before - inertia <= tolerance * before and bool((counts > 0).all()):
+        if before is not None and before - total <= tolerance * before and bool((counts > 0).all()):
             break
-        before = inertia
-    return centroids, inertia
+        before = total
+    return centroids, total
 
 
 def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -140,8 +170,7 @@ def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> tuple[Tensor
     centroids, _ = lloyd(sample, centroids, rng)
     if len(points) > SEEDING_POINTS:
         centroids, _ = lloyd(points, centroids, rng, tolerance=1e-3)
-    labels, _ = nearest(points, centroids)
-    return centroids, torch.bincount(labels, minlength=clusters).double()
+    return centroids, torch.bincount(nearest(points, centroids), minlength=clusters).double()
 
 
 def matched(centroids: Tensor, reference: Tensor) -> Tensor:
