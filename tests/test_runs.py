@@ -224,6 +224,31 @@ def test_a_run_with_a_broken_record_hides_no_other(outputs):
     assert "broken too" in index.write(outputs).read_text()
 
 
+def test_results_are_a_table_and_where_they_lie(outputs):
+    measures = ("accuracy", "pnmi")
+    report = {
+        "systems": [{"system": name, "title": name.title()} for name in ("student", "mfcc")],
+        "measures": [{"measure": name, "title": name.upper()} for name in (*measures, "unmeasured")],
+        "figures": [
+            {"system": "student", "measure": "accuracy", "layer": None, "value": 0.5, "low": 0.375, "high": 0.625},
+            {"system": "student", "measure": "accuracy", "layer": 3, "value": 0.9, "low": None, "high": None},
+            {"system": "mfcc", "measure": "pnmi", "layer": None, "value": 0.25, "low": None, "high": None},
+        ],
+    }
+    folder = outputs / "toy/05_evaluate"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures/layers.png").touch()
+    (folder / "report.json").write_text(json.dumps(report))
+    shown = index.results(outputs / "toy").splitlines()
+    assert shown[:3] == ["            ACCURACY  PNMI", "Student  0.5 ±0.125     -", "Mfcc              -  0.25"]
+    assert [line.strip() for line in shown[4:]] == [
+        "results:",
+        *(str(folder / f"report.{kind}") for kind in ("html", "csv", "json")),
+        "figures:",
+        str(folder / "figures"),
+    ]
+
+
 def test_no_runs_yet(outputs):
     assert "no runs" in index.listing(outputs)
     assert index.results(outputs / "toy") == ""
