@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart lab test test-all bench lint lock
+.PHONY: help install quickstart lab test test-all bench lint lock s3prl
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -30,6 +30,8 @@ test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leave
 bench: $(VENV)/.installed-test ## time the parts that have to be fast against their peers, on an idle machine
 	for file in benchmarks/bench_*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
+s3prl: $(VENV)-s3prl/.installed ## an environment for s3prl, which needs an older torch (about 5 GB)
+
 lint: $(VENV)/.installed-test ## style and plain mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +39,7 @@ lint: $(VENV)/.installed-test ## style and plain mistakes
 lock: $(VENV)/.uv ## write the lock files anew after a change of pyproject.toml (delete them first to upgrade)
 	$(LOCK) --extra synthetic --output-file requirements.lock pyproject.toml
 	$(LOCK) --all-extras --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
+	$(LOCK) --output-file requirements-s3prl.lock requirements-s3prl.in
 
 # Universal: one file for all systems and Python versions. No index is written down, so any will do.
 LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
@@ -57,4 +60,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml $(VENV)/.uv
 
 $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-test.lock
+	touch $@
+
+$(VENV)-s3prl/.installed: requirements-s3prl.lock $(VENV)/.uv
+	$(BIN)/uv venv --quiet --allow-existing --python 3.11 $(VENV)-s3prl
+	$(BIN)/uv pip install --quiet --python $(VENV)-s3prl/bin/python --require-hashes -r requirements-s3prl.lock
 	touch $@

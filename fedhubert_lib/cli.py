@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedhubert_lib import index, params, runner, runs
+from fedhubert_lib.export import command as export
 
 _RUN = f"""\
 A stage is skipped when its notebook, parameters, library source and inputs have not changed; what changed is said.
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_ls(commands)
     _add_export_client(commands)
     _add_deploy(commands)
+    export.add(commands)
     given = parser.parse_args(arguments)
     try:
         return given.function(given)

@@ -1,0 +1,266 @@
+"""s3prl for real: a checkpoint for its ``hubert_local``, and its own benchmark run on one of our models.
+
+s3prl 0.4.18 needs an older torch, so it lives in an environment of its own, ``.venv-s3prl`` beside the project, that
+``make s3prl`` sets up from ``requirements-s3prl.lock``. Everything here starts that environment's Python.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedhubert_lib import audio, files, hubert, params, seeds
+from fedhubert_lib.export import checks
+
+PYTHON = params.ROOT / ".venv-s3prl" / "bin" / "python"
+COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+"""The ten words of s3prl's speech_commands; every other word is _unknown_."""
+CONFIG: dict[str, Any] = {
+    # s3prl/downstream/speech_commands/config.yaml, which the package on PyPI lacks.
+    "runner": {
+        "total_steps": 200_000,
+        "gradient_clipping": 1,
+        "gradient_accumulate_steps": 1,
+        "log_step": 1000,
+        "eval_step": 5000,
+        "save_step": 1000,
+        "max_keep": 1,
+        "eval_dataloaders": ["dev"],
+    },
+    "optimizer": {"name": "Adam", "lr": 1.0e-4},
+    "downstream_expert": {
+        "datarc": {"num_workers": 0, "batch_size": 32},
+        "modelrc": {
+            "projector_dim": 256,
+            "select": "UtteranceLevel",
+            "UtteranceLevel": {"pooling": "MeanPooling"},
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What s3prl reported."""
+
+    dev: float
+    """Best accuracy on its validation clips, which it draws with replacement and balanced: not comparable to test."""
+    test: float
+    """Accuracy of that model on the test clips, from s3prl's separate evaluation of the saved checkpoint."""
+    steps: int
+    fine_tuned: bool
+
+
+def call(arguments: list[str], log: Path | None = None) -> str:
+    """Run ``export.s3prl_entry`` in s3prl's environment; returns what it printed, which also goes to ``log``.
+
+    Raises ExportError when the environment is not there, or when it fails: with the last lines of what it said.
+    """
+    if not PYTHON.is_file():
+        raise checks.ExportError(f"{PYTHON} is missing: s3prl has an environment of its own; run: make s3prl")
+    done = subprocess.run(
+        [PYTHON, "-m", "fedhubert_lib.export.s3prl_entry", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PYTHONPATH": str(params.ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    if log is not None:
+        log.write_text(done.stdout)
+    if done.returncode:
+        last = "\n".join(done.stdout.splitlines()[-15:])
+        raise checks.ExportError(f"s3prl {arguments[0]} failed with exit code {done.returncode}:\n{last}")
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- hubert_local
+
+
+def export(checkpoint: Path, path: Path) -> float:
+    """Write the model of ``checkpoint`` as the file that ``-u hubert_local -k PATH`` loads; the largest difference.
+
+    s3prl's format is a pickle of plain dictionaries and tensors; nothing here reads one. Raises ExportError for an
+    architecture that s3prl does not know, or where it gives other numbers.
+    """
+    model, head = hubert.load(checkpoint)
+    checks.require_published(model, "s3prl's hubert_local")
+    with files.atomic(path) as temporary:
+        torch.save(converted(model, head), temporary)
+        return check(model, "hubert_local", temporary)
+
+
+def check(model: hubert.Hubert, upstream: str, checkpoint: Path) -> float:
+    """Largest difference between ``model`` and what s3prl's ``upstream`` gives from ``checkpoint``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "waveforms.safetensors"), Path(scratch, "states.safetensors")
+        save_file({f"{clips}x{samples}": checks.noise(clips, samples) for clips, samples in checks.SHAPES}, inputs)
+        call(["states", upstream, str(checkpoint), str(inputs), str(outputs)])
+        given = load_file(outputs)
+    return checks.compare(model, lambda waveforms: given[f"{len(waveforms)}x{waveforms.shape[1]}"])
+
+
+def converted(model: hubert.Hubert, head: hubert.Head | None) -> dict[str, Any]:
+    """The four entries of s3prl's converted fairseq checkpoints. Without a head there is one class, never used."""
+    config = model.config
+    embeddings = torch.zeros(1, config.classifier_proj_size) if head is None else head.label_embeddings.detach()
+    weights = fairseq_names(model)
+    weights["label_embs_concat"] = embeddings
+    projection = torch.nn.Linear(config.hidden_size, config.classifier_proj_size) if head is None else head.final_proj
+    weights |= {f"final_proj.{name}": tensor.detach() for name, tensor in projection.named_parameters()}
+    layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
+    return {
+        "task_cfg": {"label_rate": 50.0, "sample_rate": audio.SAMPLE_RATE, "normalize": config.do_normalize},
+        "model_cfg": {
+            "label_rate": 50.0,
+            "extractor_mode": "default" if config.feat_extract_norm == "group" else "layer_norm",
+            "encoder_layers": config.num_hidden_layers,
+            "encoder_embed_dim": config.hidden_size,
+            "encoder_ffn_embed_dim": config.intermediate_size,
+            "encoder_attention_heads": config.num_attention_heads,
+            "final_dim": config.classifier_proj_size,
+            "layer_norm_first": config.do_stable_layer_norm,
+            "conv_feature_layers": repr(layers),
+            "conv_bias": config.conv_bias,
+            "conv_pos": config.num_conv_pos_embeddings,
+            "conv_pos_groups": config.num_conv_pos_embedding_groups,
+            "feature_grad_mult": config.feature_grad_mult,
+        },
+        "model_weight": {name: tensor.detach().clone() for name, tensor in weights.items()},
+        "dictionaries_symbols": [[str(index) for index in range(len(embeddings))]],
+    }
+
+
+def fairseq_names(model: hubert.Hubert) -> dict[str, Tensor]:
+    """The weights of ``model`` under fairseq's names."""
+    layer_mode = model.config.feat_extract_norm == "layer"
+    rules = [
+        (r"^masked_spec_embed$", "mask_emb"),
+        (r"^feature_extractor\.conv_layers\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.0."),
+        (
+            r"^feature_extractor\.conv_layers\.(\d+)\.layer_norm\.",
+            r"feature_extractor.conv_layers.\1.2." + ("1." if layer_mode else ""),
+        ),
+        (r"^feature_projection\.layer_norm\.", "layer_norm."),
+        (r"^feature_projection\.projection\.", "post_extract_proj."),
+        (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0$", "encoder.pos_conv.0.weight_g"),
+        (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1$", "encoder.pos_conv.0.weight_v"),
+        (r"^encoder\.pos_conv_embed\.conv\.bias$", "encoder.pos_conv.0.bias"),
+        (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
+        (r"(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+        (r"(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.", r"\1.fc1."),
+        (r"(encoder\.layers\.\d+)\.feed_forward\.output_dense\.", r"\1.fc2."),
+    ]
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        for pattern, new in rules:
+            name = re.sub(pattern, new, name)
+        renamed[name] = tensor
+    return renamed
+
+
+# ------------------------------------------------------------------------------------------------------ its benchmark
+
+
+def benchmark(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    steps: int = 200_000,
+    rate: float = 1e-4,
+    fine_tune: bool = False,
+    seed: int = 1337,
+    device: str = "cpu",
+) -> Result:
+    """s3prl's ``run_downstream`` on speech_commands with ``checkpoint`` as its upstream: train, then evaluate.
+
+    ``data`` holds ``train`` and ``test`` as ``lay_out`` makes them, or as the official archives unpack. ``fine_tune``
+    trains the whole model on its last layer (``-f -s last_hidden_state``), else it is frozen and its layers are summed.
+    Everything that s3prl writes lies in ``out``, and the result in ``out/result.json``.
+    """
+    hubert.load(checkpoint)  # a broken checkpoint is told here, not after s3prl has started
+    out.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(CONFIG))
+    every = max(1, steps // 10)
+    config["runner"] |= {"total_steps": steps, "log_step": every, "eval_step": every, "save_step": steps}
+    config["optimizer"]["lr"] = rate
+    config["downstream_expert"]["datarc"] |= {
+        "speech_commands_root": str((data / "train").resolve()),
+        "speech_commands_test_root": str((data / "test").resolve()),
+    }
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    common = ["--device", device, "--seed", str(seed)]
+    trained = ["-f", "-s", "last_hidden_state"] if fine_tune else []
+    call(
+        ["run", "-m", "train", "-d", "speech_commands", "-u", "fedhubert", "-k", str(checkpoint.resolve())]
+        + ["-p", str(out), "-c", str(out / "config.yaml"), *common, *trained],
+        out / "train.log",
+    )
+    said = call(["run", "-m", "evaluate", "-e", str(out / "dev-best.ckpt"), *common], out / "evaluate.log")
+    dev = [float(found) for found in re.findall(r"^dev acc: (\S+)$", (out / "train.log").read_text(), re.MULTILINE)]
+    test = re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)
+    if not dev or not test:
+        raise checks.ExportError(f"s3prl ended without an accuracy; see {out / 'train.log'} and {out / 'evaluate.log'}")
+    result = Result(max(dev), float(test[-1]), steps, fine_tune)
+    files.write_json(out / "result.json", result.__dict__)
+    return result
+
+
+def lay_out(clips: pd.DataFrame, out: Path, *, background: Path | None = None, seed: int = 0) -> Path:
+    """Folders as s3prl's speech_commands wants them, of a run's keyword clips (``keywords.parquet``), by links.
+
+    ``train`` has a folder per word with the training and validation clips, which s3prl parts again by a hash of the
+    speaker; ``test`` a folder for each of the ten commands, and ``_unknown_`` with as many seeded clips of other words
+    as a command has. ``_silence_`` comes from the WAV files in ``background``, the ``_background_noise_`` of Speech
+    Commands: their first 80 % for training, seconds of the rest for testing; without it there is no such class.
+    Returns ``out``. Raises ExportError where a command has no test clip, or ``background`` holds no WAV file.
+    """
+    own = clips[clips.word.isin(COMMANDS) & (clips.split == "test")]
+    if missing := sorted(set(COMMANDS) - set(own.word)):
+        raise checks.ExportError(f"no test clip of {', '.join(missing)}; s3prl's speech_commands tests ten commands")
+    per_class = round(own.groupby("word").size().mean())
+    with files.atomic(out) as temporary:
+        for row in clips[clips.split != "test"].itertuples():
+            _link(row.path, temporary / "train" / row.word)
+        for row in own.itertuples():
+            _link(row.path, temporary / "test" / row.word)
+        others = clips[~clips.word.isin(COMMANDS) & (clips.split == "test")].sort_values("clip")
+        drawn = seeds.numpy_generator(seed, "unknown").permutation(len(others))[:per_class]
+        for row in others.iloc[drawn].itertuples():
+            _link(row.path, temporary / "test" / "_unknown_", f"{row.word}-")
+        if background is not None:
+            _silence(background, temporary, per_class)
+    return out
+
+
+def _link(path: str, folder: Path, prefix: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{prefix}{Path(path).name}").symlink_to(Path(path).resolve())
+
+
+def _silence(background: Path, out: Path, count: int) -> None:
+    sounds = sorted(background.glob("*.wav"))
+    if not sounds:
+        raise checks.ExportError(f"{background}: holds no WAV file; give the _background_noise_ of Speech Commands")
+    seconds = []
+    for folder in ("train/_background_noise_", "test/_silence_"):
+        (out / folder).mkdir(parents=True)
+    for path in sounds:
+        waveform = audio.read(path)
+        border = int(0.8 * len(waveform))
+        soundfile.write(out / "train" / "_background_noise_" / path.name, waveform[:border].numpy(), audio.SAMPLE_RATE)
+        seconds += [each for each in waveform[border:].split(audio.SAMPLE_RATE) if len(each) == audio.SAMPLE_RATE]
+    for index, second in enumerate(seconds[:count]):
+        soundfile.write(out / "test" / "_silence_" / f"{index:04d}.wav", second.numpy(), audio.SAMPLE_RATE)

@@ -1,0 +1,112 @@
+"""Our models inside s3prl: an upstream that is registered when s3prl starts, no fork and no copied folder.
+
+This module runs in s3prl's own environment (``make s3prl``), whose Python has s3prl 0.4.18 and the torch that it needs;
+``export.s3prl`` starts it there. Of this project it needs ``hubert`` alone. As a program,
+
+    python -m fedhubert_lib.export.s3prl_entry run ARGUMENTS OF s3prl.run_downstream ... -u fedhubert -k CHECKPOINT
+    python -m fedhubert_lib.export.s3prl_entry states UPSTREAM CHECKPOINT WAVEFORMS STATES
+
+the first is s3prl's own command with ``fedhubert`` among its upstreams; the second writes the hidden states that an
+upstream gives for waveforms, for comparisons.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import soundfile
+import torch
+import torchaudio
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedhubert_lib import hubert
+from fedhubert_lib.audio import HOP
+
+NAME = "fedhubert"
+
+
+class Upstream(nn.Module):
+    """s3prl's upstream interface over a checkpoint folder: all N + 1 hidden states, 50 frames a second.
+
+    Clips pass in groups of equal length and are never padded, so that no clip's features depend on its batch; shorter
+    ones are filled up with zeros after encoding, which s3prl cuts off again.
+    """
+
+    def __init__(self, ckpt: str, model_config: str | None = None, refresh: bool = False, **options: object) -> None:
+        super().__init__()
+        self.model, _ = hubert.load(ckpt)
+        self.model.encoder.layerdrop = 0.0  # s3prl asserts a constant number of states, and skipped layers repeat one
+
+    def get_downsample_rates(self, key: str) -> int:
+        """Samples from one frame to the next."""
+        return HOP
+
+    def forward(self, wavs: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...] | Tensor]:
+        """Waveforms [samples] at 16 kHz to ``hidden_states``, each [B, T, D], and ``last_hidden_state``."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, wav in enumerate(wavs):
+            groups[len(wav)].append(index)
+        encoded: dict[int, Tensor] = {}
+        for indices in groups.values():
+            states = self.model(torch.stack([wavs[index] for index in indices]), hidden_states=True).hidden
+            encoded |= dict(zip(indices, torch.stack(states, dim=1), strict=True))
+        longest = max(each.shape[1] for each in encoded.values())
+        padded = [functional.pad(encoded[i], (0, 0, 0, longest - encoded[i].shape[1])) for i in range(len(wavs))]
+        hidden = torch.stack(padded, dim=1).unbind(0)
+        return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}
+
+
+def register() -> None:
+    """Make the upstream known to s3prl, and let it read audio without libsox."""
+    torchaudio.sox_effects.apply_effects_file = apply_effects_file
+    from s3prl import hub
+
+    setattr(hub, NAME, Upstream)
+
+
+def apply_effects_file(path: str, effects: Sequence[Sequence[str]]) -> tuple[Tensor, int]:
+    """What s3prl's speech_commands asks of libsox, which few machines have: mono at 16 kHz, and a gain.
+
+    Equal to libsox's (3e-8) on 16 kHz mono files. Raises ValueError for any other file or effect.
+    """
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    if rate != 16_000 or samples.shape[1] != 1:
+        raise ValueError(f"{path}: {rate} Hz, {samples.shape[1]} channels; 16000 Hz mono is needed here")
+    waveform = torch.from_numpy(samples.T.copy())
+    for name, value in effects:
+        if name == "gain":
+            waveform = waveform * 10 ** (float(value) / 20)
+        elif (name, value) not in (("channels", "1"), ("rate", "16000")):
+            raise ValueError(f"effect {name} {value} is not one that speech_commands uses")
+    return waveform, rate
+
+
+def states(upstream: str, checkpoint: str, waveforms: Path, out: Path) -> None:
+    """Write the hidden states of each tensor [B, S] of the file ``waveforms`` under its name: [layers, B, T, D]."""
+    from s3prl import hub
+
+    entry = getattr(hub, upstream)(ckpt=checkpoint).eval()
+    found = {}
+    with torch.no_grad():
+        for name, clips in load_file(waveforms).items():
+            found[name] = torch.stack(list(entry(list(clips))["hidden_states"])).contiguous()
+    save_file(found, out)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """See above."""
+    register()
+    if arguments[0] == "states":
+        states(*arguments[1:3], *map(Path, arguments[3:5]))
+    else:
+        from s3prl import run_downstream
+
+        sys.argv = ["run_downstream", *arguments[1:]]
+        run_downstream.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""s3prl: our checkpoints in its upstreams, and its own benchmark run on them; what is missing is named."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from fedhubert_lib import cli, hubert, seeds
+from fedhubert_lib.export import checks, s3prl
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
+
+
+def save(folder, name="tiny", front_end="waveform", head=True):
+    changes = SMALL if front_end == "logmel" else {**SMALL, "conv_dim": (16,) * 7}
+    model = hubert.Hubert(hubert.preset(name, front_end, **changes))
+    hubert.initialise(model, seeds.torch_generator(0))
+    hubert.save(folder, model, hubert.Head(model.config, 5) if head else None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Thirteen words that are pitches, by nine speakers, named as Speech Commands names its files."""
+    folder = tmp_path_factory.mktemp("words")
+    rows = []
+    for index, word in enumerate([*s3prl.COMMANDS, "cat", "dog", "tree"]):
+        for speaker in range(9):
+            for take in range(3):
+                path = folder / word / f"{speaker:08x}_nohash_{take}.wav"
+                path.parent.mkdir(exist_ok=True)
+                noise = seeds.numpy_generator(0, str(path.relative_to(folder))).normal(size=16_000)
+                tone = np.sin(2 * np.pi * 200 * 1.3**index * np.arange(16_000) / 16_000)
+                soundfile.write(path, (0.3 * tone + 0.01 * noise).astype(np.float32), 16_000)
+                split = "test" if speaker >= 6 else "train"
+                rows.append({"clip": f"{word}/{path.name}", "path": str(path), "word": word, "split": split})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def background(tmp_path):
+    folder = tmp_path / "_background_noise_"
+    folder.mkdir()
+    noise = 0.1 * seeds.numpy_generator(0, "background").normal(size=160_000)
+    soundfile.write(folder / "hum.wav", noise.astype(np.float32), 16_000)
+    return folder
+
+
+@pytest.fixture
+def environment():
+    if not s3prl.PYTHON.is_file():
+        pytest.skip("no environment for s3prl; run: make s3prl")
+
+
+def test_folders_are_what_s3prl_wants(clips, background, tmp_path):
+    out = s3prl.lay_out(clips, tmp_path / "data", background=background)
+    test = {path.name: len(list(path.iterdir())) for path in (out / "test").iterdir()}
+    assert test == {**dict.fromkeys(s3prl.COMMANDS, 9), "_unknown_": 9, "_silence_": 2}
+    assert {path.name for path in (out / "train").iterdir()} == {*clips.word, "_background_noise_"}
+    heard = {path.resolve() for path in (out / "train").glob("*/*.wav")}
+    assert not heard & {path.resolve() for path in (out / "test").glob("*/*.wav")}
+    assert soundfile.info(out / "train" / "_background_noise_" / "hum.wav").frames == 128_000
+    assert all(path.is_symlink() for path in (out / "test" / "yes").iterdir())
+
+
+def test_a_missing_class_or_background_is_named(clips, tmp_path):
+    with pytest.raises(checks.ExportError, match="no test clip of up"):
+        s3prl.lay_out(clips[(clips.word != "up") | (clips.split != "test")], tmp_path / "data")
+    with pytest.raises(checks.ExportError, match="holds no WAV file"):
+        s3prl.lay_out(clips, tmp_path / "data", background=tmp_path)
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_s3prl_the_way_to_get_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(s3prl, "PYTHON", tmp_path / "none")
+    checkpoint = save(tmp_path / "checkpoint")
+    with pytest.raises(checks.ExportError, match="make s3prl"):
+        s3prl.export(checkpoint, tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+    assert cli.main(["export", "hubert-local", str(checkpoint), str(tmp_path / "model.pt")]) == 1
+    assert "make s3prl" in capsys.readouterr().err
+
+
+def test_a_broken_checkpoint_is_told_before_s3prl_starts(clips, tmp_path):
+    checkpoint = save(tmp_path / "checkpoint")
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
+    with pytest.raises(ValueError, match="another shape"):
+        s3prl.benchmark(checkpoint, tmp_path, tmp_path / "out", steps=1)
+
+
+def test_command_exports_and_never_overwrites(tmp_path, capsys):
+    checkpoint = save(tmp_path / "checkpoint")
+    assert cli.main(["export", "torchaudio", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert "difference" in capsys.readouterr().out
+    assert cli.main(["export", "torchaudio", str(checkpoint), str(tmp_path / "out")]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert (
+        cli.main(["export", "huggingface", str(save(tmp_path / "mel", front_end="logmel")), str(tmp_path / "x")]) == 1
+    )
+    assert "front_end logmel" in capsys.readouterr().err
+
+
+def test_pickle_holds_plain_data_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(s3prl, "check", lambda *_: 0.0)
+    s3prl.export(save(tmp_path / "checkpoint"), tmp_path / "model.pt")
+    written = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert sorted(written) == ["dictionaries_symbols", "model_cfg", "model_weight", "task_cfg"]
+    assert written["model_weight"]["label_embs_concat"].shape == (5, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), [("tiny", True), ("large", False)])
+def test_hubert_local_gives_our_numbers(environment, tmp_path, name, head):
+    assert s3prl.export(save(tmp_path / "checkpoint", name, head=head), tmp_path / "model.pt") < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("front_end", ["waveform", "logmel"])
+def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
+    checkpoint = save(tmp_path / "checkpoint", front_end=front_end)
+    assert s3prl.check(hubert.load(checkpoint)[0], "fedhubert", checkpoint) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_run_downstream_trains_and_evaluates(environment, clips, background, tmp_path, fine_tune):
+    data = s3prl.lay_out(clips, tmp_path / "data", background=background)
+    checkpoint = save(tmp_path / "checkpoint", front_end="logmel")
+    result = s3prl.benchmark(
+        checkpoint, data, tmp_path / "out", steps=60, rate=1e-2 if not fine_tune else 1e-3, fine_tune=fine_tune
+    )
+    assert result.steps == 60 and result.fine_tuned == fine_tune
+    assert result.test > 0.3  # pitches, of twelve classes; chance is 0.083
+    assert (tmp_path / "out" / "result.json").is_file() and (tmp_path / "out" / "dev-best.ckpt").is_file()
