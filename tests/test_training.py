@@ -130,3 +130,150 @@ def test_diverging_batch_is_named(corpus):
     settings = training.Settings(learning_rate=1e-3, warmup_steps=2)
     with pytest.raises(training.DivergedError, match="batch u"):
         training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=9, seed=0)
+
+
+def test_masked_share_of_a_clip_does_not_depend_on_its_batch(corpus):
+    """fairseq and torchaudio delete masked frames until all rows have equally many."""
+    table, labels = corpus
+    counts = [
+        batch.mask.sum(1)
+        for batch in batching.batches(table, labels, **DRAWS, steps=6, batch_seconds=16.0, crop_seconds=4.0)
+    ]
+    assert any(len(set(count.tolist())) > 1 for count in counts)
+
+
+def test_crop_of_features_is_the_crop_of_the_whole():
+    """Frame i of a crop at sample 320 k sees the samples of frame i + k of the whole clip."""
+    waveform = torch.randn(1, 24_000, generator=seeds.torch_generator(0))
+    extractor = make_extractor(feat_extract_norm="layer")
+    crop = waveform[:, 320 * 7 : 320 * 7 + 9_600]
+    with torch.no_grad():
+        whole, part = extractor(waveform), extractor(crop)
+    assert torch.allclose(whole[:, 7 : 7 + part.shape[1]], part, rtol=0, atol=1e-5)
+
+
+def make_extractor(**changes) -> hubert.FeatureExtractor:
+    model = hubert.Hubert(hubert.preset("tiny", conv_dim=(16,) * 7, **changes))
+    hubert.initialise(model, seeds.torch_generator(0))
+    return model.feature_extractor
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "logmel"])
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_clip_alone_has_the_features_it_has_in_a_batch(front_end, norm):
+    model = hubert.Hubert(hubert.preset("tiny", front_end, conv_dim=(16,) * 7, feat_extract_norm=norm)).eval()
+    waveforms = torch.randn(3, 8_000, generator=seeds.torch_generator(0))
+    with torch.no_grad():
+        assert torch.allclose(model(waveforms).last[1:2], model(waveforms[1:2]).last, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="frames"):
+        model(waveforms, torch.zeros(3, 99, dtype=torch.bool))
+
+
+def test_convolutions_get_a_tenth_of_the_gradient():
+    gradients = {}
+    for scale in (1.0, 0.1):
+        model = hubert.Hubert(hubert.preset("tiny", conv_dim=(16,) * 7, feature_grad_mult=scale))
+        hubert.initialise(model, seeds.torch_generator(0))
+        output = model(torch.randn(2, 8_000, generator=seeds.torch_generator(1)))
+        (output.last.square().sum() + output.features.square().sum()).backward()
+        gradients[scale] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in gradients[1.0].items():
+        scale = 0.1 if name.startswith("feature_extractor") else 1.0
+        assert torch.allclose(gradients[0.1][name], gradient * scale, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "logmel"])
+def test_loss_and_gradient_recombine_over_split_batches(front_end, corpus):
+    """Four clips at once equal one clip and three, added up and divided by all masked frames."""
+    config = hubert.replace(CONFIG, front_end=front_end, conv_dim=(16,) * 7)
+    module = nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, 250)})
+    for part in module.values():
+        hubert.initialise(part, seeds.torch_generator(0))
+    whole = random_batch(4)
+    parts = [
+        batching.Batch(whole.waveforms[s], whole.labels[s], whole.mask[s], whole.utterances[s])
+        for s in (slice(0, 1), slice(1, 4))
+    ]
+
+    def total(batches):
+        module.zero_grad()
+        sums = [
+            objectives.masked_prediction(module["model"], module["head"], batch, unmasked_weight=0.3)
+            for batch in batches
+        ]
+        count = sum(s.count for s in sums)
+        for s in sums:
+            (s.loss / count).backward()
+        measured = {name: sum(float(s.measured[name]) for s in sums) for name in sums[0].measured}
+        return measured, torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+    (one, one_gradient), (split, split_gradient) = total([whole]), total(parts)
+    assert one == pytest.approx(split, rel=1e-5)
+    assert torch.allclose(one_gradient, split_gradient, rtol=0, atol=1e-5 * one_gradient.abs().max().item())
+
+
+def random_batch(clips: int, frames: int = 60) -> batching.Batch:
+    generator = seeds.torch_generator(3)
+    masks = [torch.from_numpy(masking.spans(frames, seeds.numpy_generator(3, i))) for i in range(clips)]
+    return batching.Batch(
+        torch.randn(clips, 400 + 320 * (frames - 1), generator=generator) * 0.1,
+        torch.randint(250, (clips, frames), generator=generator),
+        torch.stack(masks),
+        tuple(f"r{i}" for i in range(clips)),
+    )
+
+
+def test_accumulated_batches_give_the_step_of_one(corpus):
+    """Two batches of two clips, accumulated, move the weights as one batch of four does."""
+    whole = random_batch(4)
+    halves = [
+        batching.Batch(whole.waveforms[s], whole.labels[s], whole.mask[s], whole.utterances[s])
+        for s in (slice(0, 2), slice(2, 4))
+    ]
+    weights = []
+    for stream, accumulate in (([whole], 1), (halves, 2)):
+        module = make()
+        settings = training.Settings(learning_rate=1e-3, warmup_steps=0, accumulate=accumulate, eps=1e-3)
+        training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=9, seed=0)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.allclose(*weights, rtol=0, atol=1e-6)
+
+
+def test_logits_stay_float32_and_the_stack_of_negatives_is_never_made():
+    """(K + 1) x S x D float32 numbers would be 500 MB here; the loss may not allocate a tenth of it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    head = hubert.Head(CONFIG, 500)
+    frames = torch.randn(2_000, CONFIG.hidden_size, requires_grad=True)
+    stack = 501 * 2_000 * CONFIG.classifier_proj_size * 4
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        logits = head(frames)
+        torch.nn.functional.cross_entropy(logits, torch.zeros(2_000, dtype=torch.long)).backward()
+    assert logits.dtype == torch.float32
+    assert sum(max(event.cpu_memory_usage, 0) for event in trace.events()) < stack
+
+
+def test_schedule_rises_and_falls_linearly_over_global_steps():
+    settings = training.Settings(learning_rate=2.0, warmup_steps=4)
+    rates = [training.rate(settings, step, 12) for step in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert np.diff(rates[4:]) == pytest.approx([-0.25] * 7)
+    assert rates[-1] > 0
+
+
+def test_proximal_term_and_control_variates_change_the_gradient(corpus):
+    """With a huge proximal weight the update cannot leave the start; a control variate moves what it points at."""
+    free, _ = train(corpus)
+    table, labels = corpus
+    moved = {}
+    for proximal in (0.0, 1e4):
+        module = make()
+        start = torch.cat([p.detach().flatten() for p in module.parameters()])
+        stream = batching.batches(table, labels, **DRAWS, steps=4, batch_seconds=8.0, crop_seconds=4.0)
+        settings = training.Settings(learning_rate=1e-3, warmup_steps=0, proximal=proximal)
+        training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=400, seed=0)
+        moved[proximal] = (torch.cat([p.detach().flatten() for p in module.parameters()]) - start).norm()
+    assert moved[1e4] < 0.8 * moved[0.0]
