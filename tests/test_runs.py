@@ -240,7 +240,7 @@ def test_results_are_a_table_and_where_they_lie(outputs):
     (folder / "figures/layers.png").touch()
     (folder / "report.json").write_text(json.dumps(report))
     shown = index.results(outputs / "toy").splitlines()
-    assert shown[:3] == ["            ACCURACY  PNMI", "Student  0.5 ±0.125     -", "Mfcc              -  0.25"]
+    assert shown[:3] == ["           ACCURACY  PNMI", "Student  0.5 ±0.125     -", "Mfcc              -  0.25"]
     assert [line.strip() for line in shown[4:]] == [
         "results:",
         *(str(folder / f"report.{kind}") for kind in ("html", "csv", "json")),
