@@ -91,7 +91,7 @@ def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.nda
     path = run / "00_corpus" / "phones.parquet"
     if not path.exists():
         return
-    table = pq.read_table(path, read_dictionary=["utterance"]).unify_dictionaries().combine_chunks()
+    table = pq.read_table(path, read_dictionary=["utterance", "phone"]).unify_dictionaries().combine_chunks()
     if not len(table):
         return
     coded = table["utterance"].chunk(0)
@@ -100,7 +100,11 @@ def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.nda
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(len(names) + 1))
     for name, start, end in zip(names, bounds[:-1], bounds[1:], strict=True):
-        pq.write_table(table.take(order[start:end]), folder / name / "phones.parquet")
+        mine = table.take(order[start:end])
+        # As plain text: a dictionary would carry the names of everybody's utterances to every client.
+        for column in ("utterance", "phone"):
+            mine = mine.set_column(mine.column_names.index(column), column, mine[column].cast(pa.string()))
+        pq.write_table(mine, folder / name / "phones.parquet")
 
 
 def client_names(count: int) -> list[str]:

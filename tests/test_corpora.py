@@ -109,7 +109,7 @@ def test_what_cannot_be_used_is_named(name, tmp_path):
 def test_random_bytes_never_raise(tmp_path):
     whole = {end: write(tmp_path / f"a{end}", 3_000).read_bytes() for end in (".flac", ".wav")}
     for end, content in whole.items():
-        for _ in range(200):
+        for _ in range(60):
             broken = bytearray(content[: RNG.integers(1, len(content))])
             for place in RNG.integers(0, min(60, len(broken)), 3):
                 broken[place] = RNG.integers(256)
@@ -316,7 +316,7 @@ def test_textgrids_are_read_and_folded(tmp_path):
     (folder / "9-9-0000.TextGrid").write_text("of another subset: not read")
     phones, refused = alignments.read(tmp_path, MANIFEST)
     assert refused.empty
-    assert phones.values.tolist() == [
+    assert phones.to_pandas().values.tolist() == [
         ["1-2-0000", 0, 3_200, "sil"], ["1-2-0000", 3_200, 8_800, "HH"],
         ["1-2-0000", 8_800, 14_400, "AY"], ["1-2-0000", 14_400, 16_000, "sil"],
     ]  # fmt: skip
@@ -338,7 +338,7 @@ def test_a_textgrid_that_does_not_fit_is_left_out(content, reason, tmp_path):
     (tmp_path / "1-2-0000.TextGrid").write_text(content)
     (tmp_path / "1-2-0001.TextGrid").write_text(textgrid(0.5, [(0.0, 0.5, "AA0")]))
     phones, refused = alignments.read(tmp_path, MANIFEST)
-    assert phones.utterance.unique().tolist() == ["1-2-0001"]
+    assert phones["utterance"].unique().to_pylist() == ["1-2-0001"]
     assert len(refused) == 1 and reason in refused.reason[0] and "1-2-0000" in refused.reason[0]
 
 
@@ -351,7 +351,7 @@ def test_json_alignments(tmp_path):
     }
     path.write_text(json.dumps(table))
     phones, refused = alignments.read(path, MANIFEST)
-    assert phones.values.tolist() == [["1-2-0000", 0, 8_000, "sil"], ["1-2-0000", 8_000, 16_000, "AH"]]
+    assert phones.to_pandas().values.tolist() == [["1-2-0000", 0, 8_000, "sil"], ["1-2-0000", 8_000, 16_000, "AH"]]
     assert "1-2-0001" in refused.reason[0]
     for content, message in (("{", "is not JSON"), ("[]", "no table"), ("{}", "no alignment of any")):
         path.write_text(content)

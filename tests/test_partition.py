@@ -134,6 +134,9 @@ def test_folders_hold_every_utterance_once(run, table):
         phones = pd.read_parquet(folder / "clients" / row.client / "phones.parquet")
         own = {*train.utterance, *validation.utterance}
         assert set(phones.utterance) == own & set(table.utterance[::3])
+        content = (folder / "clients" / row.client / "phones.parquet").read_bytes()
+        others = set(table.utterance.sample(300, random_state=0)) - own
+        assert not [name for name in others if f"{name}\0".encode() in content or f"{name}\x0b".encode() in content]
     assert pd.read_parquet(folder / "clients.parquet").equals(clients)
 
 

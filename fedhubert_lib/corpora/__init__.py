@@ -12,88 +12,89 @@
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fedhubert_lib import files, params
 from fedhubert_lib.corpora import alignments, archives, librispeech, scan, speech_commands, synthetic
 from fedhubert_lib.corpora.librispeech import CorpusError
 from fedhubert_lib.corpora.synthetic import Progress
 
-PHONE_COLUMNS = {"utterance": "str", "start_sample": "int64", "end_sample": "int64", "phone": "str"}
+PHONES = pa.schema(
+    [("utterance", pa.string()), ("start_sample", pa.int64()), ("end_sample", pa.int64()), ("phone", pa.string())]
+)
 
 
 def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
-    """Find or generate the speech that ``p`` names and write its manifest below ``run/00_corpus``.
+    """Find, fetch or generate the speech that ``p`` names and write its manifest below ``run/00_corpus``.
 
-    ``on_progress(what, done, total)`` is called during synthesis and scanning. Raises CorpusError when a folder is
-    missing or empty, when nothing in it can be used, or when a speaker is both in a training and in a test subset.
+    ``on_progress(what, done, total)`` is called while something is fetched, unpacked, synthesised or scanned. Raises
+    CorpusError when a folder is missing or empty, when nothing in it can be used, when an archive is not the published
+    one, or when a speaker is both in a training and in a test subset.
     """
     folder = run / "00_corpus"
-    phones = pd.DataFrame(columns=list(PHONE_COLUMNS)).astype(PHONE_COLUMNS)  # with types, or readers cannot filter
-    if p.kind == "synthetic":
-        root = folder / "synthetic" / "LibriSpeech"
-        synthetic.speech(root, p, on_progress)
-        train, test = [synthetic.TRAIN_SUBSET], [synthetic.TEST_SUBSET]
-        phones = pd.read_parquet(root / "phones.parquet")
-    else:
-        train, test = p.train_subsets, p.test_subsets
-        for subset in train + test:
-            archives.provide(
-                Path(p.root),
-                subset,
-                archives.LIBRISPEECH,
-                p.mirror,
-                download=p.download,
-                inside="LibriSpeech",
-                on_progress=on_progress,
-            )
-        root = librispeech.home(Path(p.root), train + test)
+    root, train, test = _speech(folder, p, on_progress)
     places = [root / subset for subset in train + test]
     scanned = scan.scan(places, folder / "scan.parquet", on_progress, decode=p.decode_check)
     manifest, excluded = librispeech.utterances(root, train + test, scanned)
     manifest["split"] = manifest["subset"].isin(test).map({True: "test", False: "train"})
-    _check(manifest, root, excluded, p)
-    refused = pd.DataFrame(columns=["path", "reason"])
+    _check(manifest, root, excluded, bool(test))
+
+    phones, refused = PHONES.empty_table(), pd.DataFrame(columns=["path", "reason"])
     if p.alignments:
         phones, refused = alignments.read(Path(p.alignments), manifest)
+    elif p.kind == "synthetic":
+        phones = pq.read_table(root / "phones.parquet")
+    keywords, excluded_clips = _keywords(folder, p, on_progress)
 
-    if p.keywords == "synthetic":
-        keywords_root = folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
-        synthetic.keywords(keywords_root, p, on_progress)
-    else:
-        archives.provide(
-            Path(p.keywords_root),
-            "speech_commands_v0.02",
-            archives.KEYWORDS,
-            p.keywords_mirror,
-            download=p.download and not speech_commands.is_home(Path(p.keywords_root)),
-            inside="",
-            on_progress=on_progress,
-        )
-        keywords_root = speech_commands.home(Path(p.keywords_root))
-    scanned = scan.scan(
-        speech_commands.words(keywords_root),
-        folder / "scan_keywords.parquet",
-        on_progress,
-    )
-    keywords, excluded_clips = speech_commands.clips(keywords_root, scanned)
-    if keywords.empty:
-        raise CorpusError(f"{keywords_root}: no usable clip among {len(scanned)} files; {_reasons(excluded_clips)}")
-
-    phones = phones[phones["utterance"].isin(manifest["utterance"])]
     excluded = pd.concat([excluded, excluded_clips, refused], ignore_index=True).sort_values("path")
-    for name, table in (
-        ("phones", phones),
-        ("keywords", keywords),
-        ("excluded", excluded),
-        ("manifest", manifest),
-    ):
+    with files.atomic(folder / "phones.parquet") as temporary, pq.ParquetWriter(temporary, PHONES) as writer:
+        for batch in phones.to_batches(1 << 20):
+            writer.write_table(pa.Table.from_batches([batch]).cast(PHONES))
+    for name, table in (("keywords", keywords), ("excluded", excluded), ("manifest", manifest)):
         with files.atomic(folder / f"{name}.parquet") as temporary:
             table.to_parquet(temporary, index=False)
 
 
-def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame, p: params.Corpus) -> None:
+def _speech(folder: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[Path, list[str], list[str]]:
+    """The LibriSpeech folder, its training subsets and its test subsets."""
+    if p.kind == "synthetic":
+        root = folder / "synthetic" / "LibriSpeech"
+        synthetic.speech(root, p, on_progress)
+        return root, [synthetic.TRAIN_SUBSET], [synthetic.TEST_SUBSET]
+    subsets = p.train_subsets + p.test_subsets
+    for name in subsets:
+        archives.provide(
+            Path(p.root), name, archives.LIBRISPEECH, p.mirror,
+            download=p.download, inside="LibriSpeech", on_progress=on_progress,
+        )  # fmt: skip
+    return librispeech.home(Path(p.root), subsets), p.train_subsets, p.test_subsets
+
+
+def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The keyword clips, and (path, reason) of those left out."""
+    if p.keywords == "synthetic":
+        root = folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
+        synthetic.keywords(root, p, on_progress)
+    else:
+        place = Path(p.keywords_root)
+        if not speech_commands.is_home(place):
+            archives.provide(
+                place, "speech_commands_v0.02", archives.KEYWORDS, p.keywords_mirror,
+                download=p.download, inside="", on_progress=on_progress,
+            )  # fmt: skip
+        root = speech_commands.home(place)
+    words = speech_commands.words(root)
+    scanned = scan.scan(words, folder / "scan_keywords.parquet", on_progress, decode=p.decode_check)
+    keywords, excluded = speech_commands.clips(root, scanned)
+    if keywords.empty:
+        raise CorpusError(f"{root}: no usable clip among {len(scanned)} files; {_reasons(excluded)}")
+    return keywords, excluded
+
+
+def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame, test: bool) -> None:
     speakers = {split: set(manifest.loc[manifest["split"] == split, "speaker"]) for split in ("train", "test")}
-    for split, wanted in (("train", True), ("test", p.kind == "synthetic" or p.test_subsets)):
+    for split, wanted in (("train", True), ("test", test)):
         if wanted and not speakers[split]:
             raise CorpusError(f"{root}: no usable utterance to {split} on; {_reasons(excluded)}")
     both = speakers["train"] & speakers["test"]

@@ -80,7 +80,7 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     accepted = table[good].sort_values("utterance")
     accepted = accepted.assign(
         sex=accepted["speaker"].map(sex).fillna(""),
-        text=accepted["utterance"].map(transcripts(accepted["path"])),
+        text=accepted["utterance"].map(transcripts(accepted["path"])).astype("str"),
     )
     return accepted[COLUMNS].reset_index(drop=True), table.loc[~good, ["path", "reason"]].reset_index(drop=True)
 
