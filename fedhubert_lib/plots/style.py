@@ -78,9 +78,11 @@ def columns(
         axes.fill_between(np.arange(len(heights)), bottoms, heights, step="mid", color=colour, alpha=alpha, linewidth=0)
 
 
-def ticks(axis: matplotlib.axis.Axis, names: Sequence[Any], rotation: float | None = None) -> None:
-    """A tick per name while they can be read; else about ten numbered ticks."""
-    if len(names) > READABLE:
+def ticks(
+    axis: matplotlib.axis.Axis, names: Sequence[Any], rotation: float | None = None, most: int = READABLE
+) -> None:
+    """A tick per name while they are not more than ``most``; else about ten numbered ticks."""
+    if len(names) > most:
         axis.set_major_locator(MaxNLocator(10, integer=True))
         return
     names = [str(name) for name in names]

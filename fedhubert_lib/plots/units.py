@@ -205,12 +205,16 @@ def histograms(counts: pd.DataFrame) -> Figure:
 @styled
 def matrices(tables: Mapping[str, pd.DataFrame], label: str, low: float = 0.0, high: float | None = None) -> Figure:
     """Square client-by-client tables side by side on one colour scale, values written in where they can be read."""
-    figure, axes = style.panels(1, len(tables), width=1.2 + 3.4 * len(tables), height=3.4)
+    columns = min(len(tables), 3)
+    rows = -(-len(tables) // columns)
+    figure, axes = style.panels(
+        rows, columns, width=1.6 + 3 * columns, height=0.5 + 2.9 * rows, sharex=True, sharey=True
+    )
     high = max(float(np.nanmax(table)) for table in tables.values()) if high is None else high
-    for place, (name, table) in zip(axes, tables.items(), strict=True):
+    for place, (name, table) in zip(axes, tables.items(), strict=False):
         image = place.imshow(table, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
-        style.ticks(place.xaxis, table.columns)
-        style.ticks(place.yaxis, table.index)
+        style.ticks(place.xaxis, table.columns, most=16)
+        style.ticks(place.yaxis, table.index, most=16)
         place.grid(visible=False)
         place.set_title(name)
         if len(table) <= 10:
@@ -218,5 +222,7 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str, low: float = 0.0, h
                 value = table.iat[row, column]
                 colour = "white" if value < low + 0.6 * (high - low) else "black"
                 place.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    for place in axes[len(tables) :]:
+        place.set_axis_off()
     figure.colorbar(image, ax=list(axes), label=label, shrink=0.8)
     return figure
