@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # Nothing here phones home.
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
+# Compiled once at installation, not by each of many kernels: importing torch takes half the time.
+export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart lab test test-all bench lint lock s3prl
@@ -22,7 +24,7 @@ lab: $(VENV)/.installed ## open JupyterLab on the notebooks, on this machine onl
 	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks
 
 test: $(VENV)/.installed-test ## the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
