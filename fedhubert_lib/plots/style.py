@@ -53,6 +53,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
         with atomic(folder / f"{name}{suffix}") as temporary:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+        figure.set_layout_engine("none")  # the second file has the first one's layout; working it out takes time
 
 
 def panels(

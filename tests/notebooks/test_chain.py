@@ -12,6 +12,8 @@ from chapters import INJECTED, NOTEBOOKS
 from fedhubert_lib import audio, files, hubert, params
 from fedhubert_lib.labels import Labels
 
+pytestmark = pytest.mark.timeout(1800)  # the chain takes a minute or two; a busy machine takes its time
+
 
 def bundles(notebook) -> list[dict]:
     """All rich outputs of an executed notebook."""

@@ -21,6 +21,8 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, seen or not
 }
 
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -69,7 +71,7 @@ def page(server: str) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--headless=new"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(3 * MINUTE)
+        page.set_default_timeout(10 * MINUTE)
         page.goto(f"{server}/lab/tree/{NOTEBOOKS['corpus'].name}")
         yield page
         browser.close()
