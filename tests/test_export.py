@@ -2,13 +2,14 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import hubert, seeds
+from fedhubert_lib import files, hubert, seeds
 from fedhubert_lib.evaluation import cost
-from fedhubert_lib.export import checks, huggingface, onnx, torchaudio, twin
+from fedhubert_lib.export import card, checks, huggingface, onnx, torchaudio, twin
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
 PRESETS = {
@@ -112,3 +113,32 @@ def test_macs_are_those_of_the_published_network():
     assert cost.macs(base, seconds=10) == pytest.approx(74.07e9, rel=0.01)
     small = hubert.preset("tiny", conv_dim=(128,) * 7)
     assert cost.macs(small) == pytest.approx(0.26e9, rel=0.05)
+
+
+def test_card_tells_what_the_run_knows(tmp_path):
+    run = tmp_path / "study"
+    stage = run / "04_distill"
+    hubert.save(stage / "checkpoint", build("logmel"))
+    tables = {
+        "00_corpus/manifest.parquet": {"split": ["train"], "samples": [16_000 * 3600], "sample_rate": [16_000]}
+        | {"speaker": ["a"], "subset": ["train-clean-100"]},
+        "01_partition/clients.parquet": {"client": ["client-000"]},
+    }
+    for name, columns in tables.items():
+        (run / name).parent.mkdir(parents=True)
+        pd.DataFrame(columns).to_parquet(run / name)
+    (run / "00_corpus" / "params.yaml").write_text("kind: librispeech\n")
+    (stage / "params.yaml").write_text("privacy: none\nrounds: 3\nobjectives: [hubert]\n")
+    card.export(stage / "checkpoint", tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nlicense: cc-by-4.0\n") and "1.00 h, 1 utterances" in text and "Not evaluated" in text
+    assert "differential privacy: none" in text and "partition scheme unknown" in text
+
+    figure = {"system": "student", "measure": "keyword-accuracy", "value": 0.5, "high": 0.6}
+    report = {"measures": [{"measure": "keyword-accuracy", "title": "keyword accuracy"}]}
+    report |= {"systems": [{"system": "teacher"}, {"system": "student"}], "figures": [figure]}
+    files.write_json(run / "05_evaluate" / "report.json", report)
+    assert card.export(stage / "checkpoint", tmp_path / "README.md") == {"results": 1.0}
+    assert "| keyword accuracy | 0.500 ± 0.100 |" in (tmp_path / "README.md").read_text()
+    with pytest.raises(checks.ExportError, match="not the checkpoint of a run's"):
+        card.export(tmp_path / "study", tmp_path / "README.md")

@@ -9,6 +9,7 @@ FORMATS = {
     "torchaudio": "a folder for torchaudio.models.wav2vec2_model",
     "hubert-local": "a file for s3prl's upstream hubert_local (needs: make s3prl)",
     "onnx": "a folder with float32 and int8 ONNX, for any number of clips of any length",
+    "card": "a model card (README.md): data, partition, privacy, results and licence of a run's checkpoint",
 }
 
 
@@ -40,13 +41,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(given: argparse.Namespace) -> int:
-    from fedhubert_lib.export import huggingface, onnx, s3prl, torchaudio
+    from fedhubert_lib.export import card, huggingface, onnx, s3prl, torchaudio
 
     exporters = {
         "huggingface": huggingface.export,
         "torchaudio": torchaudio.export,
         "hubert-local": s3prl.export,
         "onnx": onnx.export,
+        "card": card.export,
     }
     if given.out.exists():
         return _fail(f"{given.out} is there already; name another, or remove it")
