@@ -192,6 +192,7 @@ class Federation(Section):
     outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="an update this many times too large is left out")
     compression: Compression = Field("none", description="of what a client sends; int8, top-k: with error feedback")
     top_k_share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="share of an update that top-k sends")
+    secure_aggregation: bool = Field(False, description="the server learns sums only; scales updates to privacy_clip")
     privacy: Literal["none", "server", "client"] = Field("none", description="client-level DP: who adds the noise")
     privacy_clip: Positive = Field(1.0, description="norm an update is scaled down to; with a quantile, in round 1")
     privacy_quantile: Share = Field(0.0, description="the norm follows this quantile of the updates' norms; 0: stays")
@@ -214,6 +215,13 @@ class Federation(Section):
             yield "mask_length", f"{self.mask_length} frames of 20 ms do not fit into crop_seconds: {self.crop_seconds}"
         if self.server == "trimmed-mean" and self.cohort < 3:
             yield "server", f"trimmed-mean needs a cohort of 3 or more; cohort is {self.cohort}"
+        if self.secure_aggregation:
+            if self.weighting != "clients" or self.compression != "none":
+                yield "secure_aggregation", "needs weighting: clients, compression: none; it adds integers of one scale"
+            if self.server in ("scaffold", "trimmed-mean", "median"):
+                yield "secure_aggregation", f"gives the server a sum and nothing else; server: {self.server} needs more"
+            if self.cohort < 3:
+                yield "secure_aggregation", f"needs a cohort of 3 or more; of {self.cohort}, each can tell the other's"
         if self.privacy != "none":
             if self.weighting != "clients":
                 yield "privacy", "needs weighting: clients; by masked frames one client could weigh more than the noise"

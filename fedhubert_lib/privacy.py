@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
 from fedhubert_lib import seeds
@@ -99,10 +98,10 @@ def renyi(probability: float, multiplier: float) -> tuple[float, ...]:
         return tuple(order / (2 * multiplier**2) for order in ORDERS)
     result = []
     for order in ORDERS:
-        k = np.arange(order + 1)
-        log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
+        k = torch.arange(order + 1, dtype=torch.float64)
+        log_binomial = math.lgamma(order + 1) - torch.lgamma(k + 1) - torch.lgamma(order - k + 1)
         log_weight = k * math.log(probability) + (order - k) * math.log1p(-probability)
-        log_moment = logsumexp(log_binomial + log_weight + k * (k - 1) / (2 * multiplier**2))
+        log_moment = torch.logsumexp(log_binomial + log_weight + k * (k - 1) / (2 * multiplier**2), 0)
         result.append(max(float(log_moment), 0.0) / (order - 1))
     return tuple(result)
 

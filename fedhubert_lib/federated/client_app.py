@@ -14,7 +14,7 @@ from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedhubert_lib import distillation, kmeans, pretraining
+from fedhubert_lib import distillation, kmeans, pretraining, secure
 from fedhubert_lib.federated import messages
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 
@@ -52,7 +52,9 @@ HANDLERS: dict[str, Handler] = {
     **kmeans.HANDLERS,
     "pretrain.update": pretraining.update,
     "pretrain.validate": pretraining.validate,
+    "pretrain.keys": secure.keys,
     **distillation.HANDLERS,
+    "distill.keys": secure.keys,
 }
 """Everything that a server can ask of a client. Names are ``stage.action``; the stage says where state is kept."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedhubert_lib import compression, privacy, seeds, training
+from fedhubert_lib import compression, privacy, secure, seeds, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.optimisers import CONTROL
@@ -64,6 +64,10 @@ def train(
         change |= _new_control(home, config, arrays, own, gradients, measured["steps"])
     if p.privacy != "none":
         measured |= privacy.protect(change, p, config["clip"], home.client, config["round"])
+    elif p.secure_aggregation:
+        privacy.clip(change, config["clip"])
+    if p.secure_aggregation:
+        return secure.mask(change, home, config, p), measured
     return _compressed(home, config, p, change), measured
 
 

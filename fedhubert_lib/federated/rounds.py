@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedhubert_lib import compression, privacy, seeds
+from fedhubert_lib import compression, privacy, secure, seeds
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import checkpoints, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
@@ -45,7 +45,7 @@ class Task:
     """What is trained."""
 
     name: str
-    """Clients are asked for NAME.update and NAME.validate."""
+    """Clients are asked for NAME.update and NAME.validate, and NAME.keys for secure aggregation."""
     config: Mapping[str, Any]
     """Sent with each message, JSON-like; the loop adds round, session, durable, first_step and total_steps."""
     averages: Callable[[Mapping[str, float]], dict[str, float]]
@@ -191,20 +191,26 @@ class _Server:
         for attempt in range(ATTEMPTS):
             draw = privacy.poisson_cohort if self.private else cohort
             asked = draw(self.clients.ids, self.p.cohort, self.p.seed, number, attempt)
-            collected = _Collected(optimisers.collector(self.p, self.out / "updates"))
+            quorum = max(1, math.ceil(self.p.quorum * len(asked)))
+            message = self.message(number)
+            if self.p.secure_aggregation:
+                message["peers"] = self.public_keys(number, message, asked)
+                asked = sorted(message["peers"])
+                # A sum is of all or of nobody: without one of them, the others' masks do not cancel.
+                quorum = max(quorum, len(asked), secure.FEWEST)
+            collected = _Collected(self.collector(message, len(asked)))
             payload = {**self.weights, **(self.optimiser if self.scaffold else {})}
             collected.bytes_down = _size(payload) * len(asked)
             answers = self.clients.ask(
                 f"{self.task.name}.update",
                 arrays=payload,
-                config=self.message(number),
+                config=message,
                 clients=asked,
                 timeout=self.p.deadline_seconds or None,
             )
             for reply, norm in self.usable(number, answers, payload, collected):
                 self.accept(number, reply, norm, collected)
                 reply.arrays.clear()  # several loops still know this reply while the next client works
-            quorum = max(1, math.ceil(self.p.quorum * len(asked)))
             if collected.clients >= quorum:
                 return collected
             self.fail(number, "", f"{collected.clients} of {len(asked)} clients gave a usable update; {quorum} needed")
@@ -213,6 +219,26 @@ class _Server:
             f"round {number}: {ATTEMPTS} times too few usable updates; the reasons are in {self.out / 'metrics.jsonl'} "
             f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it"
         )
+
+    def collector(self, message: Mapping[str, Any], clients: int) -> optimisers.Collector:
+        """What takes the updates of one cohort."""
+        if self.p.secure_aggregation:
+            return secure.Sum(self.weights, secure.scale(self.p, message["clip"], max(1, clients)))
+        return optimisers.collector(self.p, self.out / "updates")
+
+    def public_keys(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str]:
+        """The public keys of those of ``asked`` that are there, by client."""
+        found = {}
+        for answer in self.clients.ask(
+            f"{self.task.name}.keys", config=message, clients=asked, timeout=self.p.deadline_seconds or None
+        ):
+            try:
+                if isinstance(answer, Failure):
+                    raise optimisers.UpdateError(answer.reason)
+                found[answer.client] = secure.public_key(answer.arrays)
+            except optimisers.UpdateError as error:
+                self.fail(number, answer.client, str(error))
+        return found
 
     def usable(
         self, number: int, answers: Iterator[Reply | Failure], like: Mapping[str, Tensor], collected: "_Collected"
@@ -230,19 +256,24 @@ class _Server:
                     update = answer.arrays
                     if self.p.compression != "none":
                         update = compression.decode(update, self.p.compression, like)
-                    norm = optimisers.checked_norm(update, like)
+                    if self.p.secure_aggregation:
+                        secure.check(update, like)
+                        norm = 0.0  # nobody here can know
+                    else:
+                        norm = optimisers.checked_norm(update, like)
                     self.check_metrics(answer.metrics)
                 except optimisers.UpdateError as error:
                     self.fail(number, answer.client, str(error))
                     continue
-                if self.p.privacy == "server":  # rounding may have carried it beyond; and who says that it clipped?
+                # Rounding may have carried it beyond the bound; and who says that it clipped? A mask tells nothing.
+                if self.p.privacy == "server" and not self.p.secure_aggregation:
                     privacy.clip(update, self.state["privacy"]["bound"])
                 collected.server_seconds += time.perf_counter() - began
                 yield replace(answer, arrays=update), norm
 
         replies = sound()
         # Bounded updates need no outlier test, and must have none: whether one client's counted would depend on others.
-        reference = 0.0 if self.private else self.state["reference_norm"]
+        reference = 0.0 if self.private or self.p.secure_aggregation else self.state["reference_norm"]
         if reference is None:
             held = list(itertools.islice(replies, REFERENCE))
             reference = statistics.median_low(norm for _, norm in held) if held else 0.0
@@ -281,7 +312,8 @@ class _Server:
         collected.server_seconds += time.perf_counter() - began
         row = {"round": number, "client": reply.client, **self.task.averages(metrics)}
         row |= {name: metrics[name] for name in ("audio_seconds", "seconds")}
-        self.ledger.row("client", row | {"masked_frames": metrics["objective_count"], "update_norm": norm})
+        row["masked_frames"] = metrics["objective_count"]
+        self.ledger.row("client", row if self.p.secure_aggregation else row | {"update_norm": norm})
 
     def fail(self, number: int, client: str, reason: str) -> None:
         """Record who was left out, and why."""

@@ -1,0 +1,145 @@
+"""Secure aggregation: the server learns the sum of a cohort's updates and no single one.
+
+Each pair of clients shares a secret and derives from it a stream of random integers, which one adds to its update and
+the other subtracts: the sum is that of the updates, exactly, since all arithmetic is on integers modulo 2^32 (Bonawitz
+et al. 2017, the protocol without dropout recovery). Two messages per round: a public key from each client, then the
+masked update to all keys.
+
+What it does not do. It is made for a server that is curious but honest: one that forges keys of peers can unmask a
+client, and Flower gives clients no way to know each other's keys but through the server. If one client is lost between
+the two messages, the masks do not cancel and the round is repeated; recovering them takes two more messages, and Flower
+1.41 has that only in its older workflow API, which its Message API cannot call. Metrics travel in the clear.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+from fedhubert_lib import privacy
+from fedhubert_lib.federated import client_state
+from fedhubert_lib.federated.optimisers import UpdateError
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.params import Federation
+
+FEWEST = 3
+"""Clients below which a sum tells too much: with two, each could subtract its own."""
+DEVIATIONS = 10
+"""Room for a client's own noise, in its standard deviations."""
+_KEY = "secure-key"
+
+
+# ---------------------------------------------------------------------------------------------------------- at a client
+
+
+def keys(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
+    """Make a key pair for this round; keep the private one, send the public one (uint8 [32])."""
+    private = X25519PrivateKey.generate()
+    client_state.save(home, config, _KEY, {"private": _tensor(private.private_bytes_raw())})
+    return {"public": _tensor(private.public_key().public_bytes_raw())}, {}
+
+
+def mask(update: Mapping[str, Tensor], home: ClientHome, config: Mapping[str, Any], p: Federation) -> Arrays:
+    """``update`` (norm at most ``config["clip"]``) in fixed point, int32 modulo 2^32, under the masks shared with
+    ``config["peers"]`` (public keys in hex by client, this one among them).
+
+    Raises ValueError when the peers are too few, or the key was used before: two sums that differ in one client tell
+    that client's update.
+    """
+    peers = dict(config["peers"])
+    if len(peers) < FEWEST:
+        raise ValueError(f"asked for a sum with {len(peers) - 1} others; fewer than {FEWEST} clients hide nobody")
+    private = _take_key(home, config)
+    if peers.pop(home.client, None) != private.public_key().public_bytes_raw().hex():
+        raise ValueError("the peers hold another key in this client's name")
+    count = len(peers) + 1
+    factor = scale(p, config["clip"], count)
+    masked = {name: _fixed(name, update[name], factor, 2**31 / count) for name in sorted(update)}
+    for peer, public in sorted(peers.items()):
+        stream = _stream(private, public)
+        for values in masked.values():
+            noise = np.frombuffer(stream.update(bytes(values.nbytes)), np.uint32).reshape(values.shape)
+            np.add(values, noise, out=values) if home.client < peer else np.subtract(values, noise, out=values)
+    return {name: torch.from_numpy(values.view(np.int32)) for name, values in masked.items()}
+
+
+def _take_key(home: ClientHome, config: Mapping[str, Any]) -> X25519PrivateKey:
+    """This round's private key, which is then forgotten."""
+    kept = client_state.load(home, {**config, "round": config["round"] + 1}, _KEY)
+    if kept is None or not len(kept["private"]):
+        raise ValueError("no unused key of this round; ask for keys first")
+    client_state.save(home, config, _KEY, {"private": _tensor(b"")})
+    return X25519PrivateKey.from_private_bytes(kept["private"].numpy().tobytes())
+
+
+def _fixed(name: str, values: Tensor, factor: float, limit: float) -> np.ndarray:
+    scaled = np.asarray(np.rint(values.double().numpy() * factor))
+    if not (np.abs(scaled) < limit).all():
+        raise ValueError(f"{name} has values beyond the range that the clipping norm allows")
+    return scaled.astype(np.int64).astype(np.uint32)
+
+
+def _stream(private: X25519PrivateKey, public: str) -> Any:
+    """AES-256 in counter mode under the secret that the two keys share: the same bytes for both ends of a pair."""
+    secret = private.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+    key = HKDF(hashes.SHA256(), 32, salt=None, info=b"fedhubert secure aggregation").derive(secret)
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+
+def _tensor(content: bytes) -> Tensor:
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+# -------------------------------------------------------------------------------------------------------- at the server
+
+
+def scale(p: Federation, clip: float, clients: int) -> float:
+    """Fixed-point steps per unit: as fine as lets a sum of ``clients`` values of the largest size fit 32 bits."""
+    bound = clip
+    if p.privacy == "client":
+        bound *= 1 + DEVIATIONS * privacy.update_multiplier(p) / math.sqrt(p.cohort)
+    return (2**31 - clients) / (bound * clients)
+
+
+class Sum:
+    """Collects masked updates, whatever their order: ``optimisers.Collector``. The result is the mean, float32."""
+
+    def __init__(self, like: Mapping[str, Tensor], factor: float) -> None:
+        self._sums = {name: np.zeros(tuple(tensor.shape), np.uint32) for name, tensor in like.items()}
+        self._factor, self._count = factor, 0
+
+    def add(self, update: Arrays, weight: float) -> None:
+        """Add one client's; ``weight`` must be 1."""
+        for name, total in self._sums.items():
+            np.add(total, update[name].numpy().view(np.uint32), out=total)
+        self._count += 1
+
+    def result(self) -> Arrays:
+        """The mean, once every client that was given the same peers has been added: else it is noise."""
+        steps = self._factor * self._count
+        means = {name: np.asarray(total.view(np.int32) / steps) for name, total in self._sums.items()}
+        return {name: torch.from_numpy(mean).float() for name, mean in means.items()}
+
+
+def check(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise UpdateError unless ``update`` has the names and shapes of ``like``, int32. Its values tell nothing."""
+    if update.keys() != like.keys():
+        raise UpdateError(f"the masked update differs from the model in {sorted(update.keys() ^ like.keys())[:3]}")
+    for name, tensor in update.items():
+        if tensor.dtype != torch.int32 or tensor.shape != like[name].shape:
+            raise UpdateError(f"{name} of the masked update is {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def public_key(arrays: Mapping[str, Tensor]) -> str:
+    """The public key in a client's answer to ``keys``, in hex. Raises UpdateError when it is none."""
+    key = arrays.get("public")
+    if key is None or key.dtype != torch.uint8 or key.shape != (32,):
+        raise UpdateError("its answer holds no public key")
+    return key.numpy().tobytes().hex()

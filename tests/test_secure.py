@@ -1,0 +1,136 @@
+"""Secure aggregation: the sum is exact, a single update is noise, and what would unmask a client is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedhubert_lib import params, pretraining, secure, seeds
+from fedhubert_lib.federated import inprocess
+from fedhubert_lib.federated.optimisers import UpdateError
+from fedhubert_lib.federated.protocol import ClientHome
+from tests import federation
+
+CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
+P = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4)
+
+
+def home(folder: Path, client: str) -> ClientHome:
+    return ClientHome(client, data=folder, labels=folder, state=folder / client)
+
+
+def config(**changes) -> dict:
+    return {"session": "s", "round": 1, "durable": 0, "clip": 1.0, **changes}
+
+
+def update(client: str) -> dict[str, torch.Tensor]:
+    generator = seeds.torch_generator(0, client)
+    values = {"weight": torch.randn(60, 11, generator=generator), "scale": torch.randn((), generator=generator)}
+    return {name: value / 30 for name, value in values.items()}
+
+
+def public_keys(folder: Path) -> dict[str, str]:
+    return {client: secure.public_key(secure.keys(home(folder, client), {}, config())[0]) for client in CLIENTS}
+
+
+def masked(folder: Path, peers: dict[str, str], **changes) -> dict[str, dict[str, torch.Tensor]]:
+    message = config(peers=peers, **changes)
+    return {client: secure.mask(update(client), home(folder, client), message, P) for client in peers}
+
+
+def test_the_mean_is_that_of_the_updates(tmp_path):
+    sent = masked(tmp_path, public_keys(tmp_path))
+    collector = secure.Sum(update(CLIENTS[0]), secure.scale(P, 1.0, 4))
+    for client in reversed(CLIENTS):  # any order gives the same integers
+        secure.check(sent[client], update(client))
+        collector.add(sent[client], 1.0)
+    mean = collector.result()
+    for name, value in mean.items():
+        true = sum(update(client)[name].double() for client in CLIENTS) / 4
+        assert value.dtype == torch.float32
+        assert torch.allclose(value.double(), true, atol=2 / secure.scale(P, 1.0, 4))
+
+
+def test_one_update_alone_is_noise(tmp_path):
+    sent = masked(tmp_path, public_keys(tmp_path))["client-1"]["weight"].numpy().view(np.uint32)
+    # 660 uniform draws from 2^32: mean and spread, and nothing in common with the update.
+    assert sent.mean() / 2**32 == pytest.approx(0.5, abs=4 / np.sqrt(12 * 660))
+    assert abs(np.corrcoef(sent.ravel(), update("client-1")["weight"].numpy().ravel())[0, 1]) < 4 / np.sqrt(660)
+    again = masked(tmp_path, public_keys(tmp_path))["client-1"]["weight"].numpy().view(np.uint32)
+    assert (sent != again).mean() > 0.99
+
+
+def test_without_one_client_the_sum_is_noise(tmp_path):
+    sent = masked(tmp_path, public_keys(tmp_path))
+    collector = secure.Sum(update(CLIENTS[0]), secure.scale(P, 1.0, 4))
+    for client in CLIENTS[1:]:
+        collector.add(sent[client], 1.0)
+    assert float(collector.result()["weight"].abs().mean()) > 0.1  # the true one: 0.03 / sqrt(3)
+
+
+def test_a_client_masks_only_among_enough_others_and_once_per_key(tmp_path):
+    peers = public_keys(tmp_path)
+    mine = home(tmp_path, "client-0")
+    with pytest.raises(ValueError, match="hide nobody"):
+        secure.mask(update("client-0"), mine, config(peers=dict(list(peers.items())[:2])), P)
+    forged = {**peers, "client-0": peers["client-1"]}
+    secure.mask(update("client-1"), home(tmp_path, "client-1"), config(peers=peers), P)
+    with pytest.raises(ValueError, match="no unused key"):  # a second sum, of others, would tell them apart
+        secure.mask(update("client-1"), home(tmp_path, "client-1"), config(peers=peers), P)
+    with pytest.raises(ValueError, match="another key"):
+        secure.mask(update("client-0"), mine, config(peers=forged), P)
+
+
+def test_values_beyond_the_clipping_norm_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="beyond the range"):
+        masked(tmp_path, public_keys(tmp_path), clip=1e-3)
+
+
+def test_malformed_answers_are_refused():
+    with pytest.raises(UpdateError, match="public key"):
+        secure.public_key({"public": torch.zeros(31, dtype=torch.uint8)})
+    like = {"weight": torch.zeros(3)}
+    for wrong in ({}, {"weight": torch.zeros(3)}, {"weight": torch.zeros(4, dtype=torch.int32)}):
+        with pytest.raises(UpdateError):
+            secure.check(wrong, like)
+
+
+def final(run: Path, rows: list[dict], **changes) -> dict[str, torch.Tensor]:
+    chosen = {"rounds": 2, "cohort": 4, "weighting": "clients", "privacy_clip": 100.0, "server": "fedavg", **changes}
+    p = federation.pretrain(**chosen, server_rate=1.0)
+    pretraining.run(run, p, rows.append)
+    model, head = pretraining.hubert.load(run / "03_pretrain" / "checkpoint")
+    return dict(model.named_parameters())
+
+
+def test_rounds_give_the_weights_of_plain_sums(tmp_path):
+    rows: list[dict] = []
+    plain = final(federation.make(tmp_path / "plain"), [])
+    hidden = final(federation.make(tmp_path / "hidden"), rows, secure_aggregation=True)
+    assert not [row for row in rows if row["kind"] == "failure"]
+    for name, value in plain.items():
+        assert torch.allclose(value, hidden[name], atol=2e-6), name
+    assert any(not torch.equal(value, hidden[name]) for name, value in plain.items())
+    assert all("update_norm" not in row for row in rows if row["kind"] == "client")
+
+
+def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, monkeypatch):
+    rows: list[dict] = []
+    run = federation.make(tmp_path)
+    pull, lost = inprocess.InProcessGrid.pull_messages, []
+
+    def lose_one(self, message_ids):
+        for message in pull(self, message_ids):
+            if not lost and "metrics" in message.content and "objective_count" in message.content["metrics"]:
+                lost.append(message.content["client"]["id"])
+                message.content = inprocess.messages.failure(lost[0], "gone")
+            yield message
+
+    monkeypatch.setattr(inprocess.InProcessGrid, "pull_messages", lose_one)
+    found = final(run, rows, secure_aggregation=True)
+    failures = [row["client"] for row in rows if row["kind"] == "failure"]
+    assert failures == [lost[0], ""]  # the client, then its cohort
+    monkeypatch.undo()
+    undisturbed = final(federation.make(tmp_path / "undisturbed"), [], secure_aggregation=True)
+    assert all(torch.equal(value, undisturbed[name]) for name, value in found.items())
