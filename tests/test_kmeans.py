@@ -373,6 +373,25 @@ def test_failing_clients_are_noted_and_quorum_holds(run):
         kmeans.run(run, settings(), clients)
 
 
+@pytest.mark.parametrize("bad", ["NaN", "shape", "nothing"])
+def test_hostile_answers_are_left_out(run, bad):
+    clients, rows = Direct(run), []
+    original = clients.ask
+
+    def hostile(action, **options):
+        for reply in original(action, **options):
+            if action == "kmeans.lloyd" and reply.client == "client-002":
+                sums = {"NaN": reply.arrays["sums"] * np.nan, "shape": torch.zeros(3)}
+                reply = Reply(reply.client, {**reply.arrays, "sums": sums[bad]} if bad in sums else {})
+            yield reply
+
+    clients.ask = hostile
+    kmeans.run(run, settings(), clients, rows.append)
+    reasons = {row["reason"] for row in rows if row["kind"] == "failure"}
+    assert len(reasons) == 1 and {"NaN": "NaN", "shape": "[3], not", "nothing": "no sums"}[bad] in reasons.pop()
+    assert {row["clients"] for row in rows if row["kind"] == "lloyd"} == {2}
+
+
 def test_privacy_noise_and_minimum_count(run):
     p = settings(normalisation="speaker", noise_multiplier=0.01, noise_clip=200.0, lloyd_rounds=4, minimum_count=3)
     clients = Direct(run)

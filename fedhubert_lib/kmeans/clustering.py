@@ -127,7 +127,7 @@ def update(sums: Tensor, counts: Tensor, inertias: Tensor, centroids: Tensor, rn
     order = torch.argsort(inertias, descending=True, stable=True).tolist()
     for hollow, crowded in zip(empty, [cluster for cluster in order if inertias[cluster] > 0], strict=False):
         deviation = math.sqrt(float(inertias[crowded]) / float(counts[crowded]))
-        direction = torch.from_numpy(rng.standard_normal(means.shape[1]))
+        direction = torch.from_numpy(rng.standard_normal(means.shape[1])).to(means.device)
         step = 0.1 * deviation * direction / direction.norm()
         means[hollow] = means[crowded] - step
         means[crowded] += step

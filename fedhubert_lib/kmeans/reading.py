@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import audio, features, files, labels, seeds
@@ -181,7 +182,7 @@ def _speaker_statistics(
     """
     folder = home.state / "speakers"
     start_over_unless(folder, {**_features_settings(config), "seed": config["seed"]})
-    path = folder / "statistics.npz"
+    path = folder / "statistics.safetensors"
     if not path.exists():
         table = utterances(home)
         rank = pandas.Series(_rank(config, table.utterance.tolist()), index=table.index)
@@ -195,9 +196,8 @@ def _speaker_statistics(
                 added = [part.sum(0), part.square().sum(0), len(part)]
                 sums[speaker] = [a + b for a, b in zip(sums[speaker], added, strict=True)] if speaker in sums else added
         with files.atomic(path) as temporary:
-            np.savez(temporary, **{s: torch.stack(standardiser(*values)).cpu().numpy() for s, values in sums.items()})
-    with np.load(path, allow_pickle=False) as stored:
-        return {speaker: tuple(torch.from_numpy(stored[speaker]).to(home.device)) for speaker in stored.files}
+            save_file({s: torch.stack(standardiser(*values)).cpu() for s, values in sums.items()}, temporary)
+    return {speaker: tuple(both.to(home.device)) for speaker, both in load_file(path).items()}
 
 
 def standardiser(total: Tensor, squares: Tensor, count: float) -> tuple[Tensor, Tensor]:

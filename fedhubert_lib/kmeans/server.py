@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,18 @@ class Exchange:
         arrays: Mapping[str, Tensor],
         config: Mapping[str, Any],
         clients: Sequence[str] | None = None,
+        like: Mapping[str, tuple[int | None, ...]] = MappingProxyType({}),
     ) -> Iterator[Reply]:
-        """Usable replies, in order of client id. Raises KmeansError when fewer than half of the clients answer so."""
+        """Usable replies, in order of client id: all finite, with arrays of the shapes in ``like`` (None: any length).
+
+        Raises KmeansError when fewer than half of the clients answer so.
+        """
         asked = self.ids if clients is None else clients
         self.bytes_down += size(arrays) * len(asked)
         answered, reasons = 0, []
         for reply in self._clients.ask(action, arrays=arrays, config=config, clients=clients):
-            if not isinstance(reply, Failure) and not all(bool(a.isfinite().all()) for a in reply.arrays.values()):
-                reply = Failure(reply.client, f"its answer to {action} holds a NaN or an infinity")
+            if isinstance(reply, Reply) and (wrong := _unusable(reply.arrays, like)):
+                reply = Failure(reply.client, f"its answer to {action} cannot be used: {wrong}")
             if isinstance(reply, Failure):
                 self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reply.reason})
                 reasons.append(f"{reply.client}: {reply.reason}")
@@ -65,6 +70,17 @@ class Exchange:
             yield reply
         if answered < QUORUM * len(asked) or not answered:
             raise KmeansError(f"{action}: {answered} of {len(asked)} clients answered. {'; '.join(reasons[:3])}")
+
+
+def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None, ...]]) -> str:
+    """What is wrong with the arrays of a reply; empty when nothing is."""
+    for name, shape in like.items():
+        if name not in arrays:
+            return f"it has no {name}"
+        found = tuple(arrays[name].shape)
+        if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
+            return f"{name} is {list(found)}, not {list(shape)}"
+    return "; ".join(f"{name} holds a NaN or an infinity" for name, a in arrays.items() if not a.isfinite().all())
 
 
 def size(arrays: Mapping[str, Tensor]) -> int:
@@ -102,8 +118,10 @@ def prepare(p: params.Kmeans, exchange: Exchange) -> tuple[dict[str, Any], Array
             pass
         arrays = {}
     if p.normalisation == "global":
-        total, squares, count = 0.0, 0.0, 0.0
-        for reply in exchange.ask("kmeans.moments", arrays, config):
+        total, squares, count, width = 0.0, 0.0, 0.0, config["width"]
+        for reply in exchange.ask(
+            "kmeans.moments", arrays, config, like={"sum": (width,), "squares": (width,), "count": ()}
+        ):
             total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
             count += float(reply.arrays["count"])
         arrays["mean"], arrays["deviation"] = reading.standardiser(total, squares, count)
@@ -141,7 +159,8 @@ def start(
     """
     clusters = config["clusters"]
     local = min(clusters, max(LOCAL_LEAST, math.ceil(LOCAL_POINTS * clusters / len(exchange.ids))))
-    replies = list(exchange.ask("kmeans.local_centroids", arrays, {**config, "local": local}))
+    like = {"centroids": (None, config["width"]), "counts": (None,)}
+    replies = list(exchange.ask("kmeans.local_centroids", arrays, {**config, "local": local}, like=like))
     points = torch.cat([reply.arrays["centroids"] for reply in replies])
     weights = torch.cat([reply.arrays["counts"] for reply in replies])
     if len(points) < clusters:
@@ -174,6 +193,7 @@ def lloyd(
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
         first, before = stats["round"] + 1, stats.get("inertia")
+    like = {"sums": tuple(centroids.shape), "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
     for number in range(first, rounds + 1):
         if stats.get("settled"):
             break
@@ -181,7 +201,7 @@ def lloyd(
         sums = counts = inertias = 0.0
         answered = 0
         message = {**arrays, "centroids": centroids}
-        for reply in exchange.ask("kmeans.lloyd", message, {**config, "round": number}):
+        for reply in exchange.ask("kmeans.lloyd", message, {**config, "round": number}, like=like):
             sums, counts = sums + reply.arrays["sums"], counts + reply.arrays["counts"]
             inertias = inertias + reply.arrays["inertias"]
             answered += 1
@@ -228,11 +248,8 @@ def epsilon(rounds: int, noise_multiplier: float) -> float:
     return privacy.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
 
 
-def tables(replies: Sequence[Reply]) -> list[tuple[list[str], np.ndarray]]:
-    """Phone x label counts of those clients that know phones."""
-    found = []
-    for reply in replies:
-        if "phones" in reply.arrays:
-            names = bytes(reply.arrays["phones"].tolist()).decode().split("\n")
-            found.append((names, reply.arrays["contingency"].numpy()))
-    return found
+def phone_counts(reply: Reply) -> tuple[list[str], np.ndarray] | None:
+    """Phone x label counts of a client that knows phones: their names, and int64 [phones, K]."""
+    if "phones" not in reply.arrays:
+        return None
+    return bytes(reply.arrays["phones"].tolist()).decode().split("\n"), reply.arrays["contingency"].numpy()

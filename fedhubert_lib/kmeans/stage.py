@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ def run(
         mine = {**config, "kind": kind}
         codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, weights, log)
         started = time.perf_counter()
-        replies = list(exchange.ask("kmeans.label", {**arrays, **codebook}, mine))
-        rows[kind] = {**_quality(folder / "codebooks" / kind, replies, p.seed), **cost}
+        like = {"counts": (p.clusters,), "runs": ()}
+        replies = exchange.ask("kmeans.label", {**arrays, **codebook}, mine, like=like)
+        rows[kind] = {**_quality(folder / "codebooks" / kind, replies, p), **cost}
         rows[kind]["label_seconds"] = time.perf_counter() - started
         if probe is not None:
             agreement, heldout = _agreement(exchange, probe, codebook, mine, p.seed)
@@ -119,7 +120,7 @@ def _fit(
             list(exchange.ask("kmeans.own", {}, config))
             return {}, cost
         lender = max(fitted, key=lambda reply: reply.metrics["frames"]).client
-        (lent,) = exchange.ask("kmeans.lend", {}, config, [lender])
+        (lent,) = exchange.ask("kmeans.lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
         list(exchange.ask("kmeans.align", {"reference": lent.arrays["centroids"]}, config))
         return {}, {**cost, "rounds": 1, "reference": lender}
     if kind == "central":
@@ -185,23 +186,28 @@ class _pooled:
         yield Reply("pooled", *client.HANDLERS[action](self._home, arrays, config))
 
 
-def _quality(folder: Path, replies: list[Reply], seed: int) -> dict[str, Any]:
+def _quality(folder: Path, replies: Iterable[Reply], p: params.Kmeans) -> dict[str, Any]:
     """Usage and unit quality of a codebook from its clients' counts, over all of them and as the mean of each alone."""
-    counts = sum(reply.arrays["counts"] for reply in replies).numpy()
-    row = units.usage(counts, int(sum(reply.arrays["runs"] for reply in replies)))
-    row["clients"] = len(replies)
-    tables = server.tables(replies)
-    if tables:
-        names, total = units.added(tables)
-        row |= units.quality_of_counts(total, seed)
-        alone = [units.quality_of_counts(table, seed) for _, table in tables if (table.sum(1) > 0).sum() > 1]
+    counts, runs, clients = np.zeros(p.clusters, np.int64), 0, 0
+    names, total, alone = [], np.zeros((0, p.clusters), np.int64), []
+    for reply in replies:
+        counts += reply.arrays["counts"].numpy()
+        runs += int(reply.arrays["runs"])
+        clients += 1
+        if (mine := server.phone_counts(reply)) is not None:
+            names, total = units.added([(names, total), mine])
+            if (mine[1].sum(1) > 0).sum() > 1:
+                alone.append(units.quality_of_counts(mine[1], p.seed))
+    row = {**units.usage(counts, runs), "clients": clients}
+    with files.atomic(folder / "counts.npy") as temporary:
+        np.save(temporary, counts)
+    if alone:
+        row |= units.quality_of_counts(total, p.seed)
         for name in ("pnmi", "shuffled_pnmi"):
             values, frames = [quality[name] for quality in alone], [quality["frames"] for quality in alone]
             row[f"{name}_within"] = float(np.average(values, weights=frames))
         with files.atomic(folder / "phones.parquet") as temporary:
             pandas.DataFrame(total, names).rename(columns=str).to_parquet(temporary)
-    with files.atomic(folder / "counts.npy") as temporary:
-        np.save(temporary, counts)
     return row
 
 
@@ -260,7 +266,9 @@ def _agreement(
 ) -> tuple[dict[str, pandas.DataFrame], dict[str, float]]:
     """Agreement matrices, and the mean unit quality of the clients' labels of the probe where its phones are known."""
     asked = list(exchange.ids)[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
-    replies = exchange.ask("kmeans.probe", {**codebook, "probe": probe.frames}, config, asked)
+    replies = exchange.ask(
+        "kmeans.probe", {**codebook, "probe": probe.frames}, config, asked, like={"labels": (len(probe.frames),)}
+    )
     labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
     heldout = {}
     if probe.phones is not None:
