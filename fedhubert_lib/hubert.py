@@ -195,10 +195,10 @@ class ScaleGradient(torch.autograd.Function):
 class StridedConv(torch.autograd.Function):
     """A convolution over rows of channels, as matrix products on views: nothing is copied or padded.
 
-    x [R, C], R a multiple of ``stride`` (all clips one after the other), weight [O, C, k] to [R / stride, O], row r being
-    the convolution that starts at row r * stride. Read as [R / stride, stride * C], x holds ``stride`` taps side by side,
-    and the next ``stride`` taps are the same matrix one row further on. Rows that reach over the end of a clip mix it
-    with the next: ``FeatureExtractor`` leaves room for them and drops them.
+    x [R, C], R a multiple of ``stride`` (all clips one after the other), weight [O, C, k] to [R / stride, O], row r
+    being the convolution that starts at row r * stride. Read as [R / stride, stride * C], x holds ``stride`` taps side
+    by side, and the next ``stride`` taps are the same matrix one row further on. Rows that reach over the end of a clip
+    mix it with the next: ``FeatureExtractor`` leaves room for them and drops them.
     """
 
     @staticmethod
@@ -367,8 +367,8 @@ class FeatureProjection(nn.Module):
 class ConvPositions(nn.Module):
     """Relative positions from a grouped convolution over 128 frames, weight-normalised per tap, then GELU.
 
-    Computed in the frequency domain (overlap-save, blocks of twice the kernel): a fourteenth of the arithmetic, exact to
-    float32 rounding, where direct grouped convolutions are slow. The transforms are matrix products: their sizes are
+    Computed in the frequency domain (overlap-save, blocks of twice the kernel), exact to float32 rounding: less than
+    half the time of a direct grouped convolution from two clips on. The transforms are matrix products: their sizes are
     small and the layout comes out right. The paper's kernel gives one frame too many, of which the last is dropped.
     """
 
@@ -418,7 +418,7 @@ class ConvPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Absolute positions as in Vaswani et al. 2017: sines in the first half of the dimensions, cosines in the second."""
+    """Absolute positions (Vaswani et al. 2017): sines in the first half of the dimensions, cosines in the second."""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -726,7 +726,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     shapes = [name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape]
     if missing or unexpected or shapes:
         raise ValueError(
-            f"{path}: does not fit its config.json. Missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape"
-            f" {sorted(shapes)[:5]} ({len(missing)}, {len(unexpected)}, {len(shapes)} in all)"
+            f"{path}: does not fit its config.json. Missing {missing[:5]}, unexpected {unexpected[:5]}, of another"
+            f" shape {sorted(shapes)[:5]} ({len(missing)}, {len(unexpected)}, {len(shapes)} in all)"
         )
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -90,7 +90,8 @@ def local_update(
         control: SCAFFOLD: name of parameter to what is added to its gradient (server's minus client's control variate).
 
     Returns sums of the objective's ``measured``, and objective_sum, objective_count, steps, audio_seconds, seconds,
-    gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and thread count: same weights.
+    waiting_seconds (for data), gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and
+    thread count: same weights.
 
     Raises DivergedError, before the weights are touched, when loss or gradient is not finite; ValueError when there is
     no batch.
@@ -104,9 +105,14 @@ def local_update(
     module.train()
     torch.manual_seed(seed)
     totals: dict[str, Tensor] = {}
-    norms, steps, audio_seconds, count_sum, began = 0.0, 0, 0.0, 0, time.perf_counter()
+    norms, steps, audio_seconds, count_sum, waiting, began = 0.0, 0, 0.0, 0, 0.0, time.perf_counter()
     stream = iter(batches)
-    while group := list(islice(stream, settings.accumulate)):
+    while True:
+        asked = time.perf_counter()
+        group = list(islice(stream, settings.accumulate))
+        waiting += time.perf_counter() - asked
+        if not group:
+            break
         count = 0
         for batch in group:
             with autocast(device, settings.precision):
@@ -118,21 +124,23 @@ def local_update(
                 totals[name] = totals.get(name, 0.0) + value.double()
         if not count:
             raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_div_(gradients, count)
+        if start_weights or offsets:  # they pull on a layer that layerdrop left out, too
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        # Gradients are those of the sum; the division by the count is made together with clipping.
         for p, start in zip(parameters, start_weights, strict=False):
-            p.grad.add_(p.detach() - start, alpha=settings.proximal)
+            p.grad.add_(p.detach() - start, alpha=settings.proximal * count)
         for p, offset in zip(parameters, offsets, strict=False):
-            p.grad.add_(offset)
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+            p.grad.add_(offset, alpha=count)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / count
         if not math.isfinite(norm):
             optimiser.zero_grad()
             raise DivergedError(
-                f"loss {totals['objective_sum'].item() / count:.4g} or gradient norm {norm} is not finite at global"
-                f" step {first_step + steps}, batch {_names(group)}; listen to these clips, or lower the learning rate"
+                f"loss {sums.loss.item() / sums.count:.4g} or gradient norm {norm} is not finite at global step"
+                f" {first_step + steps}, batch {_names(group)}; listen to these clips, or lower the learning rate"
             )
-        if norm > settings.clip_norm:
-            torch._foreach_mul_(gradients, settings.clip_norm / norm)
+        torch._foreach_mul_(gradients, min(1.0, settings.clip_norm / max(norm, 1e-12)) / count)
         for parameter_group in optimiser.param_groups:
             parameter_group["lr"] = rate(settings, first_step + steps, total_steps)
         optimiser.step()
@@ -145,6 +153,7 @@ def local_update(
         "steps": float(steps),
         "audio_seconds": audio_seconds,
         "seconds": time.perf_counter() - began,
+        "waiting_seconds": waiting,
         "gradient_norm": norms / steps,
         "learning_rate": optimiser.param_groups[0]["lr"],
     }

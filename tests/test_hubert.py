@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from fedhubert_lib import audio, batching, hubert, objectives, seeds
+from fedhubert_lib import audio, batching, hubert, objectives, seeds, training
 
 SMALL = {
     "hidden_size": 48,
@@ -118,8 +118,37 @@ def test_public_layout_loads(tmp_path):
     (tmp_path / "c/config.json").write_text(json.dumps(config))
     loaded, head = hubert.load(tmp_path / "c")
     assert head is None
-    waveforms, _ = clips()
+    waveforms, mask = clips()
     assert torch.equal(loaded(waveforms).last, model(waveforms).last)
+    head = hubert.Head(loaded.config, 5)
+    batch = batching.Batch(waveforms, torch.zeros_like(mask, dtype=torch.long), mask, ("a", "b"))
+    training.local_update(
+        torch.nn.ModuleList([loaded, head]),
+        [batch],
+        partial(objectives.masked_prediction, loaded, head),
+        training.Settings(learning_rate=1e-3, warmup_steps=0),
+        first_step=0,
+        total_steps=1,
+        seed=0,
+    )
+    assert not torch.equal(loaded.masked_spec_embed, model.masked_spec_embed)
+
+
+def test_foreign_folders_are_refused_in_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        hubert.load(tmp_path)
+    hubert.save(tmp_path / "c", make(VARIANTS["base"]))
+    (tmp_path / "c/model.safetensors").rename(tmp_path / "c/pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="never read"):
+        hubert.load(tmp_path / "c")
+    hubert.save(tmp_path / "c", make(VARIANTS["base"]))
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    (tmp_path / "c/config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match="unexpected"):
+        hubert.load(tmp_path / "c")
+    (tmp_path / "c/config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
+    with pytest.raises(ValueError, match="wav2vec2"):
+        hubert.load(tmp_path / "c")
 
 
 def torchaudio_twin(config: hubert.HubertConfig, model: hubert.Hubert, head: hubert.Head):
@@ -197,10 +226,15 @@ def test_loss_and_gradients_equal_torchaudio(variant, request):
     twin.mask_generator.forward = lambda x, _: (torch.where(mask[..., None], embedding, x), mask)
     assert isinstance(twin, torchaudio.models.HuBERTPretrainModel)
 
-    inputs = waveforms.double()
-    normalised = inputs
+    inputs = normalised = waveforms.double()
     if config.do_normalize:
         normalised = (inputs - inputs.mean(1, True)) / torch.sqrt(inputs.var(1, correction=0, keepdim=True) + 1e-7)
+    with torch.no_grad():
+        layers, _ = twin.wav2vec2.extract_features(normalised)
+        hidden = model(inputs, hidden_states=True).hidden
+    inside = len(layers) - config.do_stable_layer_norm  # theirs leaves out pre-norm models' final LayerNorm
+    for ours, their in zip(hidden[1 : 1 + inside], layers[:inside], strict=True):
+        assert torch.allclose(ours, their, rtol=0, atol=1e-9)
     logits, _, penalty = twin(normalised, labels)
     expected = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
     expected = expected + 10 * penalty * len(logits)

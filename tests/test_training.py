@@ -83,6 +83,15 @@ def test_batches_depend_on_their_keys_alone(corpus):
     assert other.utterances != next(draw(**DRAWS)).utterances
 
 
+def test_decoded_audio_gives_the_same_batches(corpus, tmp_path):
+    table, labels = corpus
+    batching.decode(table, tmp_path / "decoded")
+    draw = partial(batching.batches, table, labels, **DRAWS, steps=5, batch_seconds=8.0, crop_seconds=2.0)
+    for a, b in zip(draw(), draw(decoded=tmp_path / "decoded"), strict=True):
+        assert torch.equal(a.waveforms, b.waveforms)
+        assert a.utterances == b.utterances
+
+
 def test_wrong_number_of_labels_is_an_error(corpus):
     table, labels = corpus
     short = {name: values[:-1] for name, values in labels.items()}
@@ -277,3 +286,46 @@ def test_proximal_term_and_control_variates_change_the_gradient(corpus):
         training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=400, seed=0)
         moved[proximal] = (torch.cat([p.detach().flatten() for p in module.parameters()]) - start).norm()
     assert moved[1e4] < 0.8 * moved[0.0]
+
+
+@pytest.mark.parametrize("clusters", [100, 500])
+def test_loss_starts_at_chance(clusters):
+    config = hubert.preset("base", num_hidden_layers=2, conv_dim=(32,) * 7)
+    model, head = hubert.Hubert(config), hubert.Head(config, clusters)
+    for part in (model, head):
+        hubert.initialise(part, seeds.torch_generator(0))
+    batch = random_batch(4)
+    batch = hubert.replace(batch, labels=batch.labels % clusters)
+    sums = objectives.masked_prediction(model, head, batch)
+    assert float(sums.measured["loss_sum"]) / sums.count == pytest.approx(np.log(clusters), abs=0.15)
+
+
+def test_a_teacher_inside_the_objective_stays_in_eval_mode():
+    """s3prl calls train() on its teacher, dropout and all. Here it is no part of the module that trains."""
+    teacher = hubert.Hubert(hubert.replace(CONFIG, hidden_dropout=0.5, layerdrop=0.5)).eval()
+    module, seen, batch = make(), [], random_batch(2)
+
+    def distil(batch):
+        with torch.no_grad():
+            seen.append(teacher(batch.waveforms).last)
+        return objective(module)(batch)
+
+    settings = training.Settings(learning_rate=1e-3, warmup_steps=0)
+    training.local_update(module, [batch, batch], distil, settings, first_step=0, total_steps=9, seed=0)
+    assert torch.equal(*seen)
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "logmel"])
+def test_gradient_checkpointing_changes_nothing_but_memory(front_end):
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = hubert.Hubert(hubert.replace(CONFIG, front_end=front_end, hidden_dropout=0.1, conv_dim=(16,) * 7))
+        hubert.initialise(model, seeds.torch_generator(0))
+        model.gradient_checkpointing(on)
+        torch.manual_seed(1)
+        batch = random_batch(2)
+        model.train()(batch.waveforms, batch.mask).last.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
