@@ -1,5 +1,7 @@
 """Keyword spotting: the pooled form is s3prl's, clips do not depend on their batch, broken tables are named."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -186,3 +188,62 @@ def test_untrained_encoder_gives_n_plus_one_states_and_is_seeded():
     a, b, c = (encoders.of_model(encoders.untrained(config, seed), cpu)(waveforms) for seed in (0, 0, 1))
     assert len(a) == 3 and a[0].shape == (2, 49, 192)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """Ten commands and three other words by six speakers, and a minute of noise, as Speech Commands has them."""
+    rows = []
+    for word in (*keywords.COMMANDS, "cat", "dog", "tree"):
+        for speaker in range(6):
+            for take in range(2):
+                path = tmp_path / "sc" / word / f"{speaker}_nohash_{take}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(path, np.zeros(16_000, np.float32), 16_000)
+                split = ("train", "validation", "test")[speaker % 3]
+                row = {"clip": f"{word}/{path.name}", "path": str(path), "word": word, "speaker": str(speaker)}
+                rows.append(row | {"split": split})
+    noise = tmp_path / "sc" / "_background_noise_"
+    noise.mkdir()
+    soundfile.write(noise / "hum.wav", (np.arange(960_000) / 960_000).astype(np.float32), 16_000, subtype="FLOAT")
+    return pd.DataFrame(rows)
+
+
+def test_superb_has_twelve_classes_of_like_size(commands):
+    clips = keywords.superb(commands, 0)
+    sizes = clips.groupby(["split", "word"]).size().unstack()
+    assert set(sizes.columns) == {*keywords.COMMANDS, "_unknown_", "_silence_"}
+    assert (sizes == 4).all().all()
+    assert keywords.superb(commands, 0).equals(clips) and not keywords.superb(commands, 1).equals(clips)
+
+
+def test_silence_of_one_split_is_not_heard_in_another(commands):
+    clips = keywords.superb(commands, 0)
+    silence = clips[clips.word == "_silence_"]
+    heard = keywords.waveforms(silence)  # the noise is a ramp: a sample's value is its place
+    assert heard.shape == (12, 16_000)
+    for split, low, high in (("train", 0, 0.8), ("validation", 0.8, 0.9), ("test", 0.9, 1)):
+        own = heard[(silence.split == split).to_numpy()]
+        assert own.min() >= low - 1e-6 and own.max() <= high
+
+
+def test_superb_names_what_is_missing(commands):
+    with pytest.raises(keywords.KeywordError, match="no clip of stop"):
+        keywords.superb(commands[commands.word != "stop"], 0)
+    for path in (Path(commands.path[0]).parents[1] / "_background_noise_").iterdir():
+        path.unlink()
+    with pytest.raises(keywords.KeywordError, match="_background_noise_"):
+        keywords.superb(commands, 0)
+
+
+def test_fine_tuning_learns_words_and_leaves_the_model_alone(table):
+    config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=1)
+    model = encoders.untrained(config, 0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    clips = keywords.read_clips(table)
+    first = keywords.fine_tune(model, clips, list(WORDS), 0, steps=30, rate=1e-3, batch=16)
+    assert first.accuracy > 0.6  # chance is a third
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (
+        keywords.fine_tune(model, clips, list(WORDS), 0, steps=30, rate=1e-3, batch=16).predicted == first.predicted
+    ).all()

@@ -83,7 +83,7 @@ def evaluated(made, tmp_path_factory):
         return run, report.run(run, P, on_progress=lambda *what: seen.append(what)), seen
 
 
-P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu")
+P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
 
 
 def test_every_system_stands_beside_its_baselines(evaluated):

@@ -15,16 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedhubert_lib import audio, files, seeds
+from fedhubert_lib import audio, files, hubert, seeds
 from fedhubert_lib.evaluation.encoders import Encoder
 
 CLIP_SAMPLES = audio.SAMPLE_RATE
 PROJECTION = 256
 SPLITS = ("train", "validation", "test")
+COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+"""The ten words of SUPERB's keyword spotting."""
 
 
 class KeywordError(ValueError):
@@ -56,6 +59,57 @@ def read_clips(path: Path) -> pd.DataFrame:
     return clips
 
 
+def superb(clips: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """SUPERB's twelve classes: ten commands, ``_unknown_`` and ``_silence_``, over the same speakers and splits.
+
+    Of other words and of silence each split gets as many seeded clips as a command has on average. Silence is cut from
+    the WAV files of ``_background_noise_`` beside the words' folders: from their first 80 % for training, a tenth for
+    validation, the last tenth for testing; its column ``start`` is the first sample. Raises KeywordError when a command
+    or that folder is missing.
+    """
+    if missing := sorted(set(COMMANDS) - set(clips.word)):
+        raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB's keyword spotting needs its ten commands")
+    noise = sorted((Path(clips.path.iloc[0]).parents[1] / "_background_noise_").glob("*.wav"))
+    if not noise:
+        raise KeywordError("no _background_noise_ with WAV files beside the words; SUPERB's silence is cut from it")
+    parts = [clips[clips.word.isin(COMMANDS)].assign(start=0)]
+    for split, begin, end in (("train", 0.0, 0.8), ("validation", 0.8, 0.9), ("test", 0.9, 1.0)):
+        own = clips[clips.split == split]
+        count = round(own[own.word.isin(COMMANDS)].groupby("word").size().mean())
+        others = own[~own.word.isin(COMMANDS)]
+        drawn = seeds.numpy_generator(seed, "unknown", split).permutation(len(others))[:count]
+        parts.append(others.iloc[np.sort(drawn)].assign(word="_unknown_", start=0))
+        starts = [
+            (path, start)
+            for path in noise
+            for samples in [soundfile.info(path).frames]
+            for start in range(int(begin * samples), int(end * samples) - CLIP_SAMPLES + 1, CLIP_SAMPLES // 2)
+        ]
+        if not starts:
+            raise KeywordError(f"{noise[0].parent}: too short to cut a second of {split} silence from")
+        chosen = [starts[i] for i in seeds.numpy_generator(seed, "silence", split).permutation(len(starts))[:count]]
+        silence = {
+            "clip": [f"_silence_/{path.stem}-{start}" for path, start in chosen],
+            "path": [str(path) for path, _ in chosen],
+            "start": [start for _, start in chosen],
+        }
+        # Each file is a speaker of its own in each split: no voice is in it.
+        speaker = [f"silence-{split}-{path.stem}" for path, _ in chosen]
+        parts.append(pd.DataFrame(silence).assign(word="_silence_", speaker=speaker, split=split))
+    return pd.concat(parts).sort_values("clip", ignore_index=True)
+
+
+def waveforms(clips: pd.DataFrame) -> Tensor:
+    """The clips as float32 [clips, 16000]; where there is a column ``start``, from there on."""
+    if "start" not in clips:
+        return torch.stack([one_second(audio.read(path)) for path in clips.path])
+    read = []
+    for path, start, word in zip(clips.path, clips.start, clips.word, strict=True):
+        stop = start + CLIP_SAMPLES if word == "_silence_" else None
+        read.append(one_second(audio.read(path, start, stop)))
+    return torch.stack(read)
+
+
 def one_second(waveform: Tensor) -> Tensor:
     """``waveform`` [samples] as exactly 16,000 samples: zeros after it, or its middle second."""
     spare = len(waveform) - CLIP_SAMPLES
@@ -77,8 +131,8 @@ def pooled(
     if not path.exists():
         with files.atomic(path) as temporary:
             rows = None
-            for start, waveforms in _batches(clips, batch):
-                block = torch.stack([layer.float().mean(1) for layer in encoder(waveforms)], dim=1).cpu().numpy()
+            for start, sounds in _batches(clips, batch):
+                block = torch.stack([layer.float().mean(1) for layer in encoder(sounds)], dim=1).cpu().numpy()
                 if not np.isfinite(block).all():
                     raise KeywordError(
                         f"features of clip {clips['clip'].iloc[start]} are not finite; is the checkpoint sound?"
@@ -99,7 +153,7 @@ def pooled(
 
 def _batches(clips: pd.DataFrame, size: int) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(clips), size):
-        yield start, torch.stack([one_second(audio.read(path)) for path in clips.path.iloc[start : start + size]])
+        yield start, waveforms(clips.iloc[start : start + size])
 
 
 class Probe(nn.Module):
@@ -199,6 +253,54 @@ def probe(
         layer_weights=chosen.layer_weights.detach().numpy(),
         predicted=predicted,
     )
+
+
+def fine_tune(
+    model: hubert.Hubert, clips: pd.DataFrame, words: list[str], seed: int, *, steps: int, rate: float, batch: int = 32
+) -> Outcome:
+    """Train a copy of the whole ``model`` on the training clips and test it where its validation accuracy was best.
+
+    As s3prl with ``-f -s last_hidden_state``: the last layer, averaged over time, through the same two linear layers;
+    Adam, gradient norm 1. Validation is looked at five times. On the device of ``model``.
+    """
+    where = {split: np.flatnonzero(clips.split == split) for split in SPLITS}
+    labels = torch.from_numpy(pd.Index(words).get_indexer(clips.word).astype(np.int64))
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "fine-tune"))
+        head = nn.Sequential(nn.Linear(model.config.hidden_size, PROJECTION), nn.Linear(PROJECTION, len(words)))
+        module = nn.ModuleDict({"model": copy.deepcopy(model), "head": head}).to(device)
+        optimiser = torch.optim.Adam(module.parameters(), lr=rate)
+
+        def logits(of: np.ndarray) -> Tensor:
+            return module["head"](module["model"](waveforms(clips.iloc[of]).to(device)).last.mean(1)).cpu()
+
+        @torch.no_grad()
+        def predict(of: np.ndarray) -> np.ndarray:
+            module.eval()
+            parts = [logits(of[start : start + batch]).argmax(1) for start in range(0, len(of), batch)]
+            return torch.cat(parts).numpy()
+
+        rng = seeds.numpy_generator(seed, "fine-tune", "clips")
+        order = np.empty(0, dtype=np.int64)
+        best, chosen = -1.0, copy.deepcopy(module.state_dict())
+        for step in range(1, steps + 1):
+            while len(order) < batch:
+                order = np.concatenate([order, rng.permutation(where["train"])])
+            drawn, order = order[:batch], order[batch:]
+            module.train()
+            optimiser.zero_grad()
+            functional.cross_entropy(logits(drawn), labels[drawn]).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimiser.step()
+            if step % max(1, steps // 5) == 0 or step == steps:
+                accuracy = (predict(where["validation"]) == labels[where["validation"]].numpy()).mean()
+                if accuracy > best:
+                    best, chosen = float(accuracy), copy.deepcopy(module.state_dict())
+        module.load_state_dict(chosen)
+        predicted = predict(where["test"])
+    accuracy = float((predicted == labels[where["test"]].numpy()).mean())
+    return Outcome(accuracy, best, np.eye(model.config.num_hidden_layers + 1)[-1], predicted)
 
 
 def confusion(outcomes: list[Outcome], task: Task) -> np.ndarray:

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fedhubert_lib import audio, files, params
+from fedhubert_lib import audio, files, hubert, params
 from fedhubert_lib.evaluation import cost, keywords, layers, page, probes, systems
 from fedhubert_lib.evaluation.intervals import Measure, measure
 from fedhubert_lib.evaluation.systems import System
@@ -37,6 +37,7 @@ ABX_TRIPLETS = 1000
 
 MEASURES = {
     "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen; chance"),
+    "fine-tuned-accuracy": ("keyword accuracy, fine-tuned", "higher", "the whole model trained on the words; chance"),
     "layer-accuracy": ("keyword accuracy, one layer", "higher", "linear least squares on one layer; chance"),
     "layer-weight": ("share of the layer", "neither", "in the keyword probe's weighted sum"),
     "nearest-accuracy": ("10 nearest neighbours", "higher", "keywords by cosine on the best layer; chance"),
@@ -72,6 +73,8 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
         "cuda" if p.device == "auto" and torch.cuda.is_available() else p.device.replace("auto", "cpu")
     )
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
+    if p.task == "superb":
+        clips = keywords.superb(clips, p.seed)
     words = sorted(clips.word.unique())
     compared, absent = systems.of_run(run, p.seed, device)
     report: dict[str, Any] = {
@@ -107,6 +110,8 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
         figures = _Figures(system.name, report["figures"])
         progress = _progress(on_progress, system.title)
         rows = keywords.pooled(system.encoder, clips, _cache(folder, system, clips, "clips"), on_progress=progress)
+        if p.fine_tune_steps and system.model is not None:
+            _fine_tuned(figures, system.model, clips, words, p)
         best = _keywords(figures, report, keywords.task(rows, clips, words), clips, words, p)
         _cheap(figures, report, system, rows[:, best], best, clips, p)
         if utterances is not None and system.name != "mfcc-moments":  # which has no frames to cluster
@@ -175,6 +180,16 @@ def _keywords(
     return int(np.argmax(validation))
 
 
+def _fine_tuned(
+    figures: _Figures, model: hubert.Hubert, clips: pd.DataFrame, words: list[str], p: params.Evaluate
+) -> None:
+    found = [
+        keywords.fine_tune(model, clips, words, p.seed + seed, steps=p.fine_tune_steps, rate=p.fine_tune_rate)
+        for seed in range(p.seeds)
+    ]
+    figures.add("fine-tuned-accuracy", measure([each.accuracy for each in found]), baseline=1 / len(words))
+
+
 def _missed(
     outcomes: list[keywords.Outcome], task: keywords.Task, clips: pd.DataFrame, words: list[str], most: int = 12
 ) -> list[dict[str, Any]]:
@@ -182,9 +197,9 @@ def _missed(
     wrong = (predicted != task.labels[task.test]).sum(0)
     missed = []
     for index in np.argsort(-wrong, kind="stable")[:most]:
-        if not wrong[index]:
-            break
         clip = clips.iloc[task.test[index]]
+        if not wrong[index] or clip.word == "_silence_":  # nothing to listen to
+            continue
         taken = np.bincount(predicted[predicted[:, index] != task.labels[task.test[index]], index]).argmax()
         missed.append({"clip": clip["clip"], "word": clip.word, "taken_for": words[taken], "seeds": int(wrong[index])})
     return missed
@@ -224,8 +239,7 @@ def _cheap(
         drawn = [probes.triplets(own_labels, own_speakers, seed=seed, count=ABX_TRIPLETS) for seed in seeds]
         frames = []
         for start in range(0, len(order), 32):
-            waveforms = [keywords.one_second(audio.read(path)) for path in order.path.iloc[start : start + 32]]
-            frames += list(system.encoder(torch.stack(waveforms))[layer].cpu())
+            frames += list(system.encoder(keywords.waveforms(order.iloc[start : start + 32]))[layer].cpu())
         figures.add("abx-error", measure([probes.abx_error(frames, each) for each in drawn]), layer=layer, baseline=0.5)
 
     for each in (
@@ -307,7 +321,7 @@ def _text(row: Any) -> str:
 
 
 def _cache(folder: Path, system: System, table: pd.DataFrame, what: str) -> Path:
-    key = hashlib.blake2b("\n".join(table.path).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(table.drop(columns="word", errors="ignore").to_csv().encode(), digest_size=8).hexdigest()
     return folder / "features" / f"{what}-{system.digest}-{key}.npy"
 
 
