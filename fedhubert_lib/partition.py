@@ -249,26 +249,29 @@ def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random
 
 def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     """Refuse clients below the minimum, or merge the smallest with the next smallest until none is."""
-    minutes = np.bincount(client, table["samples"], minlength=p.clients) * 60 / HOUR
+    expected = client.max() + 1 if p.scheme == "speaker" else p.clients  # other schemes can leave a client with nothing
+    minutes = np.bincount(client, table["samples"], minlength=expected) * 60 / HOUR
     small = np.flatnonzero((minutes < p.minimum_minutes) | (minutes == 0))
     if len(small) and p.small_clients == "error":
         raise PartitionError(
             f"partition.minimum_minutes: {len(small)} of {len(minutes)} clients have less than {p.minimum_minutes} "
             f"minutes, the smallest {minutes.min():.2f}; ask for fewer clients, lower it, or set small_clients=merge"
         )
-    parent = np.arange(len(minutes))
-    heap = [(float(value), i) for i, value in enumerate(minutes)]
+    merged_into = np.arange(len(minutes))
+    heap = [(float(minutes[i]), i) for i in np.flatnonzero(minutes)]
     heapq.heapify(heap)
     while len(heap) > 1 and heap[0][0] < p.minimum_minutes:
         least, i = heapq.heappop(heap)
         next_least, j = heapq.heappop(heap)
-        parent[parent == i] = j
+        merged_into[i] = j
         heapq.heappush(heap, (least + next_least, j))
     if heap[0][0] < p.minimum_minutes:
         raise PartitionError(
             f"partition.minimum_minutes: all training speech is {heap[0][0]:.2f} minutes, less than {p.minimum_minutes}"
         )
-    return pd.factorize(parent[client], sort=True)[0]
+    while not np.array_equal(further := merged_into[merged_into], merged_into):  # follow chains to their ends
+        merged_into = further
+    return pd.factorize(merged_into[client], sort=True)[0]
 
 
 def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:

@@ -63,6 +63,13 @@ def test_quantity_follows_the_power_law(table):
     np.testing.assert_allclose(share / share.sum(), expected / expected.sum(), atol=1e-3)
 
 
+def test_more_clients_than_speakers_are_as_many_as_speakers(table):
+    owner = partition.owners(table, parameters("speaker", table, clients=10**9, minimum_minutes=0.1))
+    assert owner.max() + 1 == 120
+    merged = parameters("speaker", table, clients=10**9, minimum_minutes=30.0, small_clients="merge")
+    assert (hours(table, merged) >= 0.5).all()
+
+
 def test_small_alpha_is_less_even(table):
     even, uneven = (hours(table, parameters("dirichlet", table, alpha=a, small_clients="merge")) for a in (100.0, 0.3))
     assert even.std() / even.mean() < 0.3 < uneven.std() / uneven.mean()
