@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import federation
 import psutil
 import pytest
 import torch
@@ -18,7 +19,6 @@ from safetensors.torch import load_file
 from fedhubert_lib import pretraining
 from fedhubert_lib.federated import client_ids, deployment, keys, messages, pool
 from fedhubert_lib.federated.protocol import Failure, Reply
-from tests import federation
 
 pytestmark = pytest.mark.slow
 

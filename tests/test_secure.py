@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import federation
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,6 @@ from fedhubert_lib import params, pretraining, secure, seeds
 from fedhubert_lib.federated import inprocess
 from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import ClientHome
-from tests import federation
 
 CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
 P = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4)

@@ -89,8 +89,11 @@ def answer(message: Message, context: Context, pack: messages.Pack = Array) -> M
         with _act(mine.client):
             content = messages.reply(mine.client, *HANDLERS[action](mine, arrays, config), pack)
     except Exception as error:  # whatever a client's code raises is that client's failure, never the federation's
-        logger.debug("%s failed at %s", mine.client, action, exc_info=True)
-        content = messages.failure(mine.client, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        if pack is Array:  # over a network: the text may name files and utterances, which are not the server's to know
+            logger.error("%s failed at %s", mine.client, action, exc_info=True)
+            reason = f"{type(error).__name__}; the client's own log says more"
+        content = messages.failure(mine.client, reason)
     return Message(content, reply_to=message)
 
 
