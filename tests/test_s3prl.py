@@ -32,6 +32,7 @@ def clips(tmp_path_factory):
                 path.parent.mkdir(exist_ok=True)
                 noise = seeds.numpy_generator(0, str(path.relative_to(folder))).normal(size=16_000)
                 tone = np.sin(2 * np.pi * 200 * 1.3**index * np.arange(16_000) / 16_000)
+                tone[8_000:] = 0  # a log-mel front end does not hear what never changes
                 soundfile.write(path, (0.3 * tone + 0.01 * noise).astype(np.float32), 16_000)
                 split = "test" if speaker >= 6 else "train"
                 rows.append({"clip": f"{word}/{path.name}", "path": str(path), "word": word, "split": split})
@@ -127,7 +128,7 @@ def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_run_downstream_trains_and_evaluates(environment, clips, background, tmp_path, fine_tune):
     data = s3prl.lay_out(clips, tmp_path / "data", background=background)
-    checkpoint = save(tmp_path / "checkpoint", front_end="logmel")
+    checkpoint = save(tmp_path / "checkpoint")
     result = s3prl.benchmark(
         checkpoint, data, tmp_path / "out", steps=60, rate=1e-2 if not fine_tune else 1e-3, fine_tune=fine_tune
     )
