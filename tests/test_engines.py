@@ -139,17 +139,38 @@ def test_deployment_gives_the_weights_of_inprocess(deployed, expected):
     assert [row["kind"] for row in rows if row["kind"] != "client"] == ["plan", "round", "round"]
 
 
+LET_IN = "SuperNode ID:"
+"""What a SuperNode writes once the server has activated it."""
+
+
 def refused(node: Path, run: Path, *changes: tuple[str, str | None]) -> str:
-    """What a SuperNode says that is not let in: it ends by itself, with an error."""
+    """What a SuperNode says that is not let in. It ends with an error, or keeps trying; a minute is enough to see."""
     command = deployment.supernode_command(node, run)
     for option, value in changes:
         at = command.index(option)
         command[at : at + 2] = [option, value] if value is not None else []
     command += ["--max-retries", "1", "--max-wait-time", "10"]
     environment = deployment.environment(node)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    return done.stdout + done.stderr
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in children:
+                child.kill()
+            said, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert LET_IN not in said, said
+    return said
+
+
+def test_registered_nodes_are_let_in(deployed):
+    """Else those below would hold for any node."""
+    for log in (deployed / deployment.FOLDER / "logs").glob("client-*.log"):
+        assert LET_IN in log.read_text()
 
 
 def test_an_unregistered_node_is_refused(deployed):
