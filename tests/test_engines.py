@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,7 +170,10 @@ def refused(node: Path, run: Path, *changes: tuple[str, str | None]) -> str:
 
 def test_registered_nodes_are_let_in(deployed):
     """Else those below would hold for any node."""
+    patience = time.monotonic() + 180
     for log in (deployed / deployment.FOLDER / "logs").glob("client-*.log"):
+        while LET_IN not in log.read_text() and time.monotonic() < patience:
+            time.sleep(1)
         assert LET_IN in log.read_text()
 
 
