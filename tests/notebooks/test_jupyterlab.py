@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from chapters import NOTEBOOKS
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 MINUTE = 60_000  # milliseconds
 SETTINGS = {
@@ -72,6 +72,7 @@ def page(server: str) -> Iterator[Page]:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--headless=new"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(10 * MINUTE)
+        expect.set_options(timeout=10 * MINUTE)
         page.goto(f"{server}/lab/tree/{NOTEBOOKS['corpus'].name}")
         yield page
         browser.close()
@@ -94,20 +95,20 @@ def test_run_all_and_move_a_slider(page: Page, tmp_path: Path):
     assert errors.count() == 0, errors.first.inner_text()
 
     picture = page.locator("img.widget-image")
+    words = page.locator(".widget-html-content").first
     picture.scroll_into_view_if_needed()
-    before = picture.get_attribute("src")
-    words = page.locator(".widget-html-content").first.inner_text()
-    handle = page.locator(".noUi-handle").first
-    handle.focus()
-    handle.press("ArrowRight")
-    page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
-    assert page.locator(".widget-html-content").first.inner_text() != words, "another utterance is named"
+    before, said = picture.get_attribute("src"), words.inner_text()
+    utterance = page.locator(".noUi-handle").first
+    utterance.focus()
+    utterance.press("ArrowRight")
+    expect(picture).not_to_have_attribute("src", before)
+    expect(words).not_to_have_text(said)
 
     speaker = page.locator(".widget-dropdown select")
-    after = picture.get_attribute("src")
+    before, name = picture.get_attribute("src"), speaker.locator("option").nth(1).inner_text()
     speaker.select_option(index=1)
-    page.wait_for_function("after => document.querySelector('img.widget-image').src !== after", arg=after)
-    assert speaker.locator("option").nth(1).inner_text() in page.locator(".widget-html-content").first.inner_text()
+    expect(picture).not_to_have_attribute("src", before)
+    expect(words).to_contain_text(f"speaker {name}")
     assert page.locator("audio").count() >= 2, "sound to play"
     page.screenshot(path=tmp_path / "jupyterlab.png")
     assert picture.evaluate("image => image.naturalWidth") > 600
