@@ -181,7 +181,7 @@ class Browser(widgets.VBox):
         self._labels = labels or {}
         self.group = widgets.Dropdown(options=list(self._tables), description=group)
         self.utterance = widgets.IntSlider(min=0, max=0, description="utterance", continuous_update=False)
-        self.second = widgets.IntSlider(min=0, max=0, description="from second", continuous_update=False)
+        self.second = widgets.IntSlider(min=0, max=0, description="from (s)", continuous_update=False)
         self.text = widgets.HTML()
         self.picture = widgets.Image(format="png")
         self.sound = widgets.Audio(format="wav", autoplay=False, loop=False)
