@@ -147,7 +147,8 @@ def _register(given: argparse.Namespace) -> int:
 def _client(given: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
-    deployment.become(deployment.supernode_command(given.node, given.run, given.device), given.node)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    deployment.attend(given.node, given.run, given.device)
 
 
 def _submit(given: argparse.Namespace) -> int:

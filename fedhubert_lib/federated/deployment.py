@@ -41,6 +41,7 @@ FOLDER = "federation"
 CONNECTION = "fedhubert"
 PORT = 9092
 START_SECONDS = 180
+AGAIN_SECONDS = 10
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -185,10 +186,17 @@ def serve(folder: Path, bind: str | None = None) -> int:
         _end([superlink])
 
 
-def become(command: Sequence[str], home: Path) -> NoReturn:
-    """Turn this process into Flower's: signals reach it, and its exit code is this one's."""
-    sys.stdout.flush()
-    os.execve(command[0], command, environment(home))
+def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
+    """Run a client's SuperNode until this process is stopped, and start it anew when it ends: a server that was restarted
+    knows its key, not its session."""
+    while True:
+        supernode = subprocess.Popen(supernode_command(node, run, device), env=environment(node))
+        try:
+            code = supernode.wait()
+        finally:
+            _end([supernode])
+        print(f"the SuperNode ended (exit code {code}); it starts again in {AGAIN_SECONDS} s", flush=True)
+        time.sleep(AGAIN_SECONDS)
 
 
 def environment(home: Path) -> dict[str, str]:
