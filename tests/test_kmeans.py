@@ -9,9 +9,10 @@ import pandas
 import pytest
 import soundfile
 import torch
+from federation import pretrain
 from sklearn.cluster import KMeans
 
-from fedhubert_lib import audio, features, hubert, kmeans, labels, params
+from fedhubert_lib import audio, features, files, hubert, kmeans, labels, params, pretraining
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
 from fedhubert_lib.kmeans import client, clustering, reading, server
 
@@ -480,3 +481,47 @@ def test_layer_too_deep(run):
     hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny")))
     with pytest.raises(kmeans.KmeansError, match="set layer to 1.."):
         kmeans.run(run, settings(features=str(run / "first"), layer=99), Direct(run))
+
+
+# ------------------------------------------------------------------------------------------------------- pretraining
+
+
+@pytest.fixture
+def narrow(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One narrow layer, and the list of clients that pretraining reads."""
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **small})
+    rows = [{"client": f"client-00{number}", "train_utterances": 4} for number in range(3)]
+    pandas.DataFrame(rows).to_parquet(run / "01_partition" / "clients.parquet")
+
+
+SHORT = {"rounds": 3, "cohort": 3, "local_steps": 4, "crop_seconds": 1.0, "front_end": "logmel", "learning_rate": 3e-3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("narrow")
+def test_pretraining_takes_every_kind_with_either_head(run, kind):
+    kmeans.run(run, settings(codebooks=[kind]), Direct(run))
+    for head in ("shared", "personal"):
+        pretraining.run(run, pretrain(codebook=kind, head=head, server="fedavg", server_rate=1.0, **SHORT))
+        rows = files.read_rows(run / "03_pretrain" / "metrics.jsonl")
+        losses = [row["validation_loss"] for row in rows if row["kind"] == "round"]
+        assert max(losses) < np.log(8)  # better than knowing nothing
+        assert (run / "03_pretrain" / "checkpoint" / "head.safetensors").exists() == (head == "shared")
+        shutil.rmtree(run / "03_pretrain")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
+def test_second_iteration_goes_on_to_pretraining(run):
+    """Clusters of what the first pretraining made, predicted by a new model with as many classes as they are."""
+    kmeans.run(run, settings(), Direct(run))
+    pretraining.run(run, pretrain(**SHORT))
+    first = run / "first"
+    shutil.move(run / "03_pretrain" / "checkpoint", first)
+    for stage in ("02_kmeans", "03_pretrain"):
+        shutil.rmtree(run / stage)
+    kmeans.run(run, settings(features=str(first), clusters=12, normalisation="global", lloyd_rounds=3), Direct(run))
+    _, head = hubert.load(pretraining.run(run, pretrain(**SHORT)))
+    assert len(head.label_embeddings) == 12

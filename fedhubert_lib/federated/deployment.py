@@ -187,8 +187,10 @@ def serve(folder: Path, bind: str | None = None) -> int:
 
 
 def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
-    """Run a client's SuperNode until this process is stopped, and start it anew when it ends: a server that was restarted
-    knows its key, not its session."""
+    """Run a client's SuperNode until this process is stopped, and start it anew when it ends.
+
+    A server that was restarted knows its key, not its session.
+    """
     while True:
         supernode = subprocess.Popen(supernode_command(node, run, device), env=environment(node))
         try:
