@@ -498,7 +498,6 @@ def narrow(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = {"rounds": 3, "cohort": 3, "local_steps": 4, "crop_seconds": 1.0, "front_end": "logmel", "learning_rate": 3e-3}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("narrow")
 def test_pretraining_takes_every_kind_with_either_head(run, kind):
@@ -507,12 +506,11 @@ def test_pretraining_takes_every_kind_with_either_head(run, kind):
         pretraining.run(run, pretrain(codebook=kind, head=head, server="fedavg", server_rate=1.0, **SHORT))
         rows = files.read_rows(run / "03_pretrain" / "metrics.jsonl")
         losses = [row["validation_loss"] for row in rows if row["kind"] == "round"]
-        assert max(losses) < np.log(8)  # better than knowing nothing
+        assert max(losses) < np.log(8)  # of guessing evenly; more before training
         assert (run / "03_pretrain" / "checkpoint" / "head.safetensors").exists() == (head == "shared")
         shutil.rmtree(run / "03_pretrain")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_second_iteration_goes_on_to_pretraining(run):
     """Clusters of what the first pretraining made, predicted by a new model with as many classes as they are."""

@@ -277,11 +277,11 @@ def submit(run: Path, p: params.Section, wait_seconds: int = 300, on_row: OnRow 
             time.sleep(0.2)
             if on_row is not None:
                 shown = _show(metrics, shown, on_row)
-    except BaseException:
-        _end([process])
-        with control(folder) as superlink:
-            superlink.StopRun(StopRunRequest(run_id=_run_id(log)))
-        raise
+    finally:
+        if process.poll() is None:  # interrupted: the SuperLink would go on without us
+            _end([process])
+            with control(folder) as superlink:
+                superlink.StopRun(StopRunRequest(run_id=_run_id(log)))
     if on_row is not None:
         _show(metrics, shown, on_row)
     if process.returncode != 0 or (status := _status(folder, _run_id(log))) != "completed":

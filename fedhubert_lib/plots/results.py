@@ -54,8 +54,7 @@ def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="share of the teacher's", xlim=(0, max(1.1, 1.12 * max(shares))))
-    named = ["quality (blue)"] * bool(quality) + ["cost (red)"] * bool(cost)
-    axes.set_title(f"Student against teacher: {', '.join(named)}")
+    axes.set_title("Student against teacher: " + ("quality (blue), cost (red)" if quality else "cost"))
     return figure
 
 
