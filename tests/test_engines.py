@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -137,6 +138,20 @@ def test_deployment_gives_the_weights_of_inprocess(deployed, expected):
     rows: list[dict] = []
     assert digest(pretraining.run(deployed, p, rows.append)) == expected
     assert [row["kind"] for row in rows if row["kind"] != "client"] == ["plan", "round", "round"]
+
+
+def test_an_interrupted_stage_stops_on_the_server_too(deployed):
+    shutil.rmtree(deployed / "03_pretrain", ignore_errors=True)
+
+    def interrupt(row: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        deployment.submit(
+            deployed, federation.pretrain(**STUDY | {"rounds": 50}, engine="deployment"), on_row=interrupt
+        )
+    folder = deployed / deployment.FOLDER
+    assert deployment._status(folder, deployment._run_id(folder / "logs" / "flwr-run.log")) == "stopped"
 
 
 LET_IN = "SuperNode ID:"
