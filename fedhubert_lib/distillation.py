@@ -7,9 +7,10 @@ and know it by its digest. ``run`` is the stage, ``centralised`` its yardstick o
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -188,17 +189,55 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
         return federate(run, p, clients, on_row)
 
 
-def federate(run: Path, p: params.Distill, clients: Clients, on_row: checkpoints.OnRow | None = None) -> Path:
-    """What ``run`` does, over ``clients`` that are connected already."""
-    teacher = read_teacher(run, p)
+def federate(
+    run: Path,
+    p: params.Distill,
+    clients: Clients,
+    on_row: checkpoints.OnRow | None = None,
+    out: Path | None = None,
+) -> Path:
+    """What ``run`` does, over ``clients`` that are connected already; into ``out``, if not 04_distill."""
+    teacher, out = read_teacher(run, p), out or run / STAGE
     if "hubert" in p.objectives:
-        cluster_teacher(run, p, clients)
+        cluster_teacher(run, p, clients, out)
     config, weights = initial(run, p, teacher)
     if p.send_teacher:
         send(clients, teacher)
     task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, hubert.documents(config))
-    weights, _ = rounds.train(clients, p, task, weights, run / STAGE, on_row)
-    return save(run / STAGE / "checkpoint", config, weights)
+    weights, _ = rounds.train(clients, p, task, weights, out, on_row)
+    return save(out / "checkpoint", config, weights)
+
+
+def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """Train a student with each objective of ``p.compare`` by itself, at equal updates, over ``p.compare_seeds`` seeds.
+
+    Each federated and, if ``p.centralised``, on the pooled data. ``labels`` is the student that has no teacher: HuBERT
+    on the labels of ``p.codebook``. Returns 04_distill/compared, which holds a folder OBJECTIVE/SEED for each, and
+    untrained/SEED: the students as they began. ``on_progress`` is told how many are done. Goes on where an earlier
+    start stopped.
+    """
+    folder = run / STAGE / "compared"
+    pairs = list(itertools.product(range(p.seed, p.seed + p.compare_seeds), p.compare))
+    for done, (seed, name) in enumerate(pairs):
+        if on_progress:
+            on_progress("objectives compared", done, len(pairs))
+        alone, out = _alone(p, name, seed), folder / name / str(seed)
+        with federated.connect(run, p.engine, p.device) as clients:
+            federate(run, alone, clients, out=out)
+        if p.centralised:
+            centralised(run, alone, out=out)
+        start = initial(run, _alone(p, "distilhubert", seed), read_teacher(run, p))
+        save(folder / "untrained" / str(seed) / "checkpoint", *start)
+    if on_progress:
+        on_progress("objectives compared", len(pairs), len(pairs))
+    return folder
+
+
+def _alone(p: params.Distill, name: str, seed: int) -> params.Distill:
+    changes: dict[str, Any] = {"seed": seed, "objectives": [name]}
+    if name == "labels":
+        changes |= {"objectives": ["soft-targets"], "soft_weight": 0.0, "label_weight": 1.0}
+    return p.model_copy(update=changes)
 
 
 def teacher_folder(run: Path, p: params.Distill) -> Path:
@@ -293,9 +332,11 @@ def send(clients: Clients, teacher: Teacher) -> int:
     return len(lacking)
 
 
-def cluster_teacher(run: Path, p: params.Distill, clients: Clients) -> None:
-    """Federated k-means of a hidden layer of the teacher, and every client's labels: the targets of ``hubert``."""
-    folder = run / STAGE
+def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path) -> None:
+    """Federated k-means of a hidden layer of the teacher, and every client's labels: the targets of ``hubert``.
+
+    The centroids go to ``folder``. Every client's labels lie in its own part of 04_distill, those of the last call.
+    """
     chosen = params.Kmeans(
         run=p.run,
         seed=p.seed,
@@ -332,12 +373,12 @@ def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor
 # --------------------------------------------------------------------------------------------------------- on all data
 
 
-def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -> Path:
-    """The same distillation on the pooled data, under 04_distill/centralised; see ``pooled.train``.
+def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None, out: Path | None = None) -> Path:
+    """The same distillation on the pooled data, in ``centralised`` under ``out`` (04_distill); see ``pooled.train``.
 
-    With objective ``hubert`` the labels are those that the clients wrote in ``run``, which comes first then.
+    With objective ``hubert`` the labels are those that the clients wrote in ``federate``, which comes first then.
     """
-    out = run / STAGE / "centralised"
+    out = (out or run / STAGE) / "centralised"
     teacher = read_teacher(run, p)
     config, weights = initial(run, p, teacher)
     message = {**_message(run, p, teacher, config), "session": "centralised"}

@@ -43,6 +43,7 @@ Engine = Literal["inprocess", "pool", "ray", "deployment"]
 Compression = Literal["none", "float16", "int8", "top-k"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Objective = Literal["hubert", "soft-targets", "distilhubert"]
+Compared = Literal["hubert", "soft-targets", "distilhubert", "labels"]
 
 
 class Section(BaseModel):
@@ -258,6 +259,8 @@ class Distill(Federation):
     teacher_clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K of these clusters")
     regression_weight: Positive = Field(1.0, description="weight of distilhubert in the sum")
     hubert_weight: Positive = Field(1.0, description="weight of hubert in the sum")
+    compare: list[Compared] = Field([], description="objectives to compare, each alone; labels: without a teacher")
+    compare_seeds: Natural = Field(3, description="training seeds of that comparison")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
@@ -267,6 +270,8 @@ class Distill(Federation):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
         if {"hubert", "soft-targets"} <= set(self.objectives):
             yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
+        if self.compare and self.engine == "deployment":
+            yield "compare", f"{', '.join(self.compare)} given, but engine is deployment; compare in simulation"
         if self.conv_width is not None and self.front_end != "waveform":
             yield "conv_width", f"{self.conv_width} given, but front_end is logmel, which has no convolutions"
 

@@ -86,17 +86,18 @@ def soft_targets(
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels, over masked frames.
 
     T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction``, soft_loss_sum (the
-    divergence, without its weight) and objective (the loss).
+    divergence, without its weight) and objective (the loss). With ``soft_weight`` 0 the teacher is not asked.
     """
     output = student(batch.waveforms, batch.mask)
     masked, count = batch.mask, int(batch.mask.sum())
     logits, labels = head(output.last[masked]), batch.labels[masked]
-    targets = teacher.probabilities(batch.waveforms, temperature)
-    if targets.shape[:2] != masked.shape:
-        raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
-    soft_sum = F.kl_div((logits / temperature).log_softmax(-1), targets[masked], reduction="sum") * temperature**2
     label_sum = F.cross_entropy(logits, labels, reduction="sum")
-    penalty = label_sum.new_zeros(())
+    soft_sum = penalty = label_sum.new_zeros(())
+    if soft_weight:
+        targets = teacher.probabilities(batch.waveforms, temperature)
+        if targets.shape[:2] != masked.shape:
+            raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
+        soft_sum = F.kl_div((logits / temperature).log_softmax(-1), targets[masked], reduction="sum") * temperature**2
     if output.features is not None:
         penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
     with torch.no_grad():

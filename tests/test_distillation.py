@@ -76,6 +76,27 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
         assert ("accuracy_masked" in rows[0]) == (objectives != ["distilhubert"])
 
 
+def test_objectives_are_compared_each_alone_from_one_start_at_equal_updates(run):
+    seen = []
+    p = distill(compare=["soft-targets", "hubert", "labels"], compare_seeds=2, rounds=1, objectives=["distilhubert"])
+    folder = distillation.compare(run, p, on_progress=lambda *what: seen.append(what[1:]))
+    assert seen[0] == (0, 6) and seen[-1] == (6, 6)
+    students = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("checkpoint")}
+    trained = {f"{name}/{seed}" for name in p.compare for seed in (0, 1)}
+    assert students == trained | {f"{each}/centralised" for each in trained} | {"untrained/0", "untrained/1"}
+    assert len({weights(folder / each / "checkpoint") for each in students}) == len(students)
+    soft, labels = (rounds_of(folder / name / "0")[0] for name in ("soft-targets", "labels"))
+    assert "divergence" in soft and labels["divergence"] == 0
+    assert labels["loss"] == pytest.approx(labels["label_loss"])  # no teacher in it
+    assert soft["audio_seconds"] == labels["audio_seconds"] and soft["clients"] == labels["clients"]
+    # Seed 0's student of an objective is the one that the stage itself would train.
+    distillation.run(run, distill(rounds=1))
+    assert weights(run / "04_distill" / "checkpoint") == weights(folder / "soft-targets" / "0" / "checkpoint")
+    before = {each: weights(folder / each / "checkpoint") for each in students}
+    distillation.compare(run, p)
+    assert {each: weights(folder / each / "checkpoint") for each in students} == before
+
+
 def test_student_learns_from_its_teacher(run):
     p = distill(rounds=6, local_steps=4, learning_rate=3e-3, server="fedavg", server_rate=1.0, soft_weight=1.0)
     distillation.run(run, p)

@@ -1,5 +1,6 @@
 """The report: all systems on all measures, stable keys, equal for equal runs, honest about what is missing."""
 
+import itertools
 import json
 import shutil
 
@@ -9,8 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from fedhubert_lib import hubert, params, seeds
-from fedhubert_lib.evaluation import keywords, layers, report, systems
+from fedhubert_lib import files, hubert, params, seeds
+from fedhubert_lib.evaluation import encoders, keywords, layers, report, systems
 
 WORDS = ("yes", "no", "up")
 
@@ -78,9 +79,24 @@ def run(made, tmp_path):
 def evaluated(made, tmp_path_factory):
     """A copy that has been evaluated, its table, and the progress that was shown."""
     run, seen = shutil.copytree(made, tmp_path_factory.mktemp("evaluated") / "run"), []
+    config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=1)
+    for seed, place in itertools.product((9, 10), ("hubert/{}", "hubert/{}/centralised", "untrained/{}")):
+        student = encoders.untrained(config, len(place) + seed)
+        hubert.save(run / "04_distill" / "compared" / place.format(seed) / "checkpoint", student)
+    teacher = systems.of_run(run, 0, torch.device("cpu"))[0][0]
+    for fine_tuned in (False, True):
+        said_by_s3prl(run, teacher.digest, fine_tuned=fine_tuned)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "ABX_TRIPLETS", 50)
         return run, report.run(run, P, on_progress=lambda *what: seen.append(what)), seen
+
+
+def said_by_s3prl(run, digest, accuracies=(0.5, 0.7), fine_tuned=False):
+    """Results as ``fedhubert s3prl`` leaves them for the teacher, a seed each."""
+    kind = "fine-tuned" if fine_tuned else "frozen"
+    for seed, accuracy in enumerate(accuracies):
+        result = {"system": "teacher", "digest": digest, "test": accuracy, "classes": 11, "fine_tuned": fine_tuned}
+        files.write_json(run / "s3prl" / f"teacher-{kind}" / f"seed-{seed}" / "result.json", result)
 
 
 P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
@@ -107,7 +123,7 @@ def test_report_is_stable_documented_and_plain_json(evaluated):
     assert written["format"] == "fedhubert-report" and written["version"] == 1
     assert list(written) == [
         *("format", "version", "run", "seed", "parameters", "data", "systems", "absent", "measures", "figures"),
-        *("confusion", "missed", "notes"),
+        *("compared", "confusion", "missed", "notes"),
     ]
     keys = ["system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"]
     assert all(list(figure) == keys for figure in written["figures"])
@@ -126,11 +142,59 @@ def test_report_is_stable_documented_and_plain_json(evaluated):
 
 def test_equal_runs_give_equal_reports(evaluated, run):
     first = {name: (evaluated[0] / "05_evaluate" / name).read_bytes() for name in ("report.json", "report.csv")}
-    shutil.copytree(evaluated[0] / "05_evaluate" / "features", run / "05_evaluate" / "features")
+    for kept in ("05_evaluate/features", "04_distill/compared", "s3prl"):
+        shutil.copytree(evaluated[0] / kept, run / kept)
     features = sorted((run / "05_evaluate" / "features").iterdir())
     features[0].unlink()  # as after a kill in the middle
     report.run(run, P)
     assert first == {name: (run / "05_evaluate" / name).read_bytes() for name in first}
+
+
+def test_compared_students_stand_between_their_teacher_and_the_floors(evaluated):
+    written = report.read(evaluated[0])
+    keys = ["objective", "training", "measure", "value", "low", "high", "values"]
+    assert all(list(each) == keys and len(each["values"]) == 2 for each in written["compared"])
+    known = {(each["objective"], each["training"], each["measure"]): each["values"] for each in written["compared"]}
+    trained = {("hubert", "federated"), ("hubert", "centralised"), ("untrained", "none")}
+    assert set(known) == {(*each, name) for each in trained for name in ("keyword-accuracy", "pnmi")}
+    table = report.comparison(written)
+    assert list(table.system.unique()) == ["teacher", "hubert, federated", "hubert, centralised", "untrained", "MFCC"]
+    kept = report.kept(written)
+    ratio = np.divide(*(known["hubert", each, "pnmi"] for each in ("federated", "centralised")))
+    assert kept.loc[("hubert", "PNMI of units"), "of the centralised student's"].startswith(f"{ratio.mean():.3f} ±")
+    teacher = max(
+        each["value"] for each in written["figures"] if (each["system"], each["measure"]) == ("teacher", "pnmi")
+    )
+    share = np.mean(known["hubert", "federated", "pnmi"]) / teacher
+    assert kept.loc[("hubert", "PNMI of units"), "of the teacher's"].startswith(f"{share:.3f} ±")
+    # Seeds are numbers: 9 comes before 10.
+    assert [each.name[-2:] for each in systems.compared(evaluated[0], torch.device("cpu"))["hubert", "federated"]] == [
+        " 9",
+        "10",
+    ]
+    assert report.comparison(written | {"compared": []}).empty and report.kept(written | {"compared": []}).empty
+
+
+def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, tmp_path):
+    run = shutil.copytree(evaluated[0], tmp_path / "run")
+    before = report.read(run)
+    [figure] = [each for each in before["figures"] if each["measure"] == "s3prl-accuracy"]
+    assert (figure["system"], figure["values"], figure["baseline"]) == ("teacher", [0.5, 0.7], 1 / 11)
+    table = report.add_s3prl(run)
+    assert report.read(run) == before and "0.600 ±" in report.headline(table).loc["federated teacher"].to_string()
+
+    said_by_s3prl(run, before["systems"][0]["digest"], (0.9,))
+    (run / "s3prl" / "teacher-frozen" / "seed-1" / "result.json").unlink()
+    shutil.rmtree(run / "s3prl" / "teacher-fine-tuned")
+    report.add_s3prl(run)
+    found = [each for each in report.read(run)["figures"] if each["measure"].startswith("s3prl-")]
+    assert [(each["measure"], each["value"]) for each in found] == [("s3prl-accuracy", 0.9)]
+    assert "0.900" in (run / "05_evaluate" / "report.html").read_text()
+
+    said_by_s3prl(run, "of other weights", (0.9,))
+    report.add_s3prl(run)
+    assert not [each for each in report.read(run)["figures"] if each["measure"].startswith("s3prl-")]
+    assert any("teacher has changed since" in note for note in report.read(run)["notes"])
 
 
 def test_page_opens_offline(evaluated):

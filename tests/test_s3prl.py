@@ -1,12 +1,19 @@
 """s3prl: our checkpoints in its upstreams, and its own benchmark run on them; what is missing is named."""
 
+import itertools
+import re
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import cli, hubert, seeds
+from fedhubert_lib import cli, files, hubert, seeds
+from fedhubert_lib.evaluation import keywords, report, systems
 from fedhubert_lib.export import checks, s3prl
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
@@ -25,7 +32,7 @@ def clips(tmp_path_factory):
     """Thirteen words that are pitches, by nine speakers, named as Speech Commands names its files."""
     folder = tmp_path_factory.mktemp("words")
     rows = []
-    for index, word in enumerate([*s3prl.COMMANDS, "cat", "dog", "tree"]):
+    for index, word in enumerate([*keywords.COMMANDS, "cat", "dog", "tree"]):
         for speaker in range(9):
             for take in range(3):
                 path = folder / word / f"{speaker:08x}_nohash_{take}.wav"
@@ -34,8 +41,9 @@ def clips(tmp_path_factory):
                 tone = np.sin(2 * np.pi * 200 * 1.3**index * np.arange(16_000) / 16_000)
                 tone[8_000:] = 0  # a log-mel front end does not hear what never changes
                 soundfile.write(path, (0.3 * tone + 0.01 * noise).astype(np.float32), 16_000)
-                split = "test" if speaker >= 6 else "train"
-                rows.append({"clip": f"{word}/{path.name}", "path": str(path), "word": word, "split": split})
+                split = "test" if speaker >= 6 else "validation" if speaker == 5 else "train"
+                row = {"clip": f"{word}/{path.name}", "path": str(path), "word": word, "speaker": str(speaker)}
+                rows.append({**row, "split": split})
     return pd.DataFrame(rows)
 
 
@@ -49,6 +57,27 @@ def background(tmp_path):
 
 
 @pytest.fixture
+def evaluated(clips, tmp_path):
+    """A run with a teacher, the clips above, and a report of nothing but its systems."""
+    run = tmp_path / "run"
+    save(run / "03_pretrain" / "checkpoint")
+    (run / "00_corpus").mkdir()
+    clips.to_parquet(run / "00_corpus" / "keywords.parquet")
+    compared, _ = systems.of_run(run, 0, torch.device("cpu"))
+    written = {"run": "run", "seed": 0, "parameters": {"seeds": 2}, "figures": []}
+    written |= {"absent": {}, "notes": [], "data": {"clips": {"test": 9}, "words": ["yes"], "speakers": {"test": 3}}}
+    written["measures"] = [
+        {"measure": n, "title": t, "better": b, "what": w} for n, (t, b, w) in report.MEASURES.items()
+    ]
+    written["missed"] = {each.name: [] for each in compared}
+    written["systems"] = [{"system": each.name, "title": each.title, "digest": each.digest} for each in compared]
+    files.write_json(run / "05_evaluate" / "report.json", written)
+    speed = {each.name: {"real_time_factor": 1.0, "joules_per_audio_second": None} for each in compared}
+    files.write_json(run / "05_evaluate" / "speed.json", speed)
+    return run
+
+
+@pytest.fixture
 def environment():
     if not s3prl.PYTHON.is_file():
         pytest.skip("no environment for s3prl; run: make s3prl")
@@ -57,7 +86,7 @@ def environment():
 def test_folders_are_what_s3prl_wants(clips, background, tmp_path):
     out = s3prl.lay_out(clips, tmp_path / "data", background=background)
     test = {path.name: len(list(path.iterdir())) for path in (out / "test").iterdir()}
-    assert test == {**dict.fromkeys(s3prl.COMMANDS, 9), "_unknown_": 9, "_silence_": 2}
+    assert test == {**dict.fromkeys(keywords.COMMANDS, 9), "_unknown_": 9, "_silence_": 2}
     assert {path.name for path in (out / "train").iterdir()} == {*clips.word, "_background_noise_"}
     heard = {path.resolve() for path in (out / "train").glob("*/*.wav")}
     assert not heard & {path.resolve() for path in (out / "test").glob("*/*.wav")}
@@ -81,6 +110,22 @@ def test_without_s3prl_the_way_to_get_it_is_said(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "model.pt").exists()
     assert cli.main(["export", "hubert-local", str(checkpoint), str(tmp_path / "model.pt")]) == 1
     assert "make s3prl" in capsys.readouterr().err
+
+
+def test_what_the_command_cannot_run_is_told_before_s3prl_starts(evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(s3prl, "PYTHON", tmp_path / "none")
+    assert cli.main(["s3prl", str(evaluated), "--system", "mfcc"]) == 1
+    assert "mfcc: not a model of this run; there are teacher, random" in capsys.readouterr().err
+    assert cli.main(["s3prl", str(evaluated), "--system", "student"]) == 1
+    assert "no checkpoint in 04_distill/checkpoint" in capsys.readouterr().err
+    assert cli.main(["s3prl", str(evaluated)]) == 1
+    assert "make s3prl" in capsys.readouterr().err
+    save(evaluated / "03_pretrain" / "checkpoint", front_end="logmel")
+    assert cli.main(["s3prl", str(evaluated)]) == 1
+    assert "teacher: is not what report.json tells of; run 05_evaluate again" in capsys.readouterr().err
+    (evaluated / "05_evaluate" / "report.json").unlink()
+    assert cli.main(["s3prl", str(evaluated)]) == 1
+    assert "report.json: not there; run 05_evaluate first" in capsys.readouterr().err
 
 
 def test_a_broken_checkpoint_is_told_before_s3prl_starts(clips, tmp_path):
@@ -128,10 +173,51 @@ def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_run_downstream_trains_and_evaluates(environment, clips, background, tmp_path, fine_tune):
     data = s3prl.lay_out(clips, tmp_path / "data", background=background)
-    checkpoint = save(tmp_path / "checkpoint")
-    result = s3prl.benchmark(
-        checkpoint, data, tmp_path / "out", steps=60, rate=1e-2 if not fine_tune else 1e-3, fine_tune=fine_tune
-    )
-    assert result.steps == 60 and result.fine_tuned == fine_tune
+    checkpoint, out = save(tmp_path / "checkpoint"), tmp_path / "out"
+    result = s3prl.benchmark(checkpoint, data, out, steps=60, rate=1e-3 if fine_tune else 1e-2, fine_tune=fine_tune)
+    assert (result.steps, result.fine_tuned, result.classes) == (60, fine_tune, 12)
     assert result.test > 0.3  # pitches, of twelve classes; chance is 0.083
-    assert (tmp_path / "out" / "result.json").is_file() and (tmp_path / "out" / "dev-best.ckpt").is_file()
+    assert (out / "dev-best.ckpt").is_file()
+    # s3prl validates on the clips of our list, and on noise.
+    names = {line.split()[0] for line in (out / "dev_truth.txt").read_text().splitlines()}
+    own = clips[clips.split == "validation"]
+    resolved = {path.resolve() for path in (data / "train").glob("*/*.wav") if "-".join(path.parts[-2:]) in names}
+    assert resolved - {data / "train" / "_background_noise_" / "hum.wav"} <= {Path(path).resolve() for path in own.path}
+
+
+@pytest.mark.slow
+def test_our_keyword_probe_and_s3prls_agree(environment, tmp_path):
+    """Same features, lists, start and batches: within a point. Words are directions in noise, some of them near."""
+    rng = seeds.numpy_generator(0, "agreement")
+    labels = rng.integers(8, size=1200)
+    frames = rng.normal(size=(1200, 3, 49, 16)).astype(np.float32)
+    frames[:, 1] += 0.1 * rng.normal(size=(8, 1, 16))[labels]
+    parts = dict(zip(("train", "validation", "test"), np.split(rng.permutation(1200), [500, 700]), strict=True))
+    steps, rate, seed = 200, 1e-2, 3
+    task = keywords.Task(frames.mean(2), labels, **parts, classes=8)
+    ours = keywords.probe(task, seed, steps=steps, rate=rate, standardise=False)
+
+    start, _, batches = keywords.draws(task, seed, 1.0, 32)
+    given = {name: parameter.detach() for name, parameter in start.named_parameters()}
+    given |= {"frames": frames, "labels": labels, "order": np.stack(list(itertools.islice(batches, steps))), **parts}
+    save_file({name: torch.as_tensor(each).contiguous() for name, each in given.items()}, tmp_path / "given")
+    script = [Path(__file__).with_name("s3prl_probe.py"), tmp_path / "given", str(steps), str(rate), tmp_path / "out"]
+    subprocess.run([s3prl.PYTHON, *script], check=True, capture_output=True)
+    theirs = load_file(tmp_path / "out")["predicted"].numpy()
+    accuracy = (theirs == labels[parts["test"]]).mean()
+    assert 0.3 < ours.accuracy < 0.95
+    assert accuracy == pytest.approx(ours.accuracy, abs=0.01)
+    assert (theirs == ours.predicted).mean() > 0.99
+
+
+@pytest.mark.slow
+def test_command_puts_s3prls_accuracy_into_the_report(environment, evaluated, capsys):
+    for system in ("teacher", "random"):  # the floor is at no place on disk
+        options = ["--system", system, "--steps", "20", "--rate", "0.01"]
+        assert cli.main(["s3prl", str(evaluated), *options]) == 0
+        assert "seed 1337: dev" in capsys.readouterr().out
+        found = [each for each in report.read(evaluated)["figures"] if each["system"] == system]
+        said = (evaluated / "s3prl" / f"{system}-frozen" / "seed-1337" / "evaluate.log").read_text()
+        accuracy = float(re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)[-1])
+        assert [(each["measure"], each["values"]) for each in found] == [("s3prl-accuracy", [accuracy])]
+        assert found[0]["baseline"] == 1 / 11

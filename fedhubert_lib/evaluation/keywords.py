@@ -9,6 +9,7 @@ group-norm encoder, padding to the longest of a batch changes the features thems
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,24 +220,16 @@ def probe(
     and deviation of the training rows, the same for every encoder, since a short training at one rate would
     otherwise judge the scale of the features (MFCC in tens, layers near one); False is s3prl to the letter.
     """
-    rng = seeds.numpy_generator(seed, "probe", "clips")
-    train = np.sort(rng.permutation(task.train)[: max(1, round(share * len(task.train)))])
+    module, train, batches = draws(task, seed, share, batch)
     mean, deviation = _statistics(task.rows, train) if standardise else (np.float32(0), np.float32(1))
 
     def rows(of: np.ndarray) -> Tensor:
         return torch.from_numpy((task.rows[of] - mean) / deviation)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive(seed, "probe", "weights"))
-        module = Probe(*task.rows.shape[1:], task.classes)
     optimiser = torch.optim.Adam(module.parameters(), lr=rate)
     labels = torch.from_numpy(task.labels)
     best, chosen = -1.0, copy.deepcopy(module)
-    order = np.empty(0, dtype=np.int64)
-    for step in range(1, steps + 1):
-        while len(order) < batch:
-            order = np.concatenate([order, rng.permutation(train)])
-        drawn, order = order[:batch], order[batch:]
+    for step, drawn in enumerate(itertools.islice(batches, steps), start=1):
         loss = functional.cross_entropy(module(rows(drawn)), labels[drawn])
         optimiser.zero_grad()
         loss.backward()
@@ -253,6 +246,26 @@ def probe(
         layer_weights=chosen.layer_weights.detach().numpy(),
         predicted=predicted,
     )
+
+
+def draws(task: Task, seed: int, share: float, batch: int) -> tuple[Probe, np.ndarray, Iterator[np.ndarray]]:
+    """What ``probe`` takes from ``seed``: its first weights, its training clips, and batches of them without end."""
+    rng = seeds.numpy_generator(seed, "probe", "clips")
+    train = np.sort(rng.permutation(task.train)[: max(1, round(share * len(task.train)))])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "probe", "weights"))
+        module = Probe(*task.rows.shape[1:], task.classes)
+    return module, train, _drawn(train, rng, batch)
+
+
+def _drawn(train: np.ndarray, rng: np.random.Generator, batch: int) -> Iterator[np.ndarray]:
+    """Batches of indices: every clip once, in random order, then again."""
+    order = np.empty(0, dtype=np.int64)
+    while True:
+        while len(order) < batch:
+            order = np.concatenate([order, rng.permutation(train)])
+        yield order[:batch]
+        order = order[batch:]
 
 
 def fine_tune(
@@ -281,13 +294,9 @@ def fine_tune(
             parts = [logits(of[start : start + batch]).argmax(1) for start in range(0, len(of), batch)]
             return torch.cat(parts).numpy()
 
-        rng = seeds.numpy_generator(seed, "fine-tune", "clips")
-        order = np.empty(0, dtype=np.int64)
+        batches = _drawn(where["train"], seeds.numpy_generator(seed, "fine-tune", "clips"), batch)
         best, chosen = -1.0, copy.deepcopy(module.state_dict())
-        for step in range(1, steps + 1):
-            while len(order) < batch:
-                order = np.concatenate([order, rng.permutation(where["train"])])
-            drawn, order = order[:batch], order[batch:]
+        for step, drawn in enumerate(itertools.islice(batches, steps), start=1):
             module.train()
             optimiser.zero_grad()
             functional.cross_entropy(logits(drawn), labels[drawn]).backward()

@@ -4,20 +4,26 @@
 
 * ``run``, ``seed``, ``parameters``: what was evaluated and how;
 * ``data``: clips and speakers per split, words, utterances, minutes and frames of unit quality;
-* ``systems``: ``system`` (stable name), ``title``, and ``absent``: system to the reason it is not there;
+* ``systems``: ``system`` (stable name), ``title``, ``digest`` (of weights and architecture), and ``absent``: system to
+  the reason it is not there;
 * ``measures``: ``measure`` (stable name), ``title``, ``better`` (higher, lower, or neither) and ``what`` it is;
 * ``figures``: one per system, measure and layer (null where the system is measured as a whole): ``value``, ``low`` and
   ``high`` (95 % interval over seeds, null for a single value), ``baseline`` (chance, or shuffled labels; null where
   there is none), ``seeds`` and their ``values``;
+* ``compared``: the students of 04_distill's comparison, if there was one: ``objective``, ``training`` (federated,
+  centralised, none), ``measure``, ``value``, ``low`` and ``high`` over training seeds, and their ``values``;
 * ``confusion``: for each system, test clips of word i (row) recognised as word j, summed over seeds;
 * ``missed``: for each system, the clips most often mistaken: clip, word, the word it was taken for, how many seeds;
 * ``notes``: what could not be measured, and why.
 
-``report.csv`` holds ``figures`` alone. Speed and energy differ from run to run: they are in ``speed.json``, not in
-these. Equal runs thus give equal reports.
+The version rises when a field goes or changes its meaning, not when one comes. ``report.csv`` holds ``figures`` alone.
+Speed and energy differ from run to run: they are in ``speed.json``, not in these. Equal runs thus give equal reports.
+What ``fedhubert s3prl`` measured is added to the report that is there, and an evaluation that is run again keeps it
+as long as the weights are the same.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,12 @@ ABX_TRIPLETS = 1000
 MEASURES = {
     "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen; chance"),
     "fine-tuned-accuracy": ("keyword accuracy, fine-tuned", "higher", "the whole model trained on the words; chance"),
+    "s3prl-accuracy": ("keyword accuracy, s3prl", "higher", "s3prl's speech_commands on frozen layers; chance"),
+    "s3prl-fine-tuned-accuracy": (
+        "keyword accuracy, s3prl fine-tuned",
+        "higher",
+        "s3prl's speech_commands, the whole model trained; chance",
+    ),
     "layer-accuracy": ("keyword accuracy, one layer", "higher", "linear least squares on one layer; chance"),
     "layer-weight": ("share of the layer", "neither", "in the keyword probe's weighted sum"),
     "nearest-accuracy": ("10 nearest neighbours", "higher", "keywords by cosine on the best layer; chance"),
@@ -84,10 +96,11 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
         "seed": p.seed,
         "parameters": p.model_dump(mode="json", exclude={"run", "device"}),
         "data": _describe(clips, words),
-        "systems": [{"system": system.name, "title": system.title} for system in compared],
+        "systems": [{"system": each.name, "title": each.title, "digest": each.digest} for each in compared],
         "absent": absent,
         "measures": [{"measure": name, "title": t, "better": b, "what": w} for name, (t, b, w) in MEASURES.items()],
         "figures": [],
+        "compared": [],
         "confusion": {},
         "missed": {},
         "notes": [],
@@ -118,6 +131,32 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
             frames = layers.frames(system.encoder, utterances, _cache(folder, system, utterances, "frames"), progress)
             _units(figures, frames, utterances, phones, p)
         speed[system.name] = _cost(figures, system)
+    _compared(report, run, clips, utterances, phones, device, p, on_progress)
+    _s3prl(report, run)
+    return _write(folder, report, speed, clips)
+
+
+def read(run: Path) -> dict[str, Any]:
+    """The report.json of ``run``. Raises FileNotFoundError where it has not been evaluated."""
+    path = run / STAGE / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; run 05_evaluate first")
+    return json.loads(path.read_text())
+
+
+def add_s3prl(run: Path) -> pd.DataFrame:
+    """Put what s3prl has measured since into the report of ``run`` and write it anew; returns the table."""
+    report = read(run)
+    report["figures"] = [each for each in report["figures"] if not each["measure"].startswith("s3prl-")]
+    report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
+    _s3prl(report, run)
+    speed = json.loads((run / STAGE / "speed.json").read_text())
+    return _write(run / STAGE, report, speed, pd.read_parquet(run / "00_corpus" / "keywords.parquet"))
+
+
+def _write(
+    folder: Path, report: dict[str, Any], speed: dict[str, dict[str, float | None]], clips: pd.DataFrame
+) -> pd.DataFrame:
     files.write_json(folder / "report.json", report)
     table = _table(report)
     with files.atomic(folder / "report.csv") as temporary:
@@ -135,20 +174,29 @@ class _Figures:
         self.system, self.figures = system, figures
 
     def add(self, name: str, values: Measure, *, layer: int | None = None, baseline: float | None = None) -> None:
-        half = values.interval
+        interval = _interval(values)
         self.figures.append(
             {
                 "system": self.system,
                 "measure": name,
                 "layer": layer,
-                "value": values.mean,
-                "low": None if half is None else values.mean - half,
-                "high": None if half is None else values.mean + half,
+                **{key: interval[key] for key in ("value", "low", "high")},
                 "baseline": baseline,
                 "seeds": len(values.values),
-                "values": list(values.values),
+                "values": interval["values"],
             }
         )
+
+
+def _interval(values: Measure) -> dict[str, Any]:
+    half = values.interval
+    low, high = (None, None) if half is None else (values.mean - half, values.mean + half)
+    return {"value": values.mean, "low": low, "high": high, "values": list(values.values)}
+
+
+def _probes(task: keywords.Task, p: params.Evaluate) -> list[keywords.Outcome]:
+    options = {"steps": p.probe_steps, "rate": p.probe_rate, "share": p.train_share, "standardise": p.standardise}
+    return [keywords.probe(task, p.seed + seed, **options) for seed in range(p.seeds)]
 
 
 def _keywords(
@@ -161,12 +209,7 @@ def _keywords(
 ) -> int:
     """The keyword probes of one system; returns the layer that is best on the validation clips."""
     chance = 1 / task.classes
-    outcomes = [
-        keywords.probe(
-            task, p.seed + seed, steps=p.probe_steps, rate=p.probe_rate, share=p.train_share, standardise=p.standardise
-        )
-        for seed in range(p.seeds)
-    ]
+    outcomes = _probes(task, p)
     figures.add("keyword-accuracy", measure([each.accuracy for each in outcomes]), baseline=chance)
     validation = []
     for layer in range(task.rows.shape[1]):
@@ -277,6 +320,54 @@ def _cost(figures: _Figures, system: System) -> dict[str, float | None]:
     return cost.speed(system.encoder)
 
 
+def _compared(
+    report: dict[str, Any],
+    run: Path,
+    clips: pd.DataFrame,
+    utterances: pd.DataFrame | None,
+    phones: pd.DataFrame | None,
+    device: torch.device,
+    p: params.Evaluate,
+    on_progress: OnProgress | None,
+) -> None:
+    """Keyword accuracy (mean over evaluation seeds) and PNMI of the best layer of each student that was compared."""
+    folder, words = run / STAGE, report["data"]["words"]
+    for (objective, training), students in systems.compared(run, device).items():
+        accuracies, pnmi = [], []
+        for system in students:
+            progress = _progress(on_progress, system.title)
+            rows = keywords.pooled(system.encoder, clips, _cache(folder, system, clips, "clips"), on_progress=progress)
+            outcomes = _probes(keywords.task(rows, clips, words), p)
+            accuracies.append(float(np.mean([each.accuracy for each in outcomes])))
+            if utterances is None:
+                continue
+            frames = layers.frames(system.encoder, utterances, _cache(folder, system, utterances, "frames"), progress)
+            blocks = [np.ascontiguousarray(frames[:, layer]) for layer in range(frames.shape[1])]
+            found = [layers.unit_quality(each, utterances, phones, clusters=p.clusters, seed=p.seed) for each in blocks]
+            pnmi.append(max(each["pnmi"] for each in found))
+        for name, values in (("keyword-accuracy", accuracies), ("pnmi", pnmi)):
+            if values:
+                report["compared"].append(
+                    {"objective": objective, "training": training, "measure": name} | _interval(measure(values))
+                )
+
+
+def _s3prl(report: dict[str, Any], run: Path) -> None:
+    """Figures from the results that ``fedhubert s3prl`` left, of weights that are still the same."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted((run / "s3prl").glob("*/seed-*/result.json")):
+        result = json.loads(path.read_text())
+        name = "s3prl-fine-tuned-accuracy" if result["fine_tuned"] else "s3prl-accuracy"
+        found.setdefault((result["system"], name), []).append(result)
+    digests = {each["system"]: each["digest"] for each in report["systems"]}
+    for (system, name), results in found.items():
+        if any(each["digest"] != digests.get(system) for each in results):
+            report["notes"].append(f"s3prl: {system} has changed since; run fedhubert s3prl again")
+            continue
+        accuracy = measure([each["test"] for each in results])
+        _Figures(system, report["figures"]).add(name, accuracy, baseline=1 / results[0]["classes"])
+
+
 def _describe(clips: pd.DataFrame, words: list[str]) -> dict[str, Any]:
     splits = clips.groupby("split")
     return {
@@ -311,6 +402,44 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     wide = text.pivot(index="system", columns="measure", values="text")
     order = [title for title, _, _ in MEASURES.values() if title in wide.columns]
     return wide.loc[list(dict.fromkeys(table.system)), order].fillna("")
+
+
+def comparison(report: dict[str, Any]) -> pd.DataFrame:
+    """The compared students beside the teacher and the floors, as ``plots.bars`` draws them; empty without any.
+
+    Columns: system and measure (titles), value, low, high, baseline (shuffled labels or chance), seeds.
+    """
+    rows = []
+    for name in ("keyword-accuracy", "pnmi") if report["compared"] else ():
+        own = [each for each in report["figures"] if each["measure"] == name and each["system"] in ("teacher", "mfcc")]
+        best = {each["system"]: each for each in sorted(own, key=lambda each: each["value"])}
+        named = [
+            (f"{each['objective']}, {each['training']}", each) for each in report["compared"] if each["measure"] == name
+        ]
+        named = [(title.removesuffix(", none"), each) for title, each in named]
+        for system, each in [("teacher", best["teacher"]), *named, ("MFCC", best["mfcc"])] if best else ():
+            row = {"system": system, "measure": MEASURES[name][0], "baseline": best["teacher"]["baseline"]}
+            rows.append(row | {key: each[key] for key in ("value", "low", "high")} | {"seeds": len(each["values"])})
+    return pd.DataFrame(rows)
+
+
+def kept(report: dict[str, Any]) -> pd.DataFrame:
+    """For each compared objective: federated student against its teacher, and against the centralised student.
+
+    A row per objective and measure, index (objective, measure); each column a mean over training seeds with its 95 %
+    interval, as text.
+    """
+    rows = {}
+    students = {(each["objective"], each["training"], each["measure"]): each["values"] for each in report["compared"]}
+    for (objective, training, name), values in students.items():
+        if training != "federated":
+            continue
+        own = [each["value"] for each in report["figures"] if (each["system"], each["measure"]) == ("teacher", name)]
+        row = {"of the teacher's": str(measure(np.array(values) / max(own)))}
+        if pooled := students.get((objective, "centralised", name)):
+            row["of the centralised student's"] = str(measure(np.array(values) / np.array(pooled)))
+        rows[objective, MEASURES[name][0]] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _text(row: Any) -> str:

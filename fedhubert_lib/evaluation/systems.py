@@ -58,6 +58,25 @@ def of_run(run: Path, seed: int, device: torch.device) -> tuple[list[System], di
     return systems, absent
 
 
+def compared(run: Path, device: torch.device) -> dict[tuple[str, str], list[System]]:
+    """The students that 04_distill trained to compare objectives, one per training seed, in the order of the seeds.
+
+    Keys are objective and training: federated, centralised, or none: the ``untrained`` students, as all began.
+    """
+    found: dict[tuple[str, str], list[System]] = {}
+    folders = sorted((run / "04_distill" / "compared").glob("*/*"), key=lambda each: (each.parent.name, int(each.name)))
+    for folder in folders:
+        for training, place in (("federated", folder), ("centralised", folder / "centralised")):
+            if not (place / "checkpoint" / "config.json").is_file():
+                continue
+            objective, checkpoint = folder.parent.name, place / "checkpoint"
+            model, _ = hubert.load(checkpoint)
+            name = f"{objective}, {training}, seed {folder.name}"
+            system = System(name, name, encoders.of_model(model, device), _digest(checkpoint), model, checkpoint)
+            found.setdefault((objective, "none" if objective == "untrained" else training), []).append(system)
+    return found
+
+
 def _digest(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):

@@ -26,16 +26,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("out", type=Path, help="folder or file to write")
     parser.set_defaults(function=_export)
 
-    parser = commands.add_parser("s3prl", help="train and evaluate s3prl's speech_commands on a checkpoint")
-    parser.add_argument("checkpoint", type=Path, help="such as outputs/RUN/04_distill/checkpoint")
-    parser.add_argument(
-        "keywords", type=Path, help="keywords.parquet of a run, such as outputs/RUN/00_corpus/keywords.parquet"
+    parser = commands.add_parser(
+        "s3prl",
+        help="train and evaluate s3prl's speech_commands on a model of a run, and add its accuracy to the report",
+        description="Run s3prl's own run_downstream, train and evaluate, on the run's keywords (needs: make s3prl)."
+        " Its accuracy goes into the run's report.json, report.csv and report.html.",
     )
-    parser.add_argument("out", type=Path, help="folder for what s3prl writes")
-    parser.add_argument("--background", type=Path, help="_background_noise_ of Speech Commands, for the silence class")
+    parser.add_argument("run", type=Path, help="folder of an evaluated run, such as outputs/quickstart")
+    parser.add_argument("--system", default="teacher", help="teacher (default), student, random: as report.json says")
+    parser.add_argument("--fine-tune", action="store_true", help="train the whole model on its last layer")
     parser.add_argument("--steps", type=int, default=200_000, help="optimiser steps (default: 200000, as SUPERB)")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4, as SUPERB)")
-    parser.add_argument("--fine-tune", action="store_true", help="train the whole model on its last layer")
+    parser.add_argument("--seeds", type=int, default=1, help="runs, each with its own seed (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.set_defaults(function=_s3prl)
 
@@ -62,26 +64,21 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _s3prl(given: argparse.Namespace) -> int:
-    import pandas as pd
-
+    from fedhubert_lib import runs
+    from fedhubert_lib.evaluation import report
     from fedhubert_lib.export import s3prl
 
-    data = given.out / "data"
-    try:
-        if not data.exists():
-            s3prl.lay_out(pd.read_parquet(given.keywords), data, background=given.background)
-        result = s3prl.benchmark(
-            given.checkpoint,
-            data,
-            given.out,
-            steps=given.steps,
-            rate=given.rate,
-            fine_tune=given.fine_tune,
-            device=given.device,
-        )
-    except (RuntimeError, ValueError) as error:
-        return _fail(error)
-    print(f"{given.out}: dev {result.dev:.4f}, test {result.test:.4f}")
+    with runs.holding(given.run / ".lock", "fedhubert s3prl"):
+        try:
+            evaluated = report.read(given.run)
+            options = {name: getattr(given, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
+            results = s3prl.of_run(given.run, given.system, evaluated, **options)
+            report.add_s3prl(given.run)
+        except (RuntimeError, ValueError) as error:
+            return _fail(error)
+    for result in results:
+        print(f"seed {result.seed}: dev {result.dev:.4f}, test {result.test:.4f}")
+    print(given.run / report.STAGE / "report.html")
     return 0
 
 

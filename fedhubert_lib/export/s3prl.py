@@ -4,12 +4,17 @@ s3prl 0.4.18 needs an older torch, so it lives in an environment of its own, ``.
 ``make s3prl`` sets up from ``requirements-s3prl.lock``. Everything here starts that environment's Python.
 """
 
+import functools
+import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import audio, files, hubert, params, seeds
+from fedhubert_lib.evaluation import keywords, systems
 from fedhubert_lib.export import checks
 
 PYTHON = params.ROOT / ".venv-s3prl" / "bin" / "python"
-COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
-"""The ten words of s3prl's speech_commands; every other word is _unknown_."""
+FOLDER = "s3prl"
+"""Of a run: what s3prl wrote of its systems. It outlives the stage that evaluates, since it rests on weights alone."""
+FIRST_SEED = 1337
+"""s3prl's own."""
 CONFIG: dict[str, Any] = {
     # s3prl/downstream/speech_commands/config.yaml, which the package on PyPI lacks.
     "runner": {
@@ -58,7 +66,11 @@ class Result:
     """Best accuracy on its validation clips, which it draws with replacement and balanced: not comparable to test."""
     test: float
     """Accuracy of that model on the test clips, from s3prl's separate evaluation of the saved checkpoint."""
+    classes: int
+    """Classes among the test clips: twelve, or eleven where there is no silence."""
     steps: int
+    rate: float
+    seed: int
     fine_tuned: bool
 
 
@@ -181,14 +193,14 @@ def benchmark(
     steps: int = 200_000,
     rate: float = 1e-4,
     fine_tune: bool = False,
-    seed: int = 1337,
+    seed: int = FIRST_SEED,
     device: str = "cpu",
 ) -> Result:
     """s3prl's ``run_downstream`` on speech_commands with ``checkpoint`` as its upstream: train, then evaluate.
 
     ``data`` holds ``train`` and ``test`` as ``lay_out`` makes them, or as the official archives unpack. ``fine_tune``
     trains the whole model on its last layer (``-f -s last_hidden_state``), else it is frozen and its layers are summed.
-    Everything that s3prl writes lies in ``out``, and the result in ``out/result.json``.
+    Everything that s3prl writes lies in ``out``.
     """
     hubert.load(checkpoint)  # a broken checkpoint is told here, not after s3prl has started
     out.mkdir(parents=True, exist_ok=True)
@@ -213,41 +225,98 @@ def benchmark(
     test = re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)
     if not dev or not test:
         raise checks.ExportError(f"s3prl ended without an accuracy; see {out / 'train.log'} and {out / 'evaluate.log'}")
-    result = Result(max(dev), float(test[-1]), steps, fine_tune)
-    files.write_json(out / "result.json", result.__dict__)
-    return result
+    classes = sum(folder.is_dir() for folder in (data / "test").iterdir())
+    return Result(max(dev), float(test[-1]), classes, steps, rate, seed, fine_tune)
+
+
+def of_run(
+    run: Path,
+    name: str,
+    evaluated: Mapping[str, Any],
+    *,
+    seeds: int = 1,
+    fine_tune: bool = False,
+    steps: int = 200_000,
+    rate: float = 1e-4,
+    device: str = "cpu",
+) -> list[Result]:
+    """``benchmark`` of system ``name`` of a run, on the run's own keyword clips, with ``seeds`` seeds.
+
+    ``evaluated`` is the run's report.json: a system that has changed since, or that s3prl has no use for (MFCC), raises
+    ExportError. What s3prl writes lies in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; earlier ones are
+    removed. Silence is cut from ``_background_noise_`` beside the words, where there is one.
+    """
+    compared, absent = systems.of_run(run, evaluated["seed"], torch.device("cpu"))
+    system = next((each for each in compared if each.name == name and each.model is not None), None)
+    if system is None:
+        known = ", ".join(each.name for each in compared if each.model is not None)
+        raise checks.ExportError(f"{name}: {absent.get(name, 'not a model of this run')}; there are {known}")
+    if {"system": name, "digest": system.digest} not in [
+        {key: each[key] for key in ("system", "digest")} for each in evaluated["systems"]
+    ]:
+        raise checks.ExportError(f"{name}: is not what report.json tells of; run 05_evaluate again first")
+    clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
+    noise = Path(clips.path.iloc[0]).parents[1] / "_background_noise_"
+    data = lay_out(clips, run / FOLDER / "data", background=noise if noise.is_dir() else None)
+    folder = run / FOLDER / f"{name}-{'fine-tuned' if fine_tune else 'frozen'}"
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = system.folder
+    if checkpoint is None:  # random weights are nowhere on disk
+        checkpoint = folder / "checkpoint"
+        hubert.save(checkpoint, system.model)
+    results = []
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        out = folder / f"seed-{seed}"
+        result = benchmark(checkpoint, data, out, steps=steps, rate=rate, fine_tune=fine_tune, seed=seed, device=device)
+        files.write_json(out / "result.json", {"system": name, "digest": system.digest, **asdict(result)})
+        results.append(result)
+    return results
 
 
 def lay_out(clips: pd.DataFrame, out: Path, *, background: Path | None = None, seed: int = 0) -> Path:
     """Folders as s3prl's speech_commands wants them, of a run's keyword clips (``keywords.parquet``), by links.
 
-    ``train`` has a folder per word with the training and validation clips, which s3prl parts again by a hash of the
-    speaker; ``test`` a folder for each of the ten commands, and ``_unknown_`` with as many seeded clips of other words
-    as a command has. ``_silence_`` comes from the WAV files in ``background``, the ``_background_noise_`` of Speech
-    Commands: their first 80 % for training, seconds of the rest for testing; without it there is no such class.
+    ``train`` has a folder per word with the training and validation clips. s3prl parts them by a hash of the speaker,
+    as the official lists were made; links of other corpora are named so that this gives the run's own lists. ``test``
+    has a folder for each of the ten commands, and ``_unknown_`` with as many seeded clips of other words as a command
+    has. ``_silence_`` comes from the WAV files in ``background``, the ``_background_noise_`` of Speech Commands: their
+    first 80 % for training, seconds of the rest for testing; without it there is no such class.
     Returns ``out``. Raises ExportError where a command has no test clip, or ``background`` holds no WAV file.
     """
-    own = clips[clips.word.isin(COMMANDS) & (clips.split == "test")]
-    if missing := sorted(set(COMMANDS) - set(own.word)):
+    own = clips[clips.word.isin(keywords.COMMANDS) & (clips.split == "test")]
+    if missing := sorted(set(keywords.COMMANDS) - set(own.word)):
         raise checks.ExportError(f"no test clip of {', '.join(missing)}; s3prl's speech_commands tests ten commands")
     per_class = round(own.groupby("word").size().mean())
     with files.atomic(out) as temporary:
         for row in clips[clips.split != "test"].itertuples():
-            _link(row.path, temporary / "train" / row.word)
+            speaker, _, take = Path(row.path).name.partition("_nohash_")
+            _link(row.path, temporary / "train" / row.word / f"{_hashed(speaker, row.split)}_nohash_{take}")
         for row in own.itertuples():
-            _link(row.path, temporary / "test" / row.word)
-        others = clips[~clips.word.isin(COMMANDS) & (clips.split == "test")].sort_values("clip")
+            _link(row.path, temporary / "test" / row.word / Path(row.path).name)
+        others = clips[~clips.word.isin(keywords.COMMANDS) & (clips.split == "test")].sort_values("clip")
         drawn = seeds.numpy_generator(seed, "unknown").permutation(len(others))[:per_class]
         for row in others.iloc[drawn].itertuples():
-            _link(row.path, temporary / "test" / "_unknown_", f"{row.word}-")
+            _link(row.path, temporary / "test" / "_unknown_" / f"{row.word}-{Path(row.path).name}")
         if background is not None:
             _silence(background, temporary, per_class)
     return out
 
 
-def _link(path: str, folder: Path, prefix: str = "") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{prefix}{Path(path).name}").symlink_to(Path(path).resolve())
+def _link(path: str, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(Path(path).resolve())
+
+
+@functools.cache
+def _hashed(speaker: str, split: str) -> str:
+    """``speaker``, with a number where Speech Commands' hash would not put it into ``split``."""
+    wanted = {"validation": (0, 10), "train": (20, 101)}[split]
+    names = itertools.chain([speaker], (f"{speaker}-{number}" for number in itertools.count(1)))
+    return next(name for name in names if wanted[0] <= _percentage(name) < wanted[1])
+
+
+def _percentage(name: str) -> float:
+    return int(hashlib.sha1(name.encode()).hexdigest(), 16) % 2**27 * 100 / (2**27 - 1)
 
 
 def _silence(background: Path, out: Path, count: int) -> None:

@@ -47,13 +47,14 @@ def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
     shares, at = [*quality.values(), *cost.values()], np.arange(len(quality) + len(cost))
     axes.barh(at, shares, 0.7, color=[BLUE] * len(quality) + [RED] * len(cost))
     for place, share in zip(at, shares, strict=True):
-        axes.text(share, place, f" {share:.0%}", va="center", fontsize=8)
+        # Beside the frame, where no line crosses them.
+        axes.text(1.01, place, f"{share:.0%}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
     axes.axvline(1, color=BLACK, linestyle=":")
     axes.set_yticks(at, [*quality, *cost])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="share of the teacher's", xlim=(0, max(1.1, 1.12 * max(shares))))
+    axes.set(xlabel="share of the teacher's", xlim=(0, 1.05 * max(1.0, *shares)))
     axes.set_title("Student against teacher: " + ("quality (blue), cost (red)" if quality else "cost"))
     return figure
 
