@@ -198,6 +198,18 @@ def test_a_teacher_with_other_frames_is_refused(run):
         distillation.run(run, distill())
 
 
+def test_a_teacher_of_another_architecture_is_refused_before_any_round(run):
+    path = run / "03_pretrain" / "checkpoint" / "config.json"
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), "model_type": "wav2vec2"}))
+    with pytest.raises(ValueError, match="model_type is 'wav2vec2'; only HuBERT"):
+        distillation.run(run, distill())
+    path.write_text(json.dumps({**json.loads(text), "hidden_size": 96}))
+    with pytest.raises(ValueError, match="model.safetensors.*another shape"):
+        distillation.run(run, distill())
+    assert not rounds_of(run / "04_distill")
+
+
 def test_student_of_another_width_starts_at_random(run):
     config, arrays = distillation.initial(run, distill(width=96), distillation.read_teacher(run, distill()))
     assert config.hidden_size == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)

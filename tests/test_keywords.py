@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 from fedhubert_lib import hubert, seeds
+from fedhubert_lib.corpora import CorpusError, speech_commands
 from fedhubert_lib.evaluation import encoders, keywords
 
 WORDS = ("yes", "no", "up")
@@ -168,6 +169,13 @@ def test_unfair_tables_are_refused(table, change, message):
     change(pd.read_parquet(table)).to_parquet(table)
     with pytest.raises(keywords.KeywordError, match=message):
         keywords.read_clips(table)
+
+
+def test_a_speech_commands_folder_without_its_lists_is_refused(tmp_path):
+    (tmp_path / "yes").mkdir()
+    (tmp_path / "testing_list.txt").write_text("yes/0b_nohash_0.wav\n")
+    with pytest.raises(CorpusError, match=f"{tmp_path} holds no Speech Commands folder .*validation_list.txt"):
+        speech_commands.home(tmp_path)
 
 
 def test_missing_table_says_what_to_run(tmp_path):
