@@ -4,11 +4,13 @@ torchaudio 2.11 needs torchcodec and FFmpeg to load a file; libsndfile, through 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_RATE = 16_000
 HOP = 320
@@ -29,7 +31,7 @@ def frame_count(samples: int) -> int:
     return 0 if samples < RECEPTIVE_FIELD else (samples - RECEPTIVE_FIELD) // HOP + 1
 
 
-def read(path: str | Path, start: int = 0, stop: int | None = None) -> Tensor:
+def read(path: str | Path, start: int = 0, stop: int | None = None) -> "Tensor":
     """Samples ``[start, stop)`` of a 16 kHz mono FLAC or WAV file as float32 in [-1, 1], shape [samples].
 
     Raises AudioError when the file is missing, truncated, at another rate, not mono, shorter than asked for, or holds
@@ -52,4 +54,6 @@ def read(path: str | Path, start: int = 0, stop: int | None = None) -> Tensor:
         raise AudioError(f"{path}: {len(samples)} samples where its header promises {stop - start}; fetch it again")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds NaN or infinite samples; remove the file or fetch it again")
+    import torch  # here: a table of utterances needs no half gigabyte of it
+
     return torch.from_numpy(samples)

@@ -66,8 +66,8 @@ class Corpus(Section):
         "synthetic", description="built-in corpus, or LibriSpeech folders"
     )
     root: Place = Field("", description="folder that holds the LibriSpeech subsets (kind: librispeech)")
-    train_subsets: list[str] = Field(["train-clean-100"], description="subsets to train on")
-    test_subsets: list[str] = Field(["test-clean"], description="subsets kept for unit quality, never trained on")
+    train_subsets: list[Name] = Field(["train-clean-100"], description="subsets to train on")
+    test_subsets: list[Name] = Field(["test-clean"], description="subsets kept for unit quality, never trained on")
     alignments: Place = Field("", description="phone alignments: folder of TextGrids, or JSON; empty: none")
     speakers: Natural = Field(6, description="speakers of the synthetic corpus")
     minutes: Positive = Field(1.5, description="minutes of speech of the synthetic corpus")
@@ -102,6 +102,9 @@ class Corpus(Section):
                 "test_subsets",
                 f"{', '.join(sorted(both))} is also among train_subsets; test speech is never trained on",
             )
+        for key in ("train_subsets", "test_subsets"):
+            if twice := sorted({name for name in getattr(self, key) if getattr(self, key).count(name) > 1}):
+                yield key, f"{', '.join(twice)} given twice; name each subset once"
         if self.kind == "librispeech" and not self.train_subsets:
             yield "train_subsets", "an empty list given; name at least one subset"
 

@@ -50,28 +50,29 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     lists together). Raises PartitionError when a client would have less than ``p.minimum_minutes`` and
     ``p.small_clients`` is "error", or when there are fewer speakers or groups than clients asked for.
     """
-    manifest = pd.read_parquet(run / "00_corpus" / "manifest.parquet")
-    manifest = manifest[manifest["split"] == "train"]
-    heldout = heldout_speakers(manifest, p)
-    rest = manifest[~manifest["speaker"].isin(heldout)].reset_index(drop=True)
+    # Arrow's table: paths and texts of a large corpus are copied for one client at a time.
+    manifest = pq.ParquetFile(run / "00_corpus" / "manifest.parquet").read().replace_schema_metadata(None)
+    everyone = manifest.select(["utterance", "speaker", "chapter", "subset", "sex", "samples", "split"]).to_pandas()
+    everyone = everyone[everyone["split"] == "train"]
+    heldout = everyone["speaker"].isin(heldout_speakers(everyone, p))
+    rest = everyone[~heldout].reset_index(drop=True)
     client = owners(rest, p)
     validation = validation_mask(client, p)
 
     # Sorted by (list, client), every client's list is one slice.
     order = np.lexsort((rest.index, client, validation))
-    table = pa.Table.from_pandas(rest.iloc[order], preserve_index=False)
     count = client.max() + 1
     names = client_names(count)
     rows = np.bincount(client[order] + count * validation[order], minlength=2 * count)
-    ends = np.cumsum(rows)
+    lists = np.split(everyone.index.to_numpy()[~heldout][order], np.cumsum(rows)[:-1])
     with files.atomic(run / "01_partition" / "clients") as folder:
-        for i, (end, length) in enumerate(zip(ends, rows, strict=True)):
+        for i, mine in enumerate(lists):
             path = folder / names[i % count] / ("train.parquet", "validation.parquet")[i // count]
             path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table.slice(end - length, length), path)
+            pq.write_table(manifest.take(mine), path)
         _write_phones(run, folder, rest["utterance"], client, names)
     with files.atomic(run / "01_partition" / "heldout.parquet") as path:
-        manifest[manifest["speaker"].isin(heldout)].to_parquet(path, index=False)
+        pq.write_table(manifest.take(everyone.index.to_numpy()[heldout]), path)
     clients = pd.DataFrame(
         {
             "client": names,

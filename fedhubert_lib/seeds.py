@@ -5,9 +5,12 @@ stream, makes a draw independent of the order in which others happened: of the e
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *keys: int | str) -> int:
@@ -25,6 +28,8 @@ def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(derive(seed, *keys)))
 
 
-def torch_generator(seed: int, *keys: int | str) -> torch.Generator:
+def torch_generator(seed: int, *keys: int | str) -> "torch.Generator":
     """A torch CPU generator of its own for ``keys``."""
+    import torch  # here: drawing who owns what needs no half gigabyte of it
+
     return torch.Generator().manual_seed(derive(seed, *keys))

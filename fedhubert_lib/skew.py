@@ -9,11 +9,9 @@ Only a researcher who holds all the audio can draw this; nothing here is sent in
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
-from sklearn.cluster import MiniBatchKMeans
 
-from fedhubert_lib import audio, features, seeds
+from fedhubert_lib import audio, seeds
 
 FIT_FRAMES = 100_000
 """Frames that the acoustic clusters are fitted on, at most."""
@@ -35,8 +33,7 @@ def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
         return np.bincount(owner, values, minlength=count)
 
     sex = table["sex"].to_numpy()
-    text = table["text"].fillna("").to_numpy(dtype=str)
-    words = np.where(text == "", 0, np.char.count(np.char.strip(text), " ") + 1)
+    words = table["text"].str.count(r"\S+").fillna(0).to_numpy(float)
     speakers = pd.DataFrame({"owner": owner, "speaker": pd.factorize(table["speaker"])[0]}).drop_duplicates()["owner"]
     # Quantiles of all clients from one sort; between two utterances the lower counts.
     order = np.lexsort((seconds, owner))
@@ -65,6 +62,11 @@ def acoustic_counts(table: pd.DataFrame, *, seed: int, clusters: int = 50, per_s
     of the others stay zero. The clusters are those of k-means over at most 100,000 frames of them, 39 dimensions
     standardised over all speakers, so that a voice or a recording that is different shows.
     """
+    import torch  # these here: all else is about tables, and does without the half gigabyte that they take
+    from sklearn.cluster import MiniBatchKMeans
+
+    from fedhubert_lib import features
+
     rng = seeds.numpy_generator(seed, "skew", "utterances")
     order = rng.permutation(len(table))
     rank = table["speaker"].iloc[order].groupby(table["speaker"].iloc[order]).cumcount().to_numpy()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -96,6 +97,10 @@ BROKEN = {
     "half.wav": (lambda path: path.write_bytes(write(path).read_bytes()[:9_000]), "truncated: 8956 of 32000 bytes"),
     "head.wav": (lambda path: path.write_bytes(write(path).read_bytes()[:20]), "truncated: no audio"),
     "dangling.flac": (lambda path: path.symlink_to("nowhere"), "cannot be read: No such file"),
+    "loop.flac": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
+    "pipe.flac": (lambda path: os.mkfifo(path), "not a plain file"),
+    "zeros.wav": (lambda path: path.symlink_to("/dev/zero"), "not a plain file"),
+    "folder.flac": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
 }
 
 
@@ -158,13 +163,66 @@ def test_a_second_scan_opens_only_what_has_changed(tmp_path, monkeypatch):
     assert scan.scan([tmp_path / "tree"], cache, decode=True).decoded.all() and not opened
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_scan_that_is_killed_goes_on_where_it_was_saved(decode, tmp_path, monkeypatch):
+    for i in range(12):
+        write(tmp_path / "tree" / f"{i:02d}.flac", 1_000 + i)
+    cache = tmp_path / "scan.parquet"
+    monkeypatch.setattr(scan, "CHUNK", 2)
+    monkeypatch.setattr(scan, "SAVE_EVERY", -1.0)
+    opened = []
+    header = scan.header
+
+    def kill(task: str, done: int, total: int) -> None:
+        if done == 6:  # of which four are saved
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan.scan([tmp_path / "tree"], cache, kill, decode=decode)
+    monkeypatch.setattr(scan, "header", lambda path: opened.append(Path(path).name) or header(path))
+    again = scan.scan([tmp_path / "tree"], cache, decode=decode)
+    assert sorted(opened) == [f"{i:02d}.flac" for i in range(4, 12)]
+    pd.testing.assert_frame_equal(again, scan.scan([tmp_path / "tree"], decode=decode))
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch):
+    """Its permissions may have changed, which its size and modification time do not show."""
+    write(tmp_path / "tree" / "a.flac", 1_000)
+
+    def refuse(*arguments: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        assert scan.header(str(tmp_path / "tree" / "a.flac")).reason == "cannot be read: Permission denied"
+        denied = scan.refused("cannot be read: Permission denied")
+        patched.setattr(scan, "header", lambda path: denied)
+        patched.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(scan, "header", lambda path: denied)
+        assert scan.scan([tmp_path / "tree"], tmp_path / "scan.parquet").reason[0] == denied.reason
+    assert scan.scan([tmp_path / "tree"], tmp_path / "scan.parquet").reason[0] == ""
+
+
 def test_links_are_followed_and_loops_are_not(tmp_path):
     write(tmp_path / "elsewhere" / "a.flac", 1_000)
-    (tmp_path / "tree" / "inner").mkdir(parents=True)
+    for name in ("inner", "other"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
     (tmp_path / "tree" / "inner" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "tree" / "inner" / "loop").symlink_to(tmp_path / "tree")
+    (tmp_path / "tree" / "inner" / "self").symlink_to("self")
+    (tmp_path / "elsewhere" / "there").symlink_to(tmp_path / "tree" / "other")
+    (tmp_path / "tree" / "other" / "back").symlink_to(tmp_path / "elsewhere")
     found = scan.scan([tmp_path / "tree"])
-    assert found.path.tolist() == [str(tmp_path / "tree" / "inner" / "link" / "a.flac")] and not found.reason[0]
+    places = ["inner/link/a.flac", "inner/link/there/back/a.flac", "other/back/a.flac"]
+    assert sorted(found.path) == [str(tmp_path / "tree" / place) for place in places if "there/back" not in place]
+    assert (found.reason == "").all()
+
+
+def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path):
+    write(tmp_path / "a.flac", 1_000).rename(os.fsdecode(os.fsencode(tmp_path) + b"/1-2-\xff.flac"))
+    with pytest.raises(corpora.CorpusError, match=r"1-2-\\xff\.flac' is not UTF-8; rename"):
+        scan.scan([tmp_path], tmp_path / "scan.parquet")
 
 
 @pytest.fixture
@@ -248,6 +306,32 @@ def test_an_utterance_in_two_subsets_counts_once(tree, tmp_path):
     assert excluded.reason.tolist() == ["utterance is in an earlier subset"]
 
 
+def test_a_transcript_that_is_no_text_is_left_out_and_its_utterances_stay(tree, tmp_path):
+    bad = tree / "train-clean-5" / "19" / "7" / "19-7.trans.txt"
+    bad.write_bytes(b"19-7-0000 CAF\xc9\n")
+    found = prepare(tmp_path / "run", tree)
+    assert len(found["manifest"]) == 9
+    texts = found["manifest"].set_index("utterance").text
+    assert texts[["19-7-0000", "19-7-0001"]].isna().all() and texts["26-7-0000"] == "WORDS OF 0"
+    assert found["excluded"].path.tolist() == [str(bad)]
+    assert "transcript cannot be read" in found["excluded"].reason[0] and "0xc9" in found["excluded"].reason[0]
+
+
+@pytest.mark.parametrize("line", ["19 | X | train-clean-5", "19, F, train-clean-5", "<html>", "| F | a", "26 | F | a"])
+def test_a_bad_line_of_speakers_txt_is_named(line, tree):
+    speakers = tree / "SPEAKERS.TXT"
+    assert librispeech.sexes(speakers) == {"19": "F", "26": "M"}
+    speakers.write_text(speakers.read_text() + "\n" + line + "\n")
+    with pytest.raises(corpora.CorpusError, match=r"SPEAKERS\.TXT, line 5: .* remove the file"):
+        librispeech.sexes(speakers)
+
+
+def test_names_of_speakers_may_hold_anything(tree):
+    speakers = tree / "SPEAKERS.TXT"
+    speakers.write_bytes(b"\xef\xbb\xbf;ID |SEX\n60 | M | train-clean-100 | 20.18 | |CBW|Simon\n61|F|a|1|Ren\xe9\n")
+    assert librispeech.sexes(speakers) == {"60": "M", "61": "F"}
+
+
 def test_missing_and_empty_folders_are_named(tree, tmp_path):
     with pytest.raises(corpora.CorpusError, match="there is no folder .*nowhere"):
         prepare(tmp_path / "run", tmp_path / "nowhere")
@@ -305,14 +389,22 @@ def textgrid(seconds: float, phones: list[tuple[float, float, str]], promised: i
     return head + "size = 2 \nitem []: \n" + tier("words", [(0.0, seconds, "hi")], 1) + tier("phones", phones, 2)
 
 
+def short(textgrid: str) -> str:
+    """The same TextGrid in Praat's short text format: the values alone."""
+    lines = textgrid.splitlines()[3:]
+    values = [line.split("=")[-1].strip() for line in lines if "=" in line]
+    return "\n".join([*textgrid.splitlines()[:3], *values[:2], "<exists>", *values[2:], ""])
+
+
 MANIFEST = pd.DataFrame({"utterance": ["1-2-0000", "1-2-0001"], "samples": [16_000, 8_000]})
 
 
-def test_textgrids_are_read_and_folded(tmp_path):
+@pytest.mark.parametrize("form", [str, short], ids=["long", "short"])
+def test_textgrids_are_read_and_folded(form, tmp_path):
     folder = tmp_path / "train" / "1" / "2"
     folder.mkdir(parents=True)
     spans = [(0.0, 0.2, "sil"), (0.2, 0.55, "HH"), (0.55, 0.9, "AY1"), (0.9, 1.0, "")]
-    (folder / "1-2-0000.TextGrid").write_text(textgrid(1.0, spans))
+    (folder / "1-2-0000.TextGrid").write_text(form(textgrid(1.0, spans)))
     (folder / "9-9-0000.TextGrid").write_text("of another subset: not read")
     phones, refused = alignments.read(tmp_path, MANIFEST)
     assert refused.empty
@@ -329,9 +421,13 @@ def test_textgrids_are_read_and_folded(tmp_path):
         (textgrid(1.0, [(0.0, 0.6, "AA"), (0.5, 1.0, "B")]), "B from 0.5 to 1.0 s overlaps"),
         (textgrid(1.0, [(0.0, 1.5, "AA")]), "leaves the audio"),
         (textgrid(1.0, [(0.6, 0.5, "AA")]), "AA from 0.6 to 0.5"),
-        (textgrid(1.0, [(0.0, 1.0, "AA")], promised=3), "truncated, 1 intervals"),
+        (textgrid(1.0, [(0.0, 1.0, "AA")], promised=3), "truncated or damaged"),
+        (textgrid(1.0, [(0.0, 1.0, "AA")], promised=0), "truncated or damaged"),
+        (textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "B")])[:-20], "truncated or damaged"),
         (textgrid(1.0, []), "has no phone"),
-        ("nonsense", "no TextGrid with one tier named phones"),
+        (textgrid(1.0, [(0.0, 1.0, "AA")]).replace('"phones"', '"Phonemes"'), "phones; there is words, Phonemes"),
+        ("nonsense", "no TextGrid in Praat's text format"),
+        ("ooBinaryFile\x08TextGrid", "no TextGrid in Praat's text format"),
     ],
 )
 def test_a_textgrid_that_does_not_fit_is_left_out(content, reason, tmp_path):
@@ -340,6 +436,31 @@ def test_a_textgrid_that_does_not_fit_is_left_out(content, reason, tmp_path):
     phones, refused = alignments.read(tmp_path, MANIFEST)
     assert phones["utterance"].unique().to_pylist() == ["1-2-0001"]
     assert len(refused) == 1 and reason in refused.reason[0] and "1-2-0000" in refused.reason[0]
+
+
+def test_a_tier_of_points_and_quotes_in_texts_are_no_hurdle(tmp_path):
+    content = short(textgrid(1.0, [(0.0, 0.4, "AA"), (0.4, 1.0, "B")])).replace('"hi"', '"say ""1 2"" <now> 3"')
+    content = content.replace("<exists>\n2", '<exists>\n3\n"TextTier"\n"clicks"\n0\n1.0\n2\n0.3\n"a"\n0.5\n"b"')
+    (tmp_path / "1-2-0000.TextGrid").write_text(content, encoding="utf-8-sig")
+    phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert refused.empty and phones["phone"].to_pylist() == ["AA", "B"]
+
+
+def test_a_second_alignment_of_an_utterance_is_left_out(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1-2-0000.TextGrid").write_text(textgrid(1.0, [(0.0, 1.0, "AA")]))
+    phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert len(phones) == 1
+    assert refused.path.tolist() == [str(tmp_path / "b" / "1-2-0000.TextGrid")] and "already" in refused.reason[0]
+
+
+def test_alignments_none_of_which_can_be_read_are_an_error_that_shows_one(tmp_path):
+    (tmp_path / "1-2-0000.TextGrid").write_bytes(b"\xff\xfeT\x00")
+    with pytest.raises(
+        corpora.CorpusError, match=r"no alignment of any .* 1 cannot be read, such as .*1-2-0000.*utf-8"
+    ):
+        alignments.read(tmp_path, MANIFEST)
 
 
 def test_json_alignments(tmp_path):

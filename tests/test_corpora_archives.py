@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import http.server
 import io
+import resource
+import signal
 import socket
 import tarfile
 import threading
@@ -118,6 +120,60 @@ def test_a_server_without_ranges_starts_again(server, tmp_path):
     assert (tmp_path / "a").read_bytes() == CONTENT
 
 
+def test_a_server_without_ranges_that_cuts_again_and_again_is_given_up(server, tmp_path):
+    """Each try starts anew: more or less of the same beginning is no progress."""
+    server.content["/a"], server.ranges = CONTENT, False
+    server.cut_after = [1_000, 2_000_000] * 20
+    with pytest.raises(archives.ArchiveError, match=f"{archives.ATTEMPTS} times in a row"):
+        archives.fetch(server.url + "/a", tmp_path / "a", md5(CONTENT))
+    assert not (tmp_path / "a").exists()
+    assert len(server.asked) == 2 + archives.ATTEMPTS
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Files cannot grow beyond 1 MB: the kernel refuses the write, in the middle of it, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_keeps_what_was_fetched(server, tmp_path):
+    server.content["/a"] = CONTENT
+    with full_disk(), pytest.raises(archives.DiskFullError, match=f"{tmp_path}: .* MiB free; make room"):
+        archives.fetch(server.url + "/a", tmp_path / "a", md5(CONTENT))
+    assert (tmp_path / "a.partial").stat().st_size == 1_000_000
+    archives.fetch(server.url + "/a", tmp_path / "a", md5(CONTENT))
+    assert (tmp_path / "a").read_bytes() == CONTENT and server.asked == ["", "bytes=1000000-"]
+
+
+def test_a_full_disk_keeps_what_was_unpacked(tmp_path):
+    (tmp_path / "mine.tar.gz").write_bytes(tar(GOOD | {"LibriSpeech/mine/1/2/1-2-0001.flac": CONTENT}))
+    with full_disk(), pytest.raises(archives.DiskFullError, match="goes on where it stopped"):
+        archives.unpack(tmp_path / "mine.tar.gz", tmp_path, "mine", "LibriSpeech")
+    assert not (tmp_path / "LibriSpeech").exists()
+    assert [p.name for p in tmp_path.rglob("*.flac") if not p.name.startswith(".")] == ["1-2-0000.flac"]
+    archives.unpack(tmp_path / "mine.tar.gz", tmp_path, "mine", "LibriSpeech")
+    assert (tmp_path / "LibriSpeech/mine/1/2/1-2-0001.flac").read_bytes() == CONTENT
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LibriSpeech", "mine.tar.gz"]
+
+
+def test_nothing_of_another_archive_is_mixed_in(tmp_path):
+    other = GOOD | {"LibriSpeech/mine/1/2/1-2-0009.flac": b"x", "LibriSpeech/mine/1/2/1-2-0008.flac": CONTENT}
+    (tmp_path / "mine.tar.gz").write_bytes(tar(other))
+    with full_disk(), pytest.raises(archives.DiskFullError):
+        archives.unpack(tmp_path / "mine.tar.gz", tmp_path, "mine", "LibriSpeech")
+    (tmp_path / "mine.tar.gz").write_bytes(tar(GOOD))
+    archives.unpack(tmp_path / "mine.tar.gz", tmp_path, "mine", "LibriSpeech")
+    assert [p.name for p in (tmp_path / "LibriSpeech").rglob("*.flac")] == ["1-2-0000.flac"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LibriSpeech", "mine.tar.gz"]
+
+
 def test_a_partial_longer_than_the_file_is_dropped(server, tmp_path):
     server.content["/a"] = CONTENT
     (tmp_path / "a.partial").write_bytes(CONTENT + b"more")
@@ -177,6 +233,10 @@ GOOD = {"LibriSpeech/SPEAKERS.TXT": b"; none\n", "LibriSpeech/mine/1/2/1-2-0000.
         ({"a": special("LibriSpeech/mine/device", tarfile.CHRTYPE)}, "neither a plain file nor a folder"),
         ({"a": special("LibriSpeech/mine/pipe", tarfile.FIFOTYPE)}, "neither a plain file nor a folder"),
         ({"LibriSpeech/mine/bomb": bytes(30_000_000)}, "larger than any corpus"),
+        ({f"LibriSpeech/mine/empty{i}": b"" for i in range(3_000)}, "larger than any corpus"),
+        ({"LibriSpeech/mine/1/2": b"a file"}, "is a file and a folder"),
+        ({"LibriSpeech/mine/a": b"a file", "LibriSpeech/mine/a/b": b"x"}, "is a file and a folder"),
+        ({"LibriSpeech/mine/" + 300 * "a": b"x"}, "longer than a name can be"),
     ],
 )
 def test_a_hostile_member_refuses_the_whole_archive(hostile, message, tmp_path):

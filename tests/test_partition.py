@@ -117,7 +117,7 @@ def test_unknown_sex_is_refused_by_name(table):
 def run(tmp_path: Path, table: pd.DataFrame) -> Path:
     (tmp_path / "00_corpus").mkdir()
     test = table.head(50).assign(split="test", speaker="test", utterance=[f"test-{i}" for i in range(50)])
-    pd.concat([table, test]).to_parquet(tmp_path / "00_corpus" / "manifest.parquet")
+    pd.concat([table, test]).to_parquet(tmp_path / "00_corpus" / "manifest.parquet", index=False)
     phones = pd.DataFrame({"utterance": table.utterance[::3], "start_sample": 0, "end_sample": 400, "phone": "AA"})
     phones.to_parquet(tmp_path / "00_corpus" / "phones.parquet")
     return tmp_path

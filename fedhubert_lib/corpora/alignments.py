@@ -1,9 +1,9 @@
 """Phone times from a forced aligner, so that units can be judged on real speech.
 
-Read are the Montreal Forced Aligner's TextGrids (Praat's long text format, tier ``phones``), one per utterance in any
-folder below the root, as in the published LibriSpeech alignments; and JSON, ``{utterance: [seconds, [[begin, duration,
-phone], …], …]}``. Stress digits are dropped and all silences are called ``sil``, so that labels agree with those of the
-synthetic corpus.
+Read are the Montreal Forced Aligner's TextGrids (Praat's text format, long or short, tier ``phones``), one per
+utterance in any folder below the root, as in the published LibriSpeech alignments; and JSON, ``{utterance: [seconds,
+[[begin, duration, phone], …], …]}``. Stress digits are dropped and all silences are called ``sil``, so that labels
+agree with those of the synthetic corpus.
 """
 
 import json
@@ -24,7 +24,8 @@ SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
 TOLERANCE = HOP
 """Samples by which an alignment may end before or after its audio: a frame of 20 ms, as aligners round."""
 
-_INTERVAL = re.compile(r'xmin = ([\d.e+-]+)\s+xmax = ([\d.e+-]+)\s+text = "((?:[^"]|"")*)"')
+_TOKEN = re.compile(r'"(?:[^"]|"")*"|<\w+>|(?<!\S)[+-]?[\d.]\S*')
+"""What counts in Praat's text formats: texts, flags, and numbers that stand alone. The rest (``xmin =``) explains."""
 
 
 class Alignment(NamedTuple):
@@ -41,8 +42,9 @@ def read(root: Path, manifest: pd.DataFrame) -> tuple[pa.Table, pd.DataFrame]:
     The phones are an Arrow table whose names are kept once each: LibriSpeech has 35 million phones.
 
     ``root`` is a JSON file or a folder of TextGrids. An alignment is left out as a whole when its length is not its
-    audio's within 20 ms, or when its phones overlap, go backwards or leave its bounds. An utterance may have none.
-    Raises CorpusError when ``root`` is missing or holds nothing for any of the manifest's utterances.
+    audio's within 20 ms, when its phones overlap, go backwards or leave its bounds, or when an earlier file, by path,
+    has one of the same utterance. An utterance may have none. Raises CorpusError when ``root`` is missing or holds
+    nothing that can be read for any of the manifest's utterances.
     """
     samples = dict(zip(manifest["utterance"], manifest["samples"], strict=True))
     utterances: dict[str, int] = {}
@@ -55,7 +57,8 @@ def read(root: Path, manifest: pd.DataFrame) -> tuple[pa.Table, pd.DataFrame]:
             continue
         known += 1
         total = samples[found.utterance]
-        if reason := _reason(found, total):
+        again = "was already given by another file" if found.utterance in utterances else ""
+        if reason := again or _reason(found, total):
             refused.append((str(found.source), f"alignment of {found.utterance}: {reason}"))
             continue
         code = utterances.setdefault(found.utterance, len(utterances))
@@ -67,7 +70,8 @@ def read(root: Path, manifest: pd.DataFrame) -> tuple[pa.Table, pd.DataFrame]:
                 ends.append(stop)
                 names.append(phones.setdefault(fold(phone), len(phones)))
     if not known:
-        raise CorpusError(f"corpus.alignments: {root} has no alignment of any of the {len(samples)} utterances")
+        why = f"; {len(refused)} cannot be read, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
+        raise CorpusError(f"corpus.alignments: {root} has no alignment of any of the {len(samples)} utterances{why}")
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(utterances), pa.string())),
         pa.array(starts, pa.int64()),
@@ -107,23 +111,43 @@ def _alignments(root: Path, wanted: dict[str, int]) -> Iterator[Alignment | tupl
 
 def _textgrid(path: Path) -> Alignment | tuple[str, str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         return str(path), f"alignment of {path.stem}: cannot be read ({error})"
-    tiers = text.split('name = "phones"')
-    length = re.search(r"xmax = ([\d.e+-]+)", text)
-    if len(tiers) != 2 or length is None:
-        return str(path), f"alignment of {path.stem}: no TextGrid with one tier named phones, in the long text format"
-    body = tiers[1].split("item [")[0]
-    size = re.search(r"intervals: size = (\d+)", body)
+    tokens = _TOKEN.findall(text)
+    if tokens[:2] != ['"ooTextFile"', '"TextGrid"'] or tokens[4:5] != ["<exists>"]:
+        return str(path), f"alignment of {path.stem}: no TextGrid in Praat's text format"
     try:
-        phones = [(float(a), float(b), label.replace('""', '"')) for a, b, label in _INTERVAL.findall(body)]
-        seconds = float(length[1])
-    except ValueError:
-        return str(path), f"alignment of {path.stem}: a time that is no number"
-    if size is None or int(size[1]) != len(phones):
-        return str(path), f"alignment of {path.stem}: truncated, {len(phones)} intervals where others are promised"
-    return Alignment(path.stem, path, seconds, phones)
+        tiers = dict(_tiers(tokens[5:]))
+        return Alignment(path.stem, path, float(tokens[3]), tiers["phones"])
+    except KeyError:
+        there = ", ".join(tiers) or "none"
+        return str(path), f"alignment of {path.stem}: no tier of intervals named phones; there is {there}"
+    except (ValueError, IndexError):
+        return str(path), f"alignment of {path.stem}: truncated or damaged, its tiers are not as long as they say"
+
+
+def _tiers(tokens: list[str]) -> Iterator[tuple[str, list[tuple[float, float, str]]]]:
+    """Name and intervals of each tier of a TextGrid; those of points are passed over."""
+    at = 1
+    for _ in range(int(tokens[0])):
+        kind, name, count = tokens[at], _unquoted(tokens[at + 1]), int(tokens[at + 4])
+        width = 3 if kind == '"IntervalTier"' else 2
+        at, begin = at + 5 + width * count, at + 5
+        fields = tokens[begin:at]
+        if len(fields) != width * count:
+            raise ValueError(f"{len(fields)} values of {count} intervals or points")
+        if width == 3:
+            spans = zip(map(float, fields[::3]), map(float, fields[1::3]), map(_unquoted, fields[2::3]), strict=True)
+            yield name, list(spans)
+    if tokens[at:]:
+        raise ValueError("more values than tiers")
+
+
+def _unquoted(token: str) -> str:
+    if len(token) < 2 or token[0] != '"':
+        raise ValueError(f"{token} is no text")
+    return token[1:-1].replace('""', '"')
 
 
 def _json(path: Path, wanted: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:

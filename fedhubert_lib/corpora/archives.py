@@ -6,7 +6,9 @@ there. The corpus folder gets its name last, so whatever has it is whole.
 """
 
 import contextlib
+import errno
 import fcntl
+import glob
 import gzip
 import hashlib
 import http.client
@@ -30,6 +32,8 @@ ATTEMPTS = 5
 TIMEOUT = 30.0
 LARGEST_MEMBER = 1 << 30
 LARGEST_READ = 1 << 26
+LONGEST_NAME = 240
+"""Bytes: file systems take 255, and ``.NAME.partial`` is longer than the name."""
 LARGEST_RATIO = 20
 """An archive of audio shrinks it by less than this; what grows more is a bomb."""
 
@@ -59,6 +63,10 @@ KEYWORDS = {"speech_commands_v0.02": Archive("speech_commands_v0.02.tar.gz", "6b
 
 class ArchiveError(CorpusError):
     """An archive that cannot be fetched, is not the published one, or must not be unpacked."""
+
+
+class DiskFullError(ArchiveError):
+    """No room for an archive or its content. What is there is kept."""
 
 
 def provide(
@@ -97,15 +105,15 @@ def provide(
 def fetch(url: str, path: Path, md5: str, on_progress: Progress | None = None) -> None:
     """Fetch ``url`` to ``path``, going on where an earlier attempt stopped, and check it.
 
-    Raises ArchiveError when the server refuses or ATTEMPTS tries in a row bring nothing (what came is kept), or when
-    the sum is wrong (what came is removed, since nothing can be added to it).
+    Raises ArchiveError when the server refuses or ATTEMPTS tries in a row bring nothing new or the disk is full (what
+    came is kept), or when the sum is wrong (what came is removed, since nothing can be added to it).
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ArchiveError(f"{url}: only http and https addresses are fetched; correct the mirror")
     partial = path.with_name(path.name + ".partial")
-    failures = 0
+    failures = furthest = 0
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
+        furthest = max(furthest, partial.stat().st_size if partial.exists() else 0)
         try:
             if _fetch_rest(url, partial, on_progress):
                 break
@@ -119,7 +127,8 @@ def fetch(url: str, path: Path, md5: str, on_progress: Progress | None = None) -
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             problem = str(error)
         after = partial.stat().st_size if partial.exists() else 0
-        failures = 0 if after > before else failures + 1
+        # Further than ever: a server that knows no ranges could bring the same beginning again for ever.
+        failures = 0 if after > furthest else failures + 1
         if failures == ATTEMPTS:
             raise ArchiveError(f"{url}: {problem}, {ATTEMPTS} times in a row; run again to go on from byte {after:,}")
         if failures:
@@ -150,7 +159,7 @@ def _fetch_rest(url: str, partial: Path, on_progress: Progress | None) -> bool:
         have = have if resumed else 0  # a server that knows no ranges starts again from the first byte
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
-        with partial.open("ab" if resumed else "wb") as file:
+        with _room(partial), partial.open("ab" if resumed else "wb") as file:
             while block := response.read(BLOCK):
                 file.write(block)
                 have += len(block)
@@ -175,16 +184,26 @@ def unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progr
 
     Refused, with nothing of it left behind: a member outside ``inside/``, one that is neither file nor folder (a link,
     a device), a member above 1 GiB, more than 20 times the archive's size in all, a damaged archive. A run that was
-    killed leaves its hidden folder, and the next goes on from there.
+    killed, or found the disk full, leaves its hidden folder, and the next goes on from there.
     """
-    hidden = root / f".{name}.unpacking"
-    size = archive.stat().st_size
+    status = archive.stat()
+    size = status.st_size
+    # Named after the archive, too: nothing of another one is mixed in.
+    hidden = root / f".{name}.{size}-{status.st_mtime_ns}.unpacking"
+    for other in root.glob(f".{glob.escape(name)}.*.unpacking"):
+        if other != hidden:
+            shutil.rmtree(other)
     try:
-        with archive.open("rb") as raw, _Bounded(fileobj=raw) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with (
+            _room(hidden),
+            archive.open("rb") as raw,
+            _Bounded(fileobj=raw) as stream,
+            tarfile.open(fileobj=stream, mode="r:") as tar,
+        ):
             total = 0
             for member in tar:
                 path = _safe(member, archive, inside)
-                total += member.size
+                total += member.size + tarfile.BLOCKSIZE  # its header, so that empty files count, too
                 if member.size > LARGEST_MEMBER or total > LARGEST_RATIO * size:
                     raise ArchiveError(f"{archive}: {member.name} makes it larger than any corpus of its size")
                 if member.isfile():
@@ -195,9 +214,14 @@ def unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progr
         wanted = hidden / name if inside else hidden
         if not wanted.is_dir():
             raise ArchiveError(f"{archive}: holds no folder {inside}/{name}; is it the archive of another subset?")
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise ArchiveError(f"{archive}: {member.name} is a file and a folder; this archive is not unpacked") from error
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         shutil.rmtree(hidden, ignore_errors=True)
         raise ArchiveError(f"{archive}: truncated or damaged ({error}); fetch it again") from error
+    except DiskFullError:
+        raise
     except ArchiveError:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -229,6 +253,8 @@ def _safe(member: tarfile.TarInfo, archive: Path, inside: str) -> PurePosixPath:
         )
     if path.is_absolute() or ".." in path.parts or "\0" in member.name or "\\" in member.name:
         raise ArchiveError(f"{archive}: {member.name} would leave the folder; this archive is not unpacked")
+    if max(map(len, map(os.fsencode, path.parts)), default=0) > LONGEST_NAME:
+        raise ArchiveError(f"{archive}: {member.name[:40]}… is longer than a name can be; this archive is not unpacked")
     if not inside:
         return path
     if path.parts[:1] != (inside,):
@@ -246,6 +272,20 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
     if temporary.stat().st_size != member.size:
         raise tarfile.ReadError(f"{member.name} is cut off")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """A full disk is an error that names ``path``: that of a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise DiskFullError(
+            f"{path.parent}: {error.strerror}, {free:,} MiB free; make room and run again, it goes on where it stopped"
+        ) from error
 
 
 @contextlib.contextmanager

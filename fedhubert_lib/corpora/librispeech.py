@@ -32,14 +32,22 @@ def home(root: Path, subsets: list[str]) -> Path:
 
 
 def sexes(speakers_txt: Path) -> dict[str, str]:
-    """Speaker to 'F' or 'M' from SPEAKERS.TXT; empty where there is no such file."""
+    """Speaker to 'F' or 'M' from SPEAKERS.TXT; empty where there is no such file. Raises CorpusError at a bad line."""
     if not speakers_txt.exists():
         return {}
     table = {}
-    for line in speakers_txt.read_text(encoding="utf-8", errors="replace").splitlines():
-        fields = [field.strip() for field in line.split("|")]
-        if not line.startswith(";") and len(fields) >= 3 and fields[1] in ("F", "M"):
-            table[fields[0]] = fields[1]
+    # Only names can hold anything but ASCII, and these are not read.
+    lines = speakers_txt.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith(";"):
+            continue
+        speaker, sex, *rest = [field.strip() for field in line.split("|")] + [""]
+        if not speaker or sex not in ("F", "M") or table.get(speaker, sex) != sex:
+            raise CorpusError(
+                f"{speakers_txt}, line {number}: {line[:60]!r} does not give a speaker's sex (ID | F or M | SUBSET …), "
+                "or another than before; unpack the archive again, or remove the file: then no sex is known"
+            )
+        table[speaker] = sex
     return table
 
 
@@ -47,7 +55,8 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     """One row per usable utterance below ``root`` (COLUMNS, in order of utterance), and (path, reason) of the others.
 
     ``scanned`` is what scan.scan found below the subsets. Left out, beside what the scan refused: a file whose name
-    does not fit its folders, and the second copy of an utterance or of a recording.
+    does not fit its folders, and the second copy of an utterance or of a recording. A transcript that is no text is
+    left out, too, and its utterances stay.
     """
     places = scanned["path"].str.slice(len(str(root.absolute())) + 1).str.split("/", expand=True)
     places = places.reindex(columns=range(max(4, places.shape[1])))
@@ -78,21 +87,27 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
 
     sex = sexes(root / "SPEAKERS.TXT")
     accepted = table[good].sort_values("utterance")
+    texts, unreadable = transcripts(accepted["path"])
     accepted = accepted.assign(
-        sex=accepted["speaker"].map(sex).fillna(""),
-        text=accepted["utterance"].map(transcripts(accepted["path"])).astype("str"),
+        sex=accepted["speaker"].map(sex).fillna(""), text=accepted["utterance"].map(texts).astype("str")
     )
-    return accepted[COLUMNS].reset_index(drop=True), table.loc[~good, ["path", "reason"]].reset_index(drop=True)
+    excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(unreadable, columns=["path", "reason"])])
+    return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
 
 
-def transcripts(paths: pd.Series) -> dict[str, str]:
-    """Utterance to text, from the .trans.txt files beside the audio files ``paths``."""
-    texts = {}
+def transcripts(paths: pd.Series) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Utterance to text, from the .trans.txt files beside the audio files ``paths``; (path, reason) of bad ones."""
+    texts, unreadable = {}, []
     for folder in sorted(set(paths.str.rsplit("/", n=1).str[0])):
         speaker, chapter = folder.rsplit("/", 2)[1:]
-        file = Path(folder, f"{speaker}-{chapter}.trans.txt")
-        if file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                utterance, _, text = line.partition(" ")
-                texts[utterance] = text.strip()
-    return texts
+        file = f"{folder}/{speaker}-{chapter}.trans.txt"
+        try:
+            with open(file, encoding="utf-8") as lines:
+                found = dict(line.rstrip().partition(" ")[::2] for line in lines)
+        except FileNotFoundError:
+            continue
+        except (UnicodeDecodeError, OSError) as error:
+            unreadable.append((file, f"transcript cannot be read ({error}); its utterances have no text"))
+            continue
+        texts |= found
+    return texts, unreadable

@@ -7,8 +7,10 @@ read whole.
 
 import hashlib
 import os
+import stat
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +22,21 @@ import soundfile
 from fedhubert_lib import files
 from fedhubert_lib.audio import RECEPTIVE_FIELD, SAMPLE_RATE
 from fedhubert_lib.corpora import flac
+from fedhubert_lib.corpora.librispeech import CorpusError
 
 SUFFIXES = (".flac", ".wav")
 CHUNK = 256
+SAVE_EVERY = 60.0
+"""Seconds after which what was read is saved, so that a scan that is killed goes on from there."""
+
+
+KEYS = ["path", "size", "modified"]
+TYPES = {
+    "samples": "int64", "sample_rate": "int32", "channels": "int32", "fingerprint": "str", "reason": "str",
+    "decoded": "bool",
+}  # fmt: skip
+UNREADABLE = "cannot be read"
+"""What a reason begins with that may be gone though the file has not changed: it is looked at again."""
 
 
 class Header(NamedTuple):
@@ -43,19 +57,26 @@ def refused(reason: str) -> Header:
 def header(path: str) -> Header:
     """Read the ends of one FLAC file, or one WAV file. What is wrong with the file is the ``reason``, not an error."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return refused("not a plain file")
             start = file.read(flac.HEADER_BYTES)
             if not start:
                 return refused("empty file")
             if start[:4] == b"fLaC":
-                found = _flac(start, file.fileno())
+                found = _flac(start, file.fileno(), status.st_size)
             elif start[:4] == b"RIFF":
                 found = _wav(start + file.read())
             else:
                 return refused("neither FLAC nor WAV")
     except OSError as error:
-        return refused(f"cannot be read: {error.strerror}")
+        return refused(f"{UNREADABLE}: {error.strerror}")
     return found._replace(reason=found.reason or _unfit(found))
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # not to wait for ever at a pipe that is called .flac
 
 
 def _unfit(found: Header) -> str:
@@ -68,13 +89,12 @@ def _unfit(found: Header) -> str:
     return ""
 
 
-def _flac(start: bytes, descriptor: int) -> Header:
+def _flac(start: bytes, descriptor: int, size: int) -> Header:
     info = flac.stream_info(start)
     if info is None:
         return refused("truncated: no whole FLAC header")
     if info.samples == 0:
         return refused("FLAC header gives no length")
-    size = os.fstat(descriptor).st_size
     begin = max(flac.HEADER_BYTES, size - info.largest_frame)
     whole = flac.ends_whole(os.pread(descriptor, size - begin, begin), info)
     reason = "" if whole else "truncated or damaged: does not end with the frame its header promises"
@@ -126,26 +146,37 @@ def decoded(path: str, found: Header) -> Header:
 def walk(root: Path) -> list[tuple[str, int, int]]:
     """(path, size, modification time in ns) of every audio file below ``root``, in no particular order.
 
-    Links are followed, but for those to a folder they are in. One that leads nowhere is listed with size -1.
+    Links are followed, but for those to a folder they are in. One that leads nowhere is listed with size -1. Raises
+    CorpusError at a name that is no text: no table could hold it.
     """
-    found, folders = [], [str(root)]
+    found, folders = [], [(str(root), ())]
     while folders:
-        folder = folders.pop()
+        folder, above = folders.pop()
+        status = os.stat(folder)
+        here = status.st_dev, status.st_ino
+        if here in above:
+            continue
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith(SUFFIXES):
+                    if not _is_text(entry.path):
+                        raise CorpusError(f"{os.fsencode(entry.path)!r} is not UTF-8; rename or remove that file")
                     try:
                         status = entry.stat()
                         found.append((entry.path, status.st_size, status.st_mtime_ns))
-                    except FileNotFoundError:
+                    except OSError:  # header says which
                         found.append((entry.path, -1, 0))
-                elif entry.is_dir() and not (entry.is_symlink() and _contains(entry.path, folder)):
-                    folders.append(entry.path)
+                elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                    folders.append((entry.path, (*above, here)))
     return found
 
 
-def _contains(outer: str, inner: str) -> bool:
-    return f"{os.path.realpath(inner)}/".startswith(f"{os.path.realpath(outer)}/")
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def scan(
@@ -158,47 +189,51 @@ def scan(
 ) -> pd.DataFrame:
     """The header of every audio file below ``roots``, in order of path; ``decode`` also decodes each in full.
 
-    ``cache`` is a parquet file that an earlier scan left: a file whose size and modification time are the same as then
-    is not opened again. The file is brought up to date. Threads wait for the disk while one of them parses.
+    ``cache`` is a parquet file that an earlier scan left, whole or not: a file whose size and modification time are the
+    same as then is not opened again. The file is brought up to date. Threads wait for the disk while one of them
+    parses.
 
     Returns columns path, size, modified (ns), samples, sample_rate, channels, fingerprint, reason, decoded.
     """
     rows = [row for root in roots for row in walk(root.absolute())]
-    found = pd.DataFrame(rows, columns=["path", "size", "modified"]).astype({"size": "int64", "modified": "int64"})
-    keys = ["path", "size", "modified"]
-    known = pd.read_parquet(cache) if cache is not None and cache.exists() else None
-    if known is not None:
-        found = found.merge(known, on=keys, how="left")
-        fresh = (found["decoded"].isna() | (decode & (found["decoded"] == False))).to_numpy(bool)  # noqa: E712
-    else:
-        fresh = np.ones(len(found), dtype=bool)
-    if fresh.any():
-        read = pd.DataFrame(
-            _headers(found["path"].to_numpy()[fresh], on_progress, decode, threads), columns=Header._fields
-        )
-        new = found.loc[fresh, keys].reset_index(drop=True).join(read).assign(decoded=decode)
-        found = pd.concat([found[~fresh], new]) if known is not None else new
-    found = found.astype({"samples": "int64", "sample_rate": "int32", "channels": "int32", "decoded": "bool"})
-    found = found.sort_values("path", ignore_index=True)
-    if cache is not None and (known is None or fresh.any() or len(known) != len(found)):
-        with files.atomic(cache) as temporary:
-            found.to_parquet(temporary, index=False)
+    listed = pd.DataFrame(rows, columns=KEYS).astype({"size": "int64", "modified": "int64"})
+    listed = listed.sort_values("path", ignore_index=True)
+    known = pd.read_parquet(cache) if cache is not None and cache.exists() else _table(listed[:0], [], decode)
+    usable = ~known["reason"].str.startswith(UNREADABLE) & (known["decoded"] | (not decode))
+    found = listed.merge(known[usable], on=KEYS, how="left")
+    fresh = found["decoded"].isna().to_numpy()
+    found, listed = found[~fresh].astype(TYPES), listed[fresh]
+    read: list[Header] = []
+    saved = time.monotonic()
+    for part in _headers(listed["path"].to_numpy(), decode, threads):
+        read += part
+        if on_progress:
+            on_progress("decode" if decode else "scan", len(read), len(listed))
+        if cache is not None and time.monotonic() > saved + SAVE_EVERY:
+            _save(cache, pd.concat([found, _table(listed, read, decode)]))
+            saved = time.monotonic()
+    found = pd.concat([found, _table(listed, read, decode)]).sort_values("path", ignore_index=True)
+    if cache is not None and (read or len(known) != len(found) or not cache.exists()):
+        _save(cache, found)
     return found
 
 
-def _headers(
-    paths: np.ndarray, on_progress: Callable[[str, int, int], None] | None, decode: bool, threads: int
-) -> list[Header]:
+def _table(listed: pd.DataFrame, read: list[Header], decode: bool) -> pd.DataFrame:
+    """The first rows of ``listed`` with their headers, of as many as were read."""
+    headers = pd.DataFrame(read, columns=Header._fields, index=listed.index[: len(read)])
+    return listed[: len(read)].join(headers).assign(decoded=decode).astype(TYPES)
+
+
+def _save(cache: Path, table: pd.DataFrame) -> None:
+    with files.atomic(cache) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def _headers(paths: np.ndarray, decode: bool, threads: int) -> Iterator[list[Header]]:
     def read(chunk: np.ndarray) -> list[Header]:
         found = [header(path) for path in chunk]
         return [decoded(path, one) for path, one in zip(chunk, found, strict=True)] if decode else found
 
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    rows: list[Header] = []
     flac.crc16(b"")  # builds its table once, before the threads would each
     with ThreadPoolExecutor(threads) as pool:
-        for part in pool.map(read, chunks):
-            rows += part
-            if on_progress:
-                on_progress("decode" if decode else "scan", len(rows), len(paths))
-    return rows
+        yield from pool.map(read, [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)])
