@@ -45,7 +45,8 @@ def show(figure: Figure, folder: Path, name: str) -> None:
 def table(*frames: pd.DataFrame, digits: int = 3) -> None:
     """Show tables one below the other, figures rounded to ``digits``; an empty one is said to be empty."""
     for frame in frames:
-        _display(frame.round(digits) if len(frame) else HTML("<em>none</em>"))
+        with pd.option_context("display.max_colwidth", None):  # a path that is cut off cannot be looked up
+            _display(frame.round(digits) if len(frame) else HTML("<em>none</em>"))
 
 
 def properties(values: Mapping[str, Any]) -> HTML:
@@ -90,7 +91,7 @@ class Progress:
     def __call__(self, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of ``task`` are done; until all are, their rate and the time left are shown."""
         start, first = self._begun.setdefault(task, (time.monotonic(), done))
-        line = f"{done:,} of {total:,}"
+        line = f"{done:,} of {total:,}" if total else f"{done:,}"
         if first < done < total:
             rate = (done - first) / max(time.monotonic() - start, 1e-3)
             minutes, seconds = divmod(round((total - done) / rate), 60)

@@ -7,6 +7,7 @@ notebook. What differs is said in words: it is why the runner runs a stage again
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,12 +150,17 @@ def _presents(key: str) -> bool:
 
 
 def _listing(root: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if file.is_file():
-            facts = file.stat()
-            digest.update(f"{file.relative_to(root)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
+    below, there = os.path.join(root, ""), [str(root)]
+    if root.is_dir():
+        there = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+    lines = []
+    for file in there:
+        if os.path.isfile(file):
+            facts = os.stat(file)
+            place = file.removeprefix(below) if len(file) > len(below) else "."
+            lines.append((place.split(os.sep), f"{place} {facts.st_size} {facts.st_mtime_ns}\n"))
+    return hashlib.sha256(b"".join(os.fsencode(line) for _, line in sorted(lines))).hexdigest()
 
 
 def content(folder: Path) -> str:

@@ -7,14 +7,17 @@ speakers   several whole speakers; clients have equal hours. The usual cross-sil
            al., "End-to-end speech recognition from federated acoustic models", ICASSP 2022)
 speaker    one speaker: a personal device, the natural partition of LEAF (Caldas et al., 2018) and of Guliani et al.,
            "Training speech recognition models with federated learning" (ICASSP 2021)
-sex        whole speakers of one sex; the clients are divided between the sexes by hours
-subset     whole speakers of one subset (clean against other: recording quality); divided likewise
-chapter    several whole chapters, with equal hours: a reader's books may lie with several clients
+sex        whole speakers of one sex; the clients are divided between the sexes by hours. The "pathological" split of
+           McMahan et al. (AISTATS 2017), each client one class, with voices in place of digits
+subset     whole speakers of one subset (clean against other: recording quality); divided likewise. Feature skew in the
+           taxonomy of Kairouz et al., "Advances and open problems in federated learning" (2021), section 3.1
+chapter    several whole chapters, with equal hours: a reader's books may lie with several clients. Between speakers and
+           iid, for devices that share their users; a scheme of this bench's own
 dirichlet  whole speakers; each group of speakers (subset and sex) is spread over the clients by shares from
            Dir(alpha): label skew as in Yurochkin et al. (ICML 2019) and NIID-Bench (Li et al., ICDE 2022)
 quantity   utterances drawn at random, in amounts falling as rank**-power: pure quantity skew, as the sizes in Li et
            al., "Federated optimization in heterogeneous networks" (MLSys 2020)
-iid        utterances drawn at random, in equal amounts: the control
+iid        utterances drawn at random, in equal amounts: the control, as in McMahan et al. (AISTATS 2017)
 =========  =========================================================================================================
 
 Held-out speakers are taken out first and given to nobody; the corpus's test subsets are never looked at.
@@ -177,6 +180,8 @@ def _by_subset(table: pd.DataFrame, p: params.Partition, rng: np.random.Generato
 
 def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     codes, groups = pd.factorize(group, sort=True)
+    if len(groups) < 2:
+        raise PartitionError(f"partition.scheme: all speech is of one {p.scheme}, {groups[0]}; use scheme speakers")
     if p.clients < len(groups):
         raise PartitionError(
             f"partition.clients: scheme {p.scheme} needs a client for each of {', '.join(groups)}, not {p.clients}"
@@ -300,10 +305,10 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
     PartitionError when there is no such client, the folder already exists, or a file has changed since it was scanned.
     """
     source = run / "01_partition" / "clients" / client
-    if not source.is_dir():
-        others = sorted(path.name for path in source.parent.glob("*"))
-        there = f"it has {others[0]} to {others[-1]}" if others else "run 01_partition first"
-        raise PartitionError(f"{run} has no client {client}; {there}")
+    there = sorted(path.name for path in (run / "01_partition" / "clients").glob("*"))
+    if client not in there:
+        remedy = f"it has {there[0]} to {there[-1]}" if there else "run 01_partition first"
+        raise PartitionError(f"{run} has no client {client}; {remedy}")
     if destination.exists():
         raise PartitionError(f"{destination} already exists; remove it, or export to a new folder")
     with files.atomic(destination) as folder:

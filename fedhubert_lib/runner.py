@@ -89,7 +89,11 @@ def reason(stage: str, p: params.Section, run: Path) -> str:
         return "was not finished: goes on where it stopped" + (f" ({changes})" if changes else "")
     if changes:
         return f"{changes}: its results are kept"
-    return "" if (run / f"{params.FOLDERS[stage]}.ipynb").exists() else "was run by hand: its results are kept"
+    if (run / f"{params.FOLDERS[stage]}.ipynb").exists():
+        return ""
+    # The runner was killed after the stage's last call and before it had put the notebook in its place.
+    killed = (run / f"{params.FOLDERS[stage]}.unfinished.ipynb").exists()
+    return f"{'its notebook was not saved' if killed else 'was run by hand'}: its results are kept"
 
 
 def _preflight(stage: str, p: params.Section) -> None:

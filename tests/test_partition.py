@@ -106,6 +106,12 @@ def test_impossible_requests_say_what_to_do(scheme, changes, message, table):
         partition.owners(table, parameters(scheme, table, **changes))
 
 
+@pytest.mark.parametrize("scheme", ["sex", "subset"])
+def test_a_scheme_that_divides_nothing_is_refused(scheme, table):
+    with pytest.raises(partition.PartitionError, match=f"all speech is of one {scheme}, F; use scheme speakers"):
+        partition.owners(table.assign(**{scheme: "F"}), parameters(scheme, table))
+
+
 def test_unknown_sex_is_refused_by_name(table):
     with pytest.raises(partition.PartitionError, match=r"SPEAKERS\.TXT"):
         partition.owners(table.assign(sex=""), parameters("sex", table))

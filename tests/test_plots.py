@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from fedhubert_lib import plots
+from fedhubert_lib import plots, skew
 from fedhubert_lib.plots import training
 
 RNG = np.random.default_rng(0)
@@ -44,6 +44,11 @@ CLIENTS = [f"client-{i:03d}" for i in range(3)]
 SQUARE = pd.DataFrame(RNG.random((3, 3)), CLIENTS, CLIENTS)
 
 
+def holdings(clients: list[str]) -> pd.DataFrame:
+    table = manifest(4 * len(clients), len(clients)).assign(text="THREE WORDS HERE")
+    return skew.clients(table, np.arange(len(table)) % len(clients)).set_axis(clients)
+
+
 def pictures() -> dict[str, Figure]:
     """One call of every public function."""
     table = manifest()
@@ -51,7 +56,7 @@ def pictures() -> dict[str, Figure]:
     waveform = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))
     labels = np.arange(49) % 5
     joint = pd.DataFrame(RNG.integers(0, 50, (6, 5)), list("abcdef"))
-    held = pd.DataFrame({"client": CLIENTS, "hours": [0.1, 0.2, 0.3], "speakers": [1, 2, 1]})
+    held = holdings(CLIENTS)
     result = pd.DataFrame(
         [(s, m, 0.5, 0.4, 0.6, 0.03) for m in ("accuracy", "PNMI") for s in ("federated", "MFCC")],
         columns=["system", "measure", "value", "low", "high", "baseline"],
@@ -60,7 +65,7 @@ def pictures() -> dict[str, Figure]:
         "utterance_lengths": plots.utterance_lengths(table),
         "speakers": plots.speakers(table),
         "phone_lengths": plots.phone_lengths(PHONES),
-        "clients": plots.clients(held, table.assign(client=np.resize(CLIENTS, len(table)))),
+        "clients": plots.clients(held),
         "partition_schemes": plots.partition_schemes({"speaker": own, "iid": table.assign(client="c0")}),
         "aligned_units": plots.aligned_units(waveform, PHONES, {"federated": labels}),
         "inertia": plots.inertia([{"kind": "lloyd", "codebook": "federated", "round": 1, "inertia": 2.0}]),
@@ -145,11 +150,20 @@ def test_unused_clusters_have_no_spectrum():
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["4", "1"]
 
 
+def test_what_clients_hold_is_drawn_or_said_to_be_missing():
+    held = holdings(CLIENTS)
+    speech, utterances, speakers, women, lengths, rate = plots.clients(held).axes
+    assert [bar.get_height() for bar in speech.patches] == pytest.approx(60 * held.hours)
+    assert [bar.get_height() for bar in women.patches] == pytest.approx(held.female)
+    assert [bar.get_height() for bar in lengths.patches] == pytest.approx(held.longest - held.shortest)
+    assert [bar.get_height() for bar in rate.patches] == pytest.approx(held.words_per_minute)
+    women, _, rate = plots.clients(held.assign(female=np.nan, words_per_minute=np.nan)).axes[3:]
+    assert women.texts[0].get_text() == rate.texts[0].get_text() == "not recorded"
+
+
 def test_full_size_is_drawn_without_a_name_for_each():
     names = [f"client-{i:04d}" for i in range(2338)]
-    table = pd.DataFrame({"client": names, "hours": RNG.random(2338), "speakers": 1})
-    owned = manifest(5000).assign(client=np.resize(names, 5000))
-    figure = plots.clients(table, owned)
+    figure = plots.clients(holdings(names))
     assert len(figure.axes[0].get_xticklabels()) < 20
     rows = [
         {"kind": "client", "round": r, "client": f"c{c}", "loss": 1.0, "accuracy_masked": 0.1, "accuracy_unmasked": 0.1}

@@ -163,6 +163,8 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     assert {"study", "seed", "git", "versions", "hardware", "data"} <= record.keys()
     assert {"seconds", "peak_memory_bytes", "headline"} <= record["stages"]["corpus"].keys()
     assert lines(project("--until", "corpus")) == ["00_corpus: unchanged, skipped"]
+    (project.run / "00_corpus.ipynb").rename(project.run / "00_corpus.unfinished.ipynb")  # killed just before that
+    assert lines(project("--until", "corpus")) == ["00_corpus: its notebook was not saved: its results are kept"]
     result = project("--until", "corpus", "--set", "corpus.seed=5")
     assert lines(result) == ["00_corpus: parameters changed: seed 0 -> 5: starts anew"]
 

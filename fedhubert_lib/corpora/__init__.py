@@ -104,4 +104,5 @@ def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame, test: boo
 
 def _reasons(excluded: pd.DataFrame) -> str:
     counts = excluded["reason"].value_counts()
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "there is no audio file"
+    more = f"; and {len(counts) - 5} other reasons" if len(counts) > 5 else ""
+    return "; ".join(f"{count} x {reason}" for reason, count in counts[:5].items()) + more or "there is no audio file"

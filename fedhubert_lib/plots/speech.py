@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.plots import style
-from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, GREY, RED, SKY, styled
+from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, GREY, PURPLE, RED, SKY, styled
 
 
 @styled
@@ -21,7 +21,7 @@ def utterance_lengths(manifest: pd.DataFrame) -> Figure:
     for split in sorted(manifest.split.unique(), reverse=True):  # train, test
         own = seconds[manifest.split == split]
         axes.hist(own, bins, histtype="step", linewidth=1.6, label=f"{split}: {len(own):,} utterances")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel="length of an utterance (s)", ylabel="utterances", title="Utterance lengths")
     axes.legend()
     return figure
@@ -71,28 +71,41 @@ def phone_lengths(phones: pd.DataFrame) -> Figure:
 
 
 @styled
-def clients(table: pd.DataFrame, owned: pd.DataFrame) -> Figure:
-    """What each client holds: speech, speakers, and the spread of its utterance lengths.
+def clients(held: pd.DataFrame) -> Figure:
+    """What each client holds, six bars each: ``held`` is a table of skew.clients, with the clients as its index.
 
-    ``table`` is 01_partition/clients.parquet; ``owned`` has a row per utterance: client, samples, sample_rate.
+    A dotted line marks the median client. What no client knows (sex, transcripts) is said to be missing.
     """
-    figure, (first, second, third) = style.panels(1, 3, width=11, height=3)
-    amount, unit = style.duration(table.hours.to_numpy())
-    style.columns(first, amount, BLUE)
-    first.set(ylabel=f"speech ({unit})", title="Speech per client")
-    style.columns(second, table.speakers.to_numpy(), GREEN)
-    second.yaxis.set_major_locator(MaxNLocator(integer=True))
-    second.set(ylabel="speakers", title="Speakers per client")
-    lengths = (owned.samples / owned.sample_rate).groupby(owned.client)
-    quantiles = lengths.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack().loc[table.client].to_numpy().T
-    style.columns(third, quantiles[4], SKY, quantiles[0], alpha=0.4)
-    style.columns(third, quantiles[3], SKY, quantiles[1])
-    third.plot(quantiles[2], "_", color=BLACK, markersize=4)
-    third.set(ylabel="utterance length (s)", title="Lengths: median, 50 % and 90 %", ylim=(0, None))
-    for axes in (first, second, third):
-        style.ticks(axes.xaxis, table.client)
+    figure, places = style.panels(2, 3, width=11, height=4.6, sharex=True)
+    hours, unit = style.duration(held.hours.to_numpy())
+    bars = (
+        ("Speech", f"speech ({unit})", hours, BLUE),
+        ("Utterances", "utterances", held.utterances, BLUE),
+        ("Speakers", "speakers", held.speakers, GREEN),
+        ("Share of women's speech", "share of speech", held.female, RED),
+        ("Utterance lengths: 5 %, median, 95 %", "length (s)", held["median"], SKY),
+        ("Speaking rate", "words per minute", held.words_per_minute, PURPLE),
+    )
+    for axes, (title, label, values, colour) in zip(places, bars, strict=True):
+        values = np.asarray(values, dtype=float)
+        if label == "length (s)":
+            style.columns(axes, held.longest.to_numpy(), colour, held.shortest.to_numpy())
+            axes.hlines(values, np.arange(len(values)) - 0.4, np.arange(len(values)) + 0.4, color=BLACK)
+        else:
+            style.columns(axes, values, colour)
+        if np.isfinite(values).any():
+            axes.axhline(np.nanmedian(values), color=BLACK, linestyle=":")
+        else:
+            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+        style.ticks(axes.xaxis, held.index)
         axes.grid(axis="x", visible=False)
+        axes.set(ylabel=label, title=title, ylim=(0, None))
+    for axes in places[1:3]:
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    for axes in places[3:]:
         axes.set_xlabel("client")
+    places[3].set_ylim(0, 1)
+    places[3].yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
@@ -105,7 +118,7 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     """
     count = len(schemes)
     figure, places = style.panels(
-        3, count, width=2.3 + 2.2 * count, height=6.2, sharey="row", height_ratios=[1, 1.4, 0.8]
+        3, count, width=2.5 + 1.6 * count, height=6.2, sharey="row", height_ratios=[1, 1.4, 0.8]
     )
     hours = {
         name: table.assign(hours=table.samples / table.sample_rate / 3600).pivot_table(
