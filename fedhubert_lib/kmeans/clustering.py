@@ -13,8 +13,8 @@ from torch import Tensor
 
 CHUNK = 4096
 """Frames whose distances to all centroids a GPU holds at once."""
-ROWS = 512
-"""The same on a CPU."""
+SCORES = 2**18
+"""Distances that a CPU computes at once: 1 MiB. Fewer at a time cost more in waking threads than in arithmetic."""
 SEEDING_POINTS = 30_000
 """K-means++ looks at this many frames at most, as scikit-learn's MiniBatchKMeans does with batches of 10,000."""
 
@@ -39,15 +39,16 @@ def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
     width = frames.shape[1]
     codes = torch.cat([-centred, half_norms[:, None]], dim=1).float().T.contiguous()
     shift = middle.float()
-    rows = torch.zeros(ROWS, width + 1)
+    height = min(max(SCORES // len(centroids), 16), 2048)
+    rows = torch.zeros(height, width + 1)
     rows[:, width] = 1
-    scores = torch.empty(ROWS, len(centroids))
+    scores = torch.empty(height, len(centroids))
     labels = np.empty(len(frames), np.int64)
-    for start in range(0, len(frames), ROWS):
-        part = frames[start : start + ROWS]
+    for start in range(0, len(frames), height):
+        part = frames[start : start + height]
         torch.sub(part, shift, out=rows[: len(part), :width])
         # NumPy's argmin is vectorised, torch's is not.
-        labels[start : start + ROWS] = torch.mm(rows, codes, out=scores).numpy()[: len(part)].argmin(1)
+        labels[start : start + height] = torch.mm(rows, codes, out=scores).numpy()[: len(part)].argmin(1)
     return torch.from_numpy(labels)
 
 
