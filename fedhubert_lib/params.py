@@ -151,6 +151,8 @@ class Kmeans(Section):
             yield "layer", f"{self.layer} given, but features is mfcc, which has no layers; leave it out"
         if "central" in self.codebooks and self.engine == "deployment":
             yield "codebooks", "names central, which pools all data: in simulation only; leave it out"
+        if self.minimum_count > 0 and "aligned" in self.codebooks:
+            yield "minimum_count", "protects no codebook that aligned lends to others; leave aligned out of codebooks"
         if self.noise_multiplier > 0:
             if exposed := {"one-shot", "aligned", "central"} & set(self.codebooks):
                 yield (

@@ -233,7 +233,11 @@ def test_every_kind_end_to_end(run):
     quality = json.loads((run / "02_kmeans" / "quality.json").read_text())
     assert quality["codebooks"]["federated"]["pnmi"] == table.pnmi["federated"]
     assert len(quality["agreement"]["client"]["nmi"]) == 3
-    assert {row["kind"] for row in rows} == {"lloyd", "codebook", "quality"}
+    assert {row["kind"] for row in rows} == {"features", "lloyd", "codebook", "quality"}
+    assert rows[0]["bytes_up"] == 3 * (2 * 39 + 1) * 8  # of the global mean and deviation: sums, squares, count
+    frames = sum(len(labels.Labels(run / "02_kmeans" / "clients" / one / "central").flat) for one in clients.ids)
+    assert table.loc["federated", "fit_share"] == table.loc["federated", "fit_frames"] / frames
+    assert 0.6 < table.loc["federated", "fit_share"] < 1  # all that is for training
     assert not list((run / "02_kmeans").rglob("*pooled*")) and not list((run / "02_kmeans").rglob("*public*"))
 
 
@@ -246,6 +250,25 @@ def test_labels_are_those_of_every_second_mfcc_frame(run):
     for utterance, path in zip(table.utterance, table.path, strict=True):
         expected = clustering.nearest(features.mfcc([audio.read(path)])[0][::2], centroids)
         np.testing.assert_array_equal(mine[utterance], expected.numpy())
+
+
+@pytest.mark.parametrize("normalisation", ["none", "speaker", "global"])
+def test_client_of_silence_and_of_utterances_shorter_than_a_frame(run, normalisation):
+    """A microphone that was never switched on: no NaN, one label throughout, none where there is no frame."""
+    folder = run / "01_partition" / "clients" / "client-001"
+    table = pandas.read_parquet(folder / "train.parquet")
+    table["samples"] = [8_000, 399, 720, 0]
+    for number, samples in enumerate(table.samples):
+        path = run / f"silent-{number}.wav"
+        soundfile.write(path, np.zeros(samples, np.float32), 16_000)
+        table.loc[number, "path"] = str(path)
+    table.to_parquet(folder / "train.parquet", index=False)
+    table.iloc[:0].to_parquet(folder / "validation.parquet", index=False)
+    kmeans.run(run, settings(codebooks=["federated", "one-shot"], normalisation=normalisation), Direct(run))
+    assert np.isfinite(np.load(run / "02_kmeans" / "codebooks" / "federated" / "centroids.npy")).all()
+    mine = labels.Labels(run / "02_kmeans" / "clients" / "client-001" / "federated")
+    assert [len(mine[utterance]) for utterance in table.utterance] == [24, 0, 2, 0]
+    assert len(np.unique(mine.flat)) == 1
 
 
 def test_killed_while_labelling_goes_on(run, monkeypatch):
@@ -439,8 +462,9 @@ def test_sample_share(run):
     clients, rows = Direct(run), []
     everything = kmeans.run(run, settings(), clients).loc["federated", "fit_frames"]
     shutil.rmtree(run / "02_kmeans")
-    part = kmeans.run(run, settings(sample_share=0.4), clients, rows.append).loc["federated", "fit_frames"]
-    assert 0 < part < 0.8 * everything
+    part = kmeans.run(run, settings(sample_share=0.4), clients, rows.append).loc["federated"]
+    assert 0 < part.fit_frames < 0.8 * everything
+    assert part.fit_share == part.fit_frames / part.labelled_frames
 
 
 def test_changed_audio_is_noticed(run):
@@ -481,6 +505,12 @@ def test_layer_too_deep(run):
     hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny")))
     with pytest.raises(kmeans.KmeansError, match="set layer to 1.."):
         kmeans.run(run, settings(features=str(run / "first"), layer=99), Direct(run))
+
+
+def test_second_iteration_does_not_rest_on_what_it_overwrites(run):
+    hubert.save(run / "03_pretrain" / "checkpoint", hubert.Hubert(hubert.preset("tiny")))
+    with pytest.raises(kmeans.KmeansError, match="give the second iteration a run of its own"):
+        kmeans.run(run, settings(features=str(run / "03_pretrain" / "checkpoint")), Direct(run))
 
 
 # ------------------------------------------------------------------------------------------------------- pretraining

@@ -37,7 +37,11 @@ def run(
     codebook that was fitted with the same settings is kept, and labelling goes on where it stopped. Each row of
     metrics.jsonl is also given to ``on_row``. Raises KmeansError, with what to change.
     """
-    folder = run / "02_kmeans"
+    folder, later = run / "02_kmeans", run / "03_pretrain"
+    if p.features != "mfcc" and Path(p.features).resolve().is_relative_to(later.resolve()):
+        raise KmeansError(
+            f"features: {later} will be trained on these labels; give the second iteration a run of its own"
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
     def log(row: dict[str, Any]) -> None:
@@ -46,18 +50,23 @@ def run(
         if on_row is not None:
             on_row(row)
 
-    exchange = Exchange(clients, log)
+    exchange, started = Exchange(clients, log), time.perf_counter()
     config, arrays, weights = server.prepare(p, exchange)
+    if exchange.bytes_up or exchange.bytes_down:  # shared by all codebooks
+        log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
     probe = _probe(run, arrays | weights, {**config, "cache_features": False}, federated.resolve(p.device))
     rows, matrices = {}, {}
     for kind in p.codebooks:
         mine = {**config, "kind": kind}
         codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, weights, log)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), _bytes(exchange)
         like = {"counts": (p.clusters,), "runs": ()}
         replies = exchange.ask("kmeans.label", {**arrays, **codebook}, mine, like=like)
         rows[kind] = {**_quality(folder / "codebooks" / kind, replies, p), **cost}
+        rows[kind] |= {f"label_{name}": value - before[name] for name, value in _bytes(exchange).items()}
         rows[kind]["label_seconds"] = time.perf_counter() - started
+        if "fit_frames" in cost:
+            rows[kind]["fit_share"] = cost["fit_frames"] / rows[kind]["labelled_frames"]
         if probe is not None:
             agreement, heldout = _agreement(exchange, probe, codebook, mine, p.seed)
             matrices[kind] = {name: table.to_numpy().tolist() for name, table in agreement.items()}
@@ -66,6 +75,10 @@ def run(
         log({"kind": "quality", "codebook": kind, **rows[kind]})
     files.write_json(folder / "quality.json", {"codebooks": rows, "agreement": matrices})
     return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
+
+
+def _bytes(exchange: Exchange) -> dict[str, int]:
+    return {"bytes_down": exchange.bytes_down, "bytes_up": exchange.bytes_up}
 
 
 def _codebook(
@@ -80,13 +93,10 @@ def _codebook(
         stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text())["cost"]
-    started, down, up = time.perf_counter(), exchange.bytes_down, exchange.bytes_up
+    started, before = time.perf_counter(), _bytes(exchange)
     codebook, cost = _fit(run, p, exchange, kind, arrays, config, weights, log)
-    cost |= {
-        "bytes_down": exchange.bytes_down - down,
-        "bytes_up": exchange.bytes_up - up,
-        "fit_seconds": time.perf_counter() - started,
-    }
+    cost |= {name: value - before[name] for name, value in _bytes(exchange).items()}
+    cost["fit_seconds"] = time.perf_counter() - started
     for name, array in codebook.items():
         with files.atomic(folder / f"{name}.npy") as temporary:
             np.save(temporary, array.numpy())
