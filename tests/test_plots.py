@@ -135,6 +135,17 @@ def test_a_round_that_was_done_again_counts_once_with_its_last_value():
     assert [line[-1].tolist() for line in loss.collections[0].get_segments()] == [[3, 9], [3, 9]]
 
 
+def test_labels_of_clusters_in_one_place_can_be_read():
+    frames = RNG.normal(size=(400, 2))
+    figure = plots.projection(frames, np.arange(400) % 5)  # five clusters around one middle
+    figure.draw_without_rendering()
+    boxes = [text.get_bbox_patch().get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 5
+    centres = np.array([((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes])
+    gaps = np.linalg.norm(centres[:, None] - centres, axis=2) + 1e9 * np.eye(5)
+    assert gaps.min() > 0.9 * max(box.width for box in boxes)
+
+
 def test_clusters_follow_their_most_likely_phone():
     counts = pd.DataFrame([[0, 9, 1], [9, 1, 0], [1, 0, 0]], ["s", "t", "u"], [10, 11, 12])
     figure = plots.phones_per_cluster(counts)

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torchaudio.compliance.kaldi import fbank
@@ -120,17 +121,32 @@ def projection(frames: np.ndarray, labels: np.ndarray) -> Figure:
     figure, [axes] = style.panels(width=5.5, height=4.5)
     axes.scatter(*points.T, s=3, color="#D5D5D5", linewidths=0, rasterized=True)
     largest = np.argsort(-np.bincount(labels))[:7]
-    for cluster, colour in zip(largest[np.isin(largest, labels)], (*PALETTE[:6], BLACK), strict=False):
-        own = points[labels == cluster]
-        axes.scatter(*own.T, s=5, color=colour, linewidths=0, alpha=0.6, rasterized=True)
-        axes.text(*np.median(own, 0), str(cluster), weight="bold", color=colour, ha="center", va="center",
-                  bbox={"boxstyle": "circle", "facecolor": "white", "edgecolor": colour})  # fmt: skip
+    colours = (*PALETTE[:6], BLACK)
+    for cluster, colour in zip(largest, colours, strict=False):
+        axes.scatter(*points[labels == cluster].T, s=5, color=colour, linewidths=0, alpha=0.6, rasterized=True)
+    shown = largest[np.isin(largest, labels)]
+    middles = np.stack([np.median(points[labels == cluster], 0) for cluster in shown])
+    width = np.ptp(points, axis=0) / (13, 10)  # of a label and its circle
+    for cluster, middle, place, colour in zip(shown, middles, _apart(middles / width) * width, colours, strict=False):
+        axes.annotate(str(cluster), middle, place, weight="bold", color=colour, ha="center", va="center",
+                      bbox={"boxstyle": "circle", "facecolor": "white", "edgecolor": colour},
+                      arrowprops={"arrowstyle": "-", "color": colour})  # fmt: skip
     axes.set(
         xlabel=f"first component ({share[0]:.0%} of the variance)",
         ylabel=f"second component ({share[1]:.0%} of the variance)",
         title=f"{len(frames):,} frames; the {len(largest)} largest clusters in colour",
     )
     return figure
+
+
+def _apart(points: np.ndarray) -> np.ndarray:
+    """``points`` [N, 2], moved until no two are nearer than 1: places for labels that can all be read."""
+    points = points + 1e-3 * np.arange(len(points))[:, None]  # two at one place need a direction
+    for _ in range(100):
+        gaps = points[:, None] - points
+        distance = np.linalg.norm(gaps, axis=2, keepdims=True) + np.eye(len(points))[..., None]
+        points += np.where(distance < 1, gaps / distance * (1 - distance), 0).sum(1) / 2
+    return points
 
 
 @styled
@@ -193,7 +209,8 @@ def histograms(counts: pd.DataFrame) -> Figure:
     share = counts.div(counts.sum(axis=1), axis=0)
     order = share.mean().sort_values(ascending=False).index
     figure, [axes] = style.panels(width=10, height=1.4 + min(0.25 * len(share), 4))
-    image = axes.imshow(share[order], aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    square_root = PowerNorm(0.5, vmin=0)  # one client's favourite would leave all others white
+    image = axes.imshow(share[order], aspect="auto", cmap="Blues", norm=square_root, interpolation="nearest")
     style.ticks(axes.yaxis, share.index)
     style.ticks(axes.xaxis, order, rotation=0)
     axes.grid(visible=False)
@@ -224,5 +241,9 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str, low: float = 0.0, h
                 place.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
     for place in axes[len(tables) :]:
         place.set_axis_off()
+    for place in axes[::columns]:
+        place.set_ylabel("client")
+    for place in axes[-columns:]:
+        place.set_xlabel("client")
     figure.colorbar(image, ax=list(axes), label=label, shrink=0.8)
     return figure
