@@ -7,14 +7,16 @@ mean is the one number by which schemes are compared: 0 for IID, towards 1 for c
 Only a researcher who holds all the audio can draw this; nothing here is sent in a federation.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from fedhubert_lib import audio, seeds
 
-FIT_FRAMES = 100_000
-"""Frames that the acoustic clusters are fitted on, at most."""
+FIT_UTTERANCES, FIT_FRAMES = 1_000, 100_000
+"""Utterances, and frames of them, that the acoustic clusters are fitted on, at most."""
 EXCERPT = 4 * audio.SAMPLE_RATE
 """Samples from the middle of an utterance that are enough to hear who and what it is."""
 
@@ -55,12 +57,19 @@ def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
         )
 
 
-def acoustic_counts(table: pd.DataFrame, *, seed: int, clusters: int = 50, per_speaker: int = 6) -> np.ndarray:
+def acoustic_counts(
+    table: pd.DataFrame,
+    *,
+    seed: int,
+    clusters: int = 50,
+    per_speaker: int = 6,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> np.ndarray:
     """Frames of each utterance in each of ``clusters`` clusters of MFCCs: int32 [utterances, clusters].
 
     Four seconds from the middle of ``per_speaker`` utterances of each speaker, drawn from the seed, are read; the rows
-    of the others stay zero. The clusters are those of k-means over at most 100,000 frames of them, 39 dimensions
-    standardised over all speakers, so that a voice or a recording that is different shows.
+    of the others stay zero. The clusters are those of k-means over at most 100,000 frames of 1,000 of them, 39
+    dimensions standardised over all speakers, so that a voice or a recording that is different shows.
     """
     import torch  # these here: all else is about tables, and does without the half gigabyte that they take
     from sklearn.cluster import MiniBatchKMeans
@@ -72,25 +81,28 @@ def acoustic_counts(table: pd.DataFrame, *, seed: int, clusters: int = 50, per_s
     rank = table["speaker"].iloc[order].groupby(table["speaker"].iloc[order]).cumcount().to_numpy()
     rows = np.sort(order[rank < per_speaker])
     samples = table["samples"].to_numpy()
-    share = min(1.0, FIT_FRAMES * features.MFCC_HOP / np.minimum(samples[rows], EXCERPT).sum())
+    fitted = rows if len(rows) <= FIT_UTTERANCES else np.sort(rng.choice(rows, FIT_UTTERANCES, replace=False))
+    share = min(1.0, FIT_FRAMES * features.MFCC_HOP / np.minimum(samples[fitted], EXCERPT).sum())
 
     def mfcc(row: int) -> np.ndarray:
         start = max(0, samples[row] - EXCERPT) // 2
         excerpt = audio.read(table["path"].iat[row], start, min(samples[row], start + EXCERPT))
         return features.mfcc([excerpt])[0].numpy()
 
-    # Two passes over the files: the frames of all of LibriSpeech's speakers would not fit in memory.
-    fit = [frames[rng.random(len(frames)) < share] for frames in map(mfcc, rows)]
+    # Read a second time below: the frames of all of LibriSpeech's speakers would not fit in memory.
+    fit = [frames[rng.random(len(frames)) < share] for frames in map(mfcc, fitted)]
     sample = np.concatenate(fit)
     mean, deviation = sample.mean(0), sample.std(0)
     kmeans = MiniBatchKMeans(clusters, n_init=1, random_state=seeds.derive(seed, "skew", "kmeans") % 2**32)
     kmeans.fit((sample - mean) / deviation)
     centroids = torch.from_numpy(kmeans.cluster_centers_).float()
     counts = np.zeros((len(table), clusters), dtype=np.int32)
-    for row in rows:
+    for done, row in enumerate(rows, start=1):
         scaled = torch.from_numpy((mfcc(row) - mean) / deviation)
         nearest = (scaled @ centroids.T - centroids.square().sum(1) / 2).argmax(1)
         counts[row] = np.bincount(nearest.numpy(), minlength=clusters)
+        if on_progress:
+            on_progress("listen", done, len(rows))
     return counts
 
 

@@ -125,8 +125,9 @@ def test_random_bytes_never_raise(tmp_path):
     assert scan.header(str(tmp_path / "c.wav")).reason
 
 
-def test_decoding_finds_damage_in_the_middle(tmp_path):
-    path = write(tmp_path / "a.flac", 80_000)
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_16", "PCM_24"])
+def test_decoding_finds_damage_in_the_middle(subtype, tmp_path):
+    path = write(tmp_path / "a.flac", 80_000, subtype=subtype)
     assert not scan.scan([tmp_path], decode=True).reason[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16

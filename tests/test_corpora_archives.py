@@ -9,6 +9,8 @@ import io
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -31,7 +33,8 @@ class Server:
     content: dict[str, bytes] = field(default_factory=dict)
     cut_after: list[int] = field(default_factory=list)
     ranges: bool = True
-    ignore: bool = False
+    pause_after: int = 0
+    resume: threading.Event = field(default_factory=threading.Event)
     status: int | None = None
     asked: list[str] = field(default_factory=list)
     url: str = ""
@@ -62,6 +65,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         stop = start + server.cut_after.pop(0) if server.cut_after else len(content)
+        if server.pause_after and not server.resume.is_set():
+            self.wfile.write(content[start : server.pause_after])
+            server.resume.wait(60)
+            return
         self.wfile.write(content[start:stop])
         if stop < len(content):
             self.wfile.flush()
@@ -291,6 +298,39 @@ def test_a_killed_unpacking_goes_on_after_the_files_that_are_there(tmp_path, mon
     assert len(written) == 10 + (len(members) - 9)
     found = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     del found["mine.tar.gz"]
+    assert found == members
+
+
+PROVIDE = """
+import sys
+from pathlib import Path
+from fedhubert_lib.corpora import archives
+root, mirror, md5 = sys.argv[1:]
+published = {"mine": archives.Archive("mine.tar.gz", md5)}
+archives.provide(Path(root), "mine", published, mirror, download=True, inside="LibriSpeech")
+"""
+
+
+def test_killed_at_any_moment_the_next_start_makes_the_whole_of_it(server, tmp_path):
+    """kill -9, which nothing can catch: in the middle of the download, then of the unpacking."""
+    members = GOOD | {f"LibriSpeech/mine/1/2/1-2-{i:04d}.flac": CONTENT[2_000 * i :][:2_000] for i in range(1, 1_500)}
+    archive = tar(members)
+    server.content["/mine.tar.gz"], server.pause_after = archive, len(archive) // 2
+    command = [sys.executable, "-c", PROVIDE, str(tmp_path), server.url, md5(archive)]
+    partial, hidden = tmp_path / "mine.tar.gz.partial", ".mine.*.unpacking/mine/1/2/1*"
+    for moment in (lambda: partial.exists() and partial.stat().st_size, lambda: list(tmp_path.glob(hidden))):
+        child = subprocess.Popen(command)
+        while not moment():
+            assert child.poll() is None, "it was over before it could be killed"
+            server.resume.wait(0.002)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        assert not (tmp_path / "LibriSpeech" / "mine").exists()
+        server.resume.set()
+    subprocess.run(command, check=True)
+    assert len(server.asked) == 2 and server.asked[1].startswith("bytes=")
+    found = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    del found["mine.tar.gz"], found[".mine.lock"]
     assert found == members
 
 

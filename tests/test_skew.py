@@ -4,9 +4,10 @@ import manifests
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 from scipy.spatial.distance import jensenshannon
 
-from fedhubert_lib import params, partition, skew
+from fedhubert_lib import audio, params, partition, skew
 
 
 def test_jensen_shannon_equals_scipy():
@@ -51,6 +52,44 @@ def test_utterances_that_were_not_read_do_not_count():
     counts[[4, 5]] = 0
     matrix = skew.distances(counts, owner, seed=0)
     assert np.isnan(matrix[1]).all() and np.isnan(matrix[0, 1]) and matrix[0, 0] == 0
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """Four speakers, five utterances of five seconds each: low, high, low and high noise."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(20):
+        path = tmp_path_factory.getbasetemp() / f"{i}.flac"
+        noise = rng.normal(0, 0.1, 80_000)
+        soundfile.write(path, np.cumsum(noise) / 50 if i % 2 else np.diff(noise, prepend=0), 16_000)
+        rows.append((str(path), f"speaker {i % 4}", 80_000))
+    return pd.DataFrame(rows, columns=["path", "speaker", "samples"])
+
+
+def test_clusters_tell_sounds_apart_and_not_speakers_of_one_sound(spoken):
+    steps = []
+    counts = skew.acoustic_counts(
+        spoken, seed=0, clusters=8, per_speaker=4, on_progress=lambda *step: steps.append(step)
+    )
+    assert counts.shape == (20, 8) and steps[-1] == ("listen", 16, 16)
+    read = counts.sum(1) > 0
+    assert (pd.Series(read).groupby(spoken.speaker).sum() == 4).all()
+    assert (counts[read].sum(1) == 398).all(), "every frame of the four seconds in the middle"
+    distance = skew.distances(counts, np.arange(20) % 4, seed=0)
+    assert distance[0, 2] < 0.4 and distance[1, 3] < 0.4 and distance[0, 1] > 0.95
+    assert np.array_equal(counts, skew.acoustic_counts(spoken, seed=0, clusters=8, per_speaker=4))
+    assert not np.array_equal(counts, skew.acoustic_counts(spoken, seed=1, clusters=8, per_speaker=4))
+
+
+def test_clusters_of_many_utterances_are_fitted_on_some(spoken, monkeypatch):
+    read = []
+    plain = audio.read
+    monkeypatch.setattr(audio, "read", lambda path, *span: read.append(path) or plain(path, *span))
+    monkeypatch.setattr(skew, "FIT_UTTERANCES", 7)
+    counts = skew.acoustic_counts(spoken, seed=0, clusters=4)
+    assert len(read) == 7 + 20 and len(set(read[:7])) == 7 and set(read[7:]) == set(spoken.path)
+    assert (counts.sum(1) == 398).all()
 
 
 def test_client_table():

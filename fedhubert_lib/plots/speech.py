@@ -63,7 +63,7 @@ def phone_lengths(phones: pd.DataFrame) -> Figure:
     low, middle, high = (quartiles.loc[order, q].to_numpy() for q in (0.25, 0.5, 0.75))
     bottom.errorbar(place, middle, [middle - low, high - middle], fmt="o", color=RED, markersize=3)
     bottom.axhline(1000 * HOP / SAMPLE_RATE, color=BLACK, linestyle=":", label="one frame, 20 ms")
-    bottom.set(ylabel="length (ms)", xlabel="phone, most frequent first", ylim=(0, None))
+    bottom.set(ylabel="length (ms)", xlabel="phone, most frequent first", ylim=(0, 1.25 * high.max()))  # legend above
     bottom.set_xticks(place, order, fontsize=7)
     bottom.set_xlim(-0.7, len(order) - 0.3)
     bottom.legend()
