@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -82,17 +83,10 @@ def plans(
     An utterance shorter than ``minimum_seconds`` is not used: it would crop the whole batch (fairseq drops below 2 s).
     Raises ValueError when none is left, or a crop does not fit into a batch.
     """
-    if crop_seconds > batch_seconds:
-        raise ValueError(f"crop_seconds {crop_seconds} is more than batch_seconds {batch_seconds}: no clip would fit")
-    usable = np.flatnonzero(samples >= max(minimum_seconds * SAMPLE_RATE, RECEPTIVE_FIELD))
-    if not len(usable):
-        raise ValueError(f"{client}: none of its {len(samples)} utterances is {minimum_seconds} s or longer")
     lengths = np.minimum(samples, int(crop_seconds * SAMPLE_RATE))
-    step, shuffle = 0, 0
-    while True:
-        generator = seeds.numpy_generator(seed, round, client, "batches", shuffle)
-        order = generator.permutation(usable)
-        for pool in _pools(order, lengths, int(batch_seconds * SAMPLE_RATE)):
+    step = 0
+    for generator, pools in _passes(samples, seed, round, client, batch_seconds, crop_seconds, minimum_seconds):
+        for pool in pools:
             for index in generator.permutation(len(pool)):
                 rows = pool[index]
                 length = HOP * (frame_count(int(lengths[rows].min())) - 1) + RECEPTIVE_FIELD
@@ -101,7 +95,43 @@ def plans(
                 step += 1
                 if step == steps:
                     return
-        shuffle += 1
+
+
+def steps_of(
+    samples: np.ndarray,
+    passes: int,
+    *,
+    seed: int,
+    round: int,
+    client: str,
+    batch_seconds: float,
+    crop_seconds: float,
+    minimum_seconds: float = 1.0,
+) -> int:
+    """How many ``plans`` make up ``passes`` passes over all utterances that are used."""
+    every = _passes(samples, seed, round, client, batch_seconds, crop_seconds, minimum_seconds)
+    return sum(len(pool) for _, pools in islice(every, passes) for pool in pools)
+
+
+def _passes(
+    samples: np.ndarray,
+    seed: int,
+    round: int,
+    client: str,
+    batch_seconds: float,
+    crop_seconds: float,
+    minimum_seconds: float,
+) -> Iterator[tuple[np.random.Generator, Iterator[list[np.ndarray]]]]:
+    """One shuffle of the usable utterances after another: its generator, and its pools of batches."""
+    if crop_seconds > batch_seconds:
+        raise ValueError(f"crop_seconds {crop_seconds} is more than batch_seconds {batch_seconds}: no clip would fit")
+    usable = np.flatnonzero(samples >= max(minimum_seconds * SAMPLE_RATE, RECEPTIVE_FIELD))
+    if not len(usable):
+        raise ValueError(f"{client}: none of its {len(samples)} utterances is {minimum_seconds} s or longer")
+    lengths = np.minimum(samples, int(crop_seconds * SAMPLE_RATE))
+    for shuffle in count():
+        generator = seeds.numpy_generator(seed, round, client, "batches", shuffle)
+        yield generator, _pools(generator.permutation(usable), lengths, int(batch_seconds * SAMPLE_RATE))
 
 
 def _pools(order: np.ndarray, lengths: np.ndarray, budget: int) -> Iterator[list[np.ndarray]]:

@@ -42,8 +42,9 @@ def update(
     """Train the global student on this client's utterances; return how it changed, and what was measured."""
     p = params.Distill.model_validate(config["params"])
     module = _filled(home, arrays, config)
-    stream = _client_batches(home, "train", p, config["round"], p.local_steps)
-    return local.train(home, arrays, config, p, module, stream, _objective(module, _teacher(home, config), p))
+    steps = local.steps(home, p, config["round"])
+    stream = _client_batches(home, "train", p, config["round"], steps)
+    return local.train(home, arrays, config, p, module, stream, _objective(module, _teacher(home, config), p), steps)
 
 
 def validate(
@@ -197,6 +198,7 @@ def federate(
     out: Path | None = None,
 ) -> Path:
     """What ``run`` does, over ``clients`` that are connected already; into ``out``, if not 04_distill."""
+    p = rounds.sized(p, len(clients.ids))
     teacher, out = read_teacher(run, p), out or run / STAGE
     if "hubert" in p.objectives:
         cluster_teacher(run, p, clients, out)
@@ -378,7 +380,7 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
 
     With objective ``hubert`` the labels are those that the clients wrote in ``federate``, which comes first then.
     """
-    out = (out or run / STAGE) / "centralised"
+    out, p = (out or run / STAGE) / "centralised", rounds.sized(p, len(federated.client_ids(run)))
     teacher = read_teacher(run, p)
     config, weights = initial(run, p, teacher)
     message = {**_message(run, p, teacher, config), "session": "centralised"}

@@ -173,7 +173,12 @@ class Federation(Section):
     front_end: FrontEnd = Field("logmel", description="waveform as published; logmel: cheaper, same 20 ms frames")
     rounds: Natural = Field(2, description="federated rounds")
     cohort: Natural = Field(3, description="clients per round, drawn by (seed, round)")
-    local_steps: Natural = Field(2, description="optimiser steps of a client per round")
+    cohort_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of all clients per round; cohort is then the most, cohort_minimum the fewest"
+    )
+    cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_share below 1")
+    local_steps: Natural = Field(2, description="optimiser steps of a client per round; with local_epochs, at most")
+    local_epochs: Count = Field(0, description="passes over its own speech that a client makes per round; 0: by steps")
     batch_seconds: Positive = Field(16.0, description="seconds of audio per step")
     crop_seconds: Positive = Field(4.0, description="longest crop of an utterance")
     learning_rate: Positive = Field(1e-3, description="peak rate of the client's AdamW")
@@ -219,15 +224,18 @@ class Federation(Section):
             )
         if self.mask_length * 0.02 > self.crop_seconds:
             yield "mask_length", f"{self.mask_length} frames of 20 ms do not fit into crop_seconds: {self.crop_seconds}"
-        if self.server == "trimmed-mean" and self.cohort < 3:
-            yield "server", f"trimmed-mean needs a cohort of 3 or more; cohort is {self.cohort}"
+        if self.cohort_minimum > self.cohort:
+            yield "cohort_minimum", f"{self.cohort_minimum} given, but cohort, the most, is {self.cohort}"
+        fewest = self.cohort if self.cohort_share == 1 else self.cohort_minimum
+        if self.server == "trimmed-mean" and fewest < 3:
+            yield "server", f"trimmed-mean needs a cohort of 3 or more; this one may be {fewest}"
         if self.secure_aggregation:
             if self.weighting != "clients" or self.compression != "none":
                 yield "secure_aggregation", "needs weighting: clients, compression: none; it adds integers of one scale"
             if self.server in ("scaffold", "trimmed-mean", "median"):
                 yield "secure_aggregation", f"gives the server a sum and nothing else; server: {self.server} needs more"
-            if self.cohort < 3:
-                yield "secure_aggregation", f"needs a cohort of 3 or more; of {self.cohort}, each can tell the other's"
+            if fewest < 3:
+                yield "secure_aggregation", f"needs a cohort of 3 or more; of {fewest}, each can tell the other's"
         if self.privacy != "none":
             if self.weighting != "clients":
                 yield "privacy", "needs weighting: clients; by masked frames one client could weigh more than the noise"

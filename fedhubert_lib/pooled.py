@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from fedhubert_lib import federated, seeds, training
+from fedhubert_lib import federated, resources, seeds, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import checkpoints, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
@@ -40,6 +42,8 @@ def train(
 ) -> Arrays:
     """Train ``module`` from ``weights`` for rounds x local_steps steps, or go on where ``out`` stands.
 
+    Where clients train by epochs, a round has as many steps as a client makes on average.
+
     Args:
         batches: (round, how many) to batches of the pooled data; a step takes ``cohort`` of them.
         validate: (home, weights, round) to the sums a client's validation utterances give; asked of the same panel of
@@ -49,26 +53,29 @@ def train(
     Returns the last weights. A checkpoint is written every ``local_steps`` steps, called a round so that curves lie
     over each other.
     """
-    total = p.rounds * p.local_steps
+    ids = federated.client_ids(run)
+    each = [local.steps(home, p, 1) for home in homes(run, ids, out, "cpu")]
+    steps = round(sum(each) / len(each))
+    total = p.rounds * steps
     settings = local.settings(p, total, accumulate=p.cohort)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    ids = federated.client_ids(run)
+    meter = resources.Meter(torch.device(federated.resolve(p.device)))
     with checkpoints.sole(out):
         state = {"round": 0, "settings": p.model_dump(mode="json", exclude=set(rounds.HERE)), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"])) is not None:
             weights, moments, state = saved
             local.restore_moments(optimiser, names, moments)
         local.fill(module, weights, None)
-        plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(ids)}
+        plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(ids)}
         ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
         for number in range(state["round"] + 1, p.rounds + 1):
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                batches(number, p.local_steps * p.cohort),
+                batches(number, steps * p.cohort),
                 objective,
                 settings,
-                first_step=(number - 1) * p.local_steps,
+                first_step=(number - 1) * steps,
                 total_steps=total,
                 seed=seeds.derive(p.seed, number, "all", "dropout"),
                 optimiser=optimiser,
@@ -88,11 +95,13 @@ def train(
                 "seconds": seconds,
                 "audio_seconds": measured["audio_seconds"],
                 "audio_seconds_per_second": measured["audio_seconds"] / seconds,
+                **meter.used(),
             }
             checkpoints.judge(state, number, row)
             state["round"] = number
             ledger.row("round", row)
-            checkpoints.write(out, number, weights, local.moments(optimiser, names), state, documents)
+            kept = functools.partial(save_file, local.moments(optimiser, names))
+            checkpoints.write(out, number, weights, kept, state, documents)
         return weights
 
 

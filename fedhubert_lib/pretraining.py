@@ -34,8 +34,9 @@ def update(
     """Train the global weights on this client's utterances; return how they changed, and what was measured."""
     p = params.Pretrain.model_validate(config["params"])
     module = _filled(home, arrays, config, p)
-    stream = _client_batches(home, "train", p, config["round"], p.local_steps)
-    return local.train(home, arrays, config, p, module, stream, functools.partial(_objective, module, p))
+    steps = local.steps(home, p, config["round"])
+    stream = _client_batches(home, "train", p, config["round"], steps)
+    return local.train(home, arrays, config, p, module, stream, functools.partial(_objective, module, p), steps)
 
 
 def validate(
@@ -131,6 +132,7 @@ def run(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) 
 
 def federate(run: Path, p: params.Pretrain, clients: Clients, on_row: checkpoints.OnRow | None = None) -> Path:
     """What ``run`` does, over ``clients`` that are connected already."""
+    p = rounds.sized(p, len(clients.ids))
     config, weights = initial(run, p)
     if p.head == "personal":
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
@@ -191,7 +193,7 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
 
     rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio; see ``pooled.train``.
     """
-    out = run / STAGE / "centralised"
+    out, p = run / STAGE / "centralised", rounds.sized(p, len(federated.client_ids(run)))
     config, weights = initial(run, p)
     module = _modules(json.dumps(asdict(config)), clusters(run, p.codebook), federated.resolve(p.device))
     owners, table = pooled.utterances(run)

@@ -220,9 +220,7 @@ def _measure_here(order: str) -> None:
     process = psutil.Process()
     before = process.memory_info().rss
     duration = _two_steps(config, clusters, clips, seconds, torch.device("cpu"), precision)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps([duration, max(peak - before, 0)]))
+    print(json.dumps([duration, max(peak_memory() - before, 0)]))
 
 
 def _two_steps(
@@ -259,6 +257,15 @@ def _two_steps(
 # ------------------------------------------------------------------------------------------------------- what was used
 
 
+USED = ("peak_memory_bytes", "gpu_memory_bytes", "cpu_joules", "gpu_joules")
+"""Of what ``Meter.read`` gives: what belongs into a ledger of rounds."""
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @dataclass
 class Meter:
     """What this process used since the last ``read``: one per run, read after each round.
@@ -273,7 +280,8 @@ class Meter:
         self.last = (time.monotonic(), time.process_time(), _processor_joules(), _gpu_query("power.draw", self.device))
 
     def read(self) -> dict[str, float]:
-        """cpu_seconds, cpu_share (of the cores this process may use), memory_bytes, and where they can be read:
+        """cpu_seconds, cpu_share (of the cores this process may use), memory_bytes (now), peak_memory_bytes (of the
+        process, since it began), and where they can be read:
         gpu_memory_bytes (peak), gpu_utilisation (share, at this moment), cpu_joules (processor packages' counters),
         gpu_joules (mean of the power at both reads, times the time between)."""
         then, cpu_then, joules_then, watts_then = self.last
@@ -284,6 +292,7 @@ class Meter:
             "cpu_seconds": cpu - cpu_then,
             "cpu_share": (cpu - cpu_then) / max(now - then, 1e-9) / cores(),
             "memory_bytes": float(self.process.memory_info().rss),
+            "peak_memory_bytes": float(peak_memory()),
         }
         if joules is not None and joules_then is not None and joules >= joules_then:  # the counters wrap around
             row["cpu_joules"] = joules - joules_then
@@ -295,6 +304,10 @@ class Meter:
             if (percent := _gpu_query("utilization.gpu", self.device)) is not None:
                 row["gpu_utilisation"] = percent / 100
         return row
+
+    def used(self) -> dict[str, float]:
+        """``USED`` of ``read``, as far as this machine tells."""
+        return {name: value for name, value in self.read().items() if name in USED}
 
 
 def usage(device: str = "cpu") -> dict[str, float]:

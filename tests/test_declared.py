@@ -9,7 +9,7 @@ from fedhubert_lib.federated import client_app, inprocess, messages
 
 TRAINED = {
     *("audio_seconds", "seconds", "waiting_seconds", "steps", "learning_rate", "gradient_norm"),
-    *("objective_sum", "objective_count"),
+    *("objective_sum", "objective_count", "peak_memory_bytes"),
 }
 PRETRAINED = {
     *("loss_sum", "unmasked_loss_sum", "penalty_sum"),

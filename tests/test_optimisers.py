@@ -1,9 +1,12 @@
 """Server optimisers against their references; collectors against numpy and scipy."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from federation import pretrain
+from safetensors.torch import load_file
 from scipy import stats
 
 from fedhubert_lib.federated import optimisers
@@ -15,12 +18,16 @@ def updates(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return [{n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(count)]
 
 
-def trajectory(p, steps: list[dict[str, torch.Tensor]]) -> tuple[dict, dict]:
+def trajectory(p, steps: list[dict[str, torch.Tensor]], folder: Path) -> tuple[dict, dict]:
+    """Weights after ``steps``, and the moments in the file of the last."""
     weights = {name: torch.ones_like(tensor) for name, tensor in steps[0].items()}
-    state = optimisers.initial_state(p, weights)
+    moments = optimisers.Moments(p, None)
     for number, update in enumerate(steps, start=1):
-        optimisers.step(p, weights, {name: tensor.clone() for name, tensor in update.items()}, state, number)
-    return weights, state
+        optimisers.step(p, weights, update, moments, number)
+        file = folder / f"{number}.safetensors"
+        moments.write(file, update)
+        moments = optimisers.Moments(p, file)
+    return weights, load_file(file)
 
 
 def reference(make, steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -47,16 +54,32 @@ def reference(make, steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
         ),
     ],
 )
-def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make):
+def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make, tmp_path):
     steps = updates(6)
-    weights, _ = trajectory(pretrain(server_rate=0.5, **changes), steps)
+    weights, _ = trajectory(pretrain(server_rate=0.5, **changes), steps, tmp_path)
     for name, expected in reference(make, steps).items():
         torch.testing.assert_close(weights[name], expected, rtol=2e-6, atol=2e-6)
 
 
-def test_fedyogi_follows_reddi_et_al():
+def test_moments_are_the_same_in_blocks_of_any_size(tmp_path, monkeypatch):
+    """And the file holds what torch's Adam holds."""
+    steps, p = updates(3), pretrain(server="fedadam")
+    whole = trajectory(p, steps, tmp_path)
+    monkeypatch.setattr(optimisers, "BLOCK", 4)
+    blocks = trajectory(p, steps, tmp_path)
+    for one, other in zip(whole, blocks, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in steps[0]:
+        first = sum(0.1 * 0.9 ** (2 - i) * update[name] for i, update in enumerate(steps))
+        torch.testing.assert_close(whole[1][f"first/{name}"], first)
+        second = sum(0.01 * 0.99 ** (2 - i) * update[name].square() for i, update in enumerate(steps))
+        torch.testing.assert_close(whole[1][f"second/{name}"], second)
+
+
+def test_fedyogi_follows_reddi_et_al(tmp_path):
     steps = updates(6)
-    weights, _ = trajectory(pretrain(server="fedyogi", server_rate=0.5), steps)
+    weights, _ = trajectory(pretrain(server="fedyogi", server_rate=0.5), steps, tmp_path)
     for name in weights:
         x = np.ones(weights[name].shape)
         m, v = np.zeros_like(x), np.full_like(x, 1e-6)
@@ -68,17 +91,17 @@ def test_fedyogi_follows_reddi_et_al():
         np.testing.assert_allclose(weights[name].numpy(), x, rtol=1e-5, atol=1e-6)
 
 
-def test_fedadams_first_step_is_the_rate():
+def test_fedadams_first_step_is_the_rate(tmp_path):
     """Stock Flower 1.41 corrects with t + 1: 0.74 of the rate."""
-    weights, _ = trajectory(pretrain(server="fedadam", server_rate=0.1, server_tau=1e-9), updates(1))
+    weights, _ = trajectory(pretrain(server="fedadam", server_rate=0.1, server_tau=1e-9), updates(1), tmp_path)
     for weight in weights.values():
         torch.testing.assert_close((weight - 1).abs(), torch.full_like(weight, 0.1))
 
 
 @pytest.mark.parametrize("server", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "median"])
-def test_everything_stays_float32(server):
+def test_everything_stays_float32(server, tmp_path):
     """Stock Flower 1.41's FedAdam makes float64 of the weights from round 2 on."""
-    weights, state = trajectory(pretrain(server=server), updates(3))
+    weights, state = trajectory(pretrain(server=server), updates(3), tmp_path)
     assert {tensor.dtype for tensor in (weights | state).values()} == {torch.float32}
 
 

@@ -34,7 +34,7 @@ def metrics(rounds: int, clients: int) -> list[dict]:
     for r in range(1, rounds + 1):
         common = {"round": r, "loss": 3 / r, "accuracy_masked": 0.1 * r, "accuracy_unmasked": 0.2 * r}
         ledger = {"learning_rate": 1e-3, "update_norm": 1.0, "bytes_up": 10**6, "bytes_down": 2 * 10**6}
-        rows.append({"kind": "round", **common, **ledger, "audio_seconds_per_second": 100.0})
+        rows.append({"kind": "round", **common, **ledger, "audio_seconds_per_second": 100.0, "peak_memory_bytes": 1e9})
         rows += [{"kind": "client", "client": f"c{c}", **common} for c in range(clients)]
     return rows
 

@@ -12,7 +12,7 @@ from federation import CODEBOOK, TONES, digest, make, pretrain, rows
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from fedhubert_lib import federated, files, hubert, pretraining
+from fedhubert_lib import distillation, federated, files, hubert, params, pretraining
 from fedhubert_lib.federated import checkpoints, client_app, local, rounds, server_app
 from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import ClientHome
@@ -88,6 +88,29 @@ def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, c
         interrupt(pretraining.run, other, p, row)
     assert digest(weights_of(pretraining.run(other, p))) == whole
     assert rows(other / "03_pretrain/metrics.jsonl") == rows(run / "03_pretrain/metrics.jsonl")
+
+
+def test_local_epochs_are_passes_over_what_each_client_has(run):
+    """Two of four clients in each round, the cohort being a share of them; the last step is the schedule's last."""
+    one = {"local_epochs": 1, "local_steps": 99, "cohort": 4, "cohort_share": 0.5, "warmup_share": 0.0}
+    pretraining.run(run, pretrain(**one))
+    ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
+    each = [row for row in ledger if row["kind"] == "client"]
+    assert len(each) == 2 * 3
+    # Five utterances of 1.6 s and more, cropped to 1.5 s, two to a batch: three steps.
+    assert [row["audio_seconds"] for row in each] == pytest.approx([5 * 1.5] * 6, abs=0.2)
+    last = [row for row in ledger if row["kind"] == "round"][-1]
+    assert last["learning_rate"] == pytest.approx(1e-3 / (3 * 3))
+
+
+def test_local_steps_bound_local_epochs(run):
+    p = pretrain(local_epochs=2, local_steps=4, rounds=1)
+    pretraining.run(run, p)
+    pretraining.centralised(run, p)
+    each = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "client"]
+    assert all(row["audio_seconds"] < 4 * 2 * 1.6 for row in each)
+    (plan, *_) = files.read_rows(run / "03_pretrain/centralised/metrics.jsonl")
+    assert plan["local_steps"] == 4
 
 
 def test_a_personal_head_never_leaves_its_client(run):
@@ -281,9 +304,12 @@ class Gathering(InProcessGrid):
         return list(super().get_node_ids())[: min(self.looks - 1, 3 if self.looks < 8 else 4)]
 
 
-def test_the_server_app_does_what_the_notebook_does(run, tones, tmp_path):
+def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path):
     p = pretrain()
+    small = {"rounds": 1, "cohort": 2, "local_steps": 1, "batch_seconds": 4.0, "crop_seconds": 1.5, "layers": 1}
+    student = params.Distill(**small, width=96, device="cpu", precision="float32")
     expected = digest(weights_of(pretraining.run(run, p)))
+    distilled = digest(weights_of(distillation.run(run, student)))
     other = tmp_path / "other"
     (other / "03_pretrain").mkdir(parents=True)
     for name in ("01_partition", "02_kmeans"):
@@ -292,6 +318,11 @@ def test_the_server_app_does_what_the_notebook_does(run, tones, tmp_path):
     context = Context(1, 1, {}, RecordDict(), {"run": str(other), "stage": "pretrain"})
     server_app.app(InProcessGrid(other, federated.client_ids(other), "cpu"), context)
     assert digest(weights_of(other / "03_pretrain/checkpoint")) == expected
+    (other / "04_distill").mkdir()
+    (other / "04_distill/params.yaml").write_text(yaml.safe_dump(student.model_dump()))
+    context = Context(1, 1, {}, RecordDict(), {"run": str(other), "stage": "distill"})
+    server_app.app(InProcessGrid(other, federated.client_ids(other), "cpu"), context)
+    assert digest(weights_of(other / "04_distill/checkpoint")) == distilled
 
 
 def test_the_server_app_goes_on_without_a_late_client_and_welcomes_it(run):

@@ -138,6 +138,14 @@ def test_cohorts_come_from_seed_and_round_and_client_ids(run):
         rounds.cohort(CLIENTS, 7, 0, 1)
 
 
+@pytest.mark.parametrize(("clients", "size"), [(2, 2), (6, 2), (20, 5), (1000, 8)])
+def test_a_share_of_the_clients_within_bounds(clients, size):
+    p = pretrain(cohort=8, cohort_share=0.25, cohort_minimum=2)
+    assert rounds.sized(p, clients).cohort == size
+    assert rounds.sized(rounds.sized(p, clients), clients).cohort == size
+    assert rounds.sized(pretrain(cohort=8), clients).cohort == 8  # without a share: so many, or an error
+
+
 class LateAndShuffled(InProcessGrid):
     """Answers when it likes, and its nodes have other numbers every time."""
 
@@ -350,6 +358,7 @@ def test_the_ledger_adds_up(run):
     size = 4 * (12 + 5)
     assert last["bytes_down"] == last["bytes_up"] == 3 * size
     assert last["audio_seconds"] == 6.0
+    assert 2**25 < last["peak_memory_bytes"] < 2**40
     assert last["client_seconds"] == pytest.approx(0.03)
     assert last["loss"] == 2.0
     assert last["validation_loss"] == 5.0

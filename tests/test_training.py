@@ -83,6 +83,16 @@ def test_batches_depend_on_their_keys_alone(corpus):
     assert other.utterances != next(draw(**DRAWS)).utterances
 
 
+def test_passes_use_every_utterance_as_often_as_all_others():
+    samples = np.random.default_rng(0).integers(8_000, 100_000, 40)  # some are too short to be used
+    sizes = {"batch_seconds": 8.0, "crop_seconds": 4.0}
+    steps = batching.steps_of(samples, 2, **DRAWS, **sizes)
+    plans = list(batching.plans(samples, **DRAWS, **sizes, steps=steps + 1))
+    used = np.bincount(np.concatenate([plan.rows for plan in plans[:-1]]), minlength=40)
+    assert used.tolist() == np.where(samples >= 16_000, 2, 0).tolist()
+    assert len(plans) == steps + 1
+
+
 def test_decoded_audio_gives_the_same_batches(corpus, tmp_path):
     table, labels = corpus
     batching.decode(table, tmp_path / "decoded")

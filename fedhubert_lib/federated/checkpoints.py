@@ -23,13 +23,24 @@ from fedhubert_lib.federated.protocol import Arrays
 
 OnRow = Callable[[dict[str, Any]], None]
 
-SERVER = "server"
+SERVER = "server.safetensors"
 UNJUDGED = {"best_round": 0, "best_loss": None, "validations_since_best": 0}
 """State before any round was judged."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or belongs to another study."""
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong inside into a CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error}); delete this folder to go on from an earlier round, or from the start"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -60,21 +71,22 @@ def write(
     out: Path,
     number: int,
     weights: Mapping[str, Tensor],
-    server: Mapping[str, Tensor],
+    server: Callable[[Path], None],
     state: Mapping[str, Any],
     documents: Mapping[str, str],
 ) -> None:
     """Write round ``number`` and remove all earlier ones but ``state["best_round"]``.
 
-    ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors. ``documents``
-    are small text files by name.
+    ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors. ``server``
+    writes the optimiser's tensors to the file that it is given. ``documents`` are small text files by name.
     """
-    groups: dict[str, Arrays] = {SERVER: dict(server)}
+    groups: dict[str, Arrays] = {}
     for name, tensor in weights.items():
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = tensor
     with files.atomic(path(out, number)) as temporary:
         temporary.mkdir()
+        server(temporary / SERVER)
         for group, tensors in groups.items():
             save_file(tensors, temporary / f"{group}.safetensors", metadata={"format": "pt"})
         for name, text in documents.items():
@@ -90,36 +102,39 @@ def rounds(out: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("round-")) for folder in (out / "checkpoints").glob("round-*"))
 
 
-def read(out: Path, number: int) -> tuple[Arrays, Arrays, dict[str, Any]]:
-    """Weights, server tensors and state of round ``number``. Raises CheckpointError when a file does not read."""
+def read(out: Path, number: int, server_tensors: bool = True) -> tuple[Arrays, Arrays, dict[str, Any]]:
+    """Weights, server tensors (if wanted) and state of round ``number``.
+
+    Raises CheckpointError when a file does not read.
+    """
     folder = path(out, number)
     weights: Arrays = {}
     server: Arrays = {}
-    try:
+    with reading(folder):
         state = json.loads((folder / "state.json").read_text())
         for file in sorted(folder.glob("*.safetensors")):
+            if file.name == SERVER and not server_tensors:
+                continue
             # A copy: what is read may be a view of the file, and the server writes into its tensors.
             tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-            if file.stem == SERVER:
+            if file.name == SERVER:
                 server = tensors
             else:
                 weights |= {f"{file.stem}.{name}": tensor for name, tensor in tensors.items()}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read ({error}); delete this folder to go on from an earlier round, or from the start"
-        ) from error
     return weights, server, state
 
 
-def resume(out: Path, settings: Mapping[str, Any]) -> tuple[Arrays, Arrays, dict[str, Any]] | None:
-    """The last checkpoint, or None where there is none yet.
+def resume(
+    out: Path, settings: Mapping[str, Any], server_tensors: bool = True
+) -> tuple[Arrays, Arrays, dict[str, Any]] | None:
+    """The last checkpoint (see ``read``), or None where there is none yet.
 
     Raises CheckpointError when it was made with other ``settings`` (JSON-like): they would not give what a run that was
     never stopped gives.
     """
     if not (done := rounds(out)):
         return None
-    weights, server, state = read(out, done[-1])
+    weights, server, state = read(out, done[-1], server_tensors)
     then = state["settings"]
     changed = sorted(name for name in {*then, *settings} if then.get(name) != settings.get(name))
     if changed:

@@ -7,10 +7,12 @@ are not among them are personal: they come from the client's disk and stay there
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fedhubert_lib import compression, privacy, secure, seeds, training
+from fedhubert_lib import batching, compression, privacy, resources, secure, seeds, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.optimisers import CONTROL
@@ -29,12 +31,15 @@ def train(
     module: nn.Module,
     batches: Iterable[Batch],
     objective: training.Objective,
+    steps: int,
 ) -> tuple[Arrays, dict[str, float]]:
-    """Local steps on ``batches`` from the global weights; the change of every parameter that travels, and what was
-    measured. ``module`` must be filled (``fill``); it is trained in place.
+    """Local steps on ``batches``, which are ``steps``, from the global weights; the change of every parameter that
+    travels, and what was measured. ``module`` must be filled (``fill``); it is trained in place.
+
+    Where in the schedule of the learning rate a client stands is told by the round, not by how many it had a part in.
     """
     names = dict(module.named_parameters())
-    chosen = settings(p, config["total_steps"])
+    chosen = settings(p, p.rounds * steps)
     optimiser = training.adamw(module, chosen)
     if p.local_state == "keep":
         restore_moments(optimiser, names, client_state.load(home, config, "moments"))
@@ -48,8 +53,8 @@ def train(
         batches,
         objective,
         chosen,
-        first_step=config["first_step"],
-        total_steps=config["total_steps"],
+        first_step=(config["round"] - 1) * steps,
+        total_steps=p.rounds * steps,
         seed=seeds.derive(p.seed, config["round"], home.client, "dropout"),
         optimiser=optimiser,
         control=_correction(arrays, own, names) if scaffold else None,
@@ -66,9 +71,21 @@ def train(
         measured |= privacy.protect(change, p, config["clip"], home.client, config["round"])
     elif p.secure_aggregation:
         privacy.clip(change, config["clip"])
+    measured["peak_memory_bytes"] = float(resources.peak_memory())
     if p.secure_aggregation:
         return secure.mask(change, home, config, p), measured
     return _compressed(home, config, p, change), measured
+
+
+def steps(home: ClientHome, p: Federation, number: int) -> int:
+    """Optimiser steps of this client in round ``number``: ``local_steps``, or ``local_epochs`` passes if those are
+    fewer."""
+    if not p.local_epochs:
+        return p.local_steps
+    samples = pd.read_parquet(home.data / "train.parquet", columns=["samples"])["samples"].to_numpy(dtype=np.int64)
+    draw = {"seed": p.seed, "round": number, "client": home.client}
+    sizes = {"batch_seconds": p.batch_seconds, "crop_seconds": p.crop_seconds}
+    return min(p.local_steps, batching.steps_of(samples, p.local_epochs, **draw, **sizes))
 
 
 def _compressed(home: ClientHome, config: Mapping[str, Any], p: Federation, change: Arrays) -> Arrays:

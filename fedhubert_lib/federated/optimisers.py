@@ -2,14 +2,16 @@
 
 An update is a client's parameters after its local steps minus the global ones, float32 throughout. Replies arrive in
 the fixed order of client ids, so results do not depend on who was faster. The mean is a running one: the server holds
-the weights, one collected update and the optimiser's moments, whatever the size of the cohort. Trimmed mean and median
-need all updates at once: these wait on disk and are read back a stretch at a time.
-
-The state of an optimiser is a flat dict of tensors, so that it can be saved beside the weights.
+the weights and one collected update, whatever the size of the cohort. Trimmed mean and median need all updates at once:
+these wait on disk and are read back a stretch at a time. The moments of adaptive optimisers, two models in size, are
+needed for a moment in each round: they stay in the file of the last checkpoint.
 """
 
+import io
+import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -132,61 +134,124 @@ def collector(p: Federation, folder: Path) -> Collector:
     return Mean()
 
 
-def initial_state(p: Federation, weights: Mapping[str, Tensor]) -> Arrays:
-    """The optimiser's tensors before round 1, named ``moment/NAME``."""
-
-    def moment(moment_name: str, value: float) -> Arrays:
-        return {f"{moment_name}/{name}": torch.full_like(tensor, value) for name, tensor in weights.items()}
-
-    match p.server:
-        case "fedavgm":
-            return moment("first", 0.0)
-        case "fedadam":
-            return moment("first", 0.0) | moment("second", 0.0)
-        case "fedyogi" | "fedadagrad":  # Reddi et al.: v starts at tau squared
-            return moment("first", 0.0) | moment("second", p.server_tau**2)
-        case "scaffold":
-            return {CONTROL + name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    return {}
+BOTH = ("first", "second")
+MOMENTS = {"fedavgm": ("first",), "fedadam": BOTH, "fedyogi": BOTH, "fedadagrad": BOTH}
+"""What each adaptive optimiser keeps of a parameter."""
 
 
-def step(p: Federation, weights: Arrays, update: Arrays, state: Arrays, number: int) -> None:
-    """Move ``weights`` along ``update``, in place; ``number`` counts steps from 1. ``update`` is used up.
+class Moments:
+    """What an adaptive optimiser keeps of earlier updates: in a file, read one tensor at a time.
+
+    The file is a safetensors one, of float32 tensors named ``first/NAME`` and ``second/NAME``. It is read with plain
+    reads: pages of a mapped file would count as this process's memory.
+    """
+
+    def __init__(self, p: Federation, file: Path | None) -> None:
+        """Those in ``file``, or as they are before round 1. Raises OSError or ValueError where it does not read."""
+        self._p, self._file = p, file
+        self.names = MOMENTS.get(p.server, ())
+        self._start, self._header = 0, {}
+        if file is not None and self.names:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                self._header = json.loads(stream.read(length))
+            self._start = 8 + length
+            end = self._start + max(place["data_offsets"][1] for place in self._header.values() if "dtype" in place)
+            if file.stat().st_size != end:
+                raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {end}")
+
+    def before(self, name: str, like: Tensor) -> list[Tensor]:
+        """The moments of the parameter ``name``, flat, as the last step left them."""
+        if self._file is None:  # Reddi et al.: v starts at tau squared, but Adam's at 0
+            second = 0.0 if self._p.server == "fedadam" else self._p.server_tau**2
+            return [torch.full((like.numel(),), {"first": 0.0, "second": second}[moment]) for moment in self.names]
+        found = []
+        with self._file.open("rb", buffering=0) as stream:
+            for moment in self.names:
+                first, last = self._header[f"{moment}/{name}"]["data_offsets"]
+                values = torch.empty(like.numel())
+                if last - first != _read_into(stream, self._start + first, values):
+                    raise OSError(f"{self._file}: {moment}/{name} cannot be read; delete the folder of this round")
+                found.append(values)
+        return found
+
+    def write(self, file: Path, update: Mapping[str, Tensor]) -> None:
+        """Write the moments after a step along ``update`` to ``file``; where there are none, a file of none."""
+        update = update if self.names else {}
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, delta in update.items():
+            for moment in self.names:
+                start, end = end, end + 4 * delta.numel()
+                place = {"dtype": "F32", "shape": list(delta.shape), "data_offsets": [start, end]}
+                header[f"{moment}/{name}"] = place
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for name, delta in update.items():
+                values = self.before(name, delta)
+                for parts in _blocks(delta, *values):
+                    _advance(self._p, *parts)
+                for moment in values:
+                    stream.write(memoryview(moment.numpy()))
+
+
+def _read_into(stream: io.FileIO, offset: int, values: Tensor) -> int:
+    """Fill ``values`` from ``offset`` of ``stream`` on; how many bytes there were."""
+    wanted = memoryview(values.numpy()).cast("B")
+    done = 0
+    while done < len(wanted) and (count := os.preadv(stream.fileno(), [wanted[done:]], offset + done)):
+        done += count
+    return done
+
+
+def step(p: Federation, weights: Arrays, update: Mapping[str, Tensor], moments: Moments, number: int) -> None:
+    """Move ``weights`` along ``update``, in place; ``number`` counts steps from 1.
 
     fedavg, trimmed-mean, median, scaffold: rate x update. fedavgm (Hsu et al. 2019): momentum. fedadam, fedyogi,
     fedadagrad: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2. FedAdam corrects both moments' bias by 1 - beta^t
     with t from 1 and starts v at 0, as Adam does: the first step is rate x sign(update) where |update| >> tau.
     """
-    moments = [moment for moment in ("first", "second") if any(name.startswith(f"{moment}/") for name in state)]
     for name, weight in weights.items():
-        tensors = [weight, update.pop(name), *(state[f"{moment}/{name}"] for moment in moments)]
-        for parts in zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True):
+        for parts in _blocks(weight, update[name], *moments.before(name, weight)):
             _step_block(p, number, *parts)
 
 
-def _step_block(
-    p: Federation, number: int, weight: Tensor, delta: Tensor, first: Tensor | None = None, second: Tensor | None = None
-) -> None:
-    rate, beta1, beta2 = p.server_rate, p.server_momentum, p.server_beta2
-    if p.server == "fedavgm":
-        weight.add_(first.mul_(beta1).add_(delta), alpha=rate)
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same stretch of each of ``tensors``, one stretch after another."""
+    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
+
+
+def _step_block(p: Federation, number: int, weight: Tensor, delta: Tensor, *moments: Tensor) -> None:
+    if not moments:
+        weight.add_(delta, alpha=p.server_rate)
         return
-    if second is None:
-        weight.add_(delta, alpha=rate)
+    _advance(p, delta, *moments)
+    first, *rest = moments
+    if not rest:
+        weight.add_(first, alpha=p.server_rate)
         return
-    first.lerp_(delta, 1 - beta1)
-    square = delta.square_()
     correction1 = correction2 = 1.0
     if p.server == "fedadam":
-        second.lerp_(square, 1 - beta2)
-        correction1, correction2 = 1 - beta1**number, 1 - beta2**number
+        correction1, correction2 = 1 - p.server_momentum**number, 1 - p.server_beta2**number
+    denominator = torch.div(rest[0], correction2).sqrt_().add_(p.server_tau)
+    weight.addcdiv_(first, denominator, value=p.server_rate / correction1)
+
+
+def _advance(p: Federation, delta: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """What ``delta`` makes of the moments, in place."""
+    if second is None:
+        first.mul_(p.server_momentum).add_(delta)
+        return
+    first.lerp_(delta, 1 - p.server_momentum)
+    square = delta.square()
+    if p.server == "fedadam":
+        second.lerp_(square, 1 - p.server_beta2)
     elif p.server == "fedyogi":
-        second.addcmul_(square, torch.sign(second - square), value=-(1 - beta2))
+        second.addcmul_(square, torch.sign(second - square), value=-(1 - p.server_beta2))
     else:
         second.add_(square)
-    # The square is not needed any more: its memory holds the denominator.
-    denominator = torch.div(second, correction2, out=square).sqrt_().add_(p.server_tau)
-    weight.addcdiv_(first, denominator, value=rate / correction1)
 
 
 def step_control(state: Arrays, change: Arrays, share: float) -> None:

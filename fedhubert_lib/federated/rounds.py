@@ -5,6 +5,7 @@ the order of client ids, and each round ends with a checkpoint: a run that is ki
 weights.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -18,9 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import compression, privacy, secure, seeds
+from fedhubert_lib import compression, federated, privacy, resources, secure, seeds
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import checkpoints, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
@@ -47,11 +50,19 @@ class Task:
     name: str
     """Clients are asked for NAME.update and NAME.validate, and NAME.keys for secure aggregation."""
     config: Mapping[str, Any]
-    """Sent with each message, JSON-like; the loop adds round, session, durable, first_step and total_steps."""
+    """Sent with each message, JSON-like; the loop adds round, session, durable and clip."""
     averages: Callable[[Mapping[str, float]], dict[str, float]]
     """From added-up metrics of clients to what a row shows: loss (lower is better) and others."""
     documents: Mapping[str, str] = field(default_factory=dict)
     """Small files that belong beside the weights, by name."""
+
+
+def sized(p: Federation, clients: int) -> Federation:
+    """``p`` with the cohort that its share of ``clients`` clients is, within cohort_minimum and cohort."""
+    if p.cohort_share == 1:
+        return p
+    size = max(p.cohort_minimum, min(p.cohort, round(p.cohort_share * clients)))
+    return p.model_copy(update={"cohort": size, "cohort_share": 1.0})
 
 
 def cohort(ids: Sequence[str], size: int, seed: int, number: int, attempt: int = 0) -> list[str]:
@@ -101,7 +112,9 @@ class _Server:
     ) -> None:
         self.clients, self.p, self.task, self.out, self.writer = clients, p, task, out, writer
         self.weights = weights
-        self.optimiser = optimisers.initial_state(p, weights)
+        self.control = (
+            {optimisers.CONTROL + n: torch.zeros_like(w) for n, w in weights.items()} if self.scaffold else {}
+        )
         self.state: dict[str, Any] = {
             "round": 0,
             "session": uuid.uuid4().hex,
@@ -110,14 +123,16 @@ class _Server:
             "settings": _settings(clients, p, task),
             **checkpoints.UNJUDGED,
         }
-        if (saved := checkpoints.resume(out, self.state["settings"])) is not None:
+        if (saved := checkpoints.resume(out, self.state["settings"], self.scaffold)) is not None:
             # In the order of a fresh start, which a file does not keep: sums over tensors then round alike.
             self.weights = {name: saved[0][name] for name in self.weights}
-            self.optimiser = {name: saved[1][name] for name in self.optimiser}
+            self.control = {name: saved[1][name] for name in self.control}
             self.state = saved[2]
+        self.meter = resources.Meter(torch.device(federated.resolve(p.device)))
         self.saving: Future[None] | None = None
         self.durable = self.state["round"]
         """The last round that is on disk."""
+        self.moments = self.saved_moments()
         plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
         plan["parameters"] = sum(tensor.numel() for tensor in self.weights.values())
         self.ledger = checkpoints.Ledger(out, self.durable, plan, on_row)
@@ -134,18 +149,19 @@ class _Server:
         working = time.perf_counter()
         update = collected.collector.result()
         change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
-        self.settle()  # the last checkpoint still reads the tensors and the state that are about to change
+        self.settle()  # the last checkpoint still reads the weights and the state that are about to change
         spent = {}
         if self.private:
             spent = privacy.release(
                 update, self.p, self.state["privacy"], len(self.clients.ids), number, collected.within_bound
             )
         update_norm = optimisers.checked_norm(update, self.weights)
-        optimisers.step(self.p, self.weights, update, self.optimiser, number)
+        optimisers.step(self.p, self.weights, update, self.moments, number)
         if self.scaffold:
-            optimisers.step_control(self.optimiser, change, collected.clients / len(self.clients.ids))
+            optimisers.step_control(self.control, change, collected.clients / len(self.clients.ids))
         server_seconds = collected.server_seconds + time.perf_counter() - working
         row = {"round": number, **self.task.averages(collected.sums), **spent, **self.validate(number)}
+        row |= self.meter.used()
         seconds = time.perf_counter() - began
         row |= {
             "learning_rate": collected.learning_rate,
@@ -162,7 +178,7 @@ class _Server:
         checkpoints.judge(self.state, number, row)
         self.state |= {"round": number, "reference_norm": statistics.median(collected.norms)}
         self.ledger.row("round", row)
-        self.save(number)
+        self.save(number, update)
 
     @property
     def scaffold(self) -> bool:
@@ -181,8 +197,6 @@ class _Server:
             "round": number,
             "session": self.state["session"],
             "durable": self.durable,
-            "first_step": (number - 1) * self.p.local_steps,
-            "total_steps": self.p.rounds * self.p.local_steps,
             "clip": self.state["privacy"]["bound"],
         }
 
@@ -199,7 +213,7 @@ class _Server:
                 # A sum is of all or of nobody: without one of them, the others' masks do not cancel.
                 quorum = max(quorum, len(asked), secure.FEWEST)
             collected = _Collected(self.collector(message, len(asked)))
-            payload = {**self.weights, **(self.optimiser if self.scaffold else {})}
+            payload = {**self.weights, **self.control}
             collected.bytes_down = _size(payload) * len(asked)
             answers = self.clients.ask(
                 f"{self.task.name}.update",
@@ -300,6 +314,8 @@ class _Server:
 
     def accept(self, number: int, reply: Reply, norm: float, collected: "_Collected") -> None:
         """Add one usable update to what is collected, and its row to the ledger."""
+        if collected.clients == 0:
+            self.settle()  # the writer still holds the last update: there are never two besides a client's
         began = time.perf_counter()
         metrics = reply.metrics
         weight = metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0
@@ -311,7 +327,7 @@ class _Server:
         collected.sums.update(metrics)
         collected.server_seconds += time.perf_counter() - began
         row = {"round": number, "client": reply.client, **self.task.averages(metrics)}
-        row |= {name: metrics[name] for name in ("audio_seconds", "seconds")}
+        row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
         row["masked_frames"] = metrics["objective_count"]
         self.ledger.row("client", row if self.p.secure_aggregation else row | {"update_norm": norm})
 
@@ -341,12 +357,17 @@ class _Server:
             return {}
         return {f"validation_{name}": value for name, value in self.task.averages(sums).items()}
 
-    def save(self, number: int) -> None:
-        """Start to write the checkpoint of round ``number``: a second thread, since disks are slow and nothing changes
-        the tensors before the next step, which waits for it."""
-        self.saving = self.writer.submit(
-            checkpoints.write, self.out, number, self.weights, self.optimiser, dict(self.state), self.task.documents
-        )
+    def save(self, number: int, update: Arrays) -> None:
+        """Start to write the checkpoint of round ``number``, with the moments after its ``update``: in a second thread,
+        since disks are slow and nothing changes the tensors before the next step, which waits for it."""
+        if self.scaffold:
+            server = functools.partial(save_file, self.control)
+        else:
+            # Where there are no moments nothing of the update is kept alive.
+            server = functools.partial(self.moments.write, update=update if self.moments.names else {})
+        state = dict(self.state)
+        arguments = (self.out, number, self.weights, server, state, self.task.documents)
+        self.saving = self.writer.submit(checkpoints.write, *arguments)
 
     def settle(self) -> None:
         """Wait until the last checkpoint is on disk."""
@@ -354,6 +375,15 @@ class _Server:
             self.saving.result()
             self.saving = None
             self.durable = self.state["round"]
+            self.moments = self.saved_moments()
+
+    def saved_moments(self) -> optimisers.Moments:
+        """The moments in the last checkpoint; before the first, those to begin with."""
+        if not self.durable or self.scaffold:
+            return optimisers.Moments(self.p, None)
+        folder = checkpoints.path(self.out, self.durable)
+        with checkpoints.reading(folder):
+            return optimisers.Moments(self.p, folder / checkpoints.SERVER)
 
 
 @dataclass

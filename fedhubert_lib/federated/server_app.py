@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedhubert_lib import federated, kmeans, params, pretraining, yaml12
+from fedhubert_lib import distillation, federated, kmeans, params, pretraining, yaml12
 from fedhubert_lib.federated import messages
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 TASKS: dict[str, Callable] = {
     "kmeans": kmeans.run,
     "pretrain": pretraining.federate,
+    "distill": distillation.federate,
 }
 """What a server can run, as (run, parameters, clients)."""
 

@@ -63,9 +63,10 @@ def curves(
 
 @styled
 def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Learning rate, norm of the aggregated update, bytes moved so far, and speed, per round of metrics.jsonl."""
+    """Per round of metrics.jsonl: learning rate, norm of the aggregated update, speed, bytes moved so far, the loss
+    that they bought, and peak memory."""
     rounds = _rows(rows, "round")
-    figure, (rate, norm, sent, speed) = style.panels(1, 4, width=12, height=2.7)
+    figure, (rate, norm, speed, sent, bought, memory) = style.panels(2, 3, width=11, height=5)
     at, marker = rounds["round"], "o" if len(rounds) <= READABLE else ""
     line = {"color": BLUE, "marker": marker, "markersize": 3}
     rate.plot(at, rounds.learning_rate, **line)
@@ -73,14 +74,21 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     rate.ticklabel_format(axis="y", scilimits=(-2, 3))
     norm.plot(at, rounds.update_norm, **line)
     norm.set(ylabel="L2 norm", title="Aggregated update", ylim=(0, None))
+    speed.plot(at, rounds.audio_seconds_per_second, **line)
+    speed.set(ylabel="audio seconds per second", title="Speed", ylim=(0, None))
     behind = line | {"color": ORANGE, "linewidth": 4, "alpha": 0.6}
     sent.plot(at, rounds.bytes_down.cumsum() / 1e6, **behind, label="to clients")
     sent.plot(at, rounds.bytes_up.cumsum() / 1e6, **line, label="to the server")
     sent.set(ylabel="sent so far (MB)", title="Bytes", ylim=(0, None))
     sent.legend()
-    speed.plot(at, rounds.audio_seconds_per_second, **line)
-    speed.set(ylabel="audio seconds per second", title="Speed", ylim=(0, None))
-    for axes in (rate, norm, sent, speed):
+    loss = "validation_loss" if "validation_loss" in rounds else "loss"
+    held = rounds.assign(sent=(rounds.bytes_up + rounds.bytes_down).cumsum() / 1e6).dropna(subset=[loss])
+    bought.plot(held.sent, held[loss], **line)
+    bought.set(xlabel="sent so far, both ways (MB)", title="Quality for bytes", xlim=(0, None))
+    bought.set_ylabel(f"{loss.replace('_', ' ')} (nats per frame)")
+    memory.plot(at, rounds.peak_memory_bytes / 2**30, **line)
+    memory.set(ylabel="GiB", title="Peak memory of the server's process", ylim=(0, None))
+    for axes in (rate, norm, speed, sent, memory):
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
