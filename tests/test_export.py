@@ -115,6 +115,14 @@ def test_macs_are_those_of_the_published_network():
     assert cost.macs(small) == pytest.approx(0.26e9, rel=0.05)
 
 
+def test_macs_of_a_log_mel_model_are_those_of_fast_fourier_transforms():
+    frames, width, layers = 49, 192, 4
+    per_frame = 160 * width + 128 * width**2 // 16 + layers * (12 * width**2 + 2 * frames * width)
+    front_end = 98 * (5 / 4 * 512 * 9 + 257 * 80)
+    # torchaudio's positions make one frame more than they keep.
+    assert cost.macs(hubert.preset("tiny", "logmel")) == pytest.approx(frames * per_frame + front_end, rel=0.005)
+
+
 def test_card_tells_what_the_run_knows(tmp_path):
     run = tmp_path / "study"
     stage = run / "04_distill"

@@ -123,8 +123,10 @@ def test_a_clips_features_do_not_depend_on_its_batch(table, tmp_path, front_end)
     clips = keywords.read_clips(table)
     whole = keywords.pooled(encoder, clips, tmp_path / "a.npy", batch=54)
     single = keywords.pooled(encoder, clips.iloc[[7]], tmp_path / "b.npy", batch=1)
-    assert whole.shape == (54, 3, 192)
-    np.testing.assert_allclose(whole[7], single[0], atol=2e-5)
+    assert whole.shape == (2, 54, 3, 192)
+    np.testing.assert_allclose(whole[:, 7], single[:, 0], atol=2e-5)
+    frames = torch.stack(encoder(keywords.waveforms(clips.iloc[[7]])))[:, 0]
+    np.testing.assert_allclose(whole[:, 7], [frames.mean(1), frames.std(1, unbiased=False)], atol=2e-5)
 
 
 def test_features_are_extracted_once(table, tmp_path):
@@ -150,9 +152,10 @@ def test_broken_encoder_leaves_no_file(table, tmp_path):
 
 def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
     clips = keywords.read_clips(table)
-    rows = keywords.pooled(encoders.mfcc, clips, tmp_path / "mfcc.npy")
-    assert rows.shape == (54, 1, 39)
-    assert keywords.pooled(encoders.mfcc_moments, clips, tmp_path / "moments.npy").shape == (54, 1, 78)
+    rows, deviations = keywords.pooled(encoders.mfcc, clips, tmp_path / "mfcc.npy")
+    assert rows.shape == deviations.shape == (54, 1, 39)
+    moments, none = keywords.pooled(encoders.mfcc_moments, clips, tmp_path / "moments.npy")
+    assert moments.shape == (54, 1, 78) and not none.any()
     outcome = keywords.probe(keywords.task(rows, clips, list(WORDS)), 0, steps=100, rate=1e-2)
     assert outcome.accuracy > 0.9
 

@@ -108,6 +108,8 @@ def test_every_system_stands_beside_its_baselines(evaluated):
     assert table[table.measure_name == "keyword-accuracy"].shape[0] == 5
     words = table[table.measure_name == "keyword-accuracy"]
     assert (words.seeds == 2).all() and words.low.notna().all() and (words.baseline == 1 / 3).all()
+    moments = table[table.measure_name == "moments-accuracy"]
+    assert list(moments.system_name) == ["teacher", "student", "random", "mfcc"] and (moments.seeds == 2).all()
     student = table[table.system_name == "student"].set_index(["measure_name", "layer"])
     assert {layer for name, layer in student.index if name == "pnmi"} == {0, 1, 2}
     assert student.loc[("macs", pd.NA), "value"] > 0

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedhubert_lib import audio, hubert
 from fedhubert_lib.export import twin
 
+FFT_MACS = 5 * 512 * 9 // 4
+"""Of a real Fourier transform of 512 points: 5/2 n log2 n operations, two to a multiply-accumulate."""
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 """Joules of the first processor package, in millionths, where the kernel lets this user read them."""
 
@@ -28,13 +30,20 @@ def macs(config: hubert.HubertConfig, seconds: float = 1.0) -> int:
     Counted on the network as published, out of torchaudio's parts, so that the figure compares with those of others;
     what this project's own, faster convolutions spend is less. Convolutions, linear layers and attention count, norms
     and activations (about one part in a hundred) do not. HuBERT base takes 6.9 G for 1 s and 74 G for 10 s.
+
+    A log-mel front end counts as it is computed, by fast Fourier transforms; in ONNX it is a matrix, and takes more.
     """
+    samples = round(seconds * audio.SAMPLE_RATE)
     with torch.device("meta"):  # shapes are enough
         network = twin.empty(config)
     counter = FlopCounterMode(display=False)
     with counter:
-        network(torch.zeros(1, round(seconds * audio.SAMPLE_RATE), device="meta"))
-    return counter.get_total_flops() // 2
+        network(torch.zeros(1, samples, device="meta"))
+    counted = counter.get_total_flops() // 2
+    if config.front_end == "logmel":
+        frames = (samples - audio.RECEPTIVE_FIELD) // (audio.HOP // 2) + 1
+        counted += frames * (FFT_MACS - network.feature_extractor.transform.numel())
+    return counted
 
 
 @torch.no_grad()

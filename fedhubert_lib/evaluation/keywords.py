@@ -2,7 +2,8 @@
 
 s3prl learns a weighted sum of the encoder's layers, projects it to 256, averages over time and classifies. Averaging
 over time commutes with the sum and with the projection, so the layers can be averaged first: one row of
-[layers, width] per clip is extracted once, kept, and every probe trains on these rows alone.
+[layers, width] per clip is extracted once, kept, and every probe trains on these rows alone. Kept beside it is the
+deviation over time, which the published probe leaves out and which says much of a word.
 
 Clips are brought to one second before they are encoded. A clip's figures then depend on no other clip: with a
 group-norm encoder, padding to the longest of a batch changes the features themselves.
@@ -125,30 +126,32 @@ def pooled(
     batch: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Layers of every clip averaged over time, float32 [clips, layers, width], memory-mapped from ``path`` (.npy).
+    """Mean and deviation over time of the layers of every clip, float32 [2, clips, layers, width].
 
-    ``path`` is written whole or not at all; when it is there it is read back, so its name must say what made it.
+    Memory-mapped from ``path`` (.npy), which is written whole or not at all; when it is there it is read back, so its
+    name must say what made it.
     """
     if not path.exists():
         with files.atomic(path) as temporary:
             rows = None
             for start, sounds in _batches(clips, batch):
-                block = torch.stack([layer.float().mean(1) for layer in encoder(sounds)], dim=1).cpu().numpy()
+                frames = torch.stack([layer.float() for layer in encoder(sounds)], dim=1)
+                block = torch.stack([frames.mean(2), frames.std(2, unbiased=False)]).cpu().numpy()
                 if not np.isfinite(block).all():
                     raise KeywordError(
                         f"features of clip {clips['clip'].iloc[start]} are not finite; is the checkpoint sound?"
                     )
                 if rows is None:
-                    shape = (len(clips), *block.shape[1:])
+                    shape = (2, len(clips), *block.shape[2:])
                     rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-                rows[start : start + len(block)] = block
+                rows[:, start : start + len(sounds)] = block
                 if on_progress:
-                    on_progress(start + len(block), len(clips))
+                    on_progress(start + len(sounds), len(clips))
             rows.flush()
             del rows
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    if len(rows) != len(clips):
-        raise KeywordError(f"{path} holds {len(rows)} clips where the table has {len(clips)}; remove the file")
+    if rows.shape[1] != len(clips):
+        raise KeywordError(f"{path} holds {rows.shape[1]} clips where the table has {len(clips)}; remove the file")
     return rows
 
 

@@ -44,6 +44,11 @@ ABX_TRIPLETS = 1000
 MEASURES = {
     "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen; chance"),
     "fine-tuned-accuracy": ("keyword accuracy, fine-tuned", "higher", "the whole model trained on the words; chance"),
+    "moments-accuracy": (
+        "keyword accuracy, mean and deviation",
+        "higher",
+        "linear least squares on mean and deviation over time of the best layer; chance",
+    ),
     "s3prl-accuracy": ("keyword accuracy, s3prl", "higher", "s3prl's speech_commands on frozen layers; chance"),
     "s3prl-fine-tuned-accuracy": (
         "keyword accuracy, s3prl fine-tuned",
@@ -122,11 +127,15 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
     for system in compared:
         figures = _Figures(system.name, report["figures"])
         progress = _progress(on_progress, system.title)
-        rows = keywords.pooled(system.encoder, clips, _cache(folder, system, clips, "clips"), on_progress=progress)
+        cache = _cache(folder, system, clips, "moments")
+        means, deviations = keywords.pooled(system.encoder, clips, cache, on_progress=progress)
         if p.fine_tune_steps and system.model is not None:
             _fine_tuned(figures, system.model, clips, words, p)
-        best = _keywords(figures, report, keywords.task(rows, clips, words), clips, words, p)
-        _cheap(figures, report, system, rows[:, best], best, clips, p)
+        task = keywords.task(means, clips, words)
+        best = _keywords(figures, report, task, clips, words, p)
+        if system.name != "mfcc-moments":  # whose mean holds both
+            _moments(figures, task, np.concatenate([means[:, best], deviations[:, best]], axis=1), best, p)
+        _cheap(figures, report, system, means[:, best], best, clips, p)
         if utterances is not None and system.name != "mfcc-moments":  # which has no frames to cluster
             frames = layers.frames(system.encoder, utterances, _cache(folder, system, utterances, "frames"), progress)
             _units(figures, frames, utterances, phones, p)
@@ -221,6 +230,13 @@ def _keywords(
     report["confusion"][figures.system] = keywords.confusion(outcomes, task).tolist()
     report["missed"][figures.system] = _missed(outcomes, task, clips, words)
     return int(np.argmax(validation))
+
+
+def _moments(figures: _Figures, task: keywords.Task, rows: np.ndarray, layer: int, p: params.Evaluate) -> None:
+    """What the probe's mean over time leaves out, on the training clips that each seed draws."""
+    drawn = [keywords.draws(task, p.seed + seed, p.train_share, 1)[1] for seed in range(p.seeds)]
+    found = [probes.ridge(rows, task.labels, train, task.test) for train in drawn]
+    figures.add("moments-accuracy", measure(found), layer=layer, baseline=1 / task.classes)
 
 
 def _fine_tuned(
@@ -336,8 +352,9 @@ def _compared(
         accuracies, pnmi = [], []
         for system in students:
             progress = _progress(on_progress, system.title)
-            rows = keywords.pooled(system.encoder, clips, _cache(folder, system, clips, "clips"), on_progress=progress)
-            outcomes = _probes(keywords.task(rows, clips, words), p)
+            cache = _cache(folder, system, clips, "moments")
+            means, _ = keywords.pooled(system.encoder, clips, cache, on_progress=progress)
+            outcomes = _probes(keywords.task(means, clips, words), p)
             accuracies.append(float(np.mean([each.accuracy for each in outcomes])))
             if utterances is None:
                 continue
@@ -392,8 +409,8 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
     Unit quality is that of each system's best layer by PNMI, which is named.
     """
-    chosen = table[table.layer.isna() | table.measure_name.isin(("abx-error", "nearest-accuracy", "speaker-accuracy"))]
-    chosen = pd.concat([chosen, table[table.measure_name == "unseen-speaker-accuracy"]])
+    of_best_layer = ("moments-accuracy", "abx-error", "nearest-accuracy", "speaker-accuracy", "unseen-speaker-accuracy")
+    chosen = table[table.layer.isna() | table.measure_name.isin(of_best_layer)]
     units = table[table.measure_name == "pnmi"]
     best = units.loc[units.groupby("system_name").value.idxmax(), ["system_name", "layer"]]
     purity = table[table.measure_name.isin(("pnmi", "phone-purity", "cluster-purity"))]
@@ -420,7 +437,7 @@ def comparison(report: dict[str, Any]) -> pd.DataFrame:
         for system, each in [("teacher", best["teacher"]), *named, ("MFCC", best["mfcc"])] if best else ():
             row = {"system": system, "measure": MEASURES[name][0], "baseline": best["teacher"]["baseline"]}
             rows.append(row | {key: each[key] for key in ("value", "low", "high")} | {"seeds": len(each["values"])})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"low": float, "high": float} if rows else {})
 
 
 def kept(report: dict[str, Any]) -> pd.DataFrame:

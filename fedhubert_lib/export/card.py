@@ -111,7 +111,8 @@ def _results(run: Path, system: str) -> pd.DataFrame:
         return pd.DataFrame()
     report = json.loads(path.read_text())
     titles = {each["measure"]: each["title"] for each in report["measures"]}
-    wanted = {"keyword-accuracy", "unseen-speaker-accuracy", "nearest-accuracy", "abx-error", "speaker-accuracy"}
+    wanted = {"keyword-accuracy", "moments-accuracy", "s3prl-accuracy", "s3prl-fine-tuned-accuracy"}
+    wanted |= {"unseen-speaker-accuracy", "nearest-accuracy", "abx-error", "speaker-accuracy"}
     columns: dict[str, dict[str, str]] = {}
     others = [each["system"] for each in report["systems"] if each["system"] != system]
     for name in [system, *others]:

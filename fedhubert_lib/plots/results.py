@@ -22,7 +22,8 @@ def bars(table: pd.DataFrame, title: str = "") -> Figure:
     columns = 2 if len(measures) == 4 else min(len(measures), 3)
     lines = -(-len(measures) // columns)
     figure, places = style.panels(lines, columns, width=4 * columns, height=0.7 + lines * (0.6 + 0.27 * len(systems)))
-    colours = dict(zip(systems, PALETTE * len(systems), strict=False))
+    seen = [colour for colour in PALETTE if colour != BLACK]  # on which the interval is
+    colours = dict(zip(systems, seen * len(systems), strict=False))
     for axes, measure in zip(places, measures, strict=False):
         own = table[table.measure == measure]
         at = np.arange(len(own))
