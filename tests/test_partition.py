@@ -211,8 +211,9 @@ def test_an_exported_client_holds_its_own_audio_and_nothing_else(spoken, tmp_pat
 
 
 def test_an_export_is_whole_or_absent(spoken, tmp_path):
-    with pytest.raises(partition.PartitionError, match="no client client-002; it has client-000 to client-001"):
-        partition.export_client(spoken, "client-002", tmp_path / "node")
+    for name in ("client-002", "..", "client-000/../client-001", "."):
+        with pytest.raises(partition.PartitionError, match=f"no client {name}; it has client-000 to client-001"):
+            partition.export_client(spoken, name, tmp_path / "node")
     own = pd.read_parquet(spoken / "01_partition" / "clients" / "client-001" / "train.parquet")
     soundfile.write(own.path[0], np.zeros(16_000), 16_000, subtype="PCM_16")
     with pytest.raises(partition.PartitionError, match="not the audio that was scanned"):

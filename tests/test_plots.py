@@ -172,6 +172,20 @@ def test_what_clients_hold_is_drawn_or_said_to_be_missing():
     assert women.texts[0].get_text() == rate.texts[0].get_text() == "not recorded"
 
 
+def test_a_client_of_each_speaker_is_a_line_also_among_thousands():
+    table = manifest(4_000, 2_000)
+    schemes = {"speaker": table.assign(client=table.speaker), "two": table.assign(client=np.arange(4_000) % 2)}
+    figure = plots.partition_schemes(schemes)
+    image = figure.axes[2].images[0]
+    shares = np.asarray(image.get_array())
+    assert shares.shape == (150, 150) and image.get_extent() == [-0.5, 1999.5, 1999.5, -0.5]
+    assert (np.diag(shares) == 1).all() and shares.sum() == 150, "no speaker is lost between two pixels"
+    assert figure.axes[0].get_yscale() == "log", "or the small ones could not be seen beside the large ones"
+    curves = plots.speakers(table).axes[0].lines
+    assert [len(curve.get_ydata()) for curve in curves] == [1_000, 1_000]
+    assert all((np.diff(curve.get_ydata()) <= 0).all() for curve in curves)
+
+
 def test_full_size_is_drawn_without_a_name_for_each():
     names = [f"client-{i:04d}" for i in range(2338)]
     figure = plots.clients(holdings(names))

@@ -14,37 +14,41 @@ from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, GREY, PURPLE, RED, SKY
 
 @styled
 def utterance_lengths(manifest: pd.DataFrame) -> Figure:
-    """Histogram of utterance lengths in seconds, a line per split of the manifest."""
+    """Histogram of utterance lengths in seconds, a line per split of the manifest, each as shares of its own."""
     figure, [axes] = style.panels(width=6)
     seconds = manifest.samples / manifest.sample_rate
     bins = np.linspace(0, seconds.max(), 31)
     for split in sorted(manifest.split.unique(), reverse=True):  # train, test
         own = seconds[manifest.split == split]
-        axes.hist(own, bins, histtype="step", linewidth=1.6, label=f"{split}: {len(own):,} utterances")
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axes.set(xlabel="length of an utterance (s)", ylabel="utterances", title="Utterance lengths")
+        label, weights = f"{split}: {len(own):,} utterances", np.full(len(own), 1 / len(own))
+        axes.hist(own, bins, weights=weights, histtype="step", linewidth=1.6, label=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel="length of an utterance (s)", ylabel="share of utterances", title="Utterance lengths")
     axes.legend()
     return figure
 
 
 @styled
 def speakers(manifest: pd.DataFrame) -> Figure:
-    """Speech per speaker, longest first, coloured by sex."""
+    """Speech per speaker, longest first, coloured by sex: a bar each, or, of very many, a curve per sex."""
     table = manifest.assign(hours=manifest.samples / manifest.sample_rate / 3600)
     table = table.groupby(["speaker", "sex"], as_index=False).hours.sum().sort_values("hours", ascending=False)
     figure, [axes] = style.panels(width=8)
     amount, unit = style.duration(table.hours.to_numpy())
-    colours = table.sex.map({"F": RED, "M": BLUE}).fillna(GREY)
-    for colour in colours.unique():
-        style.columns(axes, np.where(colours == colour, amount, 0), colour)
+    bars = len(table) <= style.READABLE
+    known = {"F": ("female", RED), "M": ("male", BLUE)}
+    for sex in sorted(table.sex.unique(), reverse=True):
+        name, colour = known.get(sex, ("sex not recorded", GREY))
+        own = (table.sex == sex).to_numpy()
+        label = f"{name}: {own.sum():,} speakers"
+        if bars:
+            axes.bar(np.flatnonzero(own), amount[own], color=colour, label=label)
+        else:
+            axes.step(np.arange(own.sum()), amount[own], where="mid", color=colour, linewidth=1.6, label=label)
     style.ticks(axes.xaxis, table.speaker)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="speaker, longest first", ylabel=f"speech ({unit})", title="Speech per speaker")
-    for sex, colour, name in (("F", RED, "female"), ("M", BLUE, "male")):
-        if (table.sex == sex).any():
-            axes.bar(0, 0, color=colour, label=f"{name}: {(table.sex == sex).sum():,} speakers")
-    if not table.sex.isin(["F", "M"]).all():
-        axes.bar(0, 0, color=GREY, label="sex not recorded")
+    order = "speaker, longest first" if bars else "speakers of each sex, longest first"
+    axes.set(xlabel=order, ylabel=f"speech ({unit})", title="Speech per speaker", ylim=(0, None))
     axes.legend()
     return figure
 
@@ -114,7 +118,8 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     """Partition schemes side by side: speech per client, whose speech it is (share of each speaker), share of women.
 
     Each table has a row per utterance with client, speaker, sex, samples and sample_rate; a summary is one line of text
-    under the scheme's name.
+    under the scheme's name. Of more clients or speakers than can be told apart, neighbours are drawn as the largest of
+    their shares; hours that differ a hundredfold are drawn on a logarithmic scale.
     """
     count = len(schemes)
     figure, places = style.panels(
@@ -128,7 +133,8 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     }
     speakers = next(iter(schemes.values())).drop_duplicates("speaker")
     women = speakers.speaker[speakers.sex == "F"]
-    _, unit = style.duration(np.concatenate([table.sum(axis=1) for table in hours.values()]))
+    held = np.concatenate([table.sum(axis=1) for table in hours.values()])
+    _, unit = style.duration(held)
     for column, (scheme, table) in enumerate(hours.items()):
         top, middle, bottom = places[column::count]
         table = table.iloc[np.argsort(-table.sum(axis=1).to_numpy(), kind="stable")]
@@ -137,8 +143,10 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         top.set_title(scheme + (f"\n{summaries[scheme]}" if summaries else ""))
         # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
         order = np.argsort(share.to_numpy().argmax(0), kind="stable")
+        extent = (-0.5, len(table) - 0.5, len(order) - 0.5, -0.5)
+        picture = _pooled(share.to_numpy().T[order])
         image = middle.imshow(
-            share.iloc[:, order].T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+            picture, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=extent
         )
         female = table.loc[:, table.columns.isin(women)].sum(axis=1)
         style.columns(bottom, (female / amount).to_numpy(), RED)
@@ -149,9 +157,19 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
             axes.set_xlim(-0.6, len(table) - 0.4)
         bottom.set(xlabel="client, largest first", ylim=(0, 1))
     places[0].set_ylabel(f"speech ({unit})")
+    if held.max() > 100 * held.min():
+        places[0].set_yscale("log")
     places[count].set_ylabel("speaker")
     places[count].yaxis.set_major_locator(MaxNLocator(6, integer=True))
     places[2 * count].set_ylabel("share of women's\nspeech")
     places[2 * count].yaxis.set_major_formatter(PercentFormatter(1))
     figure.colorbar(image, ax=list(places[count : 2 * count]), label="share of the speaker's speech", pad=0.01)
     return figure
+
+
+def _pooled(values: np.ndarray, most: int = 150) -> np.ndarray:
+    """The largest value of each block, so that no more than ``most`` rows and columns are left."""
+    for axis, length in enumerate(values.shape):
+        starts = np.unique(np.linspace(0, length, min(length, most), endpoint=False, dtype=int))
+        values = np.maximum.reduceat(values, starts, axis=axis)
+    return values
