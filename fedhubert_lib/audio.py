@@ -31,6 +31,12 @@ def frame_count(samples: int) -> int:
     return 0 if samples < RECEPTIVE_FIELD else (samples - RECEPTIVE_FIELD) // HOP + 1
 
 
+def normalise(waveforms: "Tensor") -> "Tensor":
+    """Zero mean and unit variance over the last dimension, as transformers' feature extractor computes them."""
+    variance = waveforms.var(-1, correction=0, keepdim=True)
+    return (waveforms - waveforms.mean(-1, keepdim=True)) / (variance + 1e-7).sqrt()
+
+
 def read(path: str | Path, start: int = 0, stop: int | None = None) -> "Tensor":
     """Samples ``[start, stop)`` of a 16 kHz mono FLAC or WAV file as float32 in [-1, 1], shape [samples].
 

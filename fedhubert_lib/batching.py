@@ -4,6 +4,8 @@ Utterances are shuffled, sorted by length within pools of some batches, cut into
 batches of a pool shuffled again. Each clip is cropped to the length of the shortest of its batch, at a start that is a
 multiple of 320 samples, so that its labels are an exact slice: frame i covers samples [320 i, 320 i + 400).
 
+Models with LayerNorm extractors could be padded, but the recipe crops them, too (``pad_audio: false`` at every size).
+
 Planning reads no audio; threads decode ahead of the training step (libsndfile releases the GIL).
 """
 
@@ -11,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -38,6 +41,8 @@ class Batch:
     """bool [B, T], True where the frame is hidden from the model."""
     utterances: tuple[str, ...]
     """Names of the B utterances, for error messages."""
+    normalised: bool = False
+    """Whether each clip was cut out of an utterance of zero mean and unit variance."""
 
     @property
     def seconds(self) -> float:
@@ -166,6 +171,7 @@ def batches(
     workers: int = 1,
     ahead: int = 4,
     decoded: Path | None = None,
+    normalise: bool = False,
 ) -> Iterator[Batch]:
     """``steps`` training batches of one client.
 
@@ -179,6 +185,8 @@ def batches(
         workers: decoding threads.
         ahead: batches kept decoded in advance.
         decoded: a folder that ``decode`` filled with this table's audio; default: the files are decoded each time.
+        normalise: give each utterance zero mean and unit variance before it is cropped, as the recipe does for models
+            with ``do_normalize``; the whole file is then read for it.
 
     Raises audio.AudioError on a file that cannot be read, and ValueError when an utterance has no labels, or another
     number of them than frames.
@@ -194,11 +202,16 @@ def batches(
         mask = np.empty((len(plan.rows), frames), dtype=bool)
         for i, (row, start) in enumerate(zip(plan.rows, plan.starts, strict=True)):
             first, last = int(start), int(start) + plan.samples
-            waveforms[i] = cache.read(utterances[row], first, last) if cache else audio.read(paths[row], first, last)
+            read = partial(cache.read, utterances[row]) if cache else partial(audio.read, paths[row])
+            if normalise:
+                waveforms[i] = audio.normalise(read(0, int(samples[row])))[first:last]
+            else:
+                waveforms[i] = read(first, last)
             targets[i] = _crop_labels(labels, utterances[row], int(samples[row]), int(start), frames)
             draw = seeds.numpy_generator(seed, round, client, "mask", plan.step, i)
             mask[i] = masking.spans(frames, draw, mask_probability, mask_length)
-        return Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), tuple(utterances[plan.rows]))
+        names = tuple(utterances[plan.rows])
+        return Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
 
     planned = plans(
         samples,

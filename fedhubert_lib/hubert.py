@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchaudio.compliance.kaldi import get_mel_banks
 
-from fedhubert_lib import files
+from fedhubert_lib import audio, files
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
 
 MELS = 80
@@ -154,19 +154,21 @@ class HubertOutput:
 class CpuDropout(torch.autograd.Function):
     """Dropout from 16 random bits per element, four times faster on a CPU than PyTorch's Bernoulli draws.
 
-    The probability is rounded to a multiple of 2^-16, and what is kept is scaled by exactly its inverse.
+    What is kept is scaled by a number of x's type, and the probability is the one whose inverse that is, to 2^-16: 0.1
+    becomes 0.0986 in bfloat16. The expectation stays that of x.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        dropped = round(probability * 65_536)
+        scale = torch.tensor(1 / (1 - probability), dtype=x.dtype).item()
+        dropped = round((1 - 1 / scale) * 65_536)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        ctx.kept, ctx.scale = (bits[: x.numel()] >= dropped - 32_768).view(x.shape), 65_536 / (65_536 - dropped)
-        return (x * ctx.kept).mul_(ctx.scale)
+        ctx.noise = (bits[: x.numel()] >= dropped - 32_768).view(x.shape).to(x.dtype).mul_(scale)
+        return x * ctx.noise
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient * ctx.kept).mul_(ctx.scale), None
+        return gradient * ctx.noise, None
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
@@ -269,6 +271,8 @@ class ConvLayer(nn.Module):
         [B, C, T] tensor is written once instead of read and written in three passes, forward and backward.
         """
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        device = waveforms.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else waveforms.dtype
         with torch.autocast(waveforms.device.type, enabled=False):
             with torch.no_grad():
                 windows = waveforms.double().unfold(1, kernel, stride)
@@ -282,7 +286,7 @@ class ConvLayer(nn.Module):
             weights = torch.cat([scale * weight, self.layer_norm.bias - scale * (mean @ weight)], 1)
             inputs = math.ceil((kernel + 1) / 16) * 16
             weights = F.pad(weights, (0, 0, 0, inputs - kernel - 1))
-            x = waveforms.new_zeros(len(waveforms), rows, inputs)
+            x = waveforms.new_zeros(len(waveforms), rows, inputs, dtype=dtype)
             padded = F.pad(waveforms, (0, max(0, (rows - 1) * stride + kernel - waveforms.shape[1])))
             x[..., :kernel] = padded.unfold(1, kernel, stride)[:, :rows]
             x[..., kernel] = 1
@@ -367,9 +371,9 @@ class FeatureProjection(nn.Module):
 class ConvPositions(nn.Module):
     """Relative positions from a grouped convolution over 128 frames, weight-normalised per tap, then GELU.
 
-    Computed in the frequency domain (overlap-save, blocks of twice the kernel), exact to float32 rounding: less than
-    half the time of a direct grouped convolution from two clips on. The transforms are matrix products: their sizes are
-    small and the layout comes out right. The paper's kernel gives one frame too many, of which the last is dropped.
+    Computed in the frequency domain (overlap-save, blocks of twice the kernel), exact to rounding: less than half the
+    time of a direct grouped convolution from two clips on. The transforms are matrix products: their sizes are small
+    and the layout comes out right. The paper's kernel gives one frame too many, of which the last is dropped.
     """
 
     def __init__(self, config: HubertConfig) -> None:
@@ -394,27 +398,32 @@ class ConvPositions(nn.Module):
         self.register_buffer("inverse", inverse.to(torch.get_default_dtype(), copy=True), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = self.convolve(x.to(self.transform.dtype))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.transform.dtype
+        with torch.autocast(device, enabled=False):
+            y = self.convolve(x.to(dtype))
         return F.gelu(y).to(x.dtype)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+        """[B, T, D] to [B, T, D], in the type of x."""
         clips, frames, size = x.shape
         groups, kernel = self.conv.groups, self.conv.kernel_size[0]
         blocks = math.ceil(frames / kernel)
         before = self.conv.padding[0]
         x = F.pad(x, (0, 0, before, (blocks + 1) * kernel - before - frames))
         x = x.unfold(1, 2 * kernel, kernel).reshape(clips * blocks, groups, -1, 2 * kernel)
-        # [2, F, G, B * blocks, D / G]: real and imaginary parts by frequency and group
-        x_real, x_imaginary = torch.einsum("cfk,bgik->cfgbi", self.transform, x).unbind()
-        weight = self.conv.weight.view(groups, size // groups, -1, kernel)
-        w_real, w_imaginary = torch.einsum("cfk,goik->cfgoi", self.transform[..., :kernel], weight).unbind()
+        transform, inverse = self.transform.to(x.dtype), self.inverse.to(x.dtype)
+        # By frequency and group, real parts of all blocks above imaginary ones, [F, G, 2 * B * blocks, D / G]: the
+        # kernel's spectrum, the largest tensor here, is then read once for both.
+        x = torch.einsum("cfk,bgik->fgcbi", transform, x).flatten(2, 3)
+        weight = self.conv.weight.to(x.dtype).view(groups, size // groups, -1, kernel)
+        spectra = (torch.einsum("fk,goik->fgoi", part, weight) for part in transform[..., :kernel])
+        by_real, by_imaginary = ((x @ spectrum.mT).unflatten(2, (2, -1)) for spectrum in spectra)
         # A correlation: the spectrum of x times the conjugate of the kernel's.
-        real = x_real @ w_real.mT + x_imaginary @ w_imaginary.mT
-        imaginary = x_imaginary @ w_real.mT - x_real @ w_imaginary.mT
-        y = torch.einsum("cfk,cfgbo->bkgo", self.inverse, torch.stack([real, imaginary]))
-        return y.reshape(clips, blocks * kernel, size)[:, :frames] + self.conv.bias
+        real = by_real[:, :, 0] + by_imaginary[:, :, 1]
+        imaginary = by_real[:, :, 1] - by_imaginary[:, :, 0]
+        y = torch.einsum("cfk,cfgbo->bkgo", inverse, torch.stack([real, imaginary]))
+        return y.reshape(clips, blocks * kernel, size)[:, :frames] + self.conv.bias.to(x.dtype)
 
 
 class SinusoidalPositions(nn.Module):
@@ -448,9 +457,12 @@ class Attention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.training and self.dropout and x.device.type == "cpu":  # the CPU's fused kernel knows no dropout
+        # The CPU's fused kernel knows no dropout, and in bfloat16 takes longer than two matrix products and a softmax.
+        if self.training and x.device.type == "cpu" and (self.dropout or q.dtype == torch.bfloat16):
             scores = (q * (q.shape[-1] ** -0.5)) @ k.mT
-            y = dropout(scores.softmax(-1).to(v.dtype), self.dropout, True) @ v
+            with torch.autocast("cpu", enabled=False):  # computes in float32 anyway; autocast would copy in and out
+                shares = scores.softmax(-1)
+            y = dropout(shares, self.dropout, True) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -533,13 +545,20 @@ class Hubert(nn.Module):
         self.masked_spec_embed = nn.Parameter(torch.rand(config.hidden_size))
         self.encoder = Encoder(config)
 
-    def forward(self, waveforms: Tensor, mask: Tensor | None = None, hidden_states: bool = False) -> HubertOutput:
+    def forward(
+        self,
+        waveforms: Tensor,
+        mask: Tensor | None = None,
+        hidden_states: bool = False,
+        normalised: bool = False,
+    ) -> HubertOutput:
         """Hidden states of clips of equal length, never padded: GroupNorm would take the padding for speech.
 
         Args:
             waveforms: float [B, S], S >= 400 samples at 16 kHz.
             mask: bool [B, T], True where a frame is replaced by the mask embedding; None: nowhere.
             hidden_states: also return the output of every layer.
+            normalised: ``do_normalize`` was seen to already: these are crops of whole utterances that were normalised.
 
         Raises ValueError when a shape does not fit.
         """
@@ -547,9 +566,8 @@ class Hubert(nn.Module):
             raise ValueError(f"waveforms must be [clips, samples >= {RECEPTIVE_FIELD}], not {list(waveforms.shape)}")
         if mask is not None and mask.shape != (len(waveforms), frames):
             raise ValueError(f"mask is {list(mask.shape)}; these waveforms have [{len(waveforms)}, {frames}] frames")
-        if self.config.do_normalize:
-            variance, mean = torch.var_mean(waveforms, 1, correction=0, keepdim=True)
-            waveforms = (waveforms - mean) / torch.sqrt(variance + 1e-7)
+        if self.config.do_normalize and not normalised:
+            waveforms = audio.normalise(waveforms)
         features = self.feature_extractor(waveforms)
         if self.config.feature_grad_mult != 1 and features.requires_grad:
             features = ScaleGradient.apply(features, self.config.feature_grad_mult)

@@ -44,7 +44,7 @@ def masked_prediction(
     ``measured`` holds loss_sum (nats, masked frames), unmasked_loss_sum, penalty_sum (mean squared feature × masked
     frames), masked_frames, unmasked_frames, correct_masked, correct_unmasked.
     """
-    output = model(batch.waveforms, batch.mask)
+    output = model(batch.waveforms, batch.mask, normalised=batch.normalised)
     masked, count = batch.mask, int(batch.mask.sum())
     logits, labels = head(output.last[masked]), batch.labels[masked]
     loss_sum = F.cross_entropy(logits, labels, reduction="sum")

@@ -35,7 +35,7 @@ def update(
     p = params.Pretrain.model_validate(config["params"])
     module = _filled(home, arrays, config, p)
     steps = local.steps(home, p, config["round"])
-    stream = _client_batches(home, "train", p, config["round"], steps)
+    stream = _client_batches(home, "train", p, config, config["round"], steps)
     return local.train(home, arrays, config, p, module, stream, functools.partial(_objective, module, p), steps)
 
 
@@ -48,7 +48,7 @@ def validate(
         return {}, {}
     # A personal head is that of the round just done, so ask for what was kept before the next.
     module = _filled(home, arrays, {**config, "round": config["round"] + 1}, p)
-    stream = _client_batches(home, "validation", p, 0, steps)
+    stream = _client_batches(home, "validation", p, config, 0, steps)
     return {}, training.evaluate(module, stream, functools.partial(_objective, module, p), p.precision)
 
 
@@ -91,16 +91,26 @@ def _objective(module: nn.ModuleDict, p: params.Pretrain, batch: batching.Batch)
 
 
 def _client_batches(
-    home: ClientHome, part: str, p: params.Pretrain, number: int, steps: int
+    home: ClientHome, part: str, p: params.Pretrain, config: Mapping[str, Any], number: int, steps: int
 ) -> Iterator[batching.Batch]:
-    table = pd.read_parquet(home.data / f"{part}.parquet")
-    return batches(table, Labels(home.labels / p.codebook), p, number, home.client, steps)
+    table, labels = pd.read_parquet(home.data / f"{part}.parquet"), Labels(home.labels / p.codebook)
+    return batches(table, labels, p, number, home.client, steps, normalise=config["model"]["do_normalize"])
 
 
 def batches(
-    table: pd.DataFrame, labels: Mapping[str, np.ndarray], p: params.Federation, number: int, client: str, steps: int
+    table: pd.DataFrame,
+    labels: Mapping[str, np.ndarray],
+    p: params.Federation,
+    number: int,
+    client: str,
+    steps: int,
+    *,
+    normalise: bool = False,
 ) -> Iterator[batching.Batch]:
-    """``steps`` batches of ``table`` for round ``number``, as the parameters say; distillation's are made here, too."""
+    """``steps`` batches of ``table`` for round ``number``, as the parameters say; distillation's are made here, too.
+
+    They are not normalised there, since teacher and student may differ in that: each then normalises its crops.
+    """
     return batching.batches(
         table,
         labels,
@@ -112,6 +122,7 @@ def batches(
         crop_seconds=p.crop_seconds,
         mask_probability=p.mask_probability,
         mask_length=p.mask_length,
+        normalise=normalise,
     )
 
 
@@ -205,7 +216,7 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
         out,
         module=module,
         weights=weights,
-        batches=lambda number, count: batches(table, labels, p, number, "all", count),
+        batches=lambda number, count: batches(table, labels, p, number, "all", count, normalise=config.do_normalize),
         objective=functools.partial(_objective, module, p),
         validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=objectives.averages,

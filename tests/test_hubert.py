@@ -45,6 +45,8 @@ def clips(count: int = 2, samples: int = 9_000) -> tuple[torch.Tensor, torch.Ten
 def test_hidden_states_equal_transformers(tmp_path, variant, masked):
     config = VARIANTS[variant]
     ours = make(config)
+    for layer in ours.encoder.layers:  # as drawn, they hardly leave the range in which every activation is linear
+        layer.feed_forward.intermediate_dense.weight.data.mul_(10)
     hubert.save(tmp_path / "checkpoint", ours)
     theirs = transformers.HubertModel.from_pretrained(tmp_path / "checkpoint").eval()
     waveforms, mask = clips()
@@ -132,6 +134,20 @@ def test_public_layout_loads(tmp_path):
         seed=0,
     )
     assert not torch.equal(loaded.masked_spec_embed, model.masked_spec_embed)
+
+
+def test_a_folder_that_transformers_wrote_loads_whole(tmp_path):
+    """Their defaults are facebook/hubert-base-ls960 but for the sizes; its feature extractor normalises."""
+    sizes = {name: list(value) if isinstance(value, tuple) else value for name, value in SMALL.items()}
+    theirs = transformers.HubertModel(transformers.HubertConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)
+    ours, head = hubert.load(tmp_path)
+    assert head is None and ours.config.do_normalize and ours.config.layerdrop == theirs.config.layerdrop
+    waveforms, _ = clips()
+    with torch.no_grad():
+        got, expected = ours(waveforms).last, theirs(audio.normalise(waveforms)).last_hidden_state
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5)
 
 
 def test_foreign_folders_are_refused_in_words(tmp_path):
