@@ -1,70 +1,198 @@
 """One training step of ours, transformers' and torchaudio's HuBERT: same dimensions, batch, masks, optimiser, machine.
 
-    python benchmarks/bench_model.py [--presets tiny base] [--clips 4] [--seconds 5] [--repeats 5] [--device cpu]
+    python benchmarks/bench_model.py [--presets tiny base] [--clips 4 4] [--seconds 5] [--repeats 5] [--device cpu]
 
-A step is forward, masked-prediction loss, backward, clipping, fused AdamW. The contenders take turns within each
-repetition, so that a busy machine is busy for all of them; the figure is the median, and ratios are medians of the
-per-repetition ratios. transformers has no HuBERT pretraining class and gets our head; torchaudio runs with
-``skip_nomask`` and as published draws its mask inside the step.
+A step is forward, masked-prediction loss, backward, clipping, fused AdamW; ours is a `training.local_update`.
+Every contender lives in a process of its own, as it would in use: what an allocator keeps differs between them. They
+take turns within each repetition, so that a busy machine is busy for all of them; the figure is the median, and ratios
+are medians of the per-repetition ratios. transformers has no HuBERT pretraining class and gets our head; torchaudio
+runs with `skip_nomask` and, as published, draws its mask inside the step. Training keeps freed memory in the process
+(`training.keep_freed_memory`); peers marked "kept" do, too, the others are as installed.
+
+Then, for ours alone: what share of the step loss and masks take, what share it waits for data, and what gradient
+checkpointing saves and costs.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
 import transformers
 from torch import nn
 
-from fedhubert_lib import audio, hubert, masking, objectives, seeds, training
-from fedhubert_lib.batching import Batch
+from fedhubert_lib import audio, batching, hubert, masking, objectives, resources, seeds, training
+from fedhubert_lib.evaluation import cost
 
 CLUSTERS = 100
+PRECISIONS = ("float32", "bfloat16")
+TARGETS = {  # times ours
+    ("tiny", "torchaudio"): 2.0,
+    ("tiny", "transformers"): 1.5,
+    ("base", "torchaudio"): 1.3,
+    ("base", "transformers"): 1.3,
+}
 
 
-def make_batch(clips: int, seconds: float, device: str) -> Batch:
-    samples = int(seconds * audio.SAMPLE_RATE)
-    frames = audio.frame_count(samples)
-    generator = seeds.torch_generator(0, "bench")
-    masks = [masking.spans(frames, seeds.numpy_generator(0, i)) for i in range(clips)]
-    return Batch(
-        torch.randn(clips, samples, generator=generator) * 0.1,
-        torch.randint(CLUSTERS, (clips, frames), generator=generator),
-        torch.stack([torch.from_numpy(mask) for mask in masks]),
-        tuple(f"clip {i}" for i in range(clips)),
-    ).to(device)
+@dataclass(frozen=True)
+class Work:
+    """What every contender is given."""
+
+    preset: str
+    front_end: str
+    clips: int
+    seconds: float
+    device: str
+
+    @property
+    def config(self) -> hubert.HubertConfig:
+        """Without layerdrop, which would give each contender another number of layers."""
+        return hubert.preset(self.preset, self.front_end, layerdrop=0.0)
+
+    @property
+    def audio_seconds(self) -> float:
+        return self.clips * self.seconds
+
+    def batch(self) -> batching.Batch:
+        samples = int(self.seconds * audio.SAMPLE_RATE)
+        frames = audio.frame_count(samples)
+        generator = seeds.torch_generator(0, "bench")
+        return batching.Batch(
+            torch.randn(self.clips, samples, generator=generator) * 0.1,
+            torch.randint(CLUSTERS, (self.clips, frames), generator=generator),
+            torch.from_numpy(self.masks(frames)),
+            tuple(f"clip {i}" for i in range(self.clips)),
+        ).to(self.device)
+
+    def masks(self, frames: int) -> np.ndarray:
+        return np.stack([masking.spans(frames, seeds.numpy_generator(0, i)) for i in range(self.clips)])
 
 
-def ours(config: hubert.HubertConfig, device: str) -> tuple[nn.Module, Callable[[Batch], torch.Tensor]]:
-    model, head = hubert.Hubert(config), hubert.Head(config, CLUSTERS)
-    module = nn.ModuleList([model, head]).to(device).train()
-
-    def loss(batch: Batch) -> torch.Tensor:
-        sums = objectives.masked_prediction(model, head, batch)
-        return sums.loss / sums.count
-
-    return module, loss
+# -------------------------------------------------------------------------------------------------------- contenders
 
 
-def of_transformers(config: hubert.HubertConfig, device: str) -> tuple[nn.Module, Callable[[Batch], torch.Tensor]]:
+class Ours:
+    """A local update of one batch, as a client makes it."""
+
+    def __init__(self, work: Work, precision: str, checkpointing: bool = False) -> None:
+        self.work = work
+        self.model, self.head = hubert.Hubert(work.config), hubert.Head(work.config, CLUSTERS)
+        self.module = nn.ModuleList([self.model, self.head]).to(work.device)
+        self.model.gradient_checkpointing(checkpointing)
+        self.settings = training.Settings(learning_rate=1e-5, warmup_steps=0, precision=precision)
+        self.optimiser = training.adamw(self.module, self.settings)
+        self.batch = work.batch()
+
+    def step(self) -> None:
+        self.update([self.batch])
+
+    def update(self, batches: object) -> dict[str, float]:
+        return training.local_update(
+            self.module,
+            batches,
+            partial(objectives.masked_prediction, self.model, self.head),
+            self.settings,
+            first_step=0,
+            total_steps=10**6,
+            seed=0,
+            optimiser=self.optimiser,
+        )
+
+    def objective_seconds(self) -> float:
+        """What loss and masks take of a step: everything after the model and its gradient, and drawing the masks."""
+        batch, size = self.batch, self.work.config.hidden_size
+        features = torch.randn(*batch.mask.shape, self.work.config.feature_size, device=self.work.device)
+        dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else torch.float32
+
+        def once() -> float:
+            last = torch.randn(*batch.mask.shape, size, device=self.work.device).requires_grad_()
+            given = features.to(dtype).requires_grad_()
+            _synchronise(self.work.device)
+            began = time.perf_counter()
+            self.work.masks(batch.mask.shape[1])
+            with training.autocast(self.work.device, self.settings.precision):
+                model = lambda *_, **__: hubert.HubertOutput(last, None, given)  # noqa: E731
+                sums = objectives.masked_prediction(model, self.head, batch)
+            sums.loss.backward()
+            _synchronise(self.work.device)
+            return time.perf_counter() - began
+
+        once()
+        return statistics.median(once() for _ in range(5))
+
+    def waiting(self, steps: int = 5) -> float:
+        """Share of an update of ``steps`` steps that waits for clips to be decoded from FLAC."""
+        rng = np.random.default_rng(0)
+        samples = int((self.work.seconds + 1) * audio.SAMPLE_RATE)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [str(Path(folder) / f"{i}.flac") for i in range(2 * self.work.clips)]
+            for path in paths:
+                soundfile.write(path, 0.1 * rng.standard_normal(samples), audio.SAMPLE_RATE)
+            table = pd.DataFrame({"utterance": paths, "path": paths, "samples": samples})
+            labels = {path: rng.integers(0, CLUSTERS, audio.frame_count(samples)) for path in paths}
+            row = self.update(
+                batching.batches(
+                    table,
+                    labels,
+                    seed=0,
+                    round=0,
+                    client="bench",
+                    steps=steps,
+                    batch_seconds=self.work.audio_seconds,
+                    crop_seconds=self.work.seconds,
+                )
+            )
+        return row["waiting_seconds"] / row["seconds"]
+
+
+class Peer:
+    """Another's model in the usual loop. ``loss`` is a function of the batch."""
+
+    def __init__(self, work: Work, precision: str, module: nn.Module, loss: Callable) -> None:
+        self.work, self.precision, self.module, self.loss = work, precision, module.to(work.device).train(), loss
+        self.optimiser = torch.optim.AdamW(module.parameters(), 1e-5, betas=(0.9, 0.98), eps=1e-6, fused=True)
+        self.batch = work.batch()
+
+    def step(self) -> None:
+        with training.autocast(self.work.device, self.precision):
+            value = self.loss(self.batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 10.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        value.item()
+
+
+def of_transformers(work: Work, precision: str) -> Peer:
+    config = work.config
     names = {f: getattr(config, f) for f in config.__dataclass_fields__ if f in transformers.HubertConfig().to_dict()}
     theirs = transformers.HubertConfig(**names | {"conv_dim": list(config.conv_dim)}, attn_implementation="sdpa")
     model, head = transformers.HubertModel(theirs), hubert.Head(config, CLUSTERS)
-    module = nn.ModuleList([model, head]).to(device).train()
 
-    def loss(batch: Batch) -> torch.Tensor:
+    def loss(batch: batching.Batch) -> torch.Tensor:
         last = model(batch.waveforms, mask_time_indices=batch.mask).last_hidden_state
         return F.cross_entropy(head(last[batch.mask]), batch.labels[batch.mask])
 
-    return module, loss
+    return Peer(work, precision, nn.ModuleList([model, head]), loss)
 
 
-def of_torchaudio(config: hubert.HubertConfig, device: str) -> tuple[nn.Module, Callable[[Batch], torch.Tensor]]:
+def of_torchaudio(work: Work, precision: str) -> Peer:
+    config = work.config
     model = torchaudio.models.hubert_pretrain_model(
         extractor_mode="group_norm" if config.feat_extract_norm == "group" else "layer_norm",
         extractor_conv_layer_config=list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
@@ -99,96 +227,201 @@ def of_torchaudio(config: hubert.HubertConfig, device: str) -> tuple[nn.Module, 
         final_dim=config.classifier_proj_size,
         feature_grad_mult=None if config.feature_grad_mult == 1 else config.feature_grad_mult,
     )
-    module = model.to(device).train()
 
-    def loss(batch: Batch) -> torch.Tensor:
+    def loss(batch: batching.Batch) -> torch.Tensor:
         logits, _, penalty = model(batch.waveforms, batch.labels)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return F.cross_entropy(logits.float(), target) + 10 * penalty
 
-    return module, loss
+    return Peer(work, precision, model, loss)
 
 
-CONTENDERS = {"ours": ours, "transformers": of_transformers, "torchaudio": of_torchaudio}
+CONTENDERS = {
+    "ours": Ours,
+    "ours, checkpointed": partial(Ours, checkpointing=True),
+    "transformers": of_transformers,
+    "torchaudio": of_torchaudio,
+}
 
 
-def stepper(make: Callable, config: hubert.HubertConfig, precision: str, batch: Batch, device: str) -> Callable:
-    """A function that does one training step and returns the seconds it took."""
+# --------------------------------------------------------------------------------------------------- their processes
+
+
+def serve(pipe: Connection, name: str, work: Work, precision: str) -> None:
+    """Child: makes the contender, then answers "step" with seconds, "peak" with bytes, a method's name with its
+    result, and None by ending."""
+    before = _peak(work.device)
     torch.manual_seed(0)
-    module, loss = make(config, device)
-    optimiser = torch.optim.AdamW(module.parameters(), 1e-5, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if name.endswith(", kept"):
+        training.keep_freed_memory()
+    contender = CONTENDERS[name.removesuffix(", kept")](work, precision)
+    while order := pipe.recv():
+        if order == "peak":
+            pipe.send(_peak(work.device) - before)
+        elif order == "step":
+            began = time.perf_counter()
+            contender.step()
+            _synchronise(work.device)
+            pipe.send(time.perf_counter() - began)
+        else:
+            pipe.send(getattr(contender, order)())
 
-    def step() -> float:
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+class Processes:
+    """Contenders in their processes, one at work at a time."""
+
+    def __init__(self, names: list[str], work: Work, precision: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.children = {}, []
+        for name in names:
+            self.pipes[name], theirs = context.Pipe()
+            self.children.append(context.Process(target=serve, args=(theirs, name, work, precision), daemon=True))
+            self.children[-1].start()
+            theirs.close()
+
+    def ask(self, name: str, order: str) -> object:
+        self.pipes[name].send(order)
+        return self.pipes[name].recv()
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe, child in zip(self.pipes.values(), self.children, strict=True):
+            pipe.send(None)
+            child.join()
+
+
+def turns(processes: Processes, repeats: int) -> dict[str, list[float]]:
+    """Seconds of ``repeats`` steps of each, in turns, after two to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in processes.pipes}
+    for repeat in range(-2, repeats):
+        for name, values in times.items():
+            seconds = processes.ask(name, "step")
+            if repeat >= 0:
+                values.append(seconds)
+    return times
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def ceiling(precision: str, device: str) -> float:
+    """FLOP/s of a large matrix product in ``precision``: what a step could reach if it were nothing else."""
+    size = 8192 if device.startswith("cuda") else 1536
+    a = torch.randn(size, size, device=device).to(getattr(torch, precision))
+
+    def once() -> float:
+        _synchronise(device)
         began = time.perf_counter()
-        with training.autocast(device, precision):
-            value = loss(batch)
-        value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 10.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        value.item()
+        a @ a
+        _synchronise(device)
         return time.perf_counter() - began
 
-    return step
+    return 2 * size**3 / min(once() for _ in range(8))
 
 
-def compare(
-    preset: str, front_end: str, clips: int, seconds: float, repeats: int, device: str, only: list[str]
-) -> dict:
+def compare(work: Work, repeats: int, only: list[str]) -> dict:
     """Median seconds of a step of every contender, and the ratios to ours."""
-    # Layerdrop would give each contender another number of layers.
-    config = hubert.preset(preset, front_end, layerdrop=0.0)
-    batch = make_batch(clips, seconds, device)
-    steps = {
-        f"{name} {precision}": stepper(CONTENDERS[name], config, precision, batch, device)
-        for name in (only if front_end == "waveform" else ["ours"])
-        for precision in ("float32", "bfloat16")
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # warm up
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(step())
     rows = {}
-    for name, values in times.items():
-        reference = f"ours {name.split()[1]}"
-        median = statistics.median(values)
-        rows[name] = {
-            "seconds": median,
-            "audio_seconds_per_second": clips * seconds / median,
-            "times_ours": statistics.median(v / o for v, o in zip(values, times[reference], strict=True)),
-        }
-    best = {name: min(rows[f"{name} {p}"]["seconds"] for p in ("float32", "bfloat16")) for name in only}
-    return {"preset": preset, "front_end": front_end, "clips": clips, "seconds": seconds, "rows": rows, "best": best}
+    flops = 6 * cost.macs(work.config, work.seconds) * work.clips  # forward once, backward twice
+    for precision in PRECISIONS:
+        limit = ceiling(precision, work.device)
+        with Processes(only, work, precision) as processes:
+            times = turns(processes, repeats)
+            for name, values in times.items():
+                median = statistics.median(values)
+                rows[f"{name} {precision}"] = {
+                    "seconds": median,
+                    "audio_seconds_per_second": work.audio_seconds / median,
+                    "times_ours": statistics.median(v / o for v, o in zip(values, times["ours"], strict=True)),
+                    "flops_per_second": flops / median,
+                    "utilisation": flops / median / limit,
+                }
+            own = rows[f"ours {precision}"]
+            own["objective_share"] = processes.ask("ours", "objective_seconds") / own["seconds"]
+            if precision == "bfloat16":  # the faster step, which data have to keep up with
+                own["waiting_share"] = processes.ask("ours", "waiting")
+    best = {name: min(rows[f"{name} {precision}"]["seconds"] for precision in PRECISIONS) for name in only}
+    return {"rows": rows, "best": {name: seconds / best["ours"] for name, seconds in best.items() if name != "ours"}}
+
+
+def checkpointing(work: Work, precision: str, repeats: int) -> dict:
+    """Memory and time of a step with gradient checkpointing, as shares of those without."""
+    names = ["ours", "ours, checkpointed"]
+    with Processes(names, work, precision) as processes:
+        times = turns(processes, repeats)
+        plain, saved = (processes.ask(name, "peak") for name in names)
+    fixed = 16 * sum(p.numel() for p in hubert.Hubert(work.config).parameters())  # weights, gradients, two moments
+    return {
+        "bytes": plain,
+        "bytes_checkpointed": saved,
+        "share": saved / plain,
+        "share_of_activations": (saved - fixed) / (plain - fixed),
+        "times": statistics.median(s / p for p, s in zip(*times.values(), strict=True)),
+    }
+
+
+def show(work: Work, result: dict) -> None:
+    print(f"\n{work.preset}, {work.front_end}, {work.clips} x {work.seconds} s on {work.device}")
+    for name, row in result["rows"].items():
+        target = TARGETS.get((work.preset, name.split(" ")[0]))
+        print(
+            f"  {name:28} {row['seconds']:7.3f} s {row['audio_seconds_per_second']:8.1f} audio s/s"
+            f" {row['flops_per_second'] / 1e9:8.0f} GFLOP/s ({row['utilisation']:4.0%} of a matrix product)"
+            f" {row['times_ours']:5.2f} x ours" + (f" (at least {target})" if target else "")
+        )
+    print("  best of theirs against best of ours (at least 1.5):", {n: round(x, 2) for n, x in result["best"].items()})
+    for precision in PRECISIONS:
+        row = result["rows"][f"ours {precision}"]
+        print(
+            f"  {precision}: loss and masks {row['objective_share']:.1%} of the step (under 5 %)"
+            + (f", waiting for data {row['waiting_share']:.1%} (under 2 %)" if "waiting_share" in row else "")
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["tiny", "base"])
     parser.add_argument("--front-end", default="waveform")
-    parser.add_argument("--clips", type=int, default=2)
+    parser.add_argument("--clips", type=int, nargs="+", default=[4, 4], help="for each preset")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", default=["ours", "transformers", "torchaudio"])
+    parser.add_argument("--checkpointing", default="base", help="preset to measure it on; empty: none")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    facts = resources.describe()
+    gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "no GPU was used"
+    print(f"{facts['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {gpu}")
     results = []
-    for preset in options.presets:
-        result = compare(
-            preset, options.front_end, options.clips, options.seconds, options.repeats, options.device, options.only
-        )
-        results.append(result)
+    for preset, clips in zip(options.presets, options.clips, strict=True):
+        work = Work(preset, options.front_end, clips, options.seconds, options.device)
+        result = compare(work, options.repeats, options.only)
+        show(work, result)
+        results.append({"preset": preset, "clips": clips, "seconds": options.seconds, **result})
+    if options.checkpointing:
+        clips = options.clips[-1]
+        work = Work(options.checkpointing, options.front_end, clips, options.seconds, options.device)
+        result = checkpointing(work, "bfloat16", options.repeats)
         print(
-            f"{preset}, {options.front_end}, {options.clips} x {options.seconds} s, {torch.get_num_threads()} threads"
+            f"\ngradient checkpointing, {work.preset}, bfloat16, {work.clips} x {work.seconds} s: memory"
+            f" {result['share']:.0%} of {result['bytes'] / 2**30:.2f} GiB (at most 40 %), without weights, gradients"
+            f" and moments {result['share_of_activations']:.0%}; time {result['times']:.2f} x (at most 1.35)"
         )
-        for name, row in result["rows"].items():
-            print(
-                f"  {name:24} {row['seconds']:8.3f} s  {row['audio_seconds_per_second']:8.1f} audio s/s"
-                f"  {row['times_ours']:6.2f} x ours"
-            )
-        print("  best against best:", {n: round(t / result["best"]["ours"], 2) for n, t in result["best"].items()})
+        results.append({"preset": options.checkpointing, "checkpointing": result})
     if options.out:
         options.out.write_text(json.dumps(results, indent=2) + "\n")
 
