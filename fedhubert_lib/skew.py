@@ -158,7 +158,10 @@ def summary(table: pd.DataFrame, owner: np.ndarray, counts: np.ndarray, *, seed:
 
 
 def apart(distance: np.ndarray) -> dict[str, float]:
-    """Means of a matrix from ``distances``: within (its diagonal), between (the rest), skew (their difference)."""
+    """Means of a matrix from ``distances``: within (its diagonal), between (the rest), skew (their difference).
+
+    One client alone differs from nobody: its skew is 0.
+    """
     within = np.nanmean(np.diagonal(distance))
-    between = np.nanmean(distance[~np.eye(len(distance), dtype=bool)])
+    between = np.nanmean(distance[~np.eye(len(distance), dtype=bool)]) if len(distance) > 1 else within
     return {"within": within, "between": between, "skew": between - within}

@@ -407,8 +407,9 @@ def test_textgrids_are_read_and_folded(form, tmp_path):
     spans = [(0.0, 0.2, "sil"), (0.2, 0.55, "HH"), (0.55, 0.9, "AY1"), (0.9, 1.0, "")]
     (folder / "1-2-0000.TextGrid").write_text(form(textgrid(1.0, spans)))
     (folder / "9-9-0000.TextGrid").write_text("of another subset: not read")
-    phones, refused = alignments.read(tmp_path, MANIFEST)
-    assert refused.empty
+    steps = []
+    phones, refused = alignments.read(tmp_path, MANIFEST, lambda *step: steps.append(step))
+    assert refused.empty and steps == [("read alignments", 1, 1)]
     assert phones.to_pandas().values.tolist() == [
         ["1-2-0000", 0, 3_200, "sil"], ["1-2-0000", 3_200, 8_800, "HH"],
         ["1-2-0000", 8_800, 14_400, "AY"], ["1-2-0000", 14_400, 16_000, "sil"],

@@ -28,7 +28,7 @@ PHONES = pa.schema(
 def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
     """Find, fetch or generate the speech that ``p`` names and write its manifest below ``run/00_corpus``.
 
-    ``on_progress(what, done, total)`` is called while something is fetched, unpacked, synthesised or scanned. Raises
+    ``on_progress(what, done, total)`` is called while something is fetched, unpacked, synthesised or read. Raises
     CorpusError when a folder is missing or empty, when nothing in it can be used, when an archive is not the published
     one, or when a speaker is both in a training and in a test subset.
     """
@@ -42,7 +42,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
 
     phones, refused = PHONES.empty_table(), pd.DataFrame(columns=["path", "reason"])
     if p.alignments:
-        phones, refused = alignments.read(Path(p.alignments), manifest)
+        phones, refused = alignments.read(Path(p.alignments), manifest, on_progress)
     elif p.kind == "synthetic":
         phones = pq.read_table(root / "phones.parquet")
     keywords, excluded_clips = _keywords(folder, p, on_progress)

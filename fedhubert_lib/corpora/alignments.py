@@ -9,7 +9,7 @@ agree with those of the synthetic corpus.
 import json
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,9 @@ class Alignment(NamedTuple):
     """Begin, end, phone."""
 
 
-def read(root: Path, manifest: pd.DataFrame) -> tuple[pa.Table, pd.DataFrame]:
+def read(
+    root: Path, manifest: pd.DataFrame, on_progress: Callable[[str, int, int], None] | None = None
+) -> tuple[pa.Table, pd.DataFrame]:
     """Phones of the manifest's utterances (COLUMNS), and (path, reason) of each alignment left out.
 
     The phones are an Arrow table whose names are kept once each: LibriSpeech has 35 million phones.
@@ -51,7 +53,7 @@ def read(root: Path, manifest: pd.DataFrame) -> tuple[pa.Table, pd.DataFrame]:
     phones: dict[str, int] = {}
     codes, starts, ends, names = array("i"), array("q"), array("q"), array("i")
     refused, known = [], 0
-    for found in _alignments(root, samples):
+    for found in _alignments(root, samples, on_progress):
         if not isinstance(found, Alignment):
             refused.append(found)
             continue
@@ -98,11 +100,15 @@ def _reason(found: Alignment, samples: int) -> str:
     return "" if found.phones else "has no phone"
 
 
-def _alignments(root: Path, wanted: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:
+def _alignments(
+    root: Path, wanted: dict[str, int], on_progress: Callable[[str, int, int], None] | None
+) -> Iterator[Alignment | tuple[str, str]]:
     if root.is_dir():
-        for path in sorted(root.rglob("*.TextGrid")):
-            if path.stem in wanted:
-                yield _textgrid(path)
+        paths = sorted(path for path in root.rglob("*.TextGrid") if path.stem in wanted)
+        for done, path in enumerate(paths, start=1):
+            yield _textgrid(path)
+            if on_progress:
+                on_progress("read alignments", done, len(paths))
     elif root.is_file():
         yield from _json(root, wanted)
     else:
