@@ -71,7 +71,7 @@ def layers(options: argparse.Namespace) -> None:
         hubert.save(options.out / f"random-{seed}", hubert.Hubert(model.config))
         random = str(options.out / f"random-{seed}")
         for name, folder in {"MFCC": "mfcc", "random weights": random, "trained": options.checkpoint}.items():
-            for clusters in (100, 500):
+            for clusters in options.clusters:
                 path = options.out / f"layers-{name.replace(' ', '_')}-{clusters}-{seed}.json"
                 settings = {"codebooks": ["federated"], "clusters": clusters, "normalisation": "speaker", "seed": seed}
                 measured(prepared(options), path, features=folder, **settings)
@@ -88,11 +88,12 @@ def report(options: argparse.Namespace) -> None:
     table = pd.DataFrame(rows)
     for study, own in table.groupby("study"):
         groups = own.groupby(["which", "features"], sort=False)
-        mean, deviation, seeds = groups[MEASURES].mean(), groups[MEASURES].std().fillna(0), groups.size()
+        mean, deviation, seeds = groups[MEASURES].mean(), groups[MEASURES].std(), groups.size()
         print(f"\n{study}: {int(own.frames.iloc[0]):,} frames with a phone; mean ± standard deviation over seeds\n")
         print(f"| | | seeds | {' | '.join(MEASURES)} |\n|{'---|' * (3 + len(MEASURES))}")
         for place in mean.index:
-            cells = [f"{mean.loc[place, name]:.3f} ± {deviation.loc[place, name]:.3f}" for name in MEASURES]
+            spread = [f" ± {value:.3f}" if seeds[place] > 1 else "" for value in deviation.loc[place]]
+            cells = [f"{value:.3f}{more}" for value, more in zip(mean.loc[place], spread, strict=True)]
             print(f"| {' | '.join([*place, str(seeds[place]), *cells])} |")
 
 
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--alignments", default="", help="phone times of its utterances")
     parser.add_argument("--checkpoint", default="", help="layers: folder of the first iteration's model")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="kinds: leave out what takes long")
+    parser.add_argument("--clusters", type=int, nargs="+", default=[100, 500], help="layers: K")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/study_kmeans"))
     options = parser.parse_args()
