@@ -4,17 +4,20 @@ Which centroid is nearest to a frame depends neither on how frames were batched 
 sums are float64: (sum, count) messages add up to what pooled data would give.
 """
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 CHUNK = 4096
 """Frames whose distances to all centroids a GPU holds at once."""
 SCORES = 2**18
-"""Distances that a CPU computes at once: 1 MiB. Fewer at a time cost more in waking threads than in arithmetic."""
+"""Distances that a core computes at once: 1 MiB."""
 SEEDING_POINTS = 30_000
 """K-means++ looks at this many frames at most, as scikit-learn's MiniBatchKMeans does with batches of 10,000."""
 
@@ -36,20 +39,30 @@ def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
         return labels
     # On a CPU float64 would take twice as long as scikit-learn's float32. In float32 a score must not depend on the
     # number of rows, by which BLAS may choose another order of summation: every product has the same shape.
-    width = frames.shape[1]
-    codes = torch.cat([-centred, half_norms[:, None]], dim=1).float().T.contiguous()
-    shift = middle.float()
-    height = min(max(SCORES // len(centroids), 16), 2048)
-    rows = torch.zeros(height, width + 1)
-    rows[:, width] = 1
-    scores = torch.empty(height, len(centroids))
-    labels = np.empty(len(frames), np.int64)
-    for start in range(0, len(frames), height):
-        part = frames[start : start + height]
-        torch.sub(part, shift, out=rows[: len(part), :width])
-        # NumPy's argmin is vectorised, torch's is not.
-        labels[start : start + height] = torch.mm(rows, codes, out=scores).numpy()[: len(part)].argmin(1)
+    codes = torch.cat([-centred, half_norms[:, None]], dim=1).float().T.contiguous().numpy()
+    shift, points, labels = middle.float().numpy(), frames.numpy(), np.empty(len(frames), np.int64)
+    height = min(max(SCORES // len(centroids), 16), 1024)
+    starts = range(0, len(frames), height)
+    threads = max(1, min(torch.get_num_threads(), len(starts)))
+
+    def work(thread: int) -> None:
+        rows = np.ones((height, len(codes)), np.float32)
+        scores = np.empty((height, len(centroids)), np.float32)
+        for start in starts[thread::threads]:
+            part = points[start : start + height]
+            np.subtract(part, shift, out=rows[: len(part), :-1])
+            np.matmul(rows, codes, out=scores)
+            labels[start : start + height] = scores[: len(part)].argmin(1)
+
+    # A thread for each core from end to end: threads that meet after every product wait for each other half the time.
+    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
     return torch.from_numpy(labels)
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def statistics(
