@@ -176,46 +176,54 @@ def arm(study: str, name: str, seed: int, out: Path, librispeech: str) -> dict[s
 
 
 def report(out: Path) -> None:
-    """Print the tables of all results there are and draw the curves."""
+    """Print the tables of all results there are, as mean and 95 % interval over seeds, and draw the curves.
+
+    Columns with ``minus`` are differences within a seed, so that what seeds differ in by themselves is left out.
+    """
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     by_arm: dict[str, dict[str, list[dict]]] = {study: {} for study in ARMS}
-    for result in results:
-        by_arm[result["study"]].setdefault(result["arm"], []).append(result)
-
-    def cell(found: list[dict], of: Any) -> str:
-        return str(intervals.measure([of(result) for result in found]))
-
-    for study in ("rates", "speakers"):
-        print(f"\n{study}: masked frames of held-out speakers and of the clients' validation utterances\n")
-        print("| arm | seeds | loss, new voices | accuracy | guessing from frequencies | validation loss | diverged |")
-        print("|---|---|---|---|---|---|---|")
-        for name in [name for name in ARMS[study] if name in by_arm[study]]:
-            found = by_arm[study][name]
-            print(
-                f"| {name} | {len(found)} | {cell(found, lambda r: r['new_voices']['loss'])}"
-                f" | {cell(found, lambda r: r['new_voices']['accuracy_masked'])}"
-                f" | {cell(found, lambda r: r['new_voices']['unigram_loss'])},"
-                f" {cell(found, lambda r: r['new_voices']['unigram_accuracy'])}"
-                f" | {cell(found, lambda r: r['rounds']['validation_loss'][-1])}"
-                f" | {sum(r['failures'] for r in found)} |"
-            )
-    print("\nheads: the clients' validation utterances; phones of new voices by a linear probe of the best layer\n")
-    print("| codebook, head | seeds | loss | guessing | gain (nats) | accuracy | guessing | phone accuracy |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in [name for name in ARMS["heads"] if name in by_arm["heads"]]:
-        found = by_arm["heads"][name]
-        print(
-            f"| {name} | {len(found)} | {cell(found, lambda r: r['rounds']['validation_loss'][-1])}"
-            f" | {cell(found, lambda r: r['unigram_loss'])}"
-            f" | {cell(found, lambda r: r['unigram_loss'] - r['rounds']['validation_loss'][-1])}"
-            f" | {cell(found, lambda r: r['rounds']['validation_accuracy_masked'][-1])}"
-            f" | {cell(found, lambda r: r['unigram_accuracy'])} | {cell(found, lambda r: max(r['probe']))} |"
-        )
-    if by_arm["heads"]:
-        first = next(iter(by_arm["heads"].values()))
-        for floor in ("random weights", "MFCC"):
-            accuracy = intervals.measure([max(result[f"probe {floor}"]) for result in first])
-            print(f"| {floor} | {len(first)} | | | | | | {accuracy} |")
+    for study, arms in ARMS.items():
+        for name in arms:
+            if found := [result for result in results if (result["study"], result["arm"]) == (study, name)]:
+                by_arm[study][name] = found
+    for study, arms in by_arm.items():
+        print(f"\n{study}\n")
+        rows: dict[str, dict[str, Any]] = {}
+        base = {r["seed"]: r for r in arms.get("centralised", [])}
+        for name, found in arms.items():
+            last = {r["seed"]: r["rounds"]["validation_loss"][-1] for r in found}
+            if study == "heads":
+                values = {
+                    "nats gained over guessing": [r["unigram_loss"] - last[r["seed"]] for r in found],
+                    "masked accuracy": [r["rounds"]["validation_accuracy_masked"][-1] for r in found],
+                    "guessing": [r["unigram_accuracy"] for r in found],
+                    "phones of new voices": [max(r["probe"]) for r in found],
+                    "minus random weights": [max(r["probe"]) - max(r["probe random weights"]) for r in found],
+                }
+            else:
+                paired = [r for r in found if r["seed"] in base]
+                values = {
+                    "loss, new voices": [r["new_voices"]["loss"] for r in found],
+                    "guessing": [r["new_voices"]["unigram_loss"] for r in found],
+                    "minus centralised": [
+                        r["new_voices"]["loss"] - base[r["seed"]]["new_voices"]["loss"] for r in paired
+                    ],
+                    "masked accuracy": [r["new_voices"]["accuracy_masked"] for r in found],
+                    "guessing ": [r["new_voices"]["unigram_accuracy"] for r in found],
+                    "loss, known voices": list(last.values()),
+                }
+            rows[name] = {"seeds": str(len(found))} | {
+                k: str(intervals.measure(v)) if v else "" for k, v in values.items()
+            }
+        if study == "heads" and arms:
+            found = next(iter(arms.values()))
+            for floor in ("random weights", "MFCC"):
+                accuracy = intervals.measure([max(r[f"probe {floor}"]) for r in found])
+                rows[floor] = {"phones of new voices": str(accuracy)}
+        table = pd.DataFrame.from_dict(rows, orient="index").fillna("")
+        print("| " + " | ".join(["", *table.columns]) + " |\n" + "|---" * (1 + table.shape[1]) + "|")
+        for name, row in zip(table.index, table.to_numpy(), strict=True):
+            print("| " + " | ".join([name, *map(str, row)]) + " |")
     panels = {}
     for study, title in (("speakers", "One client per speaker: loss"), ("heads", "Codebook, head: loss over guessing")):
         for name, found in by_arm[study].items():

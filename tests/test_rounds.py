@@ -224,6 +224,18 @@ def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
         torch.testing.assert_close(weights[name], expected[name])
 
 
+@pytest.mark.parametrize("hostile", ["client-000", "client-001", "client-002"])
+def test_an_outlier_is_told_in_the_first_round_wherever_it_stands(run, monkeypatch, hostile):
+    def handler(home, arrays, config):
+        change, metrics = pull(home, arrays, config)
+        return {n: 500 * t for n, t in change.items()} if home.client == hostile else change, metrics
+
+    monkeypatch.setitem(client_app.HANDLERS, "toy.update", handler)
+    train(run, cohort=6, rounds=1)
+    failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
+    assert [row["client"] for row in failures] == [hostile]
+
+
 def test_clients_can_be_weighted_alike(run):
     weights = train(run, server="fedavg", server_rate=1.0, cohort=6, rounds=1, weighting="clients")
     expected = initial()

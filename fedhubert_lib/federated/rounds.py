@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Times that a round below its quorum is tried before the run stops."""
-REFERENCE = 3
-"""Updates that wait for each other in the first round, when no earlier one says how large an update is."""
 HERE = frozenset({"run", "engine", "device", "centralised", "deadline_seconds"})
 """Parameters that say where and how a study runs; the others must not change when it goes on."""
 
@@ -289,7 +287,11 @@ class _Server:
         # Bounded updates need no outlier test, and must have none: whether one client's counted would depend on others.
         reference = 0.0 if self.private or self.p.secure_aggregation else self.state["reference_norm"]
         if reference is None:
-            held = list(itertools.islice(replies, REFERENCE))
+            # No earlier round says how large an update is. The first two do, or the first three if these disagree.
+            held = list(itertools.islice(replies, 2))
+            norms = [norm for _, norm in held]
+            if held and max(norms) > self.p.outlier * min(norms):
+                held += itertools.islice(replies, 1)
             reference = statistics.median_low(norm for _, norm in held) if held else 0.0
             replies = itertools.chain(held, replies)
             del held
