@@ -1,6 +1,6 @@
 """What the federation costs: start of the engines, a round beyond its clients' own work, memory, bytes.
 
-    python benchmarks/bench_federated.py [--rounds 6] [--client-seconds 1] [--cases 1M 94M]
+    python benchmarks/bench_federated.py [--rounds 6] [--client-seconds 2] [--cases 1M 94M]
 
 Clients wait ``--client-seconds`` and return a change of every weight, as large as a model's: all else is the engine's
 and the server's. FedAdam, a checkpoint every round (written while the next round's clients wait, as it is while they
@@ -130,12 +130,12 @@ def int8_quality() -> tuple[float, float]:
     for seed in range(3):
         with tempfile.TemporaryDirectory(prefix="fedhubert-bench-") as folder:
             run = Path(folder)
-            corpora.prepare(run, params.Corpus(seed=seed))
+            corpora.prepare(run, params.Corpus(seed=seed, keyword_voices=3))
             partition.assign(run, params.Partition(seed=seed))
             with federated.connect(run) as connected:
                 kmeans.run(run, params.Kmeans(codebooks=["federated"], seed=seed), connected)
             for kind, found in losses.items():
-                p = params.Pretrain(rounds=6, local_steps=4, unmasked_weight=1.0, learning_rate=3e-3, server_rate=0.01,
+                p = params.Pretrain(rounds=4, local_steps=4, unmasked_weight=1.0, learning_rate=3e-3, server_rate=0.01,
                                     server_tau=0.01, batch_seconds=8.0, compression=kind, seed=seed)  # fmt: skip
                 out = run / kind
                 out.mkdir()
@@ -156,7 +156,7 @@ def main() -> None:
     """Run every case in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--client-seconds", type=float, default=1.0)
+    parser.add_argument("--client-seconds", type=float, default=2.0)
     parser.add_argument("--cases", nargs="+", default=["1M", "94M"], choices=["1M", "94M"])
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
