@@ -313,8 +313,8 @@ class FeatureExtractor(nn.Module):
         else:
             padded = F.pad(waveforms, (0, samples - waveforms.shape[1]))  # cuts where negative
             x = _run(first, recompute, padded.reshape(-1, 1))
-        for layer in rest:
-            x = _run(layer, recompute, x)
+        for index, layer in enumerate(rest):  # those behind the first three are an eighth of it all
+            x = _run(layer, recompute and index < 2, x)
         return x.view(len(waveforms), frames + 1, -1)[:, :frames]
 
 
@@ -523,9 +523,11 @@ class Encoder(nn.Module):
         x = x + self.pos_conv_embed(x)
         x = dropout(x if self.norm_first else self.layer_norm(x), self.dropout, self.training)
         hidden = [x]
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             if not (self.training and self.layerdrop and torch.rand(()).item() < self.layerdrop):
-                x = _run(layer, self.gradient_checkpointing and torch.is_grad_enabled(), x)
+                # The backward pass begins with the last layer: recomputing it would save nothing at the peak.
+                x = _run(layer, recompute and layer is not self.layers[-1], x)
             if hidden_states:
                 hidden.append(x)
         if self.norm_first:
