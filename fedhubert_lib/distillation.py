@@ -270,9 +270,12 @@ def read_teacher(run: Path, p: params.Distill) -> Teacher:
 def student_config(p: params.Distill) -> hubert.HubertConfig:
     """The student: preset ``p.model`` with ``p.layers`` layers of ``p.width``, feed-forward four times as wide.
 
-    The number of heads is the preset's; ValueError says so where it does not divide the width.
+    It has as many heads as the preset, or the next smaller number that divides the width.
     """
+    heads = hubert.preset(p.model, p.front_end).num_attention_heads
+    heads = next(number for number in range(heads, 0, -1) if p.width % number == 0)
     changes: dict[str, Any] = {"num_hidden_layers": p.layers, "hidden_size": p.width, "intermediate_size": 4 * p.width}
+    changes["num_attention_heads"] = heads
     if p.conv_width is not None:
         changes["conv_dim"] = (p.conv_width,) * 7
     return hubert.preset(p.model, p.front_end, **changes)

@@ -213,6 +213,8 @@ def test_a_teacher_of_another_architecture_is_refused_before_any_round(run):
 def test_student_of_another_width_starts_at_random(run):
     config, arrays = distillation.initial(run, distill(width=96), distillation.read_teacher(run, distill()))
     assert config.hidden_size == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)
+    heads = {width: distillation.student_config(distill(width=width)).num_attention_heads for width in (96, 128, 176)}
+    assert heads == {96: 3, 128: 2, 176: 2}
     assert distillation.student_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7
 
 
