@@ -16,7 +16,8 @@ def bars(table: pd.DataFrame, title: str = "") -> Figure:
     """A panel per measure, a bar per system with its interval.
 
     ``table`` has the columns system, measure, value, low, high (the interval, or NaN) and baseline (chance or the
-    shuffled figure, or NaN), drawn as a dotted line across the system's bar. Systems and measures keep their order.
+    shuffled figure, or NaN), drawn as a dotted line across the system's bar. Systems and measures keep their order. The
+    axis of shares ends at 0 and 1, though an interval may not.
     """
     measures, systems = list(table.measure.unique()), list(table.system.unique())
     columns = 2 if len(measures) == 4 else min(len(measures), 3)
@@ -35,6 +36,9 @@ def bars(table: pd.DataFrame, title: str = "") -> Figure:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_title(measure)
+        if own.value.between(0, 1).all():  # shares: an interval of two seeds may reach far beyond what there can be
+            left, right = axes.get_xlim()
+            axes.set_xlim(max(left, 0.0), min(right, 1.0))
     for axes in places[len(measures) :]:
         axes.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
