@@ -222,7 +222,7 @@ def torchaudio_twin(config: hubert.HubertConfig, model: hubert.Hubert, head: hub
 
 @pytest.mark.parametrize("variant", ["base", "large", "base, layer norm, bias"])
 def test_loss_and_gradients_equal_torchaudio(variant, request):
-    """Stacked positive-and-negatives logits, feature penalty and all: loss to 1e-5, every gradient to 1e-6 relative."""
+    """Hidden states, masked or not; the stacked logits' loss, penalty and all, to 1e-5; gradients to 1e-6 relative."""
     import torchaudio
 
     config = hubert.replace(
@@ -251,7 +251,14 @@ def test_loss_and_gradients_equal_torchaudio(variant, request):
     inside = len(layers) - config.do_stable_layer_norm  # theirs leaves out pre-norm models' final LayerNorm
     for ours, their in zip(hidden[1 : 1 + inside], layers[:inside], strict=True):
         assert torch.allclose(ours, their, rtol=0, atol=1e-9)
+    masked_layers: list[torch.Tensor] = []
+    for layer in twin.wav2vec2.encoder.transformer.layers:
+        layer.register_forward_hook(lambda _, __, output: masked_layers.append(output[0].detach()))
     logits, _, penalty = twin(normalised, labels)
+    with torch.no_grad():
+        hidden = model(inputs, mask, hidden_states=True).hidden
+    for ours, their in zip(hidden[1 : 1 + inside], masked_layers[:inside], strict=True):
+        assert torch.allclose(ours, their, rtol=0, atol=1e-6)  # their mask embedding is float32
     expected = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
     expected = expected + 10 * penalty * len(logits)
     batch = batching.Batch(inputs, labels, mask, ("a", "b"))
