@@ -118,7 +118,7 @@ def _results(run: Path, system: str) -> pd.DataFrame:
     for name in [system, *others]:
         own = [figure for figure in report["figures"] if figure["system"] == name and figure["measure"] in wanted]
         columns[name] = {titles[figure["measure"]]: _text(figure) for figure in own}
-    return pd.DataFrame(columns).fillna("")
+    return pd.DataFrame(columns, dtype=object).fillna("")
 
 
 def _markdown(table: pd.DataFrame) -> str:
