@@ -228,6 +228,8 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
             federate(run, alone, clients, out=out)
         if p.centralised:
             centralised(run, alone, out=out)
+    for seed in range(p.seed, p.seed + p.compare_seeds):
+        # Of all objectives the student begins alike; this one's needs no clusters to be drawn.
         start = initial(run, _alone(p, "distilhubert", seed), read_teacher(run, p))
         save(folder / "untrained" / str(seed) / "checkpoint", *start)
     if on_progress:

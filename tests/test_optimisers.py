@@ -21,12 +21,12 @@ def updates(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
 def trajectory(p, steps: list[dict[str, torch.Tensor]], folder: Path) -> tuple[dict, dict]:
     """Weights after ``steps``, and the moments in the file of the last."""
     weights = {name: torch.ones_like(tensor) for name, tensor in steps[0].items()}
-    moments = optimisers.Moments(p, None)
+    moments = optimisers.Moments(p, None, weights)
     for number, update in enumerate(steps, start=1):
         optimisers.step(p, weights, update, moments, number)
         file = folder / f"{number}.safetensors"
         moments.write(file, update)
-        moments = optimisers.Moments(p, file)
+        moments = optimisers.Moments(p, file, weights)
     return weights, load_file(file)
 
 
@@ -75,6 +75,27 @@ def test_moments_are_the_same_in_blocks_of_any_size(tmp_path, monkeypatch):
         torch.testing.assert_close(whole[1][f"first/{name}"], first)
         second = sum(0.01 * 0.99 ** (2 - i) * update[name].square() for i, update in enumerate(steps))
         torch.testing.assert_close(whole[1][f"second/{name}"], second)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (b"first/", b"fourth", "does not hold first and second moments"),
+        (b"F32", b"F16", "is not .* values of float32"),
+        (b"[0, ", b"[4, ", "is not .* values of float32"),
+        (b'{"__metadata__"', b'["__metadata__"', "Expecting"),
+    ],
+)
+def test_moments_of_another_model_or_damaged_ones_are_refused(before, after, told, tmp_path):
+    p, update = pretrain(server="fedadam"), updates(1)[0]
+    file = tmp_path / "server.safetensors"
+    optimisers.Moments(p, None, update).write(file, update)
+    assert optimisers.Moments(p, file, update).names
+    whole = file.read_bytes()
+    for content, why in (whole.replace(before, after, 1), told), (whole[:-4], "instead of"), (whole + b"0", "instead"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            optimisers.Moments(p, file, update)
 
 
 def test_fedyogi_follows_reddi_et_al(tmp_path):

@@ -146,19 +146,34 @@ class Moments:
     reads: pages of a mapped file would count as this process's memory.
     """
 
-    def __init__(self, p: Federation, file: Path | None) -> None:
-        """Those in ``file``, or as they are before round 1. Raises OSError or ValueError where it does not read."""
+    def __init__(self, p: Federation, file: Path | None, weights: Mapping[str, Tensor]) -> None:
+        """Those of ``weights`` in ``file``, or as they are before round 1.
+
+        Raises OSError or ValueError where the file does not read, or is not of these parameters.
+        """
         self._p, self._file = p, file
         self.names = MOMENTS.get(p.server, ())
-        self._start, self._header = 0, {}
-        if file is not None and self.names:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                self._header = json.loads(stream.read(length))
-            self._start = 8 + length
-            end = self._start + max(place["data_offsets"][1] for place in self._header.values() if "dtype" in place)
-            if file.stat().st_size != end:
-                raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {end}")
+        self._places: dict[str, int] = {}
+        if file is None or not self.names:
+            return
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+        wanted = {f"{moment}/{name}": tensor for name, tensor in weights.items() for moment in self.names}
+        if not isinstance(header, dict) or header.keys() - {"__metadata__"} != wanted.keys():
+            raise ValueError(f"{file} does not hold {' and '.join(self.names)} moments of this model's parameters")
+        content = sum(4 * tensor.numel() for tensor in wanted.values())
+        if size != 8 + length + content:
+            raise ValueError(f"{file} has {size} bytes instead of {8 + length + content}")
+        for key, tensor in wanted.items():
+            match header[key]:
+                case {"dtype": "F32", "data_offsets": [int(first), int(last)]} if (
+                    0 <= first == last - 4 * tensor.numel() and last <= content
+                ):
+                    self._places[key] = 8 + length + first
+                case _:
+                    raise ValueError(f"{file}: {key} is not {tensor.numel()} values of float32 in it")
 
     def before(self, name: str, like: Tensor) -> list[Tensor]:
         """The moments of the parameter ``name``, flat, as the last step left them."""
@@ -168,9 +183,8 @@ class Moments:
         found = []
         with self._file.open("rb", buffering=0) as stream:
             for moment in self.names:
-                first, last = self._header[f"{moment}/{name}"]["data_offsets"]
                 values = torch.empty(like.numel())
-                if last - first != _read_into(stream, self._start + first, values):
+                if _read_into(stream, self._places[f"{moment}/{name}"], values) != 4 * len(values):
                     raise OSError(f"{self._file}: {moment}/{name} cannot be read; delete the folder of this round")
                 found.append(values)
         return found

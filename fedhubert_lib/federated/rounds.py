@@ -382,10 +382,10 @@ class _Server:
     def saved_moments(self) -> optimisers.Moments:
         """The moments in the last checkpoint; before the first, those to begin with."""
         if not self.durable or self.scaffold:
-            return optimisers.Moments(self.p, None)
+            return optimisers.Moments(self.p, None, self.weights)
         folder = checkpoints.path(self.out, self.durable)
         with checkpoints.reading(folder):
-            return optimisers.Moments(self.p, folder / checkpoints.SERVER)
+            return optimisers.Moments(self.p, folder / checkpoints.SERVER, self.weights)
 
 
 @dataclass
