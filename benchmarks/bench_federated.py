@@ -11,7 +11,6 @@ the synthetic corpus, over three seeds. On a GPU the clients of one more case co
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,18 @@ from statistics import mean, median
 import pandas as pd
 import torch
 
-from fedhubert_lib import compression, corpora, federated, files, hubert, kmeans, params, partition, pretraining
+from fedhubert_lib import (
+    compression,
+    corpora,
+    federated,
+    files,
+    hubert,
+    kmeans,
+    params,
+    partition,
+    pretraining,
+    resources,
+)
 from fedhubert_lib.federated import client_app, rounds
 
 DEFECTS = {
@@ -90,7 +100,7 @@ def measure(case: str, cohort: int, device: str, count: int, client_seconds: flo
     with tempfile.TemporaryDirectory(prefix="fedhubert-bench-") as folder:
         run = Path(folder)
         ids = with_clients(run, 64)
-        before = peak()
+        before = resources.peak_memory()
         weights = {name: torch.ones(shape) for name, shape in shapes(case).items()}
         size = sum(tensor.numel() for tensor in weights.values()) * 4
         start = started(run, ids, "inprocess")
@@ -101,13 +111,8 @@ def measure(case: str, cohort: int, device: str, count: int, client_seconds: flo
     return {
         "start": start,
         "round": median(row["seconds"] - row["client_seconds"] for row in ledger),
-        "models": (peak() - before) / size,
+        "models": (resources.peak_memory() - before) / size,
     }
-
-
-def peak() -> int:
-    """Bytes of memory of this process at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def pool_start() -> float:

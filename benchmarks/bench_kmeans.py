@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
-from fedhubert_lib import audio, features, kmeans, seeds
+from fedhubert_lib import audio, features, kmeans, resources, seeds
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.kmeans import clustering
 from fedhubert_lib.kmeans.clustering import nearest
@@ -168,7 +167,7 @@ def label(hours: float, clusters: int) -> None:
 
 def peak_mib() -> float:
     """Peak memory of this process so far, shared libraries included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resources.peak_memory() / 2**20
 
 
 def main() -> None:

@@ -16,9 +16,7 @@ checkpointing saves and costs.
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -270,7 +268,7 @@ def serve(pipe: Connection, name: str, work: Work, precision: str) -> None:
 def _peak(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resources.peak_memory()
 
 
 def _synchronise(device: str) -> None:

@@ -262,7 +262,13 @@ USED = ("peak_memory_bytes", "gpu_memory_bytes", "cpu_joules", "gpu_joules")
 
 
 def peak_memory() -> int:
-    """Bytes of main memory that this process has held at most so far."""
+    """Bytes of main memory that this process has held at most so far.
+
+    On Linux from /proc: ``getrusage`` would tell a child no less than what its parent held when it was started.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
