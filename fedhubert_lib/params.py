@@ -212,6 +212,7 @@ class Federation(Section):
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     patience: Count = Field(0, description="stop after so many validations without a better loss; 0: never")
     precision: Precision = Field("auto", description="of the local steps: bfloat16 where the machine is faster with it")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     engine: Engine = Field("inprocess", description="what carries the messages")
     centralised: bool = Field(True, description="also train on the pooled data with equal updates: the yardstick")

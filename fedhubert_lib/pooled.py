@@ -31,7 +31,7 @@ def train(
     p: Federation,
     out: Path,
     *,
-    module: nn.Module,
+    module: nn.ModuleDict,
     weights: Arrays,
     batches: Callable[[int, int], Iterable[Batch]],
     objective: training.Objective,
@@ -58,6 +58,7 @@ def train(
     steps = round(sum(each) / len(each))
     total = p.rounds * steps
     settings = local.settings(p, total, accumulate=p.cohort)
+    module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
     meter = resources.Meter(torch.device(federated.resolve(p.device)))
     with checkpoints.sole(out):

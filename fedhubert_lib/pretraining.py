@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fedhubert_lib import audio, batching, federated, hubert, objectives, params, pooled, seeds, training
+from fedhubert_lib import audio, batching, federated, hubert, objectives, params, pooled, resources, seeds, training
 from fedhubert_lib.federated import checkpoints, client_state, deployment, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
 from fedhubert_lib.labels import Labels
@@ -194,6 +194,25 @@ def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor
     local.fill(nn.ModuleDict({"model": model}), weights, None)
     hubert.save(folder, model, head)
     return folder
+
+
+def plan(run: Path, p: params.Pretrain) -> resources.Plan:
+    """What the stage will take on this machine, from a measured training step: see ``resources.plan``.
+
+    Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
+    """
+    p = rounds.sized(p, len(federated.client_ids(run)))
+    config, _ = initial(run, p)
+    return resources.plan(
+        config,
+        clusters=clusters(run, p.codebook),
+        batch_seconds=p.batch_seconds,
+        crop_seconds=p.crop_seconds,
+        steps=p.rounds * p.cohort * p.local_steps * (1 + p.centralised),
+        device=federated.resolve(p.device),
+        precision=p.precision,
+        gradient_checkpointing=p.gradient_checkpointing,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- on all data

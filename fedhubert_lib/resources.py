@@ -110,8 +110,9 @@ class Plan:
         return (
             f"{self.parameters / 1e6:.1f} M parameters on {self.device}: a step of {step.audio_seconds:.0f} s of audio"
             f" takes {step.seconds:.2f} s ({speed:.0f} audio s/s) and {step.bytes / 2**30:.2f} GiB.\n"
-            f"{self.steps} steps: about {_duration(self.seconds)}. {self.clients_at_once} client(s) at once,"
-            f" {self.threads} thread(s) and {self.workers} decoding thread(s) each."
+            f"{self.steps} steps, one after the other: about {_duration(self.seconds)}. There is room for"
+            f" {self.clients_at_once} client(s) at once, with {self.threads} thread(s) and {self.workers} decoding"
+            " thread(s) each."
         )
 
 
@@ -124,6 +125,7 @@ def plan(
     steps: int,
     device: str = "cpu",
     precision: str = "auto",
+    gradient_checkpointing: bool = False,
 ) -> Plan:
     """Measure a training step and say what ``steps`` of them need. Takes two steps' time; print it before long work.
 
@@ -132,10 +134,11 @@ def plan(
     place = torch.device(device)
     clips = max(1, int(batch_seconds / crop_seconds))
     free = free_memory(place)
+    chosen = precision, gradient_checkpointing
     try:
-        step = measure_step(config, clusters, clips, crop_seconds, place, precision)
+        step = measure_step(config, clusters, clips, crop_seconds, place, *chosen)
     except torch.OutOfMemoryError:
-        most = largest_batch(config, clusters, crop_seconds, device, precision, at_most=batch_seconds)
+        most = largest_batch(config, clusters, crop_seconds, device, *chosen, at_most=batch_seconds)
         raise MemoryError(f"batch_seconds {batch_seconds} does not fit on {device}; {most:.0f} does") from None
     many = 1 if place.type == "cuda" else max(1, min(cores(), int(0.8 * free / max(step.bytes, 1))))
     threads = max(1, cores() // many)
@@ -150,6 +153,7 @@ def largest_batch(
     crop_seconds: float,
     device: str = "cpu",
     precision: str = "auto",
+    gradient_checkpointing: bool = False,
     *,
     share: float = 0.8,
     at_most: float = 400.0,
@@ -164,7 +168,7 @@ def largest_batch(
 
     def used(clips: int) -> float:
         try:
-            return measure_step(config, clusters, clips, crop_seconds, place, precision).bytes
+            return measure_step(config, clusters, clips, crop_seconds, place, precision, gradient_checkpointing).bytes
         except torch.OutOfMemoryError:
             return float("inf")
 
@@ -190,7 +194,13 @@ def largest_batch(
 
 
 def measure_step(
-    config: hubert.HubertConfig, clusters: int, clips: int, seconds: float, device: torch.device, precision: str
+    config: hubert.HubertConfig,
+    clusters: int,
+    clips: int,
+    seconds: float,
+    device: torch.device,
+    precision: str,
+    gradient_checkpointing: bool,
 ) -> Step:
     """Duration (second of two) and peak memory of a training step on ``clips`` clips of noise of ``seconds`` each.
 
@@ -201,9 +211,10 @@ def measure_step(
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        duration = _two_steps(config, clusters, clips, seconds, device, precision)
+        duration = _two_steps(config, clusters, clips, seconds, device, precision, gradient_checkpointing)
         return Step(clips * seconds, duration, torch.cuda.max_memory_allocated(device) - before)
-    order = json.dumps([asdict(config), clusters, clips, seconds, precision, torch.get_num_threads()])
+    chosen = precision, gradient_checkpointing
+    order = json.dumps([asdict(config), clusters, clips, seconds, *chosen, torch.get_num_threads()])
     child = subprocess.run([sys.executable, "-m", __name__, order], capture_output=True, text=True, check=False)
     if child.returncode == -signal.SIGKILL or "DefaultCPUAllocator: can't allocate memory" in child.stderr:
         raise torch.OutOfMemoryError(f"{clips} clips of {seconds} s do not fit into memory")
@@ -214,17 +225,23 @@ def measure_step(
 
 def _measure_here(order: str) -> None:
     """Child of ``measure_step``: prints [seconds, bytes]."""
-    values, clusters, clips, seconds, precision, threads = json.loads(order)
+    values, clusters, clips, seconds, *chosen, threads = json.loads(order)
     torch.set_num_threads(threads)
     config = hubert.HubertConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     process = psutil.Process()
     before = process.memory_info().rss
-    duration = _two_steps(config, clusters, clips, seconds, torch.device("cpu"), precision)
+    duration = _two_steps(config, clusters, clips, seconds, torch.device("cpu"), *chosen)
     print(json.dumps([duration, max(peak_memory() - before, 0)]))
 
 
 def _two_steps(
-    config: hubert.HubertConfig, clusters: int, clips: int, seconds: float, device: torch.device, precision: str
+    config: hubert.HubertConfig,
+    clusters: int,
+    clips: int,
+    seconds: float,
+    device: torch.device,
+    precision: str,
+    gradient_checkpointing: bool,
 ) -> float:
     """Seconds of the second of two training steps."""
     samples = int(seconds * SAMPLE_RATE)
@@ -238,6 +255,7 @@ def _two_steps(
             tuple(f"noise {i}" for i in range(clips)),
         )
         module = nn.ModuleList([hubert.Hubert(config), hubert.Head(config, clusters)]).to(device)
+        module[0].gradient_checkpointing(gradient_checkpointing)
         settings = training.Settings(learning_rate=1e-6, warmup_steps=0, precision=precision)
         optimiser = training.adamw(module, settings)
         for _ in range(2):

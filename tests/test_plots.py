@@ -135,6 +135,13 @@ def test_a_round_that_was_done_again_counts_once_with_its_last_value():
     assert [line[-1].tolist() for line in loss.collections[0].get_segments()] == [[3, 9], [3, 9]]
 
 
+def test_a_student_that_names_no_clusters_has_loss_and_cosine_drawn():
+    rows = [{key: x for key, x in row.items() if "accuracy" not in key} | {"cosine": 0.5} for row in metrics(3, 2)]
+    figure = plots.curves(rows, [row for row in rows if row["kind"] == "round"])
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss (per frame)", "cosine"]
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [0.5, 0.5, 0.5]
+
+
 def test_labels_of_clusters_in_one_place_can_be_read():
     frames = RNG.normal(size=(400, 2))
     figure = plots.projection(frames, np.arange(400) % 5)  # five clusters around one middle

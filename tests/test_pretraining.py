@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,30 @@ def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, c
         interrupt(pretraining.run, other, p, row)
     assert digest(weights_of(pretraining.run(other, p))) == whole
     assert rows(other / "03_pretrain/metrics.jsonl") == rows(run / "03_pretrain/metrics.jsonl")
+
+
+@pytest.mark.parametrize("train", [pretraining.run, pretraining.centralised])
+def test_gradient_checkpointing_gives_the_same_weights(run, monkeypatch, train):
+    """Bit for bit with a log-mel front end; the waveform's convolutions differ in rounding."""
+    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], "num_hidden_layers": 2})
+    recomputed = []
+    original = hubert.checkpoint
+    monkeypatch.setattr(hubert, "checkpoint", lambda f, *a, **k: recomputed.append(f) or original(f, *a, **k))
+    digests = []
+    for on in (False, True):
+        folder = train(run, pretrain(rounds=1, gradient_checkpointing=on))
+        assert bool(recomputed) is on
+        digests.append(digest(weights_of(folder)))
+        shutil.rmtree(run / "03_pretrain")
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_the_plan_counts_the_steps_of_both_trainings(run):
+    """Of 4 clients in 3 rounds, half of which take part: 2 steps each, and as many on the pooled data."""
+    p = pretrain(cohort=4, cohort_share=0.5)
+    assert pretraining.plan(run, p).steps == 2 * 3 * 2 * 2
+    assert pretraining.plan(run, p.model_copy(update={"centralised": False})).steps == 3 * 2 * 2
 
 
 def test_local_epochs_are_passes_over_what_each_client_has(run):

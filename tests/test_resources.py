@@ -22,8 +22,8 @@ def test_description_and_usage():
 def test_a_larger_batch_is_measured_to_need_more():
     """Whatever this process has held: a child's getrusage begins with its parent's peak."""
     torch.ones(2**29)  # 2 GiB
-    one = resources.measure_step(CONFIG, 10, 1, 4.0, torch.device("cpu"), "float32")
-    many = resources.measure_step(CONFIG, 10, 16, 4.0, torch.device("cpu"), "float32")
+    one = resources.measure_step(CONFIG, 10, 1, 4.0, torch.device("cpu"), "float32", False)
+    many = resources.measure_step(CONFIG, 10, 16, 4.0, torch.device("cpu"), "float32", False)
     assert 2**30 > many.bytes > one.bytes > 2**20
 
 
@@ -31,7 +31,7 @@ def test_a_larger_batch_is_measured_to_need_more():
 def test_largest_batch_is_the_last_that_fits(monkeypatch, fits):
     """With steps of known memory: measured ones depend on what the system reclaims meanwhile."""
 
-    def step(config, clusters, clips, crop_seconds, device, precision):
+    def step(config, clusters, clips, crop_seconds, device, *chosen):
         return resources.Step(clips * crop_seconds, 1.0, 2**20 + clips * 2**24)
 
     monkeypatch.setattr(resources, "measure_step", step)

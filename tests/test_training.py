@@ -371,4 +371,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(front_end):
         batch = random_batch(2)
         model.train()(batch.waveforms, batch.mask).last.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert torch.equal(*gradients)
+    # clips are recomputed one after the other, so that sums over them round differently
+    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+    assert front_end == "waveform" or torch.equal(*gradients)

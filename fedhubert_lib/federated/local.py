@@ -28,7 +28,7 @@ def train(
     arrays: Mapping[str, Tensor],
     config: Mapping[str, Any],
     p: Federation,
-    module: nn.Module,
+    module: nn.ModuleDict,
     batches: Iterable[Batch],
     objective: training.Objective,
     steps: int,
@@ -38,6 +38,7 @@ def train(
 
     Where in the schedule of the learning rate a client stands is told by the round, not by how many it had a part in.
     """
+    module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names = dict(module.named_parameters())
     chosen = settings(p, p.rounds * steps)
     optimiser = training.adamw(module, chosen)

@@ -20,19 +20,24 @@ CURVES = 100
 def curves(
     rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str, Any]] = (), clusters: int | None = None
 ) -> Figure:
-    """Loss, and accuracy on masked and unmasked frames, per round.
+    """Loss, and per round what else was measured: accuracy on masked and unmasked frames, or the cosine between the
+    teacher's layers and what a student (``distilhubert``, which names no clusters) predicts of them.
 
     ``rows`` and ``centralised`` are those of metrics.jsonl. Thin: each client; thick: their mean, weighted by masked
     frames; dashed: training on the pooled data with the same number of updates; dotted, where ``clusters`` is given:
     guessing at random among so many.
     """
     rounds, each, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
-    panels = (
-        ("loss", "validation_loss", "loss (nats per frame)", "Loss"),
+    measured = {*rounds.columns, *central.columns}
+    unit = "nats per frame" if "accuracy_masked" in measured else "per frame"
+    panels = [
+        ("loss", "validation_loss", f"loss ({unit})", "Loss"),
         ("accuracy_masked", "validation_accuracy_masked", "accuracy", "Masked frames"),
         ("accuracy_unmasked", None, "accuracy", "Unmasked frames"),
-    )
-    figure, places = style.panels(1, 3, width=11, height=3)
+        ("cosine", "validation_cosine", "cosine", "Teacher's layers, predicted"),
+    ]
+    panels = [panel for panel in panels if panel[0] in measured]
+    figure, places = style.panels(1, len(panels), width=11, height=3)
     for axes, (name, validation, label, title) in zip(places, panels, strict=True):
         if len(each):
             ids = each.client.unique()
@@ -52,11 +57,11 @@ def curves(
         if clusters is not None:
             guess = np.log(clusters) if name == "loss" else 1 / clusters
             axes.axhline(guess, color=BLACK, linestyle=":", label="guessing")
+        if label == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(xlabel="round", ylabel=label, title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.autoscale_view()
-    for axes in places[1:]:
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
     places[0].legend()
     return figure
 
