@@ -238,7 +238,8 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
 
 
 def _alone(p: params.Distill, name: str, seed: int) -> params.Distill:
-    changes: dict[str, Any] = {"seed": seed, "objectives": [name]}
+    # What else is compared is no setting of this student: more can be compared later.
+    changes: dict[str, Any] = {"seed": seed, "objectives": [name], "compare": [], "compare_seeds": 1}
     if name == "labels":
         changes |= {"objectives": ["soft-targets"], "soft_weight": 0.0, "label_weight": 1.0}
     return p.model_copy(update=changes)
