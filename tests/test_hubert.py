@@ -64,6 +64,37 @@ def test_hidden_states_equal_transformers(tmp_path, variant, masked):
     assert torch.equal(got.last, got.hidden[-1])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_equal_transformers(tmp_path, variant, request):
+    """transformers has no pretraining class: its model with our head; loss to 1e-5, gradients to 1e-6 relative."""
+    config = hubert.replace(VARIANTS[variant], feature_grad_mult=1.0)  # which transformers has not
+    ours, head = make(config), hubert.Head(config, 11)
+    hubert.initialise(head, seeds.torch_generator(1))
+    hubert.save(tmp_path / "checkpoint", ours)
+    theirs = transformers.HubertModel.from_pretrained(tmp_path / "checkpoint").eval().double()
+    torch.set_default_dtype(torch.float64)
+    request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
+    ours, head = ours.double(), head.double()
+    waveforms, mask = clips()
+    labels = torch.randint(11, mask.shape, generator=seeds.torch_generator(2))
+    sums = objectives.masked_prediction(ours, head, batching.Batch(waveforms.double(), labels, mask, ("a", "b")))
+    sums.loss.backward()
+
+    inputs = audio.normalise(waveforms.double()) if config.do_normalize else waveforms.double()
+    last = theirs(inputs, mask_time_indices=mask).last_hidden_state
+    features = theirs.feature_extractor(inputs)
+    penalty = (features.square().mean((1, 2)) * mask.sum(1)).sum()
+    loss = F.cross_entropy(head(last[mask]), labels[mask], reduction="sum") + 10 * penalty
+    assert sums.loss.item() / sums.count == pytest.approx(loss.item() / sums.count, abs=1e-5)
+    head.zero_grad()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        difference = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp_min(1e-9)
+        # k_proj.bias shifts all scores of a query alike: its gradient is zero but for rounding.
+        assert difference < 1e-6 or gradients[name].norm() < 1e-9, (name, difference)
+
+
 def test_positional_convolution_has_fairseq_deviation():
     model = make(hubert.preset("base", num_hidden_layers=1, conv_dim=(8,) * 7))
     weight = model.encoder.pos_conv_embed.conv.weight
