@@ -93,8 +93,12 @@ def test_objectives_are_compared_each_alone_from_one_start_at_equal_updates(run)
     distillation.run(run, distill(rounds=1))
     assert weights(run / "04_distill" / "checkpoint") == weights(folder / "soft-targets" / "0" / "checkpoint")
     before = {each: weights(folder / each / "checkpoint") for each in students}
-    distillation.compare(run, p)
+    # More can be compared later: what was trained stays.
+    distillation.compare(run, p.model_copy(update={"compare": [*p.compare, "distilhubert"], "compare_seeds": 1}))
+    assert (folder / "distilhubert" / "0" / "checkpoint").is_dir()
     assert {each: weights(folder / each / "checkpoint") for each in students} == before
+    rounds = {each: len(rounds_of(folder / each)) for each in trained}
+    assert set(rounds.values()) == {1}
 
 
 def test_student_learns_from_its_teacher(run):
