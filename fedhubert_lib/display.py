@@ -46,7 +46,7 @@ def table(*frames: pd.DataFrame, digits: int = 3) -> None:
     """Show tables one below the other, figures rounded to ``digits``; an empty one is said to be empty."""
     for frame in frames:
         with pd.option_context("display.max_colwidth", None):  # a path that is cut off cannot be looked up
-            _display(frame.round(digits) if len(frame) else HTML("<em>none</em>"))
+            _display(frame.round(digits) if frame.size else HTML("<em>none</em>"))
 
 
 def properties(values: Mapping[str, Any]) -> HTML:

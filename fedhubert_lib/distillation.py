@@ -254,7 +254,7 @@ def read_teacher(run: Path, p: params.Distill) -> Teacher:
     """The teacher, after a look at whether it can teach what ``p`` asks. Raises TeacherError."""
     folder = teacher_folder(run, p)
     teacher = Teacher(*hubert.load(folder))
-    if "soft-targets" not in p.objectives:
+    if "soft-targets" not in p.objectives or not p.soft_weight:
         return teacher
     if teacher.head is None:
         raise TeacherError(
@@ -301,7 +301,7 @@ def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.Hube
 def _clusters(run: Path, p: params.Distill, teacher: Teacher) -> int:
     """K of the student's head; 0: it needs none."""
     if "soft-targets" in p.objectives:
-        return len(teacher.head.label_embeddings)
+        return len(teacher.head.label_embeddings) if p.soft_weight else pretraining.clusters(run, p.codebook)
     return p.teacher_clusters if "hubert" in p.objectives else 0
 
 

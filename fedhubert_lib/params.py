@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedhubert_lib import wording, yaml12
+from fedhubert_lib import audio, wording, yaml12
 
 ROOT = Path(__file__).resolve().parents[1]
 """The project: notebooks/, params/ and outputs/ lie here. Relative paths in parameters start here, too, so that the
@@ -223,8 +223,11 @@ class Federation(Section):
                 "crop_seconds",
                 f"{self.crop_seconds} given; a batch holds batch_seconds: {self.batch_seconds} at most",
             )
-        if self.mask_length * 0.02 > self.crop_seconds:
-            yield "mask_length", f"{self.mask_length} frames of 20 ms do not fit into crop_seconds: {self.crop_seconds}"
+        if self.mask_length > (frames := audio.frame_count(int(self.crop_seconds * audio.SAMPLE_RATE))):
+            yield (
+                "mask_length",
+                f"{self.mask_length} frames do not fit into crop_seconds: {self.crop_seconds}, or {frames}",
+            )
         if self.cohort_minimum > self.cohort:
             yield "cohort_minimum", f"{self.cohort_minimum} given, but cohort, the most, is {self.cohort}"
         fewest = self.cohort if self.cohort_share == 1 else self.cohort_minimum
@@ -278,12 +281,14 @@ class Distill(Federation):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
-        if "soft-targets" in self.objectives and self.soft_weight + self.label_weight == 0:
+        if "soft-targets" in {*self.objectives, *self.compare} and self.soft_weight + self.label_weight == 0:
             yield "soft_weight", "0 given, and label_weight is 0, too: nothing is left to learn from"
         if len(set(self.objectives)) < len(self.objectives):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
         if {"hubert", "soft-targets"} <= set(self.objectives):
             yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
+        if self.width % 16:
+            yield "width", f"{self.width} given; positions are convolved in 16 groups: give a multiple of 16"
         if self.compare and self.engine == "deployment":
             yield "compare", f"{', '.join(self.compare)} given, but engine is deployment; compare in simulation"
         if self.conv_width is not None and self.front_end != "waveform":
@@ -354,12 +359,11 @@ class Study(BaseModel):
                 fitted = ", ".join(self.kmeans.codebooks)
                 yield stage, "codebook", f"{section.codebook} given, but kmeans.codebooks has {fitted}; add it there"
         distill = self.distill
-        if (
-            "soft-targets" in distill.objectives
-            and not distill.teacher
-            and distill.label_weight > 0
-            and distill.codebook != self.pretrain.codebook
-        ):
+        soft = "soft-targets" in {*distill.objectives, *distill.compare}
+        if soft and distill.soft_weight > 0 and not distill.teacher and self.pretrain.head == "personal":
+            text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give others"
+            yield "distill", "objectives" if "soft-targets" in distill.objectives else "compare", text
+        if soft and not distill.teacher and distill.label_weight > 0 and distill.codebook != self.pretrain.codebook:
             text = (
                 f"{distill.codebook} given, but the teacher's soft targets are over pretrain.codebook: "
                 f"{self.pretrain.codebook}; give the same, or label_weight: 0"

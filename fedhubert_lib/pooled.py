@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedhubert_lib import federated, resources, seeds, training
+from fedhubert_lib import federated, files, resources, seeds, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import checkpoints, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
@@ -69,7 +69,10 @@ def train(
         local.fill(module, weights, None)
         plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(ids)}
         ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
-        for number in range(state["round"] + 1, p.rounds + 1):
+        # With patience the federation may have stopped early: as many updates here.
+        done = [row["round"] for row in files.read_rows(out.parent / "metrics.jsonl") if row["kind"] == "round"]
+        last = max(done) if p.patience and done else p.rounds
+        for number in range(state["round"] + 1, last + 1):
             began = time.perf_counter()
             measured = training.local_update(
                 module,
@@ -83,7 +86,7 @@ def train(
             )
             weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
             row = {"round": number, **averages(measured)}
-            if number % p.validate_every == 0 or number == p.rounds:
+            if number % p.validate_every == 0 or number == last:
                 sums: Counter[str] = Counter()
                 for home in homes(run, rounds.panel(ids, p), out, federated.resolve(p.device)):
                     sums.update(validate(home, weights, number))

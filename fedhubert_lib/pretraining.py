@@ -68,7 +68,7 @@ def _filled(
     """Model and head with the global weights; a personal head from disk, or as drawn at first."""
     module = _modules(json.dumps(config["model"]), config["clusters"], home.device)
     personal = client_state.load(home, config, "personal")
-    if p.head == "personal" and personal is None:
+    if p.head == "personal" and personal is None and "head.label_embeddings" not in arrays:  # on pooled data it is
         hubert.initialise(module["head"], seeds.torch_generator(p.seed, "head"))
     local.fill(module, arrays, personal)
     return module

@@ -90,9 +90,10 @@ def soft_targets(
     """
     output = student(batch.waveforms, batch.mask)
     masked, count = batch.mask, int(batch.mask.sum())
-    logits, labels = head(output.last[masked]), batch.labels[masked]
-    label_sum = F.cross_entropy(logits, labels, reduction="sum")
-    soft_sum = penalty = label_sum.new_zeros(())
+    logits = head(output.last[masked])
+    label_sum = soft_sum = penalty = logits.new_zeros(())
+    if label_weight:
+        label_sum = F.cross_entropy(logits, batch.labels[masked], reduction="sum")
     if soft_weight:
         targets = teacher.probabilities(batch.waveforms, temperature)
         if targets.shape[:2] != masked.shape:
@@ -100,20 +101,18 @@ def soft_targets(
         soft_sum = F.kl_div((logits / temperature).log_softmax(-1), targets[masked], reduction="sum") * temperature**2
     if output.features is not None:
         penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
-    with torch.no_grad():
-        others = head(output.last[~masked])
     loss = soft_weight * soft_sum + label_weight * label_sum + penalty_weight * penalty
-    measured = {
-        "objective": loss,
-        "loss_sum": label_sum,
-        "soft_loss_sum": soft_sum,
-        "unmasked_loss_sum": F.cross_entropy(others, batch.labels[~masked], reduction="sum"),
-        "penalty_sum": penalty,
-        "masked_frames": masked.sum(),
-        "unmasked_frames": (~masked).sum(),
-        "correct_masked": (logits.argmax(-1) == labels).sum(),
-        "correct_unmasked": (others.argmax(-1) == batch.labels[~masked]).sum(),
-    }
+    measured = {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
+    if label_weight:  # else the labels may be of other clusters than the teacher's
+        with torch.no_grad():
+            others = head(output.last[~masked])
+        measured |= {
+            "loss_sum": label_sum,
+            "unmasked_loss_sum": F.cross_entropy(others, batch.labels[~masked], reduction="sum"),
+            "unmasked_frames": (~masked).sum(),
+            "correct_masked": (logits.argmax(-1) == batch.labels[masked]).sum(),
+            "correct_unmasked": (others.argmax(-1) == batch.labels[~masked]).sum(),
+        }
     return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
 
 

@@ -101,6 +101,13 @@ def test_objectives_are_compared_each_alone_from_one_start_at_equal_updates(run)
     assert set(rounds.values()) == {1}
 
 
+def test_labels_need_no_teacher_with_a_head(run):
+    save_teacher(run / "03_pretrain" / "checkpoint", clusters=0)
+    p = distill(objectives=["distilhubert"], compare=["labels"], compare_seeds=1, rounds=1)
+    folder = distillation.compare(run, p)
+    assert len(hubert.load(folder / "labels/0/checkpoint")[1].label_embeddings) == federation.TONES
+
+
 def test_student_learns_from_its_teacher(run):
     p = distill(rounds=6, local_steps=4, learning_rate=3e-3, server="fedavg", server_rate=1.0, soft_weight=1.0)
     distillation.run(run, p)

@@ -207,6 +207,13 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         (["pretrain.mask_length=300"], "pretrain.mask_length: 300 frames"),
         (["pretrain.codebook=aligned"], "pretrain.codebook: aligned given, but kmeans.codebooks has federated, client"),
         (["pretrain.codebook=client"], "distill.codebook: federated given, but the teacher's soft targets"),
+        (["pretrain.mask_length=10", "pretrain.crop_seconds=0.2"], "pretrain.mask_length: 10 frames do not fit"),
+        (["distill.width=100"], "distill.width: 100 given; positions are convolved in 16 groups"),
+        (["pretrain.head=personal"], "distill.objectives: soft-targets needs the teacher's head"),
+        (
+            ["pretrain.head=personal", "distill.objectives=[hubert]", "distill.compare=[soft-targets]"],
+            "distill.compare: soft-targets needs the teacher's head",
+        ),
         (["distill.cohort=2", "distill.server=trimmed-mean"], "distill.server: trimmed-mean needs a cohort of 3"),
     ],
 )

@@ -13,7 +13,7 @@ from federation import CODEBOOK, TONES, digest, make, pretrain, rows
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from fedhubert_lib import distillation, federated, files, hubert, params, pretraining
+from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, training
 from fedhubert_lib.federated import checkpoints, client_app, local, rounds, server_app
 from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import ClientHome
@@ -107,6 +107,46 @@ def test_gradient_checkpointing_gives_the_same_weights(run, monkeypatch, train):
     assert digests[0] == digests[1]
 
 
+def test_pooled_training_has_no_personal_head(run, tmp_path):
+    """Validation on the clients must leave the head alone that is in training."""
+    ends = []
+    for head in ("shared", "personal"):
+        ends.append(weights_of(pretraining.centralised(run, pretrain(head=head, rounds=2))))
+        shutil.rmtree(run / "03_pretrain")
+    assert digest(ends[0]) == digest(ends[1])
+
+
+def test_pooled_training_stops_where_the_federation_did(run):
+    p = pretrain(rounds=6, patience=1, server="fedavg", server_rate=1e-6, learning_rate=1e-6, validate_every=2)
+    pretraining.run(run, p)
+    pretraining.centralised(run, p)
+    done, pooled = (
+        [
+            row["round"]
+            for row in files.read_rows(run / "03_pretrain" / place / "metrics.jsonl")
+            if row["kind"] == "round"
+        ]
+        for place in ("", "centralised")
+    )
+    assert done[-1] < 6 and pooled == done
+
+
+def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start():
+    module = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "dropped": torch.nn.Linear(2, 2)})
+    names = dict(module.named_parameters())
+    optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    module["used"](torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    kept = local.moments(optimiser, names)
+    assert {name.split("/")[0] for name in kept} == set(names)
+    assert kept["dropped.weight/step"] == 0 and kept["used.weight/step"] == 1
+    again = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    local.restore_moments(again, names, kept)
+    module["dropped"](module["used"](torch.ones(1, 2))).sum().backward()
+    again.step()
+    assert local.moments(again, names)["dropped.weight/step"] == 1
+
+
 @pytest.mark.slow
 def test_the_plan_counts_the_steps_of_both_trainings(run):
     """Of 4 clients in 3 rounds, half of which take part: 2 steps each, and as many on the pooled data."""
@@ -125,6 +165,7 @@ def test_local_epochs_are_passes_over_what_each_client_has(run):
     # Five utterances of 1.6 s and more, cropped to 1.5 s, two to a batch: three steps.
     assert [row["audio_seconds"] for row in each] == pytest.approx([5 * 1.5] * 6, abs=0.2)
     last = [row for row in ledger if row["kind"] == "round"][-1]
+    assert last["steps"] == 2 * 3
     assert last["learning_rate"] == pytest.approx(1e-3 / (3 * 3))
 
 

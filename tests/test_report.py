@@ -102,6 +102,19 @@ def said_by_s3prl(run, digest, accuracies=(0.5, 0.7), fine_tuned=False):
 P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
 
 
+def test_a_student_stands_beside_the_teacher_that_it_had(run, made):
+    given = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=1)
+    hubert.save(run / "public", encoders.untrained(given, 5))
+    (run / "04_distill" / "params.yaml").write_text(f"teacher: {run / 'public'}\n")
+    found, _ = systems.of_run(run, 0, torch.device("cpu"))
+    names = [each.name for each in found]
+    assert systems.teacher_of(names) == "given-teacher" and "teacher" in names
+    (own,) = [each for each in found if each.name == "given-teacher"]
+    assert own.model.config == given and found[names.index("random")].model.config != given
+    (run / "04_distill" / "params.yaml").write_text('teacher: ""\n')
+    assert systems.teacher_of([each.name for each in systems.of_run(run, 0, torch.device("cpu"))[0]]) == "teacher"
+
+
 def test_every_system_stands_beside_its_baselines(evaluated):
     _, table, seen = evaluated
     assert list(dict.fromkeys(table.system_name)) == ["teacher", "student", "random", "mfcc", "mfcc-moments"]

@@ -88,6 +88,18 @@ def test_labels_alone_are_hubert_own_objective(teacher):
         torch.testing.assert_close(ours.measured[name], value)
 
 
+def test_without_their_weight_labels_may_be_of_other_clusters(teacher):
+    student, head = build(STUDENT, 1)
+    one = batch()
+    beyond = Batch(one.waveforms, one.labels + 10_000, one.mask, one.utterances)
+    sums = teaching.soft_targets(student.eval(), head, teacher, beyond, soft_weight=1, label_weight=0)
+    torch.testing.assert_close(
+        sums.loss, teaching.soft_targets(student, head, teacher, one, soft_weight=1, label_weight=0).loss
+    )
+    row = teaching.averages({name: float(value) for name, value in sums.measured.items()})
+    assert row["loss"] == pytest.approx(row["divergence"]) and "accuracy_masked" not in row
+
+
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(teacher):
     student, head = build(TEACHER)
     student.eval()

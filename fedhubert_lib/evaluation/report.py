@@ -35,7 +35,7 @@ import torch
 from fedhubert_lib import audio, files, hubert, params
 from fedhubert_lib.evaluation import cost, keywords, layers, page, probes, systems
 from fedhubert_lib.evaluation.intervals import Measure, measure
-from fedhubert_lib.evaluation.systems import System
+from fedhubert_lib.evaluation.systems import System, teacher_of
 
 STAGE = "05_evaluate"
 ABX_CLIPS = 400
@@ -427,15 +427,16 @@ def comparison(report: dict[str, Any]) -> pd.DataFrame:
     Columns: system and measure (titles), value, low, high, baseline (shuffled labels or chance), seeds.
     """
     rows = []
+    teacher = teacher_of({each["system"] for each in report["figures"]})
     for name in ("keyword-accuracy", "pnmi") if report["compared"] else ():
-        own = [each for each in report["figures"] if each["measure"] == name and each["system"] in ("teacher", "mfcc")]
+        own = [each for each in report["figures"] if each["measure"] == name and each["system"] in (teacher, "mfcc")]
         best = {each["system"]: each for each in sorted(own, key=lambda each: each["value"])}
         named = [
             (f"{each['objective']}, {each['training']}", each) for each in report["compared"] if each["measure"] == name
         ]
         named = [(title.removesuffix(", none"), each) for title, each in named]
-        for system, each in [("teacher", best["teacher"]), *named, ("MFCC", best["mfcc"])] if best else ():
-            row = {"system": system, "measure": MEASURES[name][0], "baseline": best["teacher"]["baseline"]}
+        for system, each in [("teacher", best[teacher]), *named, ("MFCC", best["mfcc"])] if best else ():
+            row = {"system": system, "measure": MEASURES[name][0], "baseline": best[teacher]["baseline"]}
             rows.append(row | {key: each[key] for key in ("value", "low", "high")} | {"seeds": len(each["values"])})
     return pd.DataFrame(rows).astype({"low": float, "high": float} if rows else {})
 
@@ -447,11 +448,12 @@ def kept(report: dict[str, Any]) -> pd.DataFrame:
     interval, as text.
     """
     rows = {}
+    teacher = teacher_of({each["system"] for each in report["figures"]})
     students = {(each["objective"], each["training"], each["measure"]): each["values"] for each in report["compared"]}
     for (objective, training, name), values in students.items():
         if training != "federated":
             continue
-        own = [each["value"] for each in report["figures"] if (each["system"], each["measure"]) == ("teacher", name)]
+        own = [each["value"] for each in report["figures"] if (each["system"], each["measure"]) == (teacher, name)]
         row = {"of the teacher's": str(measure(np.array(values) / max(own)))}
         if pooled := students.get((objective, "centralised", name)):
             row["of the centralised student's"] = str(measure(np.array(values) / np.array(pooled)))

@@ -1,12 +1,13 @@
 """What is compared: teacher and student, the centralised yardsticks, and the floors: random weights and MFCC."""
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fedhubert_lib import hubert
+from fedhubert_lib import hubert, yaml12
 from fedhubert_lib.evaluation import encoders
 from fedhubert_lib.evaluation.encoders import Encoder
 
@@ -17,6 +18,10 @@ CHECKPOINTS = {
     "centralised-student": ("centralised student", "04_distill/centralised/checkpoint"),
 }
 """Systems that are checkpoints of the run, in the order of the table: title, and folder under the run."""
+
+
+GIVEN = "given-teacher"
+"""The system that taught the student, where 04_distill was given another teacher than that of 03_pretrain."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ def of_run(run: Path, seed: int, device: torch.device) -> tuple[list[System], di
         systems.append(System(name, title, encoders.of_model(model, device), _digest(folder), model, folder))
     if "teacher" in absent:
         raise FileNotFoundError(f"{run / CHECKPOINTS['teacher'][1]}: no checkpoint; run 03_pretrain first")
+    if given := _given_teacher(run):
+        model, _ = hubert.load(given)
+        title = "the student's teacher"
+        systems.append(System(GIVEN, title, encoders.of_model(model, device), _digest(given), model, given))
     config = systems[0].model.config
     untrained = encoders.untrained(config, seed)
     digest = hashlib.blake2b(repr((config, seed)).encode(), digest_size=8).hexdigest()
@@ -77,9 +86,22 @@ def compared(run: Path, device: torch.device) -> dict[tuple[str, str], list[Syst
     return found
 
 
+def teacher_of(systems: Collection[str]) -> str:
+    """The name of the student's teacher among the names of ``systems``."""
+    return GIVEN if GIVEN in systems else "teacher"
+
+
+def _given_teacher(run: Path) -> Path | None:
+    parameters = run / "04_distill" / "params.yaml"
+    values = yaml12.read(parameters)[0] if parameters.is_file() else {}
+    return Path(values["teacher"]) if values.get("teacher") else None
+
+
 def _digest(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        if not (folder / name).is_file():  # the second, in some public folders
+            continue
         with (folder / name).open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -24,7 +24,7 @@ from fedhubert_lib.federated.protocol import Arrays
 OnRow = Callable[[dict[str, Any]], None]
 
 SERVER = "server.safetensors"
-UNJUDGED = {"best_round": 0, "best_loss": None, "validations_since_best": 0}
+UNJUDGED = {"best_round": 0, "best_loss": None, "validations_since_best": 0, "validated": False}
 """State before any round was judged."""
 
 
@@ -168,10 +168,11 @@ class Ledger:
 def judge(state: dict[str, Any], number: int, row: Mapping[str, Any]) -> None:
     """Note whether round ``number`` is the best: by validation loss, or by training loss if none validates."""
     validated = "validation_loss" in row
-    if not validated and state["best_loss"] is not None:
+    if not validated and state["validated"]:
         return
     loss = row["validation_loss"] if validated else row["loss"]
-    if state["best_loss"] is None or loss < state["best_loss"]:
-        state |= {"best_loss": loss, "best_round": number, "validations_since_best": 0}
+    first = validated and not state["validated"]  # a training loss is no measure for it
+    if state["best_loss"] is None or first or loss < state["best_loss"]:
+        state |= {"best_loss": loss, "best_round": number, "validations_since_best": 0, "validated": validated}
     else:
-        state["validations_since_best"] += 1
+        state["validations_since_best"] += validated

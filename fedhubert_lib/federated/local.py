@@ -132,7 +132,13 @@ def restore_moments(
 
 def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> Arrays:
     """What AdamW keeps of each parameter, as tensors that can be saved."""
-    return {f"{name}/{key}": optimiser.state[names[name]][key].cpu() for name in names for key in MOMENTS}
+    kept = {}
+    for name, parameter in names.items():
+        # Of a layer that layerdrop left out of every step so far it keeps nothing: it is as at the start.
+        zeros = torch.zeros_like(parameter)
+        state = optimiser.state.get(parameter) or {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())}
+        kept |= {f"{name}/{key}": state[key].detach().cpu() for key in MOMENTS}
+    return kept
 
 
 def _correction(

@@ -167,6 +167,7 @@ class _Server:
             "bytes_up": collected.bytes_up,
             "bytes_down": collected.bytes_down,
             "clients": collected.clients,
+            "steps": collected.sums["steps"],
             "client_seconds": collected.sums["seconds"],
             "server_seconds": server_seconds,
             "seconds": seconds,

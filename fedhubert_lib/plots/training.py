@@ -90,7 +90,8 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     held = rounds.assign(sent=(rounds.bytes_up + rounds.bytes_down).cumsum() / 1e6).dropna(subset=[loss])
     bought.plot(held.sent, held[loss], **line)
     bought.set(xlabel="sent so far, both ways (MB)", title="Quality for bytes", xlim=(0, None))
-    bought.set_ylabel(f"{loss.replace('_', ' ')} (nats per frame)")
+    unit = "nats per frame" if "accuracy_masked" in rounds else "per frame"
+    bought.set_ylabel(f"{loss.replace('_', ' ')} ({unit})")
     memory.plot(at, rounds.peak_memory_bytes / 2**30, **line)
     memory.set(ylabel="GiB", title="Peak memory of the server's process", ylim=(0, None))
     for axes in (rate, norm, speed, sent, memory):
