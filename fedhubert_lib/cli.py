@@ -190,7 +190,7 @@ def _export_client(given: argparse.Namespace) -> int:
 
     try:
         print(partition.export_client(given.run, given.client, given.destination, given.at))
-    except partition.PartitionError as error:
+    except ValueError as error:  # a client or folder that cannot be, a table that cannot be read
         raise runs.RunError(str(error)) from error
     return runner.OK
 

@@ -708,7 +708,7 @@ def load(folder: str | Path) -> tuple[Hubert, Head | None]:
         )
     model = Hubert(_read_config(folder))
     tensors = {}
-    for name, tensor in safetensors.torch.load_file(folder / "model.safetensors").items():
+    for name, tensor in _read_tensors(folder / "model.safetensors").items():
         name = name.removeprefix("hubert.")
         for old, new in (("conv.weight_g", "original0"), ("conv.weight_v", "original1")):
             if name.endswith(old):
@@ -718,7 +718,7 @@ def load(folder: str | Path) -> tuple[Hubert, Head | None]:
     _fill(model, tensors, folder / "model.safetensors")
     head = None
     if (folder / "head.safetensors").is_file():
-        tensors = safetensors.torch.load_file(folder / "head.safetensors")
+        tensors = _read_tensors(folder / "head.safetensors")
         if "label_embeddings" not in tensors:
             raise ValueError(f"{folder / 'head.safetensors'}: holds no label_embeddings; it is not a HuBERT head")
         clusters, size = tensors["label_embeddings"].shape
@@ -742,6 +742,13 @@ def _read_config(folder: Path) -> HubertConfig:
         values |= {"do_normalize": json.loads((folder / "preprocessor_config.json").read_text())["do_normalize"]}
     known = {field.name for field in fields(HubertConfig)}
     return HubertConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); copy it again, or make it anew") from error
 
 
 def _write_tensors(path: Path, module: nn.Module) -> None:

@@ -82,7 +82,9 @@ def read(outputs: Path) -> list[Run]:
     for path in outputs.glob("*/run.json"):
         try:
             facts, values = runs.read_json(path), _parameters(path.parent)
-        except (runs.RunError, yaml.YAMLError) as error:
+            if not isinstance(facts, dict) or not isinstance(facts.get("stages", {}), dict):
+                raise runs.RunError(f"{path}: not the record of a run")
+        except (runs.RunError, yaml.YAMLError, UnicodeDecodeError) as error:
             facts, values = {"unreadable": str(error)}, {}
         found.append(Run(path.parent, {"stages": {}} | facts, values))
     return sorted(found, key=lambda run: (run.started, run.name), reverse=True)
@@ -144,6 +146,8 @@ def write(outputs: Path) -> Path:
     """Write ``outputs/index.html`` and return its path. No script, nothing fetched: it opens offline."""
     found = read(outputs)
     path = outputs / "index.html"
+    if path.is_dir():
+        raise runs.RunError(f"{path}: is a run where the page of all runs has to be; give it another name")
     rows = [
         ("study", [run.facts.get("study") for run in found]),
         ("state", [run.state for run in found]),
@@ -185,7 +189,7 @@ def _parameters(run: Path) -> dict[str, Any]:
     for stage, folder in params.FOLDERS.items():
         file = run / folder / "params.yaml"
         if file.exists():
-            values |= {f"{stage}.{name}": value for name, value in yaml.safe_load(file.read_text()).items()}
+            values |= {f"{stage}.{name}": value for name, value in (yaml.safe_load(file.read_text()) or {}).items()}
     return values
 
 

@@ -147,6 +147,8 @@ class Kmeans(Section):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(set(self.codebooks)) < len(self.codebooks):
             yield "codebooks", "names one of them twice; keep one"
+        if not self.features:
+            yield "features", "nothing given; mfcc, or a checkpoint folder"
         if self.features == "mfcc" and self.layer is not None:
             yield "layer", f"{self.layer} given, but features is mfcc, which has no layers; leave it out"
         if "central" in self.codebooks and self.engine == "deployment":
@@ -483,7 +485,7 @@ def _override(raw: dict[str, Any], override: str) -> yaml12.Key:
     elif key[0] not in SECTIONS:
         raise ValueError(f"no section {key[0]!r}{wording.nearest(key[0], SECTIONS)}")
     else:
-        section = raw.setdefault(key[0], {})
+        section = raw[key[0]] = {} if raw.get(key[0]) is None else raw[key[0]]
         if not isinstance(section, dict):
             raise ValueError(f"section {key[0]} of the file is not a mapping")
         # A path may hold any character, so text is taken as it stands.

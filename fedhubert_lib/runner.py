@@ -53,6 +53,10 @@ class _Stop:
             raise StageError(f"stopped by {self.by}; the same command goes on where it stopped", INTERRUPTED)
 
 
+DAMAGED = "files that it made are gone or were changed: starts anew"
+"""The reason to run a stage again whose data are not those that its done.json tells of."""
+
+
 def run(study: params.Study, first: str = "corpus", last: str = "evaluate", force: bool = False) -> None:
     """Run the stages ``first`` to ``last`` of ``study``; ``force`` runs those, too, that have not changed.
 
@@ -61,6 +65,8 @@ def run(study: params.Study, first: str = "corpus", last: str = "evaluate", forc
     folder = runs.outputs() / study.run
     stages = list(params.SECTIONS)
     stages = stages[stages.index(first) : stages.index(last) + 1]
+    if not stages:
+        raise runs.RunError(f"--from {first} comes after --until {last}: nothing to run")
     for stage in stages:
         _preflight(stage, getattr(study, stage))
     stop = _Stop()
@@ -87,6 +93,8 @@ def reason(stage: str, p: params.Section, run: Path) -> str:
         return f"{changes}: starts anew"
     if done is None:
         return "was not finished: goes on where it stopped" + (f" ({changes})" if changes else "")
+    if identity.content(folder) != done["outputs"]:
+        return DAMAGED
     if changes:
         return f"{changes}: its results are kept"
     if (run / f"{params.FOLDERS[stage]}.ipynb").exists():
@@ -113,7 +121,7 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -
         _say(f"{name}: unchanged, skipped")
         return
     _say(f"{name}: {why}")
-    if force:
+    if force or why == DAMAGED:
         (folder / "begun.json").unlink(missing_ok=True)  # without it nothing in the folder is kept
     started = time.monotonic()
     unfinished = run / f"{name}.unfinished.ipynb"

@@ -60,7 +60,7 @@ class Stage:
 
 def outputs() -> Path:
     """The folder of all runs: ``outputs/`` of the project, or where FEDHUBERT_OUTPUTS points."""
-    return Path(os.environ.get("FEDHUBERT_OUTPUTS") or params.ROOT / "outputs").resolve()
+    return (params.ROOT / (os.environ.get("FEDHUBERT_OUTPUTS") or "outputs")).resolve()
 
 
 def start(stage: str, namespace: dict[str, Any]) -> Stage:
@@ -78,6 +78,8 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
 
     check_places(stage, p)
     run = outputs() / p.run
+    if stage != "corpus":
+        _check_audio(run)
     hold(run / ".lock", f"notebook {params.FOLDERS[stage]}")
     folder = run / params.FOLDERS[stage]
     now = identity.of(stage, p, run)
@@ -95,6 +97,21 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
     began = {"started": _clock(time.time()), "git": facts["git"]}
     record(run, facts, stage, {"state": "running", **began})
     return Stage(stage, run, folder, p, {"stage": stage, **facts, **began})
+
+
+def _check_audio(run: Path) -> None:
+    """Tables name audio by absolute path: that of a run with a corpus of its own moves only together with a link."""
+    manifest = run / "00_corpus" / "manifest.parquet"
+    if not manifest.is_file() or not (run / "00_corpus" / "synthetic").is_dir():
+        return
+    from pyarrow import parquet  # here: most commands do without
+
+    first = next(parquet.ParquetFile(manifest).iter_batches(1, columns=["path"]))["path"][0].as_py()
+    if not Path(first).exists():
+        raise RunError(
+            f"{first}: is not there; this run was made at another place, to which its tables point. Move it back, leave"
+            " a link to it there, or make it anew: --from corpus --force"
+        )
 
 
 def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str, Any]:

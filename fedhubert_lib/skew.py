@@ -160,8 +160,9 @@ def summary(table: pd.DataFrame, owner: np.ndarray, counts: np.ndarray, *, seed:
 def apart(distance: np.ndarray) -> dict[str, float]:
     """Means of a matrix from ``distances``: within (its diagonal), between (the rest), skew (their difference).
 
-    One client alone differs from nobody: its skew is 0.
+    One client alone differs from nobody: its skew is 0. NaN where no client has two utterances to compare.
     """
-    within = np.nanmean(np.diagonal(distance))
-    between = np.nanmean(distance[~np.eye(len(distance), dtype=bool)]) if len(distance) > 1 else within
+    parts = [np.diagonal(distance), distance[~np.eye(len(distance), dtype=bool)]]
+    within, between = (part[~np.isnan(part)].mean() if not np.isnan(part).all() else np.nan for part in parts)
+    between = between if len(distance) > 1 else within
     return {"within": within, "between": between, "skew": between - within}

@@ -196,6 +196,11 @@ def test_foreign_folders_are_refused_in_words(tmp_path):
     (tmp_path / "c/config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
     with pytest.raises(ValueError, match="wav2vec2"):
         hubert.load(tmp_path / "c")
+    hubert.save(tmp_path / "c", make(VARIANTS["base"]))
+    whole = (tmp_path / "c/model.safetensors").read_bytes()
+    (tmp_path / "c/model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read .*make it anew"):
+        hubert.load(tmp_path / "c")
 
 
 def torchaudio_twin(config: hubert.HubertConfig, model: hubert.Hubert, head: hubert.Head):

@@ -439,6 +439,9 @@ def test_minimum_count_hides_small_clusters(run):
         counts = reply.arrays["counts"]
         assert ((counts == 0) | (counts >= 40)).all()
         assert (reply.arrays["sums"][counts == 0] == 0).all()
+    config |= {"minimum_count": 10**6}
+    with pytest.raises(server.KmeansError, match="no client has a cluster of minimum_count: 1000000 frames"):
+        server.lloyd(exchange, arrays, config, centroids, rounds=1, tolerance=0.0)
 
 
 def test_noise_has_the_deviation_it_should(run):
@@ -508,9 +511,10 @@ def test_layer_too_deep(run):
 
 
 def test_second_iteration_does_not_rest_on_what_it_overwrites(run):
-    hubert.save(run / "03_pretrain" / "checkpoint", hubert.Hubert(hubert.preset("tiny")))
-    with pytest.raises(kmeans.KmeansError, match="give the second iteration a run of its own"):
-        kmeans.run(run, settings(features=str(run / "03_pretrain" / "checkpoint")), Direct(run))
+    for later in ("03_pretrain", "04_distill"):
+        hubert.save(run / later / "checkpoint", hubert.Hubert(hubert.preset("tiny")))
+        with pytest.raises(kmeans.KmeansError, match="give the second iteration a run of its own"):
+            kmeans.run(run, settings(features=str(run / later / "checkpoint")), Direct(run))
 
 
 # ------------------------------------------------------------------------------------------------------- pretraining

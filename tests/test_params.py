@@ -198,6 +198,7 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         (["corpus.kind=librispeech", "corpus.root=/x", "corpus.test_subsets=[train-clean-100]"], "never trained on"),
         (["partition.heldout_speakers=6"], "partition.heldout_speakers: 6 given, but corpus.speakers is 6"),
         (["kmeans.codebooks=[client, client]"], "kmeans.codebooks: names one of them twice"),
+        (["kmeans.features="], "kmeans.features: nothing given; mfcc, or a checkpoint folder"),
         (["kmeans.layer=6"], "kmeans.layer: 6 given, but features is mfcc"),
         (["kmeans.codebooks=[central]", "kmeans.engine=deployment"], "kmeans.codebooks: names central, which pools"),
         (["kmeans.codebooks=[one-shot]", "kmeans.noise_multiplier=1"], "protects the federated codebook, not one-shot"),

@@ -188,6 +188,10 @@ def test_a_client_of_each_speaker_is_a_line_also_among_thousands():
     assert shares.shape == (150, 150) and image.get_extent() == [-0.5, 1999.5, 1999.5, -0.5]
     assert (np.diag(shares) == 1).all() and shares.sum() == 150, "no speaker is lost between two pixels"
     assert figure.axes[0].get_yscale() == "log", "or the small ones could not be seen beside the large ones"
+    shown = figure.axes[4].lines[0].get_ydata()[0]
+    assert shown == pytest.approx(table[table.sex == "F"].samples.sum() / table.samples.sum())
+    unknown = plots.partition_schemes({name: scheme.assign(sex="") for name, scheme in schemes.items()})
+    assert [axes.texts[0].get_text() for axes in unknown.axes[4:6]] == ["not recorded"] * 2
     curves = plots.speakers(table).axes[0].lines
     assert [len(curve.get_ydata()) for curve in curves] == [1_000, 1_000]
     assert all((np.diff(curve.get_ydata()) <= 0).all() for curve in curves)

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from fedhubert_lib import params, runner
 
-MODULES = ("__init__", "cli", "files", "identity", "index", "params", "runner", "runs", "wording", "yaml12")
+MODULES = ("__init__", "audio", "cli", "files", "identity", "index", "params", "runner", "runs", "wording", "yaml12")
 
 WORK = """\
 (stage.folder / "made.bin").write_bytes(repr(work.RESULT).encode() + repr(stage.p.seed).encode())
@@ -142,6 +142,32 @@ def test_a_folder_that_is_not_there_starts_nothing(project):
     assert result.returncode == runner.USAGE
     assert f"pretrain.initial: {project.root / 'nowhere'}: no such file or folder" in result.stderr
     assert not project.run.exists()
+
+
+def test_stages_in_the_wrong_order_start_nothing(project):
+    result = project("--from", "evaluate", "--until", "corpus")
+    assert result.returncode == runner.USAGE
+    assert "--from evaluate comes after --until corpus" in result.stderr
+
+
+def test_a_stage_whose_files_were_changed_is_made_anew(project):
+    assert project("--until", "kmeans").returncode == runner.OK
+    made = project.folder("partition") / "made.bin"
+    before = made.read_bytes()
+    made.write_bytes(b"something else")
+    (project.folder("kmeans") / "made.bin").unlink()
+    result = project("--until", "kmeans")
+    assert lines(result)[0] == "00_corpus: unchanged, skipped"
+    assert lines(result)[1:] == [f"{name}: {runner.DAMAGED}" for name in ("01_partition", "02_kmeans")]
+    assert made.read_bytes() == before and (project.folder("kmeans") / "made.bin").exists()
+    assert all("unchanged" in line for line in lines(project("--until", "kmeans")))
+
+
+def test_a_relative_place_of_all_runs_counts_from_the_project(project):
+    project.environment["FEDHUBERT_OUTPUTS"] = "elsewhere"
+    assert project("--until", "partition").returncode == runner.OK
+    assert (project.root / "elsewhere" / "study" / "01_partition" / "done.json").is_file()
+    assert not (project.root / "notebooks" / "elsewhere").exists()
 
 
 def test_a_notebook_whose_parameters_would_be_overridden_starts_nothing(project):

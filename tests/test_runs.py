@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
@@ -219,9 +220,31 @@ def test_a_run_with_a_broken_record_hides_no_other(outputs):
     (outputs / "broken too/00_corpus").mkdir(parents=True)
     (outputs / "broken too/run.json").write_text("{}")
     (outputs / "broken too/00_corpus/params.yaml").write_text("a: [")
+    for number, record in enumerate(("[]", '{"stages": []}')):
+        (outputs / f"odd{number}").mkdir()
+        (outputs / f"odd{number}/run.json").write_text(record)
+    for number, values in enumerate((b"", b"\xff\xfe")):
+        (outputs / f"empty{number}/00_corpus").mkdir(parents=True)
+        (outputs / f"empty{number}/run.json").write_text("{}")
+        (outputs / f"empty{number}/00_corpus/params.yaml").write_bytes(values)
     listed = index.listing(outputs)
     assert "broken/run.json: cannot be read" in listed and "00_corpus done" in listed
     assert "broken too" in index.write(outputs).read_text()
+
+
+def test_a_run_in_the_place_of_the_page_is_not_removed(outputs):
+    do("corpus").parent.rename(outputs / "index.html")
+    with pytest.raises(runs.RunError, match="give it another name"):
+        index.write(outputs)
+    assert (outputs / "index.html/00_corpus/done.json").exists()
+
+
+def test_a_run_whose_own_speech_lies_elsewhere_says_so(outputs):
+    folder = do("corpus")
+    (folder / "synthetic").mkdir()
+    pd.DataFrame({"path": [str(outputs / "before" / "a.flac")]}).to_parquet(folder / "manifest.parquet")
+    with pytest.raises(runs.RunError, match=r"a\.flac: is not there; this run was made at another place"):
+        begin("partition")
 
 
 def test_results_are_a_table_and_where_they_lie(outputs):

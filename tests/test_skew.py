@@ -27,6 +27,7 @@ def test_distance_is_nought_for_the_same_and_one_for_nothing_in_common():
     np.testing.assert_allclose(matrix, 1 - np.eye(3), atol=1e-7)
     assert skew.apart(matrix) == pytest.approx({"within": 0, "between": 1, "skew": 1})
     assert skew.apart(np.array([[0.2]])) == {"within": 0.2, "between": 0.2, "skew": 0}
+    assert np.isnan(skew.apart(np.full((3, 3), np.nan))["skew"])  # and numpy warns of nothing
 
 
 def test_iid_has_no_skew_and_whole_groups_have():

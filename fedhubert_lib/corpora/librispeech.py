@@ -88,9 +88,8 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     sex = sexes(root / "SPEAKERS.TXT")
     accepted = table[good].sort_values("utterance")
     texts, unreadable = transcripts(accepted["path"])
-    accepted = accepted.assign(
-        sex=accepted["speaker"].map(sex).fillna(""), text=accepted["utterance"].map(texts).astype("str")
-    )
+    known = pd.Series([sex.get(speaker, "") for speaker in accepted["speaker"]], accepted.index, dtype="str")
+    accepted = accepted.assign(sex=known, text=accepted["utterance"].map(texts).astype("str"))
     excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(unreadable, columns=["path", "reason"])])
     return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
 

@@ -206,6 +206,9 @@ def lloyd(
             inertias = inertias + reply.arrays["inertias"]
             answered += 1
         frames = float(counts.sum())
+        if not private and not frames:
+            least = config["minimum_count"]
+            raise KmeansError(f"no client has a cluster of minimum_count: {least} frames; lower it, or clusters")
         total = float(inertias.sum())
         if private:  # which clusters are large is all that is known; a count within the noise is no cluster
             counts = torch.where(counts > config["noise_multiplier"] * config["noise_clip"] * answered**0.5, counts, 0)

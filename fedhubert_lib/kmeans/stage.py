@@ -37,11 +37,12 @@ def run(
     codebook that was fitted with the same settings is kept, and labelling goes on where it stopped. Each row of
     metrics.jsonl is also given to ``on_row``. Raises KmeansError, with what to change.
     """
-    folder, later = run / "02_kmeans", run / "03_pretrain"
-    if p.features != "mfcc" and Path(p.features).resolve().is_relative_to(later.resolve()):
-        raise KmeansError(
-            f"features: {later} will be trained on these labels; give the second iteration a run of its own"
-        )
+    folder, features = run / "02_kmeans", Path(p.features).resolve()
+    for later in (run / "03_pretrain", run / "04_distill"):
+        if p.features != "mfcc" and features.is_relative_to(later.resolve()):
+            raise KmeansError(
+                f"features: {later} will be trained on these labels; give the second iteration a run of its own"
+            )
     folder.mkdir(parents=True, exist_ok=True)
 
     def log(row: dict[str, Any]) -> None:

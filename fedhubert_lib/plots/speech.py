@@ -149,8 +149,12 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
             picture, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=extent
         )
         female = table.loc[:, table.columns.isin(women)].sum(axis=1)
-        style.columns(bottom, (female / amount).to_numpy(), RED)
-        bottom.axhline(female.sum() / amount.sum(), color=BLACK, linestyle=":")
+        known = table.loc[:, table.columns.isin(speakers.speaker[speakers.sex.isin(["F", "M"])])].sum(axis=1)
+        if known.any():
+            style.columns(bottom, (female / known.where(known > 0)).to_numpy(), RED)
+            bottom.axhline(female.sum() / known.sum(), color=BLACK, linestyle=":")
+        else:
+            bottom.text(0.5, 0.5, "not recorded", ha="center", transform=bottom.transAxes)
         for axes in (top, middle, bottom):
             axes.grid(visible=axes is not middle, axis="y")
             axes.set_xticks([] if axes is not bottom else [0, len(table) - 1])
