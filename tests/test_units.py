@@ -21,6 +21,7 @@ def phones():
 def test_perfect_labels_one_cluster_and_refinement(phones):
     perfect = units.quality(phones, phones)
     assert perfect["pnmi"] == pytest.approx(1) and perfect["phone_purity"] == perfect["cluster_purity"] == 1
+    assert perfect["shuffled_pnmi"] == pytest.approx(perfect["bias"], rel=0.15)  # the same labels in random order
     one = units.quality(np.zeros_like(phones), phones)
     assert one["pnmi"] == pytest.approx(0, abs=1e-12) and one["cluster_purity"] == 1 and one["bias"] == 0
     assert one["phone_purity"] == pytest.approx(np.bincount(phones).max() / len(phones))
