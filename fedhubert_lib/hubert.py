@@ -304,11 +304,12 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, waveforms: Tensor) -> Tensor:
         frames = frame_count(waveforms.shape[1])
-        # Seven eighths of all activations are those of the first three layers. Recomputed one clip after the other, no
-        # two clips' are ever there together.
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        parts = waveforms.split(1) if recompute else [waveforms]
-        x = torch.cat([_run(self._first_layers, recompute, part) for part in parts])
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Seven eighths of all activations are those of the first three layers. Recomputed one clip after the other,
+            # no two clips' are ever there together.
+            x = torch.cat([_run(self._first_layers, True, clip) for clip in waveforms.split(1)])
+        else:
+            x = self._first_layers(waveforms)
         for layer in self.conv_layers[3:]:
             x = layer(x)
         return x.view(len(waveforms), frames + 1, -1)[:, :frames]

@@ -86,7 +86,8 @@ def soft_targets(
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels, over masked frames.
 
     T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction``, soft_loss_sum (the
-    divergence, without its weight) and objective (the loss). With ``soft_weight`` 0 the teacher is not asked.
+    divergence, without its weight) and objective (the loss). With ``soft_weight`` 0 the teacher is not asked; with
+    ``label_weight`` 0 neither are the labels, which may be of other clusters, and ``measured`` tells nothing of them.
     """
     output = student(batch.waveforms, batch.mask)
     masked, count = batch.mask, int(batch.mask.sum())

@@ -93,7 +93,11 @@ def teacher_of(systems: Collection[str]) -> str:
 
 def _given_teacher(run: Path) -> Path | None:
     parameters = run / "04_distill" / "params.yaml"
-    values = yaml12.read(parameters)[0] if parameters.is_file() else {}
+    if not parameters.is_file():
+        return None
+    values, _, wrong = yaml12.read(parameters)
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return Path(values["teacher"]) if values.get("teacher") else None
 
 

@@ -134,9 +134,9 @@ def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> 
     """What AdamW keeps of each parameter, as tensors that can be saved."""
     kept = {}
     for name, parameter in names.items():
-        # Of a layer that layerdrop left out of every step so far it keeps nothing: it is as at the start.
-        zeros = torch.zeros_like(parameter)
-        state = optimiser.state.get(parameter) or {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())}
+        if not (state := optimiser.state.get(parameter)):  # layerdrop left its layer out of every step so far
+            zeros = torch.zeros_like(parameter)
+            state = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())}
         kept |= {f"{name}/{key}": state[key].detach().cpu() for key in MOMENTS}
     return kept
 
