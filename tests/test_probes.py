@@ -8,6 +8,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from fedhubert_lib import seeds
 from fedhubert_lib.evaluation import intervals, probes
 
 
@@ -56,6 +57,33 @@ def test_ridge_agrees_with_scikit_learn():
     peer = RidgeClassifier(alpha=1e-2 * len(train)).fit(scaler.transform(rows[train]), labels[train])
     expected = peer.score(scaler.transform(rows[test]), labels[test])
     assert probes.ridge(rows, labels, train, test) == pytest.approx(expected, abs=1 / len(test))
+
+
+def test_phone_probe_is_scikit_learns_ridge_on_voices_left_out():
+    rows, labels, speakers = clips(words=6, takes=20, noise=3.0)
+    rows = rows * np.linspace(0.01, 100, rows.shape[1], dtype=np.float32) + 50
+    labels[::7] = -1  # no phone is known there
+    known, right, common = labels >= 0, 0, 0
+    order = seeds.numpy_generator(3, "leave-speakers-out").permutation(np.unique(speakers))
+    for group in np.array_split(order, 3):
+        test, train = np.isin(speakers, group) & known, ~np.isin(speakers, group) & known
+        scaler = StandardScaler().fit(rows[train])
+        peer = RidgeClassifier(alpha=1e-2 * train.sum()).fit(scaler.transform(rows[train]), labels[train])
+        right += (peer.predict(scaler.transform(rows[test])) == labels[test]).sum()
+        common += (labels[test] == np.bincount(labels[train]).argmax()).sum()
+    accuracies, chances = probes.frame_accuracy(rows, labels, speakers, draws=[3, 4])
+    assert accuracies[0] == pytest.approx(right / known.sum(), abs=2 / known.sum())
+    assert chances[0] == common / known.sum() and len(accuracies) == len(chances) == 2
+    assert np.mean(chances) < 0.25 < 0.4 < np.mean(accuracies) < 1
+
+
+def test_phone_probe_never_hears_the_voices_it_is_tested_on():
+    """Rows that tell who speaks, and phones that each speaker has alone: nothing to learn from the others."""
+    rows, _, speakers = clips(noise=0.1)
+    labels = np.unique(speakers, return_inverse=True)[1]
+    assert probes.frame_accuracy(rows, labels, speakers, draws=[0])[0] == [0.0]
+    with pytest.raises(probes.TooFewClipsError, match="at least two speakers, and there is 1"):
+        probes.frame_accuracy(rows, labels, np.full(len(rows), "one"), draws=[0])
 
 
 def test_leave_speakers_out_is_harder_than_known_speakers():

@@ -128,7 +128,10 @@ def test_every_system_stands_beside_its_baselines(evaluated):
     assert student.loc[("macs", pd.NA), "value"] > 0
     # The words are pitches: MFCC hears them, and its units are the phones.
     mfcc = table[(table.system_name == "mfcc")].set_index("measure_name").value
-    assert mfcc["keyword-accuracy"] > 0.8 and mfcc["pnmi"] > 0.8
+    assert mfcc["keyword-accuracy"] > 0.8 and mfcc["pnmi"] > 0.8 and mfcc["phone-accuracy"] > 0.9
+    probed = table[table.measure_name == "phone-accuracy"]
+    assert list(probed[probed.system_name == "teacher"].layer) == [0, 1] and (probed.seeds == 2).all()
+    assert probed.baseline.between(0.1, 0.5).all()  # four phones
     assert ("federated teacher", 54, 54) in seen
 
 
@@ -171,7 +174,7 @@ def test_compared_students_stand_between_their_teacher_and_the_floors(evaluated)
     assert all(list(each) == keys and len(each["values"]) == 2 for each in written["compared"])
     known = {(each["objective"], each["training"], each["measure"]): each["values"] for each in written["compared"]}
     trained = {("hubert", "federated"), ("hubert", "centralised"), ("untrained", "none")}
-    assert set(known) == {(*each, name) for each in trained for name in ("keyword-accuracy", "pnmi")}
+    assert set(known) == {(*each, name) for each in trained for name in ("keyword-accuracy", "pnmi", "phone-accuracy")}
     table = report.comparison(written)
     assert list(table.system.unique()) == ["teacher", "hubert, federated", "hubert, centralised", "untrained", "MFCC"]
     kept = report.kept(written)
@@ -225,7 +228,7 @@ def test_page_opens_offline(evaluated):
 def test_without_phones_units_are_noted_not_invented(run):
     (run / "00_corpus" / "phones.parquet").unlink()
     table = report.run(run, P)
-    assert "pnmi" not in set(table.measure_name)
+    assert not {"pnmi", "phone-accuracy"} & set(table.measure_name)
     notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
     assert len(notes) == 1 and notes[0].startswith("units: no utterance")
     assert "units: no utterance" in (run / "05_evaluate" / "report.html").read_text()
@@ -259,6 +262,26 @@ def test_too_few_clips_for_a_measure_are_noted(run):
     assert not {"abx-error", "speaker-accuracy"} & set(table.measure_name)
     notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
     assert [note.partition(":")[0] for note in notes] == ["voice", "abx"]
+
+
+def test_phones_of_frames_are_laid_out_as_frames(run):
+    table, phones = layers.held_out(run, 1.0, 0)
+    labels, speakers = layers.phone_labels(table, phones.sample(frac=1, random_state=0))
+    assert len(labels) == len(speakers) == layers.frame_counts(table).sum()
+    first = phones[phones.utterance == table.utterance[0]].phone.to_list()
+    own = labels[: layers.frame_counts(table)[0]]
+    # A phone lasts half a second: its frame 25 i + 12 lies in its middle.
+    assert [f"p{own[25 * i + 12]}" for i in range(4)] == first and list(speakers[:99]) == [table.speaker[0]] * 99
+    cut = phones[phones.start_sample != 8_000]
+    assert (layers.phone_labels(table, cut)[0][30:45] == -1).all()
+
+
+def test_one_speaker_is_too_few_for_the_phone_probe(run):
+    for place in ("00_corpus/manifest.parquet", "01_partition/heldout.parquet"):
+        pd.read_parquet(run / place).assign(speaker="one").to_parquet(run / place)
+    table = report.run(run, P)
+    assert "pnmi" in set(table.measure_name) and "phone-accuracy" not in set(table.measure_name)
+    assert any(each.startswith("phones: leaving speakers out needs") for each in report.read(run)["notes"])
 
 
 def test_frames_are_those_of_each_utterance_alone(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Every hidden layer clustered into units, and the units held against phones.
+"""Every hidden layer held against phones: by the units that its clusters are, and by a linear probe.
 
 Speech that no client trained on: held-out speakers and test subsets, as far as its phones are known. One k-means per
 layer and seed is fitted on these frames and scored on them; neither sees a phone, and with thousands of frames per
@@ -107,3 +107,15 @@ def unit_quality(
     sequence = model.fit_predict(scaled)
     labels = dict(zip(table.utterance, np.split(sequence, np.cumsum(frame_counts(table))[:-1]), strict=True))
     return units.quality_of_counts(units.count_phones(phones, labels, clusters)[1], seed)
+
+
+def phone_labels(table: pd.DataFrame, phones: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The phone of each frame, int64, -1 where none is known, and its speaker; laid out as by ``frames``."""
+    codes = pd.factorize(phones.phone, sort=True)[0]
+    by_utterance = dict(list(phones.assign(code=codes).groupby("utterance")))
+    counts, labels = frame_counts(table), []
+    for utterance, count in zip(table.utterance, counts, strict=True):
+        rows = by_utterance[utterance].sort_values("start_sample")
+        segment = units.frame_phones(rows.start_sample.to_numpy(), rows.end_sample.to_numpy(), count)
+        labels.append(np.where(segment < 0, -1, rows.code.to_numpy()[segment]))
+    return np.concatenate(labels), np.repeat(table.speaker.to_numpy(dtype=str), counts)

@@ -72,7 +72,7 @@ def _main(report: dict[str, Any], wide: pd.DataFrame, speed: dict[str, dict[str,
 
 def _layers(table: pd.DataFrame) -> str:
     parts = ["<h2>Layer by layer</h2>"]
-    for name in ("layer-accuracy", "pnmi", "layer-weight"):
+    for name in ("layer-accuracy", "pnmi", "phone-accuracy", "layer-weight"):
         own = table[table.measure_name == name]
         if own.empty:
             continue

@@ -66,6 +66,11 @@ MEASURES = {
     "abx-error": ("ABX error across speakers", "lower", "words by dynamic time warping on the best layer; chance"),
     "speaker-accuracy": ("speaker identified", "lower", "what a linear probe hears of the voice, best layer; chance"),
     "pnmi": ("PNMI of units", "higher", "phones known from the layer's clusters; shuffled labels"),
+    "phone-accuracy": (
+        "phone probe",
+        "higher",
+        "phones named from single frames by linear least squares, speakers left out in 3 folds; the commonest phone",
+    ),
     "phone-purity": ("phone purity of units", "higher", "share of frames whose cluster's main phone is theirs"),
     "cluster-purity": ("cluster purity of units", "higher", "share of frames whose phone's main cluster is theirs"),
     "parameters": ("parameters", "lower", "of the encoder"),
@@ -139,6 +144,7 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
         if utterances is not None and system.name != "mfcc-moments":  # which has no frames to cluster
             frames = layers.frames(system.encoder, utterances, _cache(folder, system, utterances, "frames"), progress)
             _units(figures, frames, utterances, phones, p)
+            _phones(figures, report, frames, utterances, phones, p)
         speed[system.name] = _cost(figures, system)
     _compared(report, run, clips, utterances, phones, device, p, on_progress)
     _s3prl(report, run)
@@ -279,7 +285,7 @@ def _cheap(
     speakers = clips.speaker.to_numpy(dtype=str)
     train, test = (np.flatnonzero(clips.split == split) for split in ("train", "test"))
     chance = 1 / len(words)
-    seeds = range(p.seed, p.seed + p.seeds)
+    seeds = _seeds(p)
     nearest = probes.nearest(rows, labels, train, test, neighbours=min(10, len(train)))
     figures.add("nearest-accuracy", measure([nearest]), layer=layer, baseline=chance)
 
@@ -307,9 +313,7 @@ def _cheap(
         try:
             each()
         except probes.TooFewClipsError as error:
-            note = f"{each.__name__}: {error}"
-            if note not in report["notes"]:
-                report["notes"].append(note)
+            _note(report, f"{each.__name__}: {error}")
 
 
 def _units(
@@ -325,6 +329,34 @@ def _units(
             shuffled = float(np.mean([each["shuffled_pnmi"] for each in found])) if name == "pnmi" else None
             values = measure([each[name] for each in found])
             figures.add(name.replace("_", "-"), values, layer=layer, baseline=shuffled)
+
+
+def _phones(
+    figures: _Figures,
+    report: dict[str, Any],
+    frames: np.ndarray,
+    utterances: pd.DataFrame,
+    phones: pd.DataFrame,
+    p: params.Evaluate,
+) -> None:
+    """The phone probe of every layer; noted where there are too few speakers."""
+    labels, speakers = layers.phone_labels(utterances, phones)
+    try:
+        for layer in range(frames.shape[1]):
+            rows = np.ascontiguousarray(frames[:, layer])
+            accuracies, chances = probes.frame_accuracy(rows, labels, speakers, draws=_seeds(p))
+            figures.add("phone-accuracy", measure(accuracies), layer=layer, baseline=float(np.mean(chances)))
+    except probes.TooFewClipsError as error:
+        _note(report, f"phones: {error}")
+
+
+def _seeds(p: params.Evaluate) -> range:
+    return range(p.seed, p.seed + p.seeds)
+
+
+def _note(report: dict[str, Any], note: str) -> None:
+    if note not in report["notes"]:
+        report["notes"].append(note)
 
 
 def _cost(figures: _Figures, system: System) -> dict[str, float | None]:
@@ -346,10 +378,10 @@ def _compared(
     p: params.Evaluate,
     on_progress: OnProgress | None,
 ) -> None:
-    """Keyword accuracy (mean over evaluation seeds) and PNMI of the best layer of each student that was compared."""
+    """Keyword accuracy (mean over evaluation seeds), PNMI and phone probe (best layer) of each compared student."""
     folder, words = run / STAGE, report["data"]["words"]
     for (objective, training), students in systems.compared(run, device).items():
-        accuracies, pnmi = [], []
+        accuracies, pnmi, probed = [], [], []
         for system in students:
             progress = _progress(on_progress, system.title)
             cache = _cache(folder, system, clips, "moments")
@@ -362,7 +394,10 @@ def _compared(
             blocks = [np.ascontiguousarray(frames[:, layer]) for layer in range(frames.shape[1])]
             found = [layers.unit_quality(each, utterances, phones, clusters=p.clusters, seed=p.seed) for each in blocks]
             pnmi.append(max(each["pnmi"] for each in found))
-        for name, values in (("keyword-accuracy", accuracies), ("pnmi", pnmi)):
+            if "phone-accuracy" in {each["measure"] for each in report["figures"]}:
+                labels = layers.phone_labels(utterances, phones)
+                probed.append(max(np.mean(probes.frame_accuracy(each, *labels, draws=_seeds(p))[0]) for each in blocks))
+        for name, values in (("keyword-accuracy", accuracies), ("pnmi", pnmi), ("phone-accuracy", probed)):
             if values:
                 report["compared"].append(
                     {"objective": objective, "training": training, "measure": name} | _interval(measure(values))
@@ -407,14 +442,14 @@ def _table(report: dict[str, Any]) -> pd.DataFrame:
 def headline(table: pd.DataFrame) -> pd.DataFrame:
     """One row per system, one column per measure, as text ``mean ± interval``.
 
-    Unit quality is that of each system's best layer by PNMI, which is named.
+    Unit quality is that of each system's best layer by PNMI, the phone probe that of its best; both are named.
     """
     of_best_layer = ("moments-accuracy", "abx-error", "nearest-accuracy", "speaker-accuracy", "unseen-speaker-accuracy")
     chosen = table[table.layer.isna() | table.measure_name.isin(of_best_layer)]
-    units = table[table.measure_name == "pnmi"]
-    best = units.loc[units.groupby("system_name").value.idxmax(), ["system_name", "layer"]]
-    purity = table[table.measure_name.isin(("pnmi", "phone-purity", "cluster-purity"))]
-    chosen = pd.concat([chosen, purity.merge(best, on=["system_name", "layer"])])
+    for by, names in (("pnmi", ("pnmi", "phone-purity", "cluster-purity")), ("phone-accuracy", ("phone-accuracy",))):
+        own = table[table.measure_name == by]
+        best = own.loc[own.groupby("system_name").value.idxmax(), ["system_name", "layer"]]
+        chosen = pd.concat([chosen, table[table.measure_name.isin(names)].merge(best, on=["system_name", "layer"])])
     text = chosen.assign(text=[_text(row) for row in chosen.itertuples()])
     wide = text.pivot(index="system", columns="measure", values="text")
     order = [title for title, _, _ in MEASURES.values() if title in wide.columns]
@@ -428,7 +463,7 @@ def comparison(report: dict[str, Any]) -> pd.DataFrame:
     """
     rows = []
     teacher = teacher_of({each["system"] for each in report["figures"]})
-    for name in ("keyword-accuracy", "pnmi") if report["compared"] else ():
+    for name in ("keyword-accuracy", "pnmi", "phone-accuracy") if report["compared"] else ():
         own = [each for each in report["figures"] if each["measure"] == name and each["system"] in (teacher, "mfcc")]
         best = {each["system"]: each for each in sorted(own, key=lambda each: each["value"])}
         named = [
@@ -465,7 +500,7 @@ def _text(row: Any) -> str:
     if row.measure_name in ("parameters", "macs", "bytes"):
         return f"{row.value / 1e6:.2f} M"
     text = f"{row.value:.3f}" if pd.isna(row.high) else f"{row.value:.3f} ± {row.high - row.value:.3f}"
-    return f"{text} (layer {row.layer})" if row.measure_name == "pnmi" else text
+    return f"{text} (layer {row.layer})" if row.measure_name in ("pnmi", "phone-accuracy") else text
 
 
 def _cache(folder: Path, system: System, table: pd.DataFrame, what: str) -> Path:
