@@ -10,12 +10,14 @@ it. A federation that must protect real people keeps its seed secret from those 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from fedhubert_lib import seeds
@@ -24,6 +26,28 @@ from fedhubert_lib.params import Federation
 ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 1024)
 """Renyi orders tried. Integers only, for which the sampled Gaussian has a closed form: the bound is valid, and up to
 5 % above that of dp-accounting's fractional orders."""
+
+
+def noise(seed: int | None, *keys: int | str) -> Callable[..., Tensor]:
+    """A generator of standard normal noise: called with a shape, it gives float64 values of that shape, new each time.
+
+    With ``seed`` None its key is 32 bytes of the system's entropy: nobody, this process included, can draw the noise
+    again. With a seed it is drawn by (seed, keys), for simulations that must repeat: that protects nobody, since who
+    knows the seed can subtract it. The generator is AES-256 in counter mode, then Box and Muller's transform: torch's
+    own has 32 bits of seed, few enough to try them all.
+    """
+    key = os.urandom(32) if seed is None else seeds.derive(seed, *keys, "noise").to_bytes(32, "little")
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def normal(*shape: int) -> Tensor:
+        count = math.prod(shape)
+        pairs = -(-count // 2)
+        bits = np.frombuffer(stream.update(bytes(16 * pairs)), "<u8").reshape(2, pairs) >> 11
+        radius, angle = torch.from_numpy((bits + 0.5) * 2.0**-53)  # uniform, of 53 bits and never 0
+        radius, angle = radius.log_().mul_(-2).sqrt_(), angle.mul_(2 * math.pi)
+        return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].view(shape)
+
+    return normal
 
 
 def norm(arrays: Mapping[str, Tensor]) -> float:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from fedhubert_lib import params, privacy, seeds
 
@@ -49,6 +50,18 @@ def test_clip_bounds_the_norm_and_keeps_the_direction():
             assert all(torch.equal(clipped[name], update[name]) for name in update)
     with pytest.raises(ValueError, match="NaN"):
         privacy.clip({"a": torch.tensor([math.nan])}, 1.0)
+
+
+def test_noise_is_normal_and_only_a_seed_repeats_it():
+    values = privacy.noise(None)(100_001)
+    assert values.dtype == torch.float64 and values.shape == (100_001,)
+    assert stats.kstest(values.numpy(), "norm").pvalue > 1e-6
+    assert not torch.equal(values, privacy.noise(None)(100_001))
+    generator = privacy.noise(0, 1, "client-0")
+    first, second = generator(3, 5), generator(3, 5)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, privacy.noise(0, 1, "client-0")(3, 5))
+    assert not torch.equal(first, privacy.noise(0, 2, "client-0")(3, 5))
 
 
 def noise(*keys) -> dict[str, torch.Tensor]:
