@@ -1,6 +1,8 @@
 """Masks, batches, the objective and the local update."""
 
 import itertools
+import os
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -94,33 +96,59 @@ def test_passes_use_every_utterance_as_often_as_all_others():
     assert len(plans) == steps + 1
 
 
-def test_decoded_audio_gives_the_same_batches(corpus, tmp_path):
+def test_batches_have_few_shapes_and_little_is_cropped_away():
+    samples = np.random.default_rng(0).integers(16_000, 100_000, 400)
+    sizes = {"batch_seconds": 32.0, "crop_seconds": 5.0}
+    steps = batching.steps_of(samples, 1, **DRAWS, **sizes)
+    plans = list(batching.plans(samples, **DRAWS, **sizes, steps=steps))
+    shapes = Counter((len(plan.rows), plan.samples) for plan in plans)
+    lengths = {length for _, length in shapes}
+    assert len(lengths) <= batching.LENGTHS
+    assert len(shapes) <= len(lengths) + 1  # one batch of a pass may be smaller
+    kept = sum(len(plan.rows) * plan.samples for plan in plans)
+    assert kept > 0.95 * np.minimum(samples, 80_000).sum()
+    for plan in plans:
+        assert (plan.starts % 320 == 0).all()
+        assert (plan.starts + plan.samples <= samples[plan.rows]).all()
+        assert len(plan.rows) * plan.samples <= 32 * 16_000
+    other = batching.plans(samples[:100], **(DRAWS | {"client": "client-001"}), **sizes, steps=20)
+    assert {plan.samples for plan in other} <= lengths  # clients have them in common
+
+
+def test_audio_is_decoded_once(corpus, monkeypatch):
     table, labels = corpus
-    batching.decode(table, tmp_path / "decoded")
-    draw = partial(batching.batches, table, labels, **DRAWS, steps=5, batch_seconds=8.0, crop_seconds=2.0)
-    for a, b in zip(draw(), draw(decoded=tmp_path / "decoded"), strict=True):
+    draw = partial(batching.batches, table, labels, **DRAWS, steps=20, batch_seconds=8.0, crop_seconds=2.0)
+    monkeypatch.setattr(batching, "_decoded", {})
+    monkeypatch.setattr(batching, "_room", lambda: [0])
+    fresh = list(draw())
+    assert not batching._decoded
+    monkeypatch.setattr(batching, "_room", lambda room=[10**9]: room)  # noqa: B006
+    first = list(draw())
+    monkeypatch.setattr(audio, "read", None)
+    for a, b, c in zip(fresh, first, draw(), strict=True):
         assert torch.equal(a.waveforms, b.waveforms)
-        assert a.utterances == b.utterances
+        assert torch.equal(a.waveforms, c.waveforms)
+    assert {tensor.dtype for tensor in batching._decoded.values()} == {torch.int16}
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_an_utterance_is_normalised_whole_before_it_is_cropped(corpus, tmp_path, cached):
+def test_a_file_that_changes_is_decoded_again(tmp_path):
+    path = tmp_path / "a.wav"
+    for i, subtype in enumerate(("PCM_16", "FLOAT")):  # finer than 16 bits stays as it is
+        soundfile.write(path, np.full(1_000, 0.1 + i / 2), 16_000, subtype=subtype)
+        os.utime(path, ns=(i, i))
+        assert torch.equal(batching._read(str(path), 0, 1_000), audio.read(path))
+        assert torch.equal(batching._read(str(path), 10, 30), audio.read(path, 10, 30))
+    with pytest.raises(audio.AudioError, match="scan the corpus again"):
+        batching._read(str(path), 900, 1_100)
+    with pytest.raises(audio.AudioError, match="cannot be read"):
+        batching._read(str(tmp_path / "b.wav"), 0, 1)
+
+
+def test_an_utterance_is_normalised_whole_before_it_is_cropped(corpus):
     """As the recipe does for large; of a crop, mean and variance are others."""
     table, labels = corpus
-    if cached:
-        batching.decode(table, tmp_path / "decoded")
-    batch = next(
-        batching.batches(
-            table,
-            labels,
-            **DRAWS,
-            steps=1,
-            batch_seconds=8.0,
-            crop_seconds=1.0,
-            normalise=True,
-            decoded=tmp_path / "decoded" if cached else None,
-        )
-    )
+    stream = batching.batches(table, labels, **DRAWS, steps=1, batch_seconds=8.0, crop_seconds=1.0, normalise=True)
+    batch = next(stream)
     assert batch.normalised
     for crop, name, first in zip(batch.waveforms, batch.utterances, batch.labels[:, 0].tolist(), strict=True):
         whole = audio.read(table.set_index("utterance").path[name])
