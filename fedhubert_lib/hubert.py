@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -693,63 +694,128 @@ def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
             _write_tensors(temporary / "head.safetensors", head)
 
 
-def load(folder: str | Path) -> tuple[Hubert, Head | None]:
+def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]:
     """Read a Hugging Face HuBERT folder, ours or public, in eval mode; with the head if ``head.safetensors`` is there.
 
-    Also reads the older ``weight_g``/``weight_v`` names, and fine-tuned checkpoints (prefix ``hubert.``, whose task
-    head is left out). Raises ValueError or FileNotFoundError that says what does not fit.
+    Reads one file or shards, the older ``weight_g``/``weight_v`` names, and fine-tuned checkpoints (prefix ``hubert.``,
+    whose task head is left out). A checkpoint fine-tuned without masking has no mask embedding: it gets a random one,
+    always the same, uniform as in transformers; nothing but masked training from this checkpoint uses it. Without
+    ``weights`` everything is checked but no weight is read: the modules are on the device ``meta``. Raises ValueError
+    or FileNotFoundError that says what does not fit.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: holds no config.json; give the folder of a Hugging Face HuBERT checkpoint")
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{folder}: holds no model.safetensors. Pickled weights (pytorch_model.bin) are never read; convert them"
-            " once: transformers.HubertModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    model = Hubert(_read_config(folder))
+    config = read_config(folder)
+    files_of_weights = _weight_files(folder)
     tensors = {}
-    for name, tensor in _read_tensors(folder / "model.safetensors").items():
+    for name, tensor in _read_tensors(files_of_weights, weights).items():
         name = name.removeprefix("hubert.")
         for old, new in (("conv.weight_g", "original0"), ("conv.weight_v", "original1")):
             if name.endswith(old):
                 name = name.removesuffix(old) + f"conv.parametrizations.weight.{new}"
         if not name.startswith(("lm_head.", "projector.", "classifier.", "layer_weights")):
             tensors[name] = tensor
-    _fill(model, tensors, folder / "model.safetensors")
-    head = None
-    if (folder / "head.safetensors").is_file():
-        tensors = _read_tensors(folder / "head.safetensors")
-        if "label_embeddings" not in tensors:
-            raise ValueError(f"{folder / 'head.safetensors'}: holds no label_embeddings; it is not a HuBERT head")
-        clusters, size = tensors["label_embeddings"].shape
-        head = Head(replace(model.config, classifier_proj_size=size), clusters)
-        _fill(head, tensors, folder / "head.safetensors")
-        head.eval()
+    random = torch.rand(config.hidden_size, generator=torch.Generator().manual_seed(0))
+    device = "cpu" if weights else "meta"
+    tensors.setdefault("masked_spec_embed", random.to(device))
+    with torch.device(device):
+        model, head = Hubert(config), None
+        _fill(model, tensors, files_of_weights[0])
+        path = folder / "head.safetensors"
+        if path.is_file():
+            tensors = _read_tensors([path], weights)
+            if "label_embeddings" not in tensors:
+                raise ValueError(f"{path}: holds no label_embeddings; it is not a HuBERT head")
+            clusters, size = tensors["label_embeddings"].shape
+            head = Head(replace(model.config, classifier_proj_size=size), clusters)
+            _fill(head, tensors, path)
+            head.eval()
     return model.eval(), head
 
 
-def _read_config(folder: Path) -> HubertConfig:
-    """Our configuration out of ``config.json`` and ``preprocessor_config.json``."""
+def read_config(folder: Path) -> HubertConfig:
+    """The configuration of the checkpoint in ``folder``, from its JSON files. Raises as ``load`` does.
+
+    Whether the model wants normalised waveforms stands in ``processor_config.json`` (transformers 5), in
+    ``preprocessor_config.json``, or, in ours, in ``config.json``. It must stand there for a model with layer norm
+    in its convolutions, which gives other numbers without; group norm removes scale and offset but for rounding.
+    """
     path = folder / "config.json"
-    values = json.loads(path.read_text())
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: holds no config.json; give the folder of a Hugging Face HuBERT checkpoint")
+    values = _read_json(path)
     if values.get("model_type") not in ("hubert", "fedhubert"):
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}; only HuBERT checkpoints can be read")
     fixed = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_pos_batch_norm": False}
     for name, value in fixed.items():
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}; only {value!r} is supported")
-    if (folder / "preprocessor_config.json").is_file():
-        values |= {"do_normalize": json.loads((folder / "preprocessor_config.json").read_text())["do_normalize"]}
+    processor = _read_json(folder / "processor_config.json").get("feature_extractor")
+    processor = processor or _read_json(folder / "preprocessor_config.json")
+    if processor.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+        raise ValueError(
+            f"{folder}: its model hears {processor['sampling_rate']} Hz; only {SAMPLE_RATE} Hz is supported"
+        )
+    if processor:
+        values["do_normalize"] = processor.get("do_normalize", True)  # the default of Wav2Vec2FeatureExtractor
+    elif "do_normalize" not in values and values.get("feat_extract_norm") == "layer":
+        raise ValueError(
+            f"{folder}: neither processor_config.json nor preprocessor_config.json says whether the model was trained"
+            " on normalised waveforms; copy one from where the checkpoint comes from, or write"
+            ' preprocessor_config.json with {"do_normalize": true}, as for the published large and xlarge models'
+        )
     known = {field.name for field in fields(HubertConfig)}
-    return HubertConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: cannot be read ({error}); copy it again, or make it anew") from error
+        return HubertConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: is not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no JSON object; copy it again")
+    return values
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors``, or the shards that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _read_json(index).get("weight_map") or {}
+        shards = [folder / name for name in sorted(set(map(str, names.values())))]
+        if not shards or any(path.parent != folder for path in shards):
+            raise ValueError(f"{index}: has no weight_map of files beside it; copy the checkpoint again")
+        if missing := [path.name for path in shards if not path.is_file()]:
+            raise FileNotFoundError(f"{folder}: {', '.join(missing)} missing, which {index.name} names; copy it again")
+        return shards
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder}: holds {pickles[0]} but no model.safetensors. Pickled weights are never read; convert them once:"
+            f" transformers.HubertModel.from_pretrained({str(folder)!r}).save_pretrained(ANOTHER_FOLDER)"
+        )
+    raise FileNotFoundError(f"{folder}: holds no weights (model.safetensors); copy the checkpoint again, whole")
+
+
+def _read_tensors(paths: list[Path], weights: bool = True) -> dict[str, Tensor]:
+    """The tensors of safetensors files, or, without ``weights``, tensors of their shapes on the device ``meta``."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in list(file.keys()):  # it is no dictionary
+                    shape = file.get_slice(name).get_shape()
+                    tensors[name] = file.get_tensor(name) if weights else torch.empty(shape, device="meta")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read ({error}); copy it again, or make it anew") from error
+    return tensors
 
 
 def _write_tensors(path: Path, module: nn.Module) -> None:

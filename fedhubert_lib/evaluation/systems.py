@@ -103,10 +103,9 @@ def _given_teacher(run: Path) -> Path | None:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
-        if not (folder / name).is_file():  # the second, in some public folders
-            continue
-        with (folder / name).open("rb") as file:
+    documents = [folder / f"{name}config.json" for name in ("", "preprocessor_", "processor_")]
+    for path in [*filter(Path.is_file, documents), *sorted(folder.glob("model*.safetensors"))]:
+        with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
