@@ -123,7 +123,7 @@ class Ours:
         return training.local_update(
             self.module,
             batches,
-            partial(objectives.masked_prediction, self.model, self.head),
+            lambda batch, _: objectives.masked_prediction(self.model, self.head, batch),
             self.settings,
             first_step=0,
             total_steps=10**6,

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_ls(commands)
+    _add_params(commands)
     _add_export_client(commands)
     _add_deploy(commands)
     export.add(commands)
@@ -72,6 +73,18 @@ def _run(given: argparse.Namespace) -> int:
     runner.run(study, given.first, given.until, given.force)
     index.write(runs.outputs())
     print(index.results(runs.outputs() / study.run))
+    return runner.OK
+
+
+def _add_params(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("params", help="print all parameters: defaults, what may stand there, meaning")
+    stages = list(params.SECTIONS)
+    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=stages, help="sections (default: all)")
+    parser.set_defaults(function=_params)
+
+
+def _params(given: argparse.Namespace) -> int:
+    print("\n\n".join(params.described(stage) for stage in given.stage))
     return runner.OK
 
 

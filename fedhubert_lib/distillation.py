@@ -19,12 +19,25 @@ import pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedhubert_lib import batching, federated, files, hubert, params, pooled, pretraining, seeds, teaching, training
+from fedhubert_lib import (
+    batching,
+    federated,
+    files,
+    hubert,
+    objectives,
+    params,
+    pooled,
+    pretraining,
+    seeds,
+    teaching,
+    training,
+)
 from fedhubert_lib.federated import checkpoints, deployment, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
 from fedhubert_lib.labels import Labels
+from fedhubert_lib.objectives import Sums
 from fedhubert_lib.teaching import Teacher, TeacherError
 
 STAGE = "04_distill"
@@ -149,18 +162,24 @@ def _filled(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str,
 
 def _objective(module: nn.ModuleDict, teacher: Teacher, p: params.Distill) -> training.Objective:
     student = module["model"]
-    parts: list[tuple[float, training.Objective]] = []
-    if "soft-targets" in p.objectives:
-        weights = {"temperature": p.temperature, "soft_weight": p.soft_weight, "label_weight": p.label_weight}
-        soft = functools.partial(teaching.soft_targets, student, module["head"], teacher, **weights)
-        parts.append((1.0, soft))
-    if "hubert" in p.objectives:
-        parts.append((p.hubert_weight, functools.partial(teaching.hubert_units, student, module["head"])))
-    if "distilhubert" in p.objectives:
-        layers = teaching.target_layers(teacher.model.config.num_hidden_layers)
-        regression = functools.partial(teaching.layer_regression, student, module["regressors"], teacher, layers=layers)
-        parts.append((p.regression_weight, regression))
-    return parts[0][1] if len(parts) == 1 else teaching.summed(parts)
+
+    def objective(batch: batching.Batch, progress: float) -> Sums:
+        weight = objectives.unmasked_weight(p.unmasked_weight, p.unmasked_decay, progress)
+        parts: list[tuple[float, Sums]] = []
+        if "soft-targets" in p.objectives:
+            weights = {"soft_weight": p.soft_weight, "label_weight": p.label_weight, "unmasked_weight": weight}
+            sums = teaching.soft_targets(student, module["head"], teacher, batch, temperature=p.temperature, **weights)
+            parts.append((1.0, sums))
+        if "hubert" in p.objectives:
+            sums = teaching.hubert_units(student, module["head"], batch, unmasked_weight=weight)
+            parts.append((p.hubert_weight, sums))
+        if "distilhubert" in p.objectives:
+            layers = teaching.target_layers(teacher.model.config.num_hidden_layers)
+            sums = teaching.layer_regression(student, module["regressors"], teacher, batch, layers=layers)
+            parts.append((p.regression_weight, sums))
+        return parts[0][1] if len(parts) == 1 else teaching.summed(parts)
+
+    return objective
 
 
 def _client_batches(
@@ -270,23 +289,9 @@ def read_teacher(run: Path, p: params.Distill) -> Teacher:
     return teacher
 
 
-def student_config(p: params.Distill) -> hubert.HubertConfig:
-    """The student: preset ``p.model`` with ``p.layers`` layers of ``p.width``, feed-forward four times as wide.
-
-    It has as many heads as the preset, or the next smaller number that divides the width.
-    """
-    heads = hubert.preset(p.model, p.front_end).num_attention_heads
-    heads = next(number for number in range(heads, 0, -1) if p.width % number == 0)
-    changes: dict[str, Any] = {"num_hidden_layers": p.layers, "hidden_size": p.width, "intermediate_size": 4 * p.width}
-    changes["num_attention_heads"] = heads
-    if p.conv_width is not None:
-        changes["conv_dim"] = (p.conv_width,) * 7
-    return hubert.preset(p.model, p.front_end, **changes)
-
-
 def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.HubertConfig, Arrays]:
     """The student's configuration and weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
-    config = student_config(p)
+    config = pretraining.model_config(p)
     module = _modules(json.dumps(asdict(config)), _clusters(run, p, teacher), _regression(p, teacher), "cpu")
     hubert.initialise(module["model"], seeds.torch_generator(p.seed, "student"))
     if p.initial == "teacher":

@@ -1,8 +1,8 @@
 """The parameters of every notebook: typed, documented, validated before any kernel starts.
 
-One YAML file is one study. Its top level holds ``study`` and ``seed``; below stand six sections, one per notebook,
-whose names are the notebook's parameters. Defaults are those of ``params/toy.yaml`` and of the notebooks' own
-parameter cells: a chain of seconds.
+One YAML file is one study. Its top level holds ``study``, ``seed`` and, where it builds on another file, ``base``; six
+sections, one per notebook, hold what differs from the defaults. The defaults stand here alone: a chain of seconds,
+which ``params/toy.yaml`` is. Distillation takes over from pretraining what both have, but for the model's shape.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -38,6 +39,7 @@ Codebook = Literal["federated", "one-shot", "client", "aligned", "random-project
 Optimiser = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
 Preset = Literal["tiny", "small", "base", "large"]
 FrontEnd = Literal["waveform", "logmel"]
+PositionEmbedding = Literal["conv", "sinusoidal"]
 Head = Literal["shared", "personal"]
 Engine = Literal["inprocess", "pool", "ray", "deployment"]
 Compression = Literal["none", "float16", "int8", "top-k"]
@@ -173,6 +175,12 @@ class Federation(Section):
 
     model: Preset = Field("tiny", description="size of the model that is trained")
     front_end: FrontEnd = Field("logmel", description="waveform as published; logmel: cheaper, same 20 ms frames")
+    layers: Natural | None = Field(None, description="transformer layers; none: the preset's")
+    hidden_size: Natural | None = Field(None, description="size of the transformer's frames; none: the preset's")
+    attention_heads: Natural | None = Field(None, description="none: the preset's, or fewer that divide hidden_size")
+    feed_forward_size: Natural | None = Field(None, description="none: the preset's, or four times hidden_size")
+    conv_width: Natural | None = Field(None, description="channels of the convolutions (waveform); none: the preset's")
+    position_embedding: PositionEmbedding = Field("conv", description="conv as published; sinusoidal: no parameters")
     rounds: Natural = Field(2, description="federated rounds")
     cohort: Natural = Field(3, description="clients per round, drawn by (seed, round)")
     cohort_share: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -191,15 +199,19 @@ class Federation(Section):
         0.8, description="expected share of frames in spans before overlap: 8 % starts x 10"
     )
     mask_length: Natural = Field(10, description="frames of a masked span")
-    server: Optimiser = Field("fedadam", description="server optimiser")
-    server_rate: Positive = Field(1e-3, description="rate of the server optimiser")
+    unmasked_weight: float = Field(
+        1.0, ge=0, description="weight of the loss on frames that are not masked, at the start; 0: as published"
+    )
+    unmasked_decay: Share = Field(0.6, description="fraction of all steps over which it falls to 0; 0: it stays")
+    server: Optimiser = Field("fedavg", description="server optimiser")
+    server_rate: Positive = Field(1.5, description="rate of the server optimiser")
     server_momentum: Share = Field(0.9, description="beta 1 of the adaptive optimisers, momentum of fedavgm")
     server_beta2: Share = Field(0.99, description="beta 2 of the adaptive optimisers")
     server_tau: Positive = Field(1e-3, description="adaptivity of the adaptive optimisers")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="trimmed-mean: share cut at each end")
     proximal: float = Field(0.0, ge=0, description="FedProx: weight of the squared distance to the global model")
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="of updates in their mean")
-    local_state: Literal["reset", "keep"] = Field("reset", description="AdamW moments of a client from round to round")
+    local_state: Literal["reset", "keep"] = Field("keep", description="AdamW moments of a client from round to round")
     quorum: Share = Field(0.5, description="share of a cohort that must answer, else the round is repeated")
     deadline_seconds: float = Field(0.0, ge=0, description="an answer later than this is left out; 0: wait")
     outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="an update this many times too large is left out")
@@ -230,6 +242,12 @@ class Federation(Section):
                 "mask_length",
                 f"{self.mask_length} frames do not fit into crop_seconds: {self.crop_seconds}, or {frames}",
             )
+        if self.hidden_size and self.hidden_size % 16:
+            yield "hidden_size", f"{self.hidden_size} given; positions are convolved in 16 groups: a multiple of 16"
+        if self.hidden_size and self.attention_heads and self.hidden_size % self.attention_heads:
+            yield "attention_heads", f"{self.attention_heads} given; it must divide hidden_size: {self.hidden_size}"
+        if self.conv_width is not None and self.front_end != "waveform":
+            yield "conv_width", f"{self.conv_width} given, but front_end is logmel, which has no convolutions"
         if self.cohort_minimum > self.cohort:
             yield "cohort_minimum", f"{self.cohort_minimum} given, but cohort, the most, is {self.cohort}"
         fewest = self.cohort if self.cohort_share == 1 else self.cohort_minimum
@@ -256,7 +274,6 @@ class Pretrain(Federation):
 
     codebook: Codebook = Field("federated", description="whose labels to predict")
     head: Head = Field("shared", description="personal: projection and label embeddings stay with the client")
-    unmasked_weight: float = Field(0.0, ge=0, description="weight of the loss on frames that are not masked")
     initial: Place = Field("", description="checkpoint folder to start from; empty: random weights")
 
 
@@ -264,9 +281,8 @@ class Distill(Federation):
     """04_distill: a smaller student learns from the pretrained teacher, over the same federation."""
 
     teacher: Place = Field("", description="checkpoint folder; empty: what 03_pretrain of this run wrote")
-    layers: Natural = Field(2, description="transformer layers of the student")
-    width: Natural = Field(96, description="width of the student's transformer")
-    conv_width: Natural | None = Field(None, description="channels of its convolutions (waveform); none: the model's")
+    layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")
+    hidden_size: Natural | None = Field(96, description="size of the student's frames; none: the preset's")
     initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")
     send_teacher: bool = Field(False, description="send it to clients, once; False: they read its folder themselves")
     objectives: list[Objective] = Field(["soft-targets"], min_length=1, description="what the student learns; summed")
@@ -289,12 +305,8 @@ class Distill(Federation):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
         if {"hubert", "soft-targets"} <= set(self.objectives):
             yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
-        if self.width % 16:
-            yield "width", f"{self.width} given; positions are convolved in 16 groups: give a multiple of 16"
         if self.compare and self.engine == "deployment":
             yield "compare", f"{', '.join(self.compare)} given, but engine is deployment; compare in simulation"
-        if self.conv_width is not None and self.front_end != "waveform":
-            yield "conv_width", f"{self.conv_width} given, but front_end is logmel, which has no convolutions"
 
 
 class Evaluate(Section):
@@ -325,6 +337,10 @@ SECTIONS: dict[str, type[Section]] = {
 
 FOLDERS = {stage: f"{number:02d}_{stage}" for number, stage in enumerate(SECTIONS)}
 """The name of each stage's notebook, and of its folder in a run."""
+
+
+SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
+"""What a student does not take over from its teacher's pretraining."""
 
 
 class Study(BaseModel):
@@ -380,15 +396,15 @@ class ParameterError(ValueError):
 def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None) -> Study:
     """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.
 
-    What the file leaves out has its default. ``run`` names the folder under outputs/; default: the file's own ``run``,
+    What neither the file nor its ``base`` says has its default; what ``distill`` does not say and ``pretrain`` does is
+    pretraining's (``inherit``). ``run`` names the folder under outputs/; default: the file's own ``run``,
     else its ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
     ParameterError with all errors at once.
     """
     path = Path(path)
-    raw, lines, errors = yaml12.read(path)
-    if errors and not lines:  # no file to speak of: what else is wrong with it cannot be known
+    raw, places, errors = _read(path)
+    if errors and not places:  # no file to speak of: what else is wrong with it cannot be known
         raise ParameterError("\n".join(errors))
-    places = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         try:
             key = _override(raw, override)
@@ -396,6 +412,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             errors.append(f"--set {override}: {error}")
         else:
             places[key] = f"--set {override}"
+    inherited = inherit(raw)
     raw.setdefault("study", path.stem)
     raw["run"] = run or raw.get("run", raw["study"])
     raw.setdefault("seed", 0)
@@ -414,6 +431,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
         study = Study.model_validate(raw)
     except ValidationError as error:
         flowed = {(stage, key) for stage in SECTIONS for key in ("run", "seed")} - places.keys()
+        flowed |= {("distill", key) for key in inherited}
         errors += wording.explain([item for item in error.errors() if item["loc"] not in flowed], Study, place)
     else:
         errors += [f"{place((stage, key))}: {stage}.{key}: {text}" for stage, key, text in study.conflicts()]
@@ -422,12 +440,44 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
     return study
 
 
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[yaml12.Key, str], list[str]]:
+    """The values of a study file over those of its ``base``, the place of each key, and what is wrong."""
+    raw, lines, errors = yaml12.read(path)
+    places = {key: f"{path}:{line}" for key, line in lines.items()}
+    if (name := raw.pop("base", None)) is None:
+        return raw, places, errors
+    base = path.parent / str(name)
+    if base.resolve() in (path.resolve(), *above):
+        return raw, places, [*errors, f"{places['base',]}: base: {name} rests on this file; name another"]
+    under, under_places, under_errors = _read(base, (*above, path.resolve()))
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            under[key] |= value
+        else:
+            under[key] = value
+    if "study" not in raw:
+        under.pop("study", None)
+    return under, under_places | places, under_errors + errors
+
+
+def inherit(sections: dict[str, Any]) -> set[str]:
+    """Put what ``pretrain`` says of the federation, and ``distill`` does not, into ``distill``; returns the names."""
+    pretrain, distill = sections.get("pretrain"), sections.get("distill", {})
+    if not isinstance(pretrain, dict) or not isinstance(distill or {}, dict):
+        return set()
+    common = (Federation.model_fields.keys() | {"codebook"}) - Section.model_fields.keys() - SHAPE
+    names = (pretrain.keys() & common) - (distill or {}).keys()
+    sections["distill"] = {name: pretrain[name] for name in names} | (distill or {})
+    return names
+
+
 def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     """The parameters of ``stage`` from ``namespace``, the variables that its notebook has set: its ``globals()``.
 
     A variable with a plain value whose name is no parameter is an error, since papermill injects a misspelt parameter
-    without a word; names that begin with an underscore are the notebook's own. A study file given to plain
-    ``papermill -f`` arrives as one mapping per section; the stage's own is then put over the values of the cell.
+    without a word; names that begin with an underscore are the notebook's own. What is not set has its default: the
+    parameters cell shows only what its reader may want to change. A study file given to plain ``papermill -f`` arrives
+    as one mapping per section; the stage's own is then put over the values of the cell.
     """
     schema, where = SECTIONS[stage], f"parameters of {FOLDERS[stage]}"
     plain = {
@@ -439,23 +489,28 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     }
     sections = {name: plain.pop(name) for name in SECTIONS if isinstance(plain.get(name), dict)}
     if sections:
+        inherit(sections)
         study = {"run": plain.pop("study")} if "study" in plain else {}
         plain |= study | sections.get(stage, {})
     for name, value in plain.items():
         if isinstance(value, str) and not _is_text(schema, name):
             plain[name] = yaml12.scalar(value)  # papermill reads YAML 1.1, to which 1e-3 is text
-    missing = schema.model_fields.keys() - plain.keys()
-    errors = [f"{where}: {stage}.{name}: not set; its parameters cell must set it" for name in sorted(missing)]
     try:
         section = schema.model_validate(plain)
     except ValidationError as error:
-        raise ParameterError(
-            "\n".join(errors + wording.explain(error.errors(), schema, lambda key: where, (stage,)))
-        ) from None
-    errors += [f"{where}: {stage}.{key}: {text}" for key, text in section.conflicts()]
-    if errors:
+        raise ParameterError("\n".join(wording.explain(error.errors(), schema, lambda key: where, (stage,)))) from None
+    if errors := [f"{where}: {stage}.{key}: {text}" for key, text in section.conflicts()]:
         raise ParameterError("\n".join(errors))
     return section
+
+
+def described(stage: str) -> str:
+    """All parameters of ``stage`` as text: name and default, what may stand there, what it is."""
+    lines = [f"{stage}:  # {(SECTIONS[stage].__doc__ or '').splitlines()[0]}"]
+    for name, content in SECTIONS[stage].model_json_schema()["properties"].items():
+        default = yaml.safe_dump(content["default"], default_flow_style=True).removesuffix("\n...\n").strip()
+        lines.append(f"  {name}: {default}  # {content['description']} ({wording.allowed(content)})")
+    return "\n".join(lines)
 
 
 def places(section: Section) -> dict[str, str]:

@@ -86,8 +86,9 @@ def hubert_config(values: Mapping[str, Any]) -> hubert.HubertConfig:
     return hubert.HubertConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
-def _objective(module: nn.ModuleDict, p: params.Pretrain, batch: batching.Batch) -> objectives.Sums:
-    return objectives.masked_prediction(module["model"], module["head"], batch, unmasked_weight=p.unmasked_weight)
+def _objective(module: nn.ModuleDict, p: params.Pretrain, batch: batching.Batch, progress: float) -> objectives.Sums:
+    weight = objectives.unmasked_weight(p.unmasked_weight, p.unmasked_decay, progress)
+    return objectives.masked_prediction(module["model"], module["head"], batch, unmasked_weight=weight)
 
 
 def _client_batches(
@@ -164,6 +165,28 @@ def clusters(run: Path, codebook: str) -> int:
     return int(json.loads(path.read_text())["clusters"])
 
 
+def model_config(p: params.Federation) -> hubert.HubertConfig:
+    """Preset ``p.model`` with the sizes that ``p`` gives in place of its.
+
+    Where only ``hidden_size`` is given, the feed-forward layers are four times as wide, and there are as many attention
+    heads as in the preset or the next smaller number that divides the size. Raises ValueError when sizes do not fit.
+    """
+    chosen = {
+        "hidden_size": p.hidden_size,
+        "num_hidden_layers": p.layers,
+        "num_attention_heads": p.attention_heads,
+        "intermediate_size": p.feed_forward_size,
+        "conv_dim": p.conv_width and (p.conv_width,) * 7,
+    }
+    if p.hidden_size and not p.feed_forward_size:
+        chosen["intermediate_size"] = 4 * p.hidden_size
+    if p.hidden_size and not p.attention_heads:
+        heads = hubert.preset(p.model).num_attention_heads
+        chosen["num_attention_heads"] = next(n for n in range(heads, 0, -1) if p.hidden_size % n == 0)
+    changes = {name: value for name, value in chosen.items() if value}
+    return hubert.preset(p.model, p.front_end, position_embedding=p.position_embedding, **changes)
+
+
 def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]:
     """Configuration and weights before round 1, named model.NAME and head.NAME: from the seed, or ``p.initial``.
 
@@ -176,7 +199,7 @@ def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]
         if head is not None and len(head.label_embeddings) != count:
             head = None
     else:
-        model = hubert.Hubert(hubert.preset(p.model, p.front_end))
+        model = hubert.Hubert(model_config(p))
         hubert.initialise(model, seeds.torch_generator(p.seed, "model"))
     if head is None:
         head = hubert.Head(model.config, count)

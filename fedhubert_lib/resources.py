@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +261,7 @@ def _two_steps(
             row = training.local_update(
                 module,
                 [batch],
-                partial(objectives.masked_prediction, *module),
+                lambda one, _: objectives.masked_prediction(*module, one),
                 settings,
                 first_step=0,
                 total_steps=2,

@@ -12,7 +12,7 @@ The teacher never trains: eval mode, no gradient, the same output bit for bit ho
 distiller leaves its teacher in training mode, with dropout.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,39 +81,45 @@ def soft_targets(
     temperature: float = 4.0,
     soft_weight: float = 0.7,
     label_weight: float = 0.3,
+    unmasked_weight: float = 0.0,
     penalty_weight: float = 10.0,
 ) -> Sums:
-    """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels, over masked frames.
+    """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels: over masked frames, and
+    with ``unmasked_weight`` over the others.
 
     T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction``, soft_loss_sum (the
-    divergence, without its weight) and objective (the loss). With ``soft_weight`` 0 the teacher is not asked; with
-    ``label_weight`` 0 neither are the labels, which may be of other clusters, and ``measured`` tells nothing of them.
+    divergence on masked frames, without its weight) and objective (the loss). With ``soft_weight`` 0 the teacher is not
+    asked; with ``label_weight`` 0 neither are the labels, which may be of other clusters, and ``measured`` holds
+    nothing of them.
     """
     output = student(batch.waveforms, batch.mask)
     masked, count = batch.mask, int(batch.mask.sum())
-    logits = head(output.last[masked])
-    label_sum = soft_sum = penalty = logits.new_zeros(())
-    if label_weight:
-        label_sum = F.cross_entropy(logits, batch.labels[masked], reduction="sum")
+    frames = torch.where(masked, 1.0, unmasked_weight)
+    logits = head(output.last)
+    loss = penalty = soft_sum = logits.new_zeros(())
+    measured = {}
     if soft_weight:
         targets = teacher.probabilities(batch.waveforms, temperature)
         if targets.shape[:2] != masked.shape:
             raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
-        soft_sum = F.kl_div((logits / temperature).log_softmax(-1), targets[masked], reduction="sum") * temperature**2
+        softened = (logits / temperature).log_softmax(-1)
+        divergence = F.kl_div(softened, targets, reduction="none").sum(-1) * temperature**2
+        loss, soft_sum = loss + soft_weight * (divergence * frames).sum(), (divergence * masked).sum()
+    if label_weight:  # otherwise the labels may be of other clusters than the teacher's
+        losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+        loss = loss + label_weight * (losses * frames).sum()
+        correct = logits.detach().argmax(-1) == batch.labels
+        measured = {
+            "loss_sum": (losses * masked).sum(),
+            "unmasked_loss_sum": (losses * ~masked).sum(),
+            "unmasked_frames": (~masked).sum(),
+            "correct_masked": (correct & masked).sum(),
+            "correct_unmasked": (correct & ~masked).sum(),
+        }
     if output.features is not None:
         penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
-    loss = soft_weight * soft_sum + label_weight * label_sum + penalty_weight * penalty
-    measured = {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
-    if label_weight:  # else the labels may be of other clusters than the teacher's
-        with torch.no_grad():
-            others = head(output.last[~masked])
-        measured |= {
-            "loss_sum": label_sum,
-            "unmasked_loss_sum": F.cross_entropy(others, batch.labels[~masked], reduction="sum"),
-            "unmasked_frames": (~masked).sum(),
-            "correct_masked": (logits.argmax(-1) == batch.labels[masked]).sum(),
-            "correct_unmasked": (others.argmax(-1) == batch.labels[~masked]).sum(),
-        }
+        loss = loss + penalty_weight * penalty
+    measured |= {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
     return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
 
 
@@ -139,23 +145,18 @@ def layer_regression(
     return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
 
 
-def hubert_units(student: Hubert, head: Head, batch: Batch) -> Sums:
+def hubert_units(student: Hubert, head: Head, batch: Batch, *, unmasked_weight: float = 0.0) -> Sums:
     """DiceHuBERT: masked prediction of the clusters of the teacher's features, which are the batch's labels."""
-    sums = masked_prediction(student, head, batch)
+    sums = masked_prediction(student, head, batch, unmasked_weight=unmasked_weight)
     return replace(sums, measured={"objective": sums.loss.detach(), **sums.measured})
 
 
-def summed(objectives: Sequence[tuple[float, Callable[[Batch], Sums]]]) -> Callable[[Batch], Sums]:
-    """The weighted sum of objectives, each divided by its own count within the batch, counted in the first's frames."""
-
-    def objective(batch: Batch) -> Sums:
-        sums = [(weight, each(batch)) for weight, each in objectives]
-        count = sums[0][1].count
-        loss = sum(weight * (part.loss / part.count) for weight, part in sums) * count
-        measured = {name: value for _, part in reversed(sums) for name, value in part.measured.items()}
-        return Sums(loss, count, {**measured, "objective": loss.detach()})
-
-    return objective
+def summed(parts: Sequence[tuple[float, Sums]]) -> Sums:
+    """The sum of (weight, objective), each divided by its own count within the batch, counted in the first's frames."""
+    count = parts[0][1].count
+    loss = sum(weight * (part.loss / part.count) for weight, part in parts) * count
+    measured = {name: value for _, part in reversed(parts) for name, value in part.measured.items()}
+    return Sums(loss, count, {**measured, "objective": loss.detach()})
 
 
 def averages(measured: Mapping[str, float]) -> dict[str, float]:

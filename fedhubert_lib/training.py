@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.objectives import Sums
 
-Objective = Callable[[Batch], Sums]
+Objective = Callable[[Batch, float], Sums]
+"""(batch, fraction of all steps of the study that are done) to what is minimised."""
 
 
 class DivergedError(RuntimeError):
@@ -98,7 +99,7 @@ def local_update(
     Args:
         module: holds all parameters that train (for instance ModuleDict of model and head); where it lies, it computes.
         batches: ``settings.accumulate`` of them make an optimiser step.
-        objective: batch to ``Sums``, for instance ``objectives.masked_prediction`` with model and head bound.
+        objective: (batch, progress) to ``Sums``, for instance ``objectives.masked_prediction`` bound to both.
         first_step, total_steps: where in the global schedule this update stands.
         seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
         optimiser: continue this one (``adamw``); default: a new one, as clients that keep no state do.
@@ -132,7 +133,7 @@ def local_update(
         count = unit = 0
         for batch in group:
             with autocast(device, settings.precision):
-                sums = objective(batch.to(device))
+                sums = objective(batch.to(device), (first_step + steps) / total_steps)
             unit = unit or max(sums.count, 1)
             (sums.loss / unit).backward()
             count += sums.count
@@ -193,13 +194,13 @@ def adamw(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def evaluate(module: nn.Module, batches: Iterable[Batch], objective: Objective, precision: str) -> dict[str, float]:
-    """Sums of ``objective`` over ``batches`` in eval mode, nothing trained: keys as in ``Sums.measured``."""
+    """Sums of ``objective``, as at the end of a study, over ``batches`` in eval mode: keys as in ``Sums.measured``."""
     device = next(module.parameters()).device
     module.eval()
     totals: dict[str, Tensor] = {}
     for batch in batches:
         with autocast(device, precision):
-            sums = objective(batch.to(device))
+            sums = objective(batch.to(device), 1.0)
         for name, value in sums.measured.items():
             totals[name] = totals.get(name, 0.0) + value.double()
     return {name: float(value) for name, value in totals.items()}

@@ -64,7 +64,7 @@ def answers(monkeypatch) -> list[tuple[str, set[str], set[str], set[str]]]:
 def test_nothing_but_what_is_listed_leaves_a_client(tmp_path, answers):
     run = federation.make(tmp_path / "plain")
     pretraining.run(run, federation.pretrain(**SHORT))
-    student = {"layers": 1, "width": 96, "local_steps": 1, "batch_seconds": 4.0, "crop_seconds": 1.5}
+    student = {"layers": 1, "hidden_size": 96, "local_steps": 1, "batch_seconds": 4.0, "crop_seconds": 1.5}
     hidden = {"secure_aggregation": True, "weighting": "clients"}
     distillation.run(run, params.Distill(**SHORT, **student, **hidden, send_teacher=True))
     pretraining.run(federation.make(tmp_path / "secure"), federation.pretrain(**SHORT, **hidden))

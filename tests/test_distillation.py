@@ -7,7 +7,7 @@ import federation
 import pytest
 import torch
 
-from fedhubert_lib import distillation, federated, files, hubert, params, seeds
+from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, seeds
 from fedhubert_lib.federated import client_app
 from fedhubert_lib.teaching import TeacherError
 
@@ -19,7 +19,7 @@ TEACHER = hubert.preset(
 def distill(**changes):
     """Parameters of seconds."""
     chosen = {"rounds": 2, "cohort": 2, "local_steps": 2, "batch_seconds": 4.0, "crop_seconds": 1.5, "device": "cpu"}
-    chosen |= {"precision": "float32", "layers": 1, "width": 48, "teacher_clusters": 5}
+    chosen |= {"precision": "float32", "layers": 1, "hidden_size": 48, "teacher_clusters": 5}
     return params.Distill(**{**chosen, **changes})
 
 
@@ -78,7 +78,13 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
 
 def test_objectives_are_compared_each_alone_from_one_start_at_equal_updates(run):
     seen = []
-    p = distill(compare=["soft-targets", "hubert", "labels"], compare_seeds=2, rounds=1, objectives=["distilhubert"])
+    p = distill(
+        compare=["soft-targets", "hubert", "labels"],
+        compare_seeds=2,
+        rounds=1,
+        objectives=["distilhubert"],
+        unmasked_weight=0.0,
+    )
     folder = distillation.compare(run, p, on_progress=lambda *what: seen.append(what[1:]))
     assert seen[0] == (0, 6) and seen[-1] == (6, 6)
     students = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("checkpoint")}
@@ -90,7 +96,7 @@ def test_objectives_are_compared_each_alone_from_one_start_at_equal_updates(run)
     assert labels["loss"] == pytest.approx(labels["label_loss"])  # no teacher in it
     assert soft["audio_seconds"] == labels["audio_seconds"] and soft["clients"] == labels["clients"]
     # Seed 0's student of an objective is the one that the stage itself would train.
-    distillation.run(run, distill(rounds=1))
+    distillation.run(run, distill(rounds=1, unmasked_weight=0.0))
     assert weights(run / "04_distill" / "checkpoint") == weights(folder / "soft-targets" / "0" / "checkpoint")
     before = {each: weights(folder / each / "checkpoint") for each in students}
     # More can be compared later: what was trained stays.
@@ -149,7 +155,7 @@ def test_teacher_is_sent_once_and_kept_by_its_digest(run, monkeypatch):
         assert distillation.digest(distillation.Teacher(*hubert.load(kept))) == kept.name
     # With its own copy a client needs the public folder no more.
     shutil.move(run / "03_pretrain", run / "elsewhere")
-    config = distillation._message(run, p, teacher, distillation.student_config(p))
+    config = distillation._message(run, p, teacher, pretraining.model_config(p))
     home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
     distillation._load.cache_clear()
     assert distillation._teacher(home, config).model.config == TEACHER
@@ -166,7 +172,7 @@ def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):
 def test_a_teacher_that_was_replaced_is_noticed(run):
     p = distill()
     teacher = distillation.read_teacher(run, p)
-    config = distillation._message(run, p, teacher, distillation.student_config(p))
+    config = distillation._message(run, p, teacher, pretraining.model_config(p))
     save_teacher(run / "03_pretrain" / "checkpoint", seed=1)
     home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
     distillation._load.cache_clear()
@@ -190,7 +196,7 @@ def test_a_teacher_that_was_tampered_with_on_the_way_is_refused(run):
     [
         ({"clusters": 0}, {}, "has no head.safetensors.*distilhubert"),
         ({"clusters": 9}, {}, "predicts 9 clusters, and codebook federated of this run has 6"),
-        ({}, {"initial": "teacher", "width": 96}, r"is \[.*\] in the student and \[.*\] in the teacher"),
+        ({}, {"initial": "teacher", "hidden_size": 96}, r"is \[.*\] in the student and \[.*\] in the teacher"),
         ({}, {"initial": "teacher", "layers": 5}, r"layers\.4.*absent"),
     ],
 )
@@ -222,11 +228,13 @@ def test_a_teacher_of_another_architecture_is_refused_before_any_round(run):
 
 
 def test_student_of_another_width_starts_at_random(run):
-    config, arrays = distillation.initial(run, distill(width=96), distillation.read_teacher(run, distill()))
+    config, arrays = distillation.initial(run, distill(hidden_size=96), distillation.read_teacher(run, distill()))
     assert config.hidden_size == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)
-    heads = {width: distillation.student_config(distill(width=width)).num_attention_heads for width in (96, 128, 176)}
+    heads = {
+        width: pretraining.model_config(distill(hidden_size=width)).num_attention_heads for width in (96, 128, 176)
+    }
     assert heads == {96: 3, 128: 2, 176: 2}
-    assert distillation.student_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7
+    assert pretraining.model_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7
 
 
 def test_hubert_predicts_clusters_that_are_not_those_of_kmeans(run):

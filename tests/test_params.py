@@ -42,23 +42,59 @@ def test_toy_is_what_the_schema_says():
 
 
 @pytest.mark.parametrize("stage", CHAPTERS)
-def test_parameters_cell_is_what_the_schema_says(stage):
-    assert cell(stage) == params.SECTIONS[stage]().model_dump()
+def test_parameters_cell_shows_defaults_of_the_schema(stage):
+    shown, defaults = cell(stage), params.SECTIONS[stage]().model_dump()
+    assert shown == {name: defaults[name] for name in shown}
+    assert {"run", "seed"} < shown.keys() and len(shown) <= 20
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_study_files_are_complete_and_explained(path):
+def test_study_files_hold_differences_only(tmp_path, path):
     loaded = params.load(path)
     assert loaded.study == path.stem
-    text = path.read_text()
-    assert f"# fedhubert run params/{path.name}" in text.split("\nstudy:")[0], "opens with its command"
+    assert f"# fedhubert run params/{path.name}" in path.read_text().split("\nstudy:")[0], "opens with its command"
     raw, _, wrong = yaml12.read(path)
     assert not wrong
+    if "base" in raw:
+        raw["base"] = str(path.parent / raw["base"])
+    for stage in params.SECTIONS.keys() & raw.keys():
+        for name in raw[stage]:
+            rest = raw | {stage: {key: value for key, value in raw[stage].items() if key != name}}
+            try:
+                less = params.load(study(tmp_path, json.dumps(rest)))
+            except params.ParameterError:
+                continue
+            assert less != loaded, f"{stage}.{name} is what it would be without this line"
+
+
+def test_a_study_builds_on_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("study: base\nseed: 3\nkmeans: {clusters: 9}\npretrain: {rounds: 5}\n")
+    loaded = params.load(study(tmp_path, "base: base.yaml\npretrain: {cohort: 2}\n"))
+    assert (loaded.study, loaded.seed, loaded.kmeans.clusters) == ("mine", 3, 9)
+    assert (loaded.pretrain.rounds, loaded.pretrain.cohort) == (5, 2)
+    (tmp_path / "base.yaml").write_text("kmeans: {clusters: 1}\n")
+    assert f"{tmp_path / 'base.yaml'}:1: kmeans.clusters: 1 given" in errors(tmp_path / "mine.yaml")[0]
+    (tmp_path / "base.yaml").write_text("base: mine.yaml\n")
+    assert "rests on this file" in errors(tmp_path / "mine.yaml")[0]
+    assert "No such file" in errors(study(tmp_path, "base: none.yaml"))[0]
+
+
+def test_distillation_takes_over_the_federation_of_pretraining(tmp_path):
+    path = study(tmp_path, "pretrain: {server: fedyogi, rounds: 7, layers: 3}\ndistill: {rounds: 4}\n")
+    distill = params.load(path, ["pretrain.privacy_clip=2.5"]).distill
+    assert (distill.server, distill.rounds, distill.privacy_clip) == ("fedyogi", 4, 2.5)
+    assert distill.layers == params.Distill().layers
+    (line,) = errors(path, "pretrain.server=fedadm")
+    assert "pretrain.server" in line
+    injected = {"pretrain": {"server": "fedyogi"}, "distill": {"rounds": 4}}
+    assert params.check("distill", injected).server == "fedyogi"
+
+
+def test_all_parameters_are_described():
     for stage, schema in params.SECTIONS.items():
-        assert raw[stage].keys() == schema.model_fields.keys() - {"run", "seed"}, f"{stage}: every number stands here"
-    silent = [line for line in text.splitlines() if re.match(r"  \w+:", line) and " # " not in line]
-    explained = [after for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False) if line in silent]
-    assert all(line.strip().startswith("# ") for line in explained), silent
+        text = params.described(stage)
+        assert all(f"\n  {name}: " in text for name in schema.model_fields)
+    assert "  server: fedavg  # server optimiser (one of fedavg, " in params.described("pretrain")
 
 
 def test_every_parameter_is_read():
@@ -207,9 +243,12 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         (["pretrain.crop_seconds=20"], "pretrain.crop_seconds: 20.0 given; a batch holds batch_seconds: 16.0"),
         (["pretrain.mask_length=300"], "pretrain.mask_length: 300 frames"),
         (["pretrain.codebook=aligned"], "pretrain.codebook: aligned given, but kmeans.codebooks has federated, client"),
-        (["pretrain.codebook=client"], "distill.codebook: federated given, but the teacher's soft targets"),
+        (
+            ["pretrain.codebook=client", "distill.codebook=federated"],
+            "distill.codebook: federated given, but the teacher's soft targets",
+        ),
         (["pretrain.mask_length=10", "pretrain.crop_seconds=0.2"], "pretrain.mask_length: 10 frames do not fit"),
-        (["distill.width=100"], "distill.width: 100 given; positions are convolved in 16 groups"),
+        (["distill.hidden_size=100"], "distill.hidden_size: 100 given; positions are convolved in 16 groups"),
         (["pretrain.head=personal"], "distill.objectives: soft-targets needs the teacher's head"),
         (
             ["pretrain.head=personal", "distill.objectives=[hubert]", "distill.compare=[soft-targets]"],
@@ -257,8 +296,5 @@ def test_check_refuses_what_papermill_lets_through(changed, said):
     assert said in str(caught.value)
 
 
-def test_check_names_what_the_cell_lacks():
-    plain = params.Kmeans().model_dump()
-    del plain["clusters"]
-    with pytest.raises(params.ParameterError, match="kmeans.clusters: not set; its parameters cell must set it"):
-        params.check("kmeans", plain)
+def test_what_the_cell_does_not_show_has_its_default():
+    assert params.check("kmeans", {"clusters": 7}) == params.Kmeans(clusters=7)

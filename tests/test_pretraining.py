@@ -216,7 +216,9 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         lambda module, settings: torch.optim.SGD(module.parameters(), lr=settings.learning_rate),
     )
     monkeypatch.setattr(local.training, "rate", lambda settings, step, total: rate)
-    config, weights = pretraining.initial(run, p := pretrain(server="scaffold", clip_norm=1e9, learning_rate=rate))
+    config, weights = pretraining.initial(
+        run, p := pretrain(server="scaffold", local_state="reset", clip_norm=1e9, learning_rate=rate)
+    )
     arrays = weights | {f"control/{name}": torch.full_like(t, 1e-3) for name, t in weights.items()}
     client = "client-001"
     home = ClientHome(
@@ -373,7 +375,7 @@ class Gathering(InProcessGrid):
 def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path):
     p = pretrain()
     small = {"rounds": 1, "cohort": 2, "local_steps": 1, "batch_seconds": 4.0, "crop_seconds": 1.5, "layers": 1}
-    student = params.Distill(**small, width=96, device="cpu", precision="float32")
+    student = params.Distill(**small, hidden_size=96, device="cpu", precision="float32")
     expected = digest(weights_of(pretraining.run(run, p)))
     distilled = digest(weights_of(distillation.run(run, student)))
     other = tmp_path / "other"

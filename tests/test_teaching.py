@@ -43,7 +43,7 @@ def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     first = teacher.probabilities(batch().waveforms, 4.0)
 
-    def objective(one):
+    def objective(one, _):
         return teaching.soft_targets(student, head, teacher, one)
 
     module = torch.nn.ModuleDict({"model": student, "head": head})
@@ -137,11 +137,11 @@ def test_objectives_add_up_by_their_averages(teacher):
     regressors = teaching.Regressors(32, 64, 3)
     one = batch()
     parts = [
-        (0.5, lambda each: teaching.soft_targets(student, head, teacher, each)),
-        (2.0, lambda each: teaching.layer_regression(student, regressors, teacher, each, layers=(1, 3, 4))),
+        (0.5, teaching.soft_targets(student, head, teacher, one)),
+        (2.0, teaching.layer_regression(student, regressors, teacher, one, layers=(1, 3, 4))),
     ]
-    both = teaching.summed(parts)(one)
-    soft, regression = (part(one) for _, part in parts)
+    both = teaching.summed(parts)
+    soft, regression = (part for _, part in parts)
     expected = 0.5 * soft.loss / soft.count + 2.0 * regression.loss / regression.count
     torch.testing.assert_close(both.loss / both.count, expected)
     assert {"soft_loss_sum", "cosine_sum"} <= set(both.measured)
@@ -167,7 +167,7 @@ def test_student_comes_nearer_to_its_teacher(teacher, name):
     torch.manual_seed(0)
     regressors = teaching.Regressors(32, 64, 3)
 
-    def objective(one):
+    def objective(one, _=0.0):
         if name == "soft-targets":
             return teaching.soft_targets(student, head, teacher, one, soft_weight=1, label_weight=0)
         return teaching.layer_regression(student, regressors, teacher, one, layers=(1, 3, 4))

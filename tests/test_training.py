@@ -48,7 +48,7 @@ def make(clusters: int = 250) -> nn.ModuleDict:
 
 
 def objective(module: nn.ModuleDict):
-    return partial(objectives.masked_prediction, module["model"], module["head"])
+    return lambda batch, _: objectives.masked_prediction(module["model"], module["head"], batch)
 
 
 def test_masks_are_whole_spans_with_the_published_share():
@@ -199,6 +199,38 @@ def test_same_seed_same_weights(corpus, precision):
     averages = objectives.averages(metrics)
     assert averages["loss"] == pytest.approx(np.log(250), abs=0.5)
     assert metrics["masked_frames"] > 100
+
+
+def test_the_objective_knows_the_fraction_of_all_steps_that_are_done():
+    """By the global step, so that round 2 of a federation stands where a straight training stands."""
+    module, seen = make(), []
+
+    def watched(batch, progress):
+        seen.append(progress)
+        return objective(module)(batch, progress)
+
+    settings = training.Settings(learning_rate=1e-3, warmup_steps=0)
+    for first_step in (0, 2):
+        training.local_update(
+            module, [random_batch(2)] * 2, watched, settings, first_step=first_step, total_steps=4, seed=0
+        )
+    assert seen == [0.0, 0.25, 0.5, 0.75]
+    assert [objectives.unmasked_weight(2.0, 0.5, progress) for progress in seen] == [2.0, 1.0, 0.0, 0.0]
+    assert objectives.unmasked_weight(2.0, 0.0, 0.75) == 2.0
+
+
+def test_unmasked_frames_weigh_as_much_as_is_said():
+    module, batch = make(), random_batch(3)
+    masked, both, half = (
+        objectives.masked_prediction(module["model"], module["head"], batch, unmasked_weight=weight)
+        for weight in (0.0, 1.0, 0.5)
+    )
+    others = masked.measured["unmasked_loss_sum"]
+    torch.testing.assert_close(both.loss - masked.loss, others)
+    torch.testing.assert_close(half.loss - masked.loss, others / 2)
+    logits = module["head"](module["model"](batch.waveforms, batch.mask).last)
+    expected = torch.nn.functional.cross_entropy(logits[~batch.mask], batch.labels[~batch.mask], reduction="sum")
+    torch.testing.assert_close(others, expected.detach())
 
 
 def test_diverging_batch_is_named(corpus):
@@ -377,10 +409,10 @@ def test_a_teacher_inside_the_objective_stays_in_eval_mode():
     teacher = hubert.Hubert(hubert.replace(CONFIG, hidden_dropout=0.5, layerdrop=0.5)).eval()
     module, seen, batch = make(), [], random_batch(2)
 
-    def distil(batch):
+    def distil(batch, progress):
         with torch.no_grad():
             seen.append(teacher(batch.waveforms).last)
-        return objective(module)(batch)
+        return objective(module)(batch, progress)
 
     settings = training.Settings(learning_rate=1e-3, warmup_steps=0)
     training.local_update(module, [batch, batch], distil, settings, first_step=0, total_steps=9, seed=0)
