@@ -116,6 +116,20 @@ def test_pooled_training_has_no_personal_head(run, tmp_path):
     assert digest(ends[0]) == digest(ends[1])
 
 
+def test_pooled_training_takes_over_no_setting_that_is_the_federations_alone(run, tmp_path):
+    """A pooled baseline held near its start by FedProx, say, would make the federation look good."""
+    federated_only = {
+        **{"proximal": 10.0, "server": "fedavg", "server_rate": 0.5, "local_state": "keep", "weighting": "clients"},
+        **{"privacy": "server", "privacy_clip": 1e-3, "secure_aggregation": True, "cohort": 3},
+    }
+    plain = digest(weights_of(pretraining.centralised(run, pretrain(rounds=2, cohort=3))))
+    (run / "03_pretrain").rename(tmp_path / "plain")
+    assert digest(weights_of(pretraining.centralised(run, pretrain(rounds=2, **federated_only)))) == plain
+    (run / "03_pretrain").rename(tmp_path / "private")
+    compressed = pretrain(rounds=2, cohort=3, compression="top-k", top_k_share=0.01)
+    assert digest(weights_of(pretraining.centralised(run, compressed))) == plain
+
+
 def test_pooled_training_stops_where_the_federation_did(run):
     p = pretrain(rounds=6, patience=1, server="fedavg", server_rate=1e-6, learning_rate=1e-6, validate_every=2)
     pretraining.run(run, p)

@@ -5,6 +5,7 @@ are not among them are personal: they come from the client's disk and stay there
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def train(
     """
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names = dict(module.named_parameters())
-    chosen = settings(p, p.rounds * steps)
+    chosen = replace(settings(p, p.rounds * steps), proximal=p.proximal)
     optimiser = training.adamw(module, chosen)
     if p.local_state == "keep":
         restore_moments(optimiser, names, client_state.load(home, config, "moments"))
@@ -100,14 +101,15 @@ def _compressed(home: ClientHome, config: Mapping[str, Any], p: Federation, chan
 
 
 def settings(p: Federation, total_steps: int, accumulate: int = 1) -> training.Settings:
-    """How a client steps, in a study of ``total_steps`` global steps."""
+    """How training steps, a client's and pooled alike, in a study of ``total_steps`` global steps. FedProx, which is
+    the client's alone, is not among it: it holds a client near the others' weights, and pooled training has no others.
+    """
     return training.Settings(
         learning_rate=p.learning_rate,
         warmup_steps=round(p.warmup_share * total_steps),
         weight_decay=p.weight_decay,
         clip_norm=p.clip_norm,
         accumulate=accumulate,
-        proximal=p.proximal,
         precision=p.precision,
     )
 
