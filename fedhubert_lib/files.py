@@ -1,5 +1,6 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; and their listing."""
 
+import codecs
 import contextlib
 import errno
 import json
@@ -80,6 +81,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines if line]
+
+
+def walk(root: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Every file below the folder ``root``, in no particular order. Links are followed, but for those to a folder that
+    they are in; a link that leads nowhere is listed as a file. Raises OSError where a folder cannot be read.
+    """
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [(os.fspath(root), ())]
+    while folders:
+        folder, above = folders.pop()
+        status = os.stat(folder)
+        here = status.st_dev, status.st_ino
+        if here in above:
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                    folders.append((entry.path, (*above, here)))
+                else:
+                    yield entry
+
+
+def read_text(path: str | Path) -> str:
+    """A text file that others wrote: UTF-8, or UTF-16 with a byte order mark; the mark is left out.
+
+    Raises OSError or UnicodeDecodeError.
+    """
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
 
 
 def sweep(folder: Path) -> None:

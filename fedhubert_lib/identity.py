@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedhubert_lib import params
+from fedhubert_lib import files, params
 
 PRESENTATION = {"cli", "display", "identity", "index", "params", "plots", "runner", "runs", "wording", "yaml12"}
 """Modules that no result depends on: when they change a stage is run again, but what it has made is kept."""
@@ -151,9 +151,8 @@ def _presents(key: str) -> bool:
 
 def _listing(root: Path) -> str:
     # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
-    below, there = os.path.join(root, ""), [str(root)]
-    if root.is_dir():
-        there = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+    below = os.path.join(root, "")
+    there = [entry.path for entry in files.walk(root)] if root.is_dir() else [str(root)]
     lines = []
     for file in there:
         if os.path.isfile(file):

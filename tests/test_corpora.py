@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import corpora, params
+from fedhubert_lib import corpora, identity, params
 from fedhubert_lib.corpora import alignments, flac, librispeech, scan
 
 RNG = np.random.default_rng(0)
@@ -100,7 +100,8 @@ BROKEN = {
     "loop.flac": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
     "pipe.flac": (lambda path: os.mkfifo(path), "not a plain file"),
     "zeros.wav": (lambda path: path.symlink_to("/dev/zero"), "not a plain file"),
-    "folder.flac": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+    "speech.mp3": (lambda path: path.write_bytes(b"ID3"), "neither .flac nor .wav"),
+    ".DS_Store": (lambda path: path.write_bytes(b"Bud1"), "neither .flac nor .wav"),
 }
 
 
@@ -215,9 +216,9 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     (tmp_path / "elsewhere" / "there").symlink_to(tmp_path / "tree" / "other")
     (tmp_path / "tree" / "other" / "back").symlink_to(tmp_path / "elsewhere")
     found = scan.scan([tmp_path / "tree"])
-    places = ["inner/link/a.flac", "inner/link/there/back/a.flac", "other/back/a.flac"]
-    assert sorted(found.path) == [str(tmp_path / "tree" / place) for place in places if "there/back" not in place]
-    assert (found.reason == "").all()
+    places = ["inner/link/a.flac", "inner/self", "other/back/a.flac"]
+    assert sorted(found.path) == [str(tmp_path / "tree" / place) for place in places]
+    assert found.reason.tolist() == ["", "neither .flac nor .wav", ""]
 
 
 def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path):
@@ -281,8 +282,8 @@ def test_a_folder_becomes_a_manifest(tree, tmp_path):
 
 def test_broken_files_are_left_out_by_name_and_counted(tree, tmp_path):
     chapter = tree / "train-clean-5" / "19" / "7"
-    for i, (make, _) in enumerate(BROKEN.values()):
-        make(chapter / f"19-7-1{i:03d}{'.wav' if 'wav' in list(BROKEN)[i] else '.flac'}")
+    for i, (name, (make, _)) in enumerate(BROKEN.items()):
+        make(chapter / f"19-7-1{i:03d}{Path(name).suffix}")
     write(chapter / "20-7-0000.flac")
     write(tree / "train-clean-5" / "19-7-9999.flac")
     copy = chapter / "19-7-0003.flac"
@@ -293,7 +294,7 @@ def test_broken_files_are_left_out_by_name_and_counted(tree, tmp_path):
     for _, reason in BROKEN.values():
         assert reasons.str.contains(reason, regex=False).any(), reason
     assert reasons.str.startswith("not SUBSET/SPEAKER/CHAPTER").sum() == 2
-    assert found["excluded"].set_index("path").reason[str(copy)] == "same audio as another"
+    assert found["excluded"].set_index("path").reason[str(copy)] == f"same audio as {chapter / '19-7-0000.flac'}"
     assert len(reasons) == len(BROKEN) + 3
 
 
@@ -304,7 +305,50 @@ def test_an_utterance_in_two_subsets_counts_once(tree, tmp_path):
     subsets = ["train-clean-5", "train-clean-100"]
     manifest, excluded = librispeech.utterances(tree, subsets, scan.scan([tree / subset for subset in subsets]))
     assert manifest.utterance.is_unique and (manifest.subset == "train-clean-5").all()
-    assert excluded.reason.tolist() == ["utterance is in an earlier subset"]
+    first = tree / "train-clean-5" / "19" / "7" / "19-7-0000.flac"
+    assert excluded[["path", "reason"]].values.tolist() == [[str(twin), f"its utterance is already there: {first}"]]
+
+
+def test_every_file_below_a_subset_is_used_or_left_out_with_its_reason(tree, tmp_path):
+    chapter = tree / "train-clean-5" / "19" / "7"
+    (chapter / "19-7-0000.flac").rename(chapter / "19-7-0000.FLAC")
+    for name in ("19-7.txt", "26-7.trans.txt", "19-7-0005.m4a", "19-7-0000.TextGrid", ".hidden/a.flac"):
+        (chapter / name).parent.mkdir(exist_ok=True)
+        (chapter / name).write_text("something")
+    write(chapter / "19-7-0001.wav")
+    (chapter / "gone").symlink_to(tmp_path / "nowhere")
+    prepared = prepare(tmp_path / "run", tree)
+    manifest, excluded = prepared["manifest"], prepared["excluded"].set_index("path").reason
+    assert "19-7-0000" in set(manifest.utterance) and manifest.text[0] == "WORDS OF 0"
+    assert excluded[str(chapter / "19-7-0001.wav")] == f"its utterance is already there: {chapter / '19-7-0001.flac'}"
+    read = {str(path) for path in tree.rglob("*/7/*7.trans.txt")} - {str(chapter / "26-7.trans.txt")}
+    files = {str(path) for subset in ("train-clean-5", "dev-clean-2") for path in (tree / subset).rglob("*")
+             if not path.is_dir()}  # fmt: skip
+    assert set(manifest.path) | set(excluded.index) == files - read and len(read) == 3
+    assert (excluded != "").all() and excluded.index.is_unique
+
+
+def test_transcripts_of_other_systems_are_read(tree, tmp_path):
+    lines = "19-7-0000 WORDS OF 0\r\n19-7-0001\tWORDS  OF 1 \r\n19-7-0002\r\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tree / "train-clean-5" / "19" / "7" / "19-7.trans.txt").write_text(lines, encoding=encoding, newline="")
+        texts = prepare(tmp_path / encoding, tree)["manifest"].set_index("utterance").text
+        assert (
+            texts["19-7-0000"] == "WORDS OF 0" and texts["19-7-0001"] == "WORDS  OF 1" and pd.isna(texts["19-7-0002"])
+        )
+
+
+def test_a_change_below_a_link_is_seen(tree, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for subset in ("train-clean-5", "dev-clean-2"):
+        (linked / subset).symlink_to(tree / subset)
+    (linked / "train-clean-5" / "19" / "up").symlink_to(linked)
+    p = params.Corpus(kind="librispeech", root=str(linked))
+    before = identity.listings(p)["root"]
+    assert before == identity.listings(p)["root"]
+    (tree / "train-clean-5" / "19" / "7" / "19-7-0001.flac").unlink()
+    assert before != identity.listings(p)["root"]
 
 
 def test_a_transcript_that_is_no_text_is_left_out_and_its_utterances_stay(tree, tmp_path):
@@ -458,11 +502,40 @@ def test_a_second_alignment_of_an_utterance_is_left_out(tmp_path):
 
 
 def test_alignments_none_of_which_can_be_read_are_an_error_that_shows_one(tmp_path):
-    (tmp_path / "1-2-0000.TextGrid").write_bytes(b"\xff\xfeT\x00")
-    with pytest.raises(
-        corpora.CorpusError, match=r"no alignment of any .* 1 cannot be read, such as .*1-2-0000.*utf-8"
-    ):
+    (tmp_path / "1-2-0000.TextGrid").write_bytes(b"\xffT\x00")
+    with pytest.raises(corpora.CorpusError, match=r"no phone of any .* 1 are of no use, such as .*1-2-0000.*utf-8"):
         alignments.read(tmp_path, MANIFEST)
+    (tmp_path / "1-2-0000.TextGrid").write_text(textgrid(0.9, [(0.0, 0.9, "AA")]))
+    with pytest.raises(corpora.CorpusError, match=r"1 are of no use, .* is 0\.900 s long, the audio 1\.000 s"):
+        alignments.read(tmp_path, MANIFEST)
+
+
+def test_an_alignment_that_ends_34_ms_early_is_used_up_to_its_end(tmp_path):
+    (tmp_path / "1-2-0000.TextGrid").write_text(textgrid(0.966, [(0.0, 0.5, "AA"), (0.5, 0.966, "B")]))
+    phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert refused.empty and phones.to_pandas().end_sample.tolist() == [8_000, 15_456]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_textgrids_in_the_encodings_of_praat_behind_a_link(encoding, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "train").symlink_to(tmp_path / "elsewhere")
+    content = textgrid(1.0, [(0.0, 1.0, "AA1")]).replace('"hi"', '"hé"')
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "elsewhere" / "1-2-0000.TextGrid").write_text(mark + content, encoding=encoding)
+    assert alignments.read(tmp_path / "grids", MANIFEST)[0]["phone"].to_pylist() == ["AA"]
+
+
+def test_the_json_of_the_montreal_aligner(tmp_path):
+    tiers = {
+        name: {"type": "interval", "entries": [[0, 0.4, "AA1"], [0.4, 1.0, "spn"]]} for name in ("words", "phones")
+    }
+    (tmp_path / "1-2-0000.json").write_text(json.dumps({"start": 0, "end": 1.0, "tiers": tiers}))
+    (tmp_path / "1-2-0001.json").write_text(json.dumps({"end": 0.5, "tiers": {"words": tiers["words"]}}))
+    phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert phones.to_pandas().values.tolist() == [["1-2-0000", 0, 6_400, "AA"], ["1-2-0000", 6_400, 16_000, "sil"]]
+    assert "no JSON of the Montreal Forced Aligner with a tier phones" in refused.reason[0]
 
 
 def test_json_alignments(tmp_path):
@@ -476,7 +549,7 @@ def test_json_alignments(tmp_path):
     phones, refused = alignments.read(path, MANIFEST)
     assert phones.to_pandas().values.tolist() == [["1-2-0000", 0, 8_000, "sil"], ["1-2-0000", 8_000, 16_000, "AH"]]
     assert "1-2-0001" in refused.reason[0]
-    for content, message in (("{", "is not JSON"), ("[]", "no table"), ("{}", "no alignment of any")):
+    for content, message in (("{", "is not JSON"), ("[]", "no table"), ("{}", "no phone of any")):
         path.write_text(content)
         with pytest.raises(corpora.CorpusError, match=message):
             alignments.read(path, MANIFEST)
@@ -502,7 +575,8 @@ def test_real_speech(real_speech, tmp_path):
     for row in manifest.sample(20, random_state=0).itertuples():
         with Path(row.path).open("rb") as file:
             assert soundfile.info(file).frames == row.samples
-    assert keywords.groupby("split").size().to_dict() == {"test": 39, "train": 280, "validation": 31}
+    assert keywords.groupby("split").size().to_dict() == {"test": 39, "train": 192, "validation": 19}
     phones = pd.read_parquet(folder / "phones.parquet")
     assert phones.utterance.nunique() == 224 and phones.phone.nunique() == 40
-    assert len(pd.read_parquet(folder / "excluded.parquet")) == 0
+    excluded = pd.read_parquet(folder / "excluded.parquet").reason
+    assert excluded.str.fullmatch(r"word \w+ has no test clip here").all() and excluded.nunique() == 10

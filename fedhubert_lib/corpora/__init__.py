@@ -33,6 +33,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
     one, or when a speaker is both in a training and in a test subset.
     """
     folder = run / "00_corpus"
+    keywords, excluded_clips = _keywords(folder, p, on_progress)
     root, train, test = _speech(folder, p, on_progress)
     places = [root / subset for subset in train + test]
     scanned = scan.scan(places, folder / "scan.parquet", on_progress, decode=p.decode_check)
@@ -45,7 +46,6 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
         phones, refused = alignments.read(Path(p.alignments), manifest, on_progress)
     elif p.kind == "synthetic":
         phones = pq.read_table(root / "phones.parquet")
-    keywords, excluded_clips = _keywords(folder, p, on_progress)
 
     excluded = pd.concat([excluded, excluded_clips, refused], ignore_index=True).sort_values("path")
     with files.atomic(folder / "phones.parquet") as temporary, pq.ParquetWriter(temporary, PHONES) as writer:

@@ -1,9 +1,9 @@
 """Phone times from a forced aligner, so that units can be judged on real speech.
 
-Read are the Montreal Forced Aligner's TextGrids (Praat's text format, long or short, tier ``phones``), one per
-utterance in any folder below the root, as in the published LibriSpeech alignments; and JSON, ``{utterance: [seconds,
-[[begin, duration, phone], …], …]}``. Stress digits are dropped and all silences are called ``sil``, so that labels
-agree with those of the synthetic corpus.
+Reads what the Montreal Forced Aligner writes, one file per utterance in any folder below the root, as in the published
+LibriSpeech alignments: TextGrids (Praat's text format, long or short, tier ``phones``) or JSON. Also reads one JSON
+file for all, ``{utterance: [seconds, [[begin, duration, phone], …], …]}``. Stress digits are dropped and all silences
+are called ``sil``, so that labels agree with those of the synthetic corpus.
 """
 
 import json
@@ -16,13 +16,16 @@ from typing import NamedTuple
 import pandas as pd
 import pyarrow as pa
 
+from fedhubert_lib import files
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["utterance", "start_sample", "end_sample", "phone"]
+SUFFIXES = (".TextGrid", ".json")
 SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
-TOLERANCE = HOP
-"""Samples by which an alignment may end before or after its audio: a frame of 20 ms, as aligners round."""
+LONGER, SHORTER = HOP, 800
+"""Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
+Montreal aligner drops the last frames). What comes after its end has no phone."""
 
 _TOKEN = re.compile(r'"(?:[^"]|"")*"|<\w+>|(?<!\S)[+-]?[\d.]\S*')
 """What counts in Praat's text formats: texts, flags, and numbers that stand alone. The rest (``xmin =``) explains."""
@@ -43,21 +46,20 @@ def read(
 
     The phones are an Arrow table whose names are kept once each: LibriSpeech has 35 million phones.
 
-    ``root`` is a JSON file or a folder of TextGrids. An alignment is left out as a whole when its length is not its
-    audio's within 20 ms, when its phones overlap, go backwards or leave its bounds, or when an earlier file, by path,
-    has one of the same utterance. An utterance may have none. Raises CorpusError when ``root`` is missing or holds
-    nothing that can be read for any of the manifest's utterances.
+    ``root`` is a JSON file or a folder of TextGrids or JSON files; links are followed. An alignment is left out as a
+    whole when its length is not its audio's (LONGER, SHORTER), when its phones overlap, go backwards or leave its
+    bounds, or when an earlier file, by path, has one of the same utterance. An utterance may have none. Raises
+    CorpusError when ``root`` is missing, or when none of the manifest's utterances gets a phone from it.
     """
     samples = dict(zip(manifest["utterance"], manifest["samples"], strict=True))
     utterances: dict[str, int] = {}
     phones: dict[str, int] = {}
     codes, starts, ends, names = array("i"), array("q"), array("q"), array("i")
-    refused, known = [], 0
+    refused = []
     for found in _alignments(root, samples, on_progress):
         if not isinstance(found, Alignment):
             refused.append(found)
             continue
-        known += 1
         total = samples[found.utterance]
         again = "was already given by another file" if found.utterance in utterances else ""
         if reason := again or _reason(found, total):
@@ -71,9 +73,12 @@ def read(
                 starts.append(start)
                 ends.append(stop)
                 names.append(phones.setdefault(fold(phone), len(phones)))
-    if not known:
-        why = f"; {len(refused)} cannot be read, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
-        raise CorpusError(f"corpus.alignments: {root} has no alignment of any of the {len(samples)} utterances{why}")
+    if not codes:
+        why = f"; {len(refused)} are of no use, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
+        raise CorpusError(
+            f"corpus.alignments: {root} gives no phone of any of the {len(samples)} utterances (files named UTTERANCE"
+            f".TextGrid or UTTERANCE.json, or one JSON file for all){why}"
+        )
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(utterances), pa.string())),
         pa.array(starts, pa.int64()),
@@ -90,11 +95,11 @@ def fold(phone: str) -> str:
 
 
 def _reason(found: Alignment, samples: int) -> str:
-    if abs(found.seconds * SAMPLE_RATE - samples) > TOLERANCE:
+    if not -SHORTER <= found.seconds * SAMPLE_RATE - samples <= LONGER:
         return f"is {found.seconds:.3f} s long, the audio {samples / SAMPLE_RATE:.3f} s"
     last = 0.0
     for begin, end, phone in found.phones:
-        if not last - 1e-6 <= begin <= end <= found.seconds + TOLERANCE / SAMPLE_RATE:  # NaN is refused too
+        if not last - 1e-6 <= begin <= end <= found.seconds + LONGER / SAMPLE_RATE:  # NaN is refused too
             return f"{phone or 'silence'} from {begin} to {end} s overlaps another phone or leaves the audio"
         last = end
     return "" if found.phones else "has no phone"
@@ -104,9 +109,10 @@ def _alignments(
     root: Path, wanted: dict[str, int], on_progress: Callable[[str, int, int], None] | None
 ) -> Iterator[Alignment | tuple[str, str]]:
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*.TextGrid") if path.stem in wanted)
+        paths = sorted(Path(entry.path) for entry in files.walk(root) if entry.name.endswith(SUFFIXES))
+        paths = [path for path in paths if path.stem in wanted]
         for done, path in enumerate(paths, start=1):
-            yield _textgrid(path)
+            yield _textgrid(path) if path.suffix == ".TextGrid" else _montreal_json(path)
             if on_progress:
                 on_progress("read alignments", done, len(paths))
     elif root.is_file():
@@ -117,7 +123,7 @@ def _alignments(
 
 def _textgrid(path: Path) -> Alignment | tuple[str, str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = files.read_text(path)
     except (UnicodeDecodeError, OSError) as error:
         return str(path), f"alignment of {path.stem}: cannot be read ({error})"
     tokens = _TOKEN.findall(text)
@@ -156,10 +162,22 @@ def _unquoted(token: str) -> str:
     return token[1:-1].replace('""', '"')
 
 
+def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
+    """One utterance as the Montreal Forced Aligner writes it with ``--output_format json``."""
+    try:
+        whole = json.loads(files.read_text(path))
+        spans = [(float(begin), float(end), str(phone)) for begin, end, phone in whole["tiers"]["phones"]["entries"]]
+        return Alignment(path.stem, path, float(whole["end"]), spans)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        return str(
+            path
+        ), f"alignment of {path.stem}: no JSON of the Montreal Forced Aligner with a tier phones ({error!r})"
+
+
 def _json(path: Path, wanted: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        table = json.loads(files.read_text(path))
+    except ValueError as error:  # not JSON, or no text
         raise CorpusError(f"corpus.alignments: {path} is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise CorpusError(f"corpus.alignments: {path} is no table of utterances")

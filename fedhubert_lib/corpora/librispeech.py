@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fedhubert_lib import files
+
 COLUMNS = [
     "utterance", "path", "speaker", "chapter", "subset", "sex", "samples", "sample_rate", "text", "fingerprint",
 ]  # fmt: skip
@@ -36,9 +38,11 @@ def sexes(speakers_txt: Path) -> dict[str, str]:
     if not speakers_txt.exists():
         return {}
     table = {}
-    # Only names can hold anything but ASCII, and these are not read.
-    lines = speakers_txt.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
+    try:
+        text = files.read_text(speakers_txt)
+    except UnicodeDecodeError:  # in the names, which are not read: all else is ASCII
+        text = speakers_txt.read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith(";"):
             continue
         speaker, sex, *rest = [field.strip() for field in line.split("|")] + [""]
@@ -56,12 +60,12 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
 
     ``scanned`` is what scan.scan found below the subsets. Left out, beside what the scan refused: a file whose name
     does not fit its folders, and the second copy of an utterance or of a recording. A transcript that is no text is
-    left out, too, and its utterances stay.
+    left out, too, and its utterances stay. Every file that was scanned is used or left out.
     """
     places = scanned["path"].str.slice(len(str(root.absolute())) + 1).str.split("/", expand=True)
     places = places.reindex(columns=range(max(4, places.shape[1])))
     table = scanned.assign(subset=places[0], speaker=places[1], chapter=places[2])
-    table["utterance"] = places[3].str.replace(r"\.(flac|wav)$", "", regex=True)
+    table["utterance"] = places[3].str.replace(r"(?i)\.(flac|wav)$", "", regex=True)
     fits = places.iloc[:, 4:].isna().all(axis=1) & places[3].notna()
     prefix = table["speaker"].fillna("") + "-" + table["chapter"].fillna("") + "-"
     fits &= np.array(
@@ -77,36 +81,39 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     order = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
     table = table.assign(reason=reason, order=order).sort_values(["order", "utterance"], kind="stable")
     good = table["reason"] == ""
-    for column, words in (
-        ("utterance", "utterance is in an earlier subset"),
-        ("fingerprint", "same audio as another"),
-    ):
-        again = good & (table[column] != "") & table.where(good)[column].duplicated() & (table[column] != "0" * 32)
-        table.loc[again, "reason"] = words
-        good &= ~again
+    for column, words in ("utterance", "its utterance is already there:"), ("fingerprint", "same audio as"):
+        known = table[good & (table[column] != "") & (table[column] != "0" * 32)]
+        again = known[known[column].duplicated()]
+        first = known.drop_duplicates(column).set_index(column)["path"]
+        table.loc[again.index, "reason"] = words + " " + again[column].map(first)
+        good &= table["reason"] == ""
 
     sex = sexes(root / "SPEAKERS.TXT")
     accepted = table[good].sort_values("utterance")
-    texts, unreadable = transcripts(accepted["path"])
+    texts, read, unreadable = transcripts(accepted["path"])
     known = pd.Series([sex.get(speaker, "") for speaker in accepted["speaker"]], accepted.index, dtype="str")
     accepted = accepted.assign(sex=known, text=accepted["utterance"].map(texts).astype("str"))
-    excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(unreadable, columns=["path", "reason"])])
+    rest = table.loc[~good & ~table["path"].isin(read), ["path", "reason"]]
+    excluded = pd.concat([rest, pd.DataFrame(unreadable, columns=["path", "reason"])])
     return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
 
 
-def transcripts(paths: pd.Series) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Utterance to text, from the .trans.txt files beside the audio files ``paths``; (path, reason) of bad ones."""
-    texts, unreadable = {}, []
+def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[str, str]]]:
+    """Texts of the .trans.txt files beside the audio files ``paths``.
+
+    Returns utterance to text, the files that were looked at, and (path, reason) of those that cannot be read.
+    """
+    texts, read, unreadable = {}, set(), []
     for folder in sorted(set(paths.str.rsplit("/", n=1).str[0])):
         speaker, chapter = folder.rsplit("/", 2)[1:]
         file = f"{folder}/{speaker}-{chapter}.trans.txt"
         try:
-            with open(file, encoding="utf-8") as lines:
-                found = dict(line.rstrip().partition(" ")[::2] for line in lines)
+            lines = files.read_text(file).splitlines()
         except FileNotFoundError:
             continue
         except (UnicodeDecodeError, OSError) as error:
             unreadable.append((file, f"transcript cannot be read ({error}); its utterances have no text"))
-            continue
-        texts |= found
-    return texts, unreadable
+        else:
+            texts |= dict(line.strip().split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
+        read.add(file)
+    return texts, read, unreadable

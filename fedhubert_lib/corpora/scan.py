@@ -1,8 +1,8 @@
-"""What every audio file of a corpus holds, from its headers: parallel, and incremental over an earlier scan.
+"""What every file of a corpus holds, from its headers: parallel, and incremental over an earlier scan.
 
-A file that is not 16 kHz mono speech of at least one frame, or that is not whole, comes back with the reason. FLAC
-files are judged by their two ends (``flac``). A WAV file has no checksum; these are small (one second), so they are
-read whole.
+A file that is no audio, not 16 kHz mono speech of at least one frame, or that is not whole, comes back with the reason.
+FLAC files are judged by their two ends (``flac``). A WAV file has no checksum; these are small (one second), so they
+are read whole.
 """
 
 import hashlib
@@ -57,6 +57,8 @@ def refused(reason: str) -> Header:
 
 def header(path: str) -> Header:
     """Read the ends of one FLAC file, or one WAV file. What is wrong with the file is the ``reason``, not an error."""
+    if not path.lower().endswith(SUFFIXES):
+        return refused("neither .flac nor .wav")
     try:
         with open(path, "rb", buffering=0, opener=_open) as file:
             status = os.fstat(file.fileno())
@@ -139,7 +141,7 @@ def decoded(path: str, found: Header) -> Header:
         return found._replace(reason=f"cannot be decoded: {error}")
     if len(samples) != found.samples:
         return found._replace(reason=f"decodes to {len(samples)} samples, its header promises {found.samples}")
-    if width and path.endswith(".flac") and found.fingerprint != "0" * 32:
+    if width and path.lower().endswith(".flac") and found.fingerprint != "0" * 32:
         # The MD5 is that of the samples in their own width; libsndfile puts them to the upper end of 32 bits.
         own = samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :]
         if hashlib.md5(own.tobytes(), usedforsecurity=False).hexdigest() != found.fingerprint:
@@ -147,32 +149,21 @@ def decoded(path: str, found: Header) -> Header:
     return found
 
 
-def walk(root: Path) -> list[tuple[str, int, int]]:
-    """(path, size, modification time in ns) of every audio file below ``root``, in no particular order.
+def listing(root: Path) -> list[tuple[str, int, int]]:
+    """(path, size, modification time in ns) of every file below ``root``, in no particular order; links are followed.
 
-    Links are followed, but for those to a folder they are in. One that leads nowhere is listed with size -1. Raises
-    CorpusError at a name that is no text: no table could hold it.
+    A link that leads nowhere has size -1. Raises CorpusError at a name that is no text: no table could hold it.
     """
-    found, folders = [], [(str(root), ())]
-    while folders:
-        folder, above = folders.pop()
-        status = os.stat(folder)
-        here = status.st_dev, status.st_ino
-        if here in above:
-            continue
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(SUFFIXES):
-                    if not _is_text(entry.path):
-                        raise CorpusError(f"{os.fsencode(entry.path)!r} is not UTF-8; rename or remove that file")
-                    try:
-                        status = entry.stat()
-                        found.append((entry.path, status.st_size, status.st_mtime_ns))
-                    except OSError:  # header says which
-                        found.append((entry.path, -1, 0))
-                elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                    folders.append((entry.path, (*above, here)))
-    return found
+    rows = []
+    for entry in files.walk(root):
+        if not _is_text(entry.path):
+            raise CorpusError(f"{os.fsencode(entry.path)!r} is not UTF-8; rename or remove that file")
+        try:
+            status = entry.stat()
+            rows.append((entry.path, status.st_size, status.st_mtime_ns))
+        except OSError:  # header says which
+            rows.append((entry.path, -1, 0))
+    return rows
 
 
 def _is_text(path: str) -> bool:
@@ -191,7 +182,7 @@ def scan(
     decode: bool = False,
     threads: int = 8,
 ) -> pd.DataFrame:
-    """The header of every audio file below ``roots``, in order of path; ``decode`` also decodes each in full.
+    """The header of every file below ``roots``, in order of path; ``decode`` also decodes each in full.
 
     ``cache`` is a parquet file that an earlier scan left, whole or not: a file whose size and modification time are the
     same as then is not opened again. The file is brought up to date. Threads wait for the disk while one of them
@@ -199,7 +190,7 @@ def scan(
 
     Returns columns path, size, modified (ns), samples, sample_rate, channels, fingerprint, reason, decoded.
     """
-    rows = [row for root in roots for row in walk(root.absolute())]
+    rows = [row for root in roots for row in listing(root.absolute())]
     listed = pd.DataFrame(rows, columns=KEYS).astype({"size": "int64", "modified": "int64"})
     listed = listed.sort_values("path", ignore_index=True)
     known = pd.read_parquet(cache) if cache is not None and cache.exists() else _table(listed[:0], [], decode)

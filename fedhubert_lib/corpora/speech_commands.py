@@ -1,17 +1,21 @@
 """Reading a Speech Commands v0.02 folder: WORD/SPEAKER_nohash_TAKE.wav, validation_list.txt, testing_list.txt.
 
 Whatever stands in neither list is for training. The lists keep each speaker in one of the three (Warden, "Speech
-Commands: a dataset for limited-vocabulary speech recognition", 2018).
+Commands: a dataset for limited-vocabulary speech recognition", 2018). A part of the corpus will do: what is not there
+is noted, and a word is used if it has a clip to train and one to test on.
 """
 
-from pathlib import Path
+import hashlib
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from fedhubert_lib import files
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate"]
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
+SPLITS = ("train", *LISTS)
 
 
 def _places(root: Path) -> list[Path]:
@@ -43,17 +47,90 @@ def words(root: Path) -> list[Path]:
     return found
 
 
+def lists(root: Path) -> dict[str, str]:
+    """Clip (WORD/FILE.wav) to split, of the clips that the two lists name, whether or not they are there.
+
+    Lists written on other systems are read, too: ``./`` or a folder before the word, backslashes, any line end, a byte
+    order mark. Raises CorpusError at a line that names no clip, and at a clip in both lists.
+    """
+    split: dict[str, str] = {}
+    for name, file in LISTS.items():
+        try:
+            lines = files.read_text(root / file).splitlines()
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{root / file}: is no text ({error}); unpack it from the archive again") from error
+        for number, line in enumerate(lines, start=1):
+            clip = "/".join(PurePosixPath(line.strip().replace("\\", "/")).parts[-2:])
+            if not clip:
+                continue
+            if "/" not in clip:
+                raise CorpusError(f"{root / file}, line {number}: {line[:60]!r} is not WORD/FILE.wav; unpack it again")
+            if split.setdefault(clip, name) != name:
+                raise CorpusError(f"{root / file}, line {number}: {clip} is in the other list, too; unpack them again")
+    return split
+
+
 def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One row per usable clip below ``root`` (COLUMNS, in order of clip), and (path, reason) of the others."""
+    """One row per usable clip below ``root`` (COLUMNS, in order of clip), and (path, reason) of all else.
+
+    The reasons also tell what a part of the corpus lacks: entries of the lists, words without a training or test clip,
+    validation clips altogether (then some voices move there from training). Raises CorpusError when no keyword
+    figure could come of what is there.
+    """
     table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
     names = table["clip"].str.extract(r"^(?P<word>[^/]+)/(?P<speaker>[^/]+)_nohash_\d+\.wav$")
     table = table.join(names)
     unnamed = table["word"].isna() & (table["reason"] == "")
     table.loc[unnamed, "reason"] = "not WORD/SPEAKER_nohash_TAKE.wav"
-    split = {}
-    for name, file in LISTS.items():
-        split |= dict.fromkeys((root / file).read_text().split(), name)
+    split = lists(root)
     table["split"] = table["clip"].map(split).fillna("train")
+    notes = _absent(root, split, set(table["clip"]))
     good = table["reason"] == ""
-    excluded = table.loc[~good, ["path", "reason"]].reset_index(drop=True)
-    return table.loc[good, COLUMNS].sort_values("clip").reset_index(drop=True), excluded
+    if good.any():
+        notes += _validate(root, table, good)
+        usable = table[good]
+        _check_voices(root, usable)
+        for word, rows in usable.groupby("word"):
+            if missing := {"train", "test"} - set(rows["split"]):
+                table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
+        good = table["reason"] == ""
+        if table.loc[good, "word"].nunique() < 2:
+            clips_of = ", ".join(f"{name} {(usable['split'] == name).sum():,}" for name in SPLITS)
+            raise CorpusError(
+                f"{root}: fewer than two words have a training and a test clip (clips: {clips_of}; in the lists "
+                f"{len(split):,}); unpack whole folders of words beside both lists"
+            )
+    excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(notes, columns=["path", "reason"])])
+    return table.loc[good, COLUMNS].sort_values("clip").reset_index(drop=True), excluded.reset_index(drop=True)
+
+
+def _absent(root: Path, split: dict[str, str], there: set[str]) -> list[tuple[str, str]]:
+    """(list, how many of its entries are no file) where there are any."""
+    notes = []
+    for name, file in LISTS.items():
+        entries = [clip for clip, of in split.items() if of == name]
+        if missing := sorted(set(entries) - there):
+            text = f"{len(missing):,} of its {len(entries):,} clips are not here, such as {missing[0]}"
+            notes.append((str(root / file), text))
+    return notes
+
+
+def _validate(root: Path, table: pd.DataFrame, good: pd.Series) -> list[tuple[str, str]]:
+    """Where no validation clip is there, turn an eighth of the training voices into it, and say so."""
+    if (table.loc[good, "split"] == "validation").any():
+        return []
+    train = good & (table["split"] == "train")
+    voices = sorted(set(table.loc[train, "speaker"]), key=lambda voice: hashlib.sha256(voice.encode()).digest())
+    chosen = voices[: max(1, len(voices) // 8)]
+    table.loc[train & table["speaker"].isin(chosen), "split"] = "validation"
+    text = f"no clip of it is here: {len(chosen)} of the {len(voices)} training voices are kept for validation"
+    return [(str(root / LISTS["validation"]), text)]
+
+
+def _check_voices(root: Path, table: pd.DataFrame) -> None:
+    splits = table.groupby("speaker")["split"].unique()
+    if len(both := splits[splits.str.len() > 1]):
+        raise CorpusError(
+            f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a "
+            "figure would not be that of voices never heard. Unpack the official lists again"
+        )
