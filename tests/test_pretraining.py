@@ -119,8 +119,15 @@ def test_pooled_training_has_no_personal_head(run, tmp_path):
 def test_pooled_training_takes_over_no_setting_that_is_the_federations_alone(run, tmp_path):
     """A pooled baseline held near its start by FedProx, say, would make the federation look good."""
     federated_only = {
-        **{"proximal": 10.0, "server": "fedavg", "server_rate": 0.5, "local_state": "keep", "weighting": "clients"},
-        **{"privacy": "server", "privacy_clip": 1e-3, "secure_aggregation": True, "cohort": 3},
+        "proximal": 10.0,
+        "server": "fedavg",
+        "server_rate": 0.5,
+        "local_state": "keep",
+        "weighting": "clients",
+        "privacy": "server",
+        "privacy_clip": 1e-3,
+        "secure_aggregation": True,
+        "cohort": 3,
     }
     plain = digest(weights_of(pretraining.centralised(run, pretrain(rounds=2, cohort=3))))
     (run / "03_pretrain").rename(tmp_path / "plain")
