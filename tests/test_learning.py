@@ -115,9 +115,9 @@ def phone_accuracy(corpus, model: hubert.Hubert) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("weight", [params.Pretrain().unmasked_weight, 0.0], ids=["recipe", "published loss"])
 def test_the_recipe_leaves_the_plateau_where_the_published_loss_does_not(corpus, weight):
-    """Seconds of training: scoring frames that are heard takes the model beyond the commonest label, and its phones beyond
-    those of random weights. With two layers and 50 clusters the published loss reaches the first by then, but not the
-    second: its phones stay at those of random weights."""
+    """Seconds of training: scoring frames that are heard takes masked accuracy beyond the commonest label, and phones
+    beyond those of random weights. With two layers and 50 clusters the published loss reaches the first by then, but
+    its phones stay at those of random weights."""
     config = hubert.replace(SMALLER, front_end="logmel")
     untrained = hubert.Hubert(config)
     hubert.initialise(untrained, seeds.torch_generator(0))
