@@ -19,6 +19,7 @@ from torch import nn
 from fedhubert_lib import hubert, masking, objectives, seeds, training
 from fedhubert_lib.audio import SAMPLE_RATE, frame_count
 from fedhubert_lib.batching import Batch
+from fedhubert_lib.threads import cores
 
 
 def describe() -> dict[str, Any]:
@@ -42,15 +43,6 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def cores() -> int:
-    """Cores this process may run on: its affinity, and the quota of its control group."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _control_group("cpu.max")
-    if quota and (parts := quota.split())[0] != "max":
-        count = min(count, max(1, int(parts[0]) // int(parts[1])))
-    return count
 
 
 def memory_limit() -> int:

@@ -27,7 +27,7 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from fedhubert_lib import files, identity, params
+from fedhubert_lib import files, identity, params, threads
 from fedhubert_lib.identity import RunError, read_json
 
 _PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
@@ -233,7 +233,7 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     return {
         "machine": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": threads.cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
     }

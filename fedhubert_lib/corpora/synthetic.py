@@ -7,7 +7,6 @@ speakers, test speakers and the voices of the keywords' training, validation and
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib import files, params, seeds
+from fedhubert_lib import files, params, seeds, threads
 from fedhubert_lib.corpora import sentences
 
 TRAIN_SUBSET, TEST_SUBSET = "synthetic-train", "synthetic-test"
@@ -195,7 +194,7 @@ def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress |
         for speaker in speakers
     ]
     job = folder / "job.json"
-    workers = min(len(speakers), len(os.sched_getaffinity(0)))
+    workers = min(len(speakers), threads.cores())
     job.write_text(
         json.dumps(
             {

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedhubert_lib.federated import messages, workers
 from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import Clients
+from fedhubert_lib.threads import cores
 
 ALIGNMENT = 64
 
@@ -192,7 +193,7 @@ def devices(device: str) -> list[str]:
     if device == "cuda":
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device == "cpu":
-        return ["cpu"] * max(1, len(os.sched_getaffinity(0)) // workers.threads())
+        return ["cpu"] * max(1, cores() // workers.threads())
     return [device]
 
 

@@ -20,6 +20,7 @@ from flwr.app import RecordDict
 from fedhubert_lib.federated import messages, workers
 from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import Clients
+from fedhubert_lib.threads import cores
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
@@ -132,4 +133,4 @@ def _local() -> dict[str, Any]:
     """Settings of a cluster that is started here: as many workers as this process may use cores, no web page."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
-    return {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    return {"num_cpus": cores(), "include_dashboard": False}
