@@ -32,7 +32,7 @@ from fedhubert_lib import (
     teaching,
     training,
 )
-from fedhubert_lib.federated import checkpoints, deployment, local, rounds
+from fedhubert_lib.federated import checkpoints, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
@@ -202,9 +202,6 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     Goes on where an earlier start stopped. ``on_row`` sees each row of 04_distill/metrics.jsonl as it is written.
     Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
     """
-    if p.engine == "deployment":
-        deployment.submit(run, p, on_row=on_row)
-        return run / STAGE / "checkpoint"
     with federated.connect(run, p.engine, p.device) as clients:
         return federate(run, p, clients, on_row)
 
@@ -222,7 +219,7 @@ def federate(
     if "hubert" in p.objectives:
         cluster_teacher(run, p, clients, out)
     config, weights = initial(run, p, teacher)
-    if p.send_teacher:
+    if p.send_teacher or p.engine == "deployment":  # whose clients read no folder of the server's
         send(clients, teacher)
     task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, hubert.documents(config))
     weights, _ = rounds.train(clients, p, task, weights, out, on_row)

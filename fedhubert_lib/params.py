@@ -289,7 +289,9 @@ class Distill(Federation):
     layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")
     hidden_size: Natural | None = Field(96, description="size of the student's frames; none: the preset's")
     initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")
-    send_teacher: bool = Field(False, description="send it to clients, once; False: they read its folder themselves")
+    send_teacher: bool = Field(
+        False, description="send it to clients once, as a deployment does; False: they read its folder"
+    )
     objectives: list[Objective] = Field(["soft-targets"], min_length=1, description="what the student learns; summed")
     codebook: Codebook = Field("federated", description="whose labels the k-means part of the objective predicts")
     temperature: Positive = Field(4.0, description="softens teacher and student predictions")
@@ -310,8 +312,6 @@ class Distill(Federation):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
         if {"hubert", "soft-targets"} <= set(self.objectives):
             yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
-        if self.compare and self.engine == "deployment":
-            yield "compare", f"{', '.join(self.compare)} given, but engine is deployment; compare in simulation"
 
 
 class Evaluate(Section):
