@@ -88,12 +88,12 @@ def _shown(study: params.Study) -> int:
 def _add_params(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("params", help="print all parameters: defaults, what may stand there, meaning")
     stages = list(params.SECTIONS)
-    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=stages, help="sections (default: all)")
+    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=[], help="sections (default: all)")
     parser.set_defaults(function=_params)
 
 
 def _params(given: argparse.Namespace) -> int:
-    print("\n\n".join(params.described(stage) for stage in given.stage))
+    print("\n\n".join(params.described(stage) for stage in given.stage or params.SECTIONS))
     return runner.OK
 
 

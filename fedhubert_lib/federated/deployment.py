@@ -231,17 +231,21 @@ def register(folder: Path) -> list[str]:
     new = [path for path in sorted(folder.glob("nodes/*/node.pub")) if path.parent.name not in known]
 
     def let_in(key: Path) -> str:
-        command = ["supernode", "register", str(key), CONNECTION, "--name", key.parent.name]
-        done = subprocess.run(
-            [*_program("flwr"), *command], env=environment(folder), capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise DeploymentError(f"{key.parent.name} was not let in. flwr said:\n{done.stdout}{done.stderr}")
+        flwr(folder, "supernode", "register", str(key), CONNECTION, "--name", key.parent.name)
         files.append_row(folder / REGISTERED, {"client": key.parent.name})
         return key.parent.name
 
     with ThreadPoolExecutor(4) as pool:  # each starts an interpreter
         return list(pool.map(let_in, new))
+
+
+def flwr(folder: Path, *arguments: str) -> str:
+    """What the command ``flwr`` prints. Raises DeploymentError when it fails."""
+    command = [*_program("flwr"), *arguments]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DeploymentError(f"flwr {' '.join(arguments)}: failed. It said:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 @contextlib.contextmanager
