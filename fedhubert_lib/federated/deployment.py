@@ -227,6 +227,7 @@ def _program(name: str) -> list[str]:
 
 def register(folder: Path) -> list[str]:
     """Let in the clients that have not been let in since the running SuperLink began; return them."""
+    _address(folder)  # raises where nothing was prepared
     known = {row["client"] for row in files.read_rows(folder / REGISTERED)}
     new = [path for path in sorted(folder.glob("nodes/*/node.pub")) if path.parent.name not in known]
 
