@@ -202,8 +202,8 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     Goes on where an earlier start stopped. ``on_row`` sees each row of 04_distill/metrics.jsonl as it is written.
     Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
     """
-    if p.centralised:
-        pooled.check(run, p.codebook)
+    if p.centralised and p.engine == "deployment":
+        pooled.check(run)
     with federated.connect(run, p.engine, p.device) as clients:
         return federate(run, p, clients, on_row)
 

@@ -121,10 +121,10 @@ def homes(run: Path, clients: Iterable[str], state: Path, device: str) -> Iterat
         )
 
 
-def check(run: Path, codebook: str) -> None:
+def check(run: Path) -> None:
     """Raise FileNotFoundError unless every client's lists and labels are on this machine: a simulation."""
     for home in homes(run, federated.client_ids(run), run, "cpu"):
-        for place in (home.data / "train.parquet", home.labels / codebook):
+        for place in (home.data / "train.parquet", home.labels):
             if not place.exists():
                 raise FileNotFoundError(f"{place}: not here, and pooled training needs it; set centralised: false")
 

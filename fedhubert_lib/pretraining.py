@@ -135,8 +135,8 @@ def run(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) 
 
     Goes on where an earlier start stopped. ``on_row`` sees each row of 03_pretrain/metrics.jsonl as it is written.
     """
-    if p.centralised:
-        pooled.check(run, p.codebook)
+    if p.centralised and p.engine == "deployment":
+        pooled.check(run)
     with federated.connect(run, p.engine, p.device) as clients:
         return federate(run, p, clients, on_row)
 
