@@ -110,13 +110,14 @@ def _cepstra(windows: Sequence[Tensor], device: torch.device) -> Tensor:
     """MFCCs without deltas of windows [frames, 400], which utterances follow one another: [all frames, 13]."""
     window, filters, dct = _constants(device)
     frames = sum(map(len, windows))
-    chunk = min(CHUNK, frames) if device.type == "cpu" else frames
+    chunk = CHUNK if device.type == "cpu" else frames
     cepstra = torch.empty(frames, CEPSTRA, device=device)
     centred = torch.empty(chunk, WINDOW, device=device)
     padded = torch.zeros(chunk, FFT, device=device)  # its first column stays 0, as the window's first weight does
     spectrum = torch.empty(chunk, FFT // 2 + 1, dtype=torch.complex64, device=device)
     parts = torch.view_as_real(spectrum).flatten(1)
     energies = torch.empty(chunk, MEL_BINS + 1, device=device)
+    coefficients = torch.empty(chunk, CEPSTRA, device=device)
     # A quiet mel band next to a loud one is known to 1e-3 only in float32, by kaldi and here alike. To equal kaldi to
     # 1e-4, every operation up to the FFT has to round as kaldi's does: mean, pre-emphasis, window, in this order.
     start = 0
@@ -128,9 +129,12 @@ def _cepstra(windows: Sequence[Tensor], device: torch.device) -> Tensor:
         torch.mul(centred[:rows, :-1], PREEMPHASIS, out=padded[:rows, 1:WINDOW])
         torch.sub(centred[:rows, 1:], padded[:rows, 1:WINDOW], out=padded[:rows, 1:WINDOW])
         padded[:rows, 1:WINDOW] *= window[1:]
-        torch.fft.rfft(padded[:rows], out=spectrum[:rows])
-        torch.mm(parts[:rows].square_(), filters, out=energies[:rows])
-        torch.mm(energies[:rows].clamp_(min=FLOOR).log_(), dct, out=cepstra[start : start + rows])
+        # The whole chunk, even where it is not full: by its number of rows a product may round a row differently, and
+        # then the features of an utterance would depend on what else is in the batch.
+        torch.fft.rfft(padded, out=spectrum)
+        torch.mm(parts.square_(), filters, out=energies)
+        torch.mm(energies.clamp_(min=FLOOR).log_(), dct, out=coefficients)
+        cepstra[start : start + rows] = coefficients[:rows]
         start += rows
     return cepstra
 

@@ -36,6 +36,26 @@ def test_equal_to_kaldi_whatever_shares_the_batch():
         torch.testing.assert_close(computed, reference(waveform), atol=1e-4, rtol=0)
 
 
+def test_same_bits_whatever_shares_the_batch(threads_restored):
+    """Targets rest on it: after a kill, or on pooled data, an utterance is in other company."""
+    lengths = [400, 721, 16_000, 82_240, 560, 400 + 160 * 510, 400 + 160 * 511, 400 + 160 * 512, 33_333]
+    waveforms = [speech_like(n, seed=n) for n in lengths]
+    together = features.mfcc(waveforms)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for waveform, expected in zip(waveforms, together, strict=True):
+            assert torch.equal(features.mfcc([waveform])[0], expected)
+        for expected, computed in zip(together[::-1], features.mfcc(waveforms[::-1]), strict=True):
+            assert torch.equal(computed, expected)
+
+
+@pytest.fixture
+def threads_restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_torchaudio_transform_is_not_kaldi():
     """The comparison above can fail: the other MFCC of torchaudio does not pass it."""
     waveform = speech_like(16_000)

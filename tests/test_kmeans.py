@@ -122,15 +122,23 @@ def test_nearest_with_large_means():
     assert (exact.gather(1, naive[:, None])[:, 0] > 1.1 * exact.min(1).values + 1e-7).any()  # the test can fail
 
 
-def test_nearest_does_not_depend_on_the_batch():
-    """Not even where float32 cannot tell: centroids a few of its steps apart."""
-    frames = blobs(5_000)
-    centroids = torch.cat([frames[:30] * (1 + 2e-7 * step) for step in range(4)])
+@pytest.mark.parametrize("width", [13, 192])
+def test_nearest_does_not_depend_on_the_batch(width, monkeypatch):
+    """Not even where float32 cannot tell: centroids a few of its steps apart. What decides there is float64."""
+    frames = blobs(5_000, width)
+    centroids = torch.cat([frames[:30] * (1 + 2e-7 * step) for step in range(4)] + [frames[:3]])
+    distances = (frames.double()[:, None] - centroids.double()[None]).square().sum(-1)
     chosen = clustering.nearest(frames, centroids)
+    taken = distances.gather(1, chosen[:, None])[:, 0]
+    torch.testing.assert_close(taken, distances.min(1).values, rtol=1e-13, atol=0)
+    assert chosen.max() < 120  # the last three centroids are the first three: of equals the first is taken
     for size in (1, 37, 512, 1_000):
         assert (torch.cat([clustering.nearest(part, centroids) for part in frames.split(size)]) == chosen).all()
     order = torch.randperm(5_000, generator=torch.Generator().manual_seed(0))
     assert (clustering.nearest(frames[order], centroids) == chosen[order]).all()
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert (clustering.nearest(frames, centroids) == chosen).all()
 
 
 def test_lloyd_equals_scikit_learn():

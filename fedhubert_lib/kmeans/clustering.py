@@ -6,7 +6,9 @@ sums are float64: (sum, count) messages add up to what pooled data would give.
 
 import functools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ CHUNK = 4096
 """Frames whose distances to all centroids a GPU holds at once."""
 SCORES = 2**18
 """Distances that a core computes at once: 1 MiB."""
+PAIRS = 4096
+"""Pairs of frame and centroid whose distances are computed at once where a near tie is decided."""
 SEEDING_POINTS = 30_000
 """K-means++ looks at this many frames at most, as scikit-learn's MiniBatchKMeans does with batches of 10,000."""
 
@@ -25,39 +29,83 @@ SEEDING_POINTS = 30_000
 def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid of each frame: int64 [N], of ``frames`` [N, D] and ``centroids`` [K, D], on one device.
 
-    Which one does not depend on what else is in the batch. Of equally near centroids the first is taken.
+    Of equally near centroids the first is taken. The label of a frame depends on nothing else in the batch, nor on the
+    number of threads: a matrix product rounds a row differently by its place and by the shape, so it decides only where
+    the best centroid is ahead by more than the product's largest rounding error; elsewhere the candidates within that
+    error are compared in float64, in a fixed order of summation.
     """
-    # Around the centroids' mean, where |x|² - 2 x.c + |c|² loses the fewest digits.
-    middle = centroids.double().mean(0)
-    centred = centroids.double() - middle
+    # Around the centroids' mean, where |x|^2 / 2 - x.c + |c|^2 / 2 loses the fewest digits.
+    exact = centroids.double()
+    shift = exact.mean(0).float()
+    centred = exact - shift.double()
     half_norms = centred.square().sum(1) / 2
-    if frames.device.type != "cpu":
-        labels = torch.empty(len(frames), dtype=torch.int64, device=frames.device)
-        for start in range(0, len(frames), CHUNK):
-            chunk = frames[start : start + CHUNK].double() - middle
-            labels[start : start + CHUNK] = torch.addmm(half_norms, chunk, centred.T, alpha=-1).argmin(1)
-        return labels
-    # On a CPU float64 would take twice as long as scikit-learn's float32. In float32 a score must not depend on the
-    # number of rows, by which BLAS may choose another order of summation: every product has the same shape.
-    codes = torch.cat([-centred, half_norms[:, None]], dim=1).float().T.contiguous().numpy()
-    shift, points, labels = middle.float().numpy(), frames.numpy(), np.empty(len(frames), np.int64)
-    height = min(max(SCORES // len(centroids), 16), 1024)
-    starts = range(0, len(frames), height)
+    # float64 on a CPU would take twice as long as scikit-learn.
+    eps = torch.finfo(torch.float32 if frames.device.type == "cpu" else torch.float64).eps
+    reach, offset = float(centred.norm(dim=1).max()), float(half_norms.max())
+
+    def margin(norms: Any) -> Any:
+        """How far apart the scores of a frame have to be to be surely in order: twice the error of a sum of D + 1
+        products in any order, factors rounded before (Higham 2002, section 3.1)."""
+        return (frames.shape[1] + 8) * eps * (norms * reach + offset)
+
+    if frames.device.type == "cpu":
+        codes = torch.cat([-centred, half_norms[:, None]], dim=1).float().T.contiguous()
+        return _nearest_on_cpu(frames.numpy(), exact.numpy(), shift.numpy(), codes.numpy(), margin)
+    labels = torch.empty(len(frames), dtype=torch.int64, device=frames.device)
+    for start in range(0, len(frames), CHUNK):
+        part = frames[start : start + CHUNK]
+        rows = part.double() - shift
+        scores = torch.addmm(half_norms, rows, centred.T, alpha=-1)
+        best, first = scores.min(1)
+        candidates = scores <= (best + margin(rows.norm(dim=1)))[:, None]
+        if len(tied := torch.nonzero(candidates.sum(1) > 1).flatten()):
+            decided = _decide(part[tied].cpu().numpy(), exact.cpu().numpy(), candidates[tied].cpu().numpy())
+            first[tied] = torch.from_numpy(decided).to(first)
+        labels[start : start + CHUNK] = first
+    return labels
+
+
+def _nearest_on_cpu(
+    points: np.ndarray, exact: np.ndarray, shift: np.ndarray, codes: np.ndarray, margin: Callable
+) -> Tensor:
+    labels = np.empty(len(points), np.int64)
+    height = min(max(SCORES // len(exact), 16), 1024)
+    starts = range(0, len(points), height)
     threads = max(1, min(torch.get_num_threads(), len(starts)))
 
     def work(thread: int) -> None:
-        rows = np.ones((height, len(codes)), np.float32)
-        scores = np.empty((height, len(centroids)), np.float32)
+        buffer = np.ones((height, len(codes)), np.float32)
+        products = np.empty((height, len(exact)), np.float32)
         for start in starts[thread::threads]:
             part = points[start : start + height]
-            np.subtract(part, shift, out=rows[: len(part), :-1])
+            every = np.arange(len(part))
+            rows, scores = buffer[: len(part)], products[: len(part)]
+            np.subtract(part, shift, out=rows[:, :-1], casting="same_kind")
             np.matmul(rows, codes, out=scores)
-            labels[start : start + height] = scores[: len(part)].argmin(1)
+            first = scores.argmin(1)
+            best = scores[every, first]
+            limit = best + margin(np.sqrt(np.einsum("nd,nd->n", rows, rows)))
+            scores[every, first] = np.inf
+            if len(tied := np.flatnonzero(scores.min(1) <= limit)):
+                scores[tied, first[tied]] = best[tied]
+                first[tied] = _decide(part[tied], exact, scores[tied] <= limit[tied, None])
+            labels[start : start + height] = first
 
     # A thread for each core from end to end: threads that meet after every product wait for each other half the time.
     with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, range(threads)))
     return torch.from_numpy(labels)
+
+
+def _decide(points: np.ndarray, centroids: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """The nearest of each point's ``candidates`` (bool [N, K]), the first of equals: int64 [N]."""
+    rows, columns = np.nonzero(candidates)
+    distances = np.full(candidates.shape, np.inf)
+    for start in range(0, len(rows), PAIRS):
+        row, column = rows[start : start + PAIRS], columns[start : start + PAIRS]
+        # numpy sums along a contiguous axis pairwise, in an order that depends on its length alone.
+        distances[row, column] = np.square(points[row].astype(np.float64) - centroids[column]).sum(1)
+    return distances.argmin(1)
 
 
 @functools.cache
