@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchaudio.compliance.kaldi import get_mel_banks
 
-from fedhubert_lib import audio, files
+from fedhubert_lib import audio, files, kernels
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
+from fedhubert_lib.kernels import dropout
 
 MELS = 80
 
@@ -152,33 +153,6 @@ class HubertOutput:
     """[B, T, C] output of the convolutions, for the feature penalty; None with the log-mel front end."""
 
 
-class CpuDropout(torch.autograd.Function):
-    """Dropout from 16 random bits per element, four times faster on a CPU than PyTorch's Bernoulli draws.
-
-    What is kept is scaled by a number of x's type, and the probability is the one whose inverse that is, to 2^-16: 0.1
-    becomes 0.0986 in bfloat16. The expectation stays that of x.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        scale = torch.tensor(1 / (1 - probability), dtype=x.dtype).item()
-        dropped = round((1 - 1 / scale) * 65_536)
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        ctx.noise = (bits[: x.numel()] >= dropped - 32_768).view(x.shape).to(x.dtype).mul_(scale)
-        return x * ctx.noise
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.noise, None
-
-
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Sets elements to 0 with ``probability`` and scales the others up, when ``training``."""
-    if x.device.type == "cpu" and training and probability > 0:
-        return CpuDropout.apply(x, probability)
-    return F.dropout(x, probability, training)
-
-
 class ScaleGradient(torch.autograd.Function):
     """The identity, whose gradient is multiplied by ``scale`` (fairseq ``GradMultiply``)."""
 
@@ -193,44 +167,6 @@ class ScaleGradient(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------------- front ends
-
-
-class StridedConv(torch.autograd.Function):
-    """A convolution over rows of channels, as matrix products on views: nothing is copied or padded.
-
-    x [R, C], R a multiple of ``stride`` (all clips one after the other), weight [O, C, k] to [R / stride, O], row r
-    being the convolution that starts at row r * stride. Read as [R / stride, stride * C], x holds ``stride`` taps side
-    by side, and the next ``stride`` taps are the same matrix one row further on. Rows that reach over the end of a clip
-    mix it with the next: ``FeatureExtractor`` leaves room for them and drops them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.shapes = x.shape, weight.shape
-        x = x.view(len(x) // stride, -1)
-        taps = weight.permute(2, 1, 0).reshape(-1, len(weight))
-        ctx.save_for_backward(x, taps)
-        width = x.shape[1]
-        y = x @ taps[:width]
-        for shift in range(1, math.ceil(len(taps) / width)):
-            part = taps[shift * width : (shift + 1) * width]
-            y[:-shift].addmm_(x[shift:, : len(part)], part)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, taps = ctx.saved_tensors
-        x_shape, (outputs, channels, kernel) = ctx.shapes
-        width = x.shape[1]
-        x_gradient, taps_gradient = gradient @ taps[:width].T, torch.empty_like(taps)
-        torch.mm(x.T, gradient, out=taps_gradient[:width])
-        for shift in range(1, math.ceil(len(taps) / width)):
-            part = taps[shift * width : (shift + 1) * width]
-            x_gradient[shift:, : len(part)].addmm_(gradient[:-shift], part.T)
-            torch.mm(
-                x[shift:, : len(part)].T, gradient[:-shift], out=taps_gradient[shift * width : (shift + 1) * width]
-            )
-        return x_gradient.view(x_shape), taps_gradient.view(kernel, channels, outputs).permute(2, 1, 0), None
 
 
 class ConvLayer(nn.Module):
@@ -254,44 +190,21 @@ class ConvLayer(nn.Module):
             self.layer_norm = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows of all clips one after the other, [R, C] to [R / stride, C']; waveforms [B, S] come in as [B * S, 1]."""
-        if torch.is_autocast_enabled(x.device.type):  # autocast does not reach into an autograd function
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = StridedConv.apply(x.to(dtype), self.conv.weight.to(dtype), self.conv.stride[0])
-        else:
-            x = StridedConv.apply(x, self.conv.weight, self.conv.stride[0])
+        """[B, C, T] to [B, C', T']."""
+        x = self.conv(x)
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            x = self.layer_norm(x.mT).mT
+        elif self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return F.gelu(x)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The same on rows of all clips one after the other, [R, C] to [R / stride, C'], but for GroupNorm."""
+        dtype = kernels.compute_dtype(x.device, x.dtype)
+        x = kernels.StridedConv.apply(x.to(dtype), self.conv.weight.to(dtype), self.conv.stride[0])
         if self.conv.bias is not None:
             x = x + self.conv.bias.to(x.dtype)
         return F.gelu(x if self.layer_norm is None else self.layer_norm(x))
-
-    def group_normed(self, waveforms: Tensor, rows: int) -> Tensor:
-        """Layer 0 with GroupNorm, waveforms [B, S] to [B * rows, C].
-
-        A convolution of one channel is linear in windows of k samples, so mean and variance over time of channel c are
-        w_c . mean and w_c . covariance . w_c of the windows: normalisation becomes other weights for each clip, and the
-        [B, C, T] tensor is written once instead of read and written in three passes, forward and backward.
-        """
-        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        device = waveforms.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else waveforms.dtype
-        with torch.autocast(waveforms.device.type, enabled=False):
-            with torch.no_grad():
-                windows = waveforms.double().unfold(1, kernel, stride)
-                mean = windows.mean(1, keepdim=True)
-                covariance = (windows - mean).mT @ (windows - mean) / windows.shape[1]
-            weight = self.conv.weight[:, 0].T  # [k, C]
-            covariance, mean = covariance.to(weight.dtype), mean.to(weight.dtype)  # [B, k, k], [B, 1, k]
-            variance = (weight * (covariance @ weight)).sum(1, keepdim=True)  # [B, 1, C]
-            scale = self.layer_norm.weight / torch.sqrt(variance + self.layer_norm.eps)
-            # A constant input carries the shift; 16 inputs, since matrix units like such sizes.
-            weights = torch.cat([scale * weight, self.layer_norm.bias - scale * (mean @ weight)], 1)
-            inputs = math.ceil((kernel + 1) / 16) * 16
-            weights = F.pad(weights, (0, 0, 0, inputs - kernel - 1))
-            x = waveforms.new_zeros(len(waveforms), rows, inputs, dtype=dtype)
-            padded = F.pad(waveforms, (0, max(0, (rows - 1) * stride + kernel - waveforms.shape[1])))
-            x[..., :kernel] = padded.unfold(1, kernel, stride)[:, :rows]
-            x[..., kernel] = 1
-        return F.gelu(torch.bmm(x, weights).flatten(0, 1))
 
 
 class FeatureExtractor(nn.Module):
@@ -304,28 +217,34 @@ class FeatureExtractor(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        frames = frame_count(waveforms.shape[1])
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # Seven eighths of all activations are those of the first three layers. Recomputed one clip after the other,
-            # no two clips' are ever there together.
-            x = torch.cat([_run(self._first_layers, True, clip) for clip in waveforms.split(1)])
-        else:
-            x = self._first_layers(waveforms)
+        # Seven eighths of all activations are those of the first three layers. Recomputed one clip after the other, no
+        # two clips' are ever there together.
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        by_rows = kernels.take_over("convolutions", waveforms.device)
+        first = self._first_rows if by_rows else self._first
+        x = torch.cat([_run(first, True, clip) for clip in waveforms.split(1)]) if recompute else first(waveforms)
         for layer in self.conv_layers[3:]:
-            x = layer(x)
-        return x.view(len(waveforms), frames + 1, -1)[:, :frames]
+            x = layer.rows(x) if by_rows else layer(x)
+        return x.view(len(waveforms), -1, x.shape[1])[:, :-1] if by_rows else x.mT
 
-    def _first_layers(self, waveforms: Tensor) -> Tensor:
+    def _first(self, waveforms: Tensor) -> Tensor:
+        x = waveforms[:, None]
+        for layer in self.conv_layers[:3]:
+            x = layer(x)
+        return x
+
+    def _first_rows(self, waveforms: Tensor) -> Tensor:
         # One frame more than there are, so that what reaches over the end of a clip ends up in a frame of its own.
         samples = (frame_count(waveforms.shape[1]) + 1) * HOP
         first = self.conv_layers[0]
         if self.group_norm:
-            x = first.group_normed(waveforms, samples // first.conv.stride[0])
+            rows = samples // first.conv.stride[0]
+            x = F.gelu(kernels.group_normed(first.conv, first.layer_norm, waveforms, rows))
         else:
             padded = F.pad(waveforms, (0, samples - waveforms.shape[1]))  # cuts where negative
-            x = first(padded.reshape(-1, 1))
+            x = first.rows(padded.reshape(-1, 1))
         for layer in self.conv_layers[1:3]:
-            x = layer(x)
+            x = layer.rows(x)
         return x
 
 
@@ -382,9 +301,7 @@ class FeatureProjection(nn.Module):
 class ConvPositions(nn.Module):
     """Relative positions from a grouped convolution over 128 frames, weight-normalised per tap, then GELU.
 
-    Computed in the frequency domain (overlap-save, blocks of twice the kernel), exact to rounding: less than half the
-    time of a direct grouped convolution from two clips on. The transforms are matrix products: their sizes are small
-    and the layout comes out right. The paper's kernel gives one frame too many, of which the last is dropped.
+    The paper's kernel, of even size, gives one frame too many, of which the last is dropped.
     """
 
     def __init__(self, config: HubertConfig) -> None:
@@ -398,43 +315,16 @@ class ConvPositions(nn.Module):
             groups=config.num_conv_pos_embedding_groups,
         )
         self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
-        # The turns are whole numbers, taken modulo a full one: large angles would lose digits.
-        turns = torch.outer(torch.arange(kernel + 1), torch.arange(2 * kernel)) % (2 * kernel)
-        angles = turns.double() * (math.pi / kernel)
-        transform = torch.stack([angles.cos(), -angles.sin()])  # [2, F = kernel + 1, 2 kernel]
-        # Inverse of a real transform: frequencies other than the first and last stand for themselves and their mirror.
-        twice = torch.full((kernel + 1, 1), 2.0).index_fill_(0, torch.tensor([0, kernel]), 1.0)
-        inverse = (transform * twice / (2 * kernel))[..., :kernel]
-        self.register_buffer("transform", transform.to(torch.get_default_dtype()), persistent=False)
-        self.register_buffer("inverse", inverse.to(torch.get_default_dtype(), copy=True), persistent=False)
+        transform, inverse = kernels.transforms(kernel)
+        self.register_buffer("transform", transform, persistent=False)
+        self.register_buffer("inverse", inverse, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.transform.dtype
-        with torch.autocast(device, enabled=False):
-            y = self.convolve(x.to(dtype))
+        if kernels.take_over("positions", x.device):
+            y = kernels.grouped_convolution(self.conv, self.transform, self.inverse, x)
+        else:
+            y = self.conv(x.mT)[..., : x.shape[1]].mT
         return F.gelu(y).to(x.dtype)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D], in the type of x."""
-        clips, frames, size = x.shape
-        groups, kernel = self.conv.groups, self.conv.kernel_size[0]
-        blocks = math.ceil(frames / kernel)
-        before = self.conv.padding[0]
-        x = F.pad(x, (0, 0, before, (blocks + 1) * kernel - before - frames))
-        x = x.unfold(1, 2 * kernel, kernel).reshape(clips * blocks, groups, -1, 2 * kernel)
-        transform, inverse = self.transform.to(x.dtype), self.inverse.to(x.dtype)
-        # By frequency and group, real parts of all blocks above imaginary ones, [F, G, 2 * B * blocks, D / G]: the
-        # kernel's spectrum, the largest tensor here, is then read once for both.
-        x = torch.einsum("cfk,bgik->fgcbi", transform, x).flatten(2, 3)
-        weight = self.conv.weight.to(x.dtype).view(groups, size // groups, -1, kernel)
-        spectra = (torch.einsum("fk,goik->fgoi", part, weight) for part in transform[..., :kernel])
-        by_real, by_imaginary = ((x @ spectrum.mT).unflatten(2, (2, -1)) for spectrum in spectra)
-        # A correlation: the spectrum of x times the conjugate of the kernel's.
-        real = by_real[:, :, 0] + by_imaginary[:, :, 1]
-        imaginary = by_real[:, :, 1] - by_imaginary[:, :, 0]
-        y = torch.einsum("cfk,cfgbo->bkgo", inverse, torch.stack([real, imaginary]))
-        return y.reshape(clips, blocks * kernel, size)[:, :frames] + self.conv.bias.to(x.dtype)
 
 
 class SinusoidalPositions(nn.Module):
@@ -536,7 +426,7 @@ class Encoder(nn.Module):
         hidden = [x]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            if not (self.training and self.layerdrop and torch.rand(()).item() < self.layerdrop):
+            if not (self.training and self.layerdrop and torch.rand((), device="cpu").item() < self.layerdrop):
                 # The backward pass begins with the last layer: recomputing it would save nothing at the peak.
                 x = _run(layer, recompute and layer is not self.layers[-1], x)
             if hidden_states:
