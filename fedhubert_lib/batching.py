@@ -17,7 +17,7 @@ decoded stays in memory as long as there is room: later rounds and passes decode
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -35,6 +35,10 @@ LENGTHS = 16
 """Lengths of crops, in equal steps up to ``crop_seconds``: more crop less away, fewer make fewer shapes of batches."""
 
 
+AHEAD = 3
+"""Batches kept ready, beside those that are being decoded."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clips of equal length with their targets."""
@@ -49,6 +53,12 @@ class Batch:
     """Names of the B utterances, for error messages."""
     normalised: bool = False
     """Whether each clip was cut out of an utterance of zero mean and unit variance."""
+    masked: int = -1
+    """Masked frames, counted before the batch moves to a GPU, which need not be asked then; -1: to be counted."""
+
+    def __post_init__(self) -> None:
+        if self.masked < 0:
+            object.__setattr__(self, "masked", int(self.mask.sum()))
 
     @property
     def seconds(self) -> float:
@@ -57,12 +67,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``."""
-        return replace(
-            self,
-            waveforms=self.waveforms.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            mask=self.mask.to(device, non_blocking=True),
-        )
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The batch in memory that a GPU copies from without anybody waiting."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed = {name: change(getattr(self, name)) for name in ("waveforms", "labels", "mask")}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -171,8 +184,7 @@ def batches(
     mask_probability: float = 0.8,
     mask_length: int = 10,
     minimum_seconds: float = 1.0,
-    workers: int = 1,
-    ahead: int = 4,
+    device: str = "cpu",
     normalise: bool = False,
 ) -> Iterator[Batch]:
     """``steps`` training batches of one client.
@@ -184,8 +196,8 @@ def batches(
         batch_seconds: audio per batch, at most.
         crop_seconds: longest crop of an utterance.
         mask_probability, mask_length: as in ``masking.spans``.
-        workers: decoding threads.
-        ahead: batches kept decoded in advance.
+        device: where they will be used. A GPU trains faster than one core decodes: for it as many threads as torch
+            takes decode, and batches lie in pinned memory. A CPU's cores train.
         normalise: give each utterance zero mean and unit variance before it is cropped, as the recipe does for models
             with ``do_normalize``; the whole file is then read for it.
 
@@ -194,6 +206,8 @@ def batches(
     """
     utterances, paths = table["utterance"].to_numpy(), table["path"].to_numpy()
     samples = table["samples"].to_numpy(dtype=np.int64)
+    on_gpu = torch.device(device).type == "cuda"
+    workers = torch.get_num_threads() if on_gpu else 1
 
     def load(plan: Plan) -> Batch:
         frames = frame_count(plan.samples)
@@ -210,7 +224,8 @@ def batches(
             draw = seeds.numpy_generator(seed, round, client, "mask", plan.step, i)
             mask[i] = masking.spans(frames, draw, mask_probability, mask_length)
         names = tuple(utterances[plan.rows])
-        return Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
+        batch = Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
+        return batch.pin() if on_gpu else batch
 
     planned = plans(
         samples,
@@ -227,7 +242,7 @@ def batches(
         try:
             for plan in planned:
                 pending.append(pool.submit(load, plan))
-                if len(pending) > ahead:
+                if len(pending) > workers + AHEAD:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -45,9 +45,9 @@ def masked_prediction(
     frames), masked_frames, unmasked_frames, correct_masked, correct_unmasked.
     """
     output = model(batch.waveforms, batch.mask, normalised=batch.normalised)
-    masked, count = batch.mask, int(batch.mask.sum())
+    masked = batch.mask
     logits = head(output.last)
-    losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+    losses = frame_losses(logits, batch.labels)
     correct = logits.detach().argmax(-1) == batch.labels
     loss_sum, other_sum = (losses * masked).sum(), (losses * ~masked).sum()
     loss = loss_sum + unmasked_weight * other_sum
@@ -64,7 +64,13 @@ def masked_prediction(
         "correct_masked": (correct & masked).sum(),
         "correct_unmasked": (correct & ~masked).sum(),
     }
-    return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
+    return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
+
+
+def frame_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each frame, [B, T, K] and [B, T] to [B, T]. Frames in a row: for [B, K, T] no CUDA kernel gives
+    the same sum twice."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
 def unmasked_weight(start: float, decay: float, progress: float) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.hubert import Head, Hubert, HubertConfig
-from fedhubert_lib.objectives import Sums, masked_prediction
+from fedhubert_lib.objectives import Sums, frame_losses, masked_prediction
 from fedhubert_lib.objectives import averages as averages_of_labels
 
 
@@ -93,7 +93,7 @@ def soft_targets(
     nothing of them.
     """
     output = student(batch.waveforms, batch.mask)
-    masked, count = batch.mask, int(batch.mask.sum())
+    masked = batch.mask
     frames = torch.where(masked, 1.0, unmasked_weight)
     logits = head(output.last)
     loss = penalty = soft_sum = logits.new_zeros(())
@@ -106,7 +106,7 @@ def soft_targets(
         divergence = F.kl_div(softened, targets, reduction="none").sum(-1) * temperature**2
         loss, soft_sum = loss + soft_weight * (divergence * frames).sum(), (divergence * masked).sum()
     if label_weight:  # otherwise the labels may be of other clusters than the teacher's
-        losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+        losses = frame_losses(logits, batch.labels)
         loss = loss + label_weight * (losses * frames).sum()
         correct = logits.detach().argmax(-1) == batch.labels
         measured = {
@@ -120,7 +120,7 @@ def soft_targets(
         penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
         loss = loss + penalty_weight * penalty
     measured |= {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
-    return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
+    return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
 
 
 def layer_regression(

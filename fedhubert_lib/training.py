@@ -4,11 +4,13 @@ AdamW with fairseq's settings and its schedule over the GLOBAL step count, so th
 round 40's rate. The gradient is that of the summed objective divided by its count (masked frames), clipped.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,6 +26,12 @@ Objective = Callable[[Batch, float], Sums]
 
 class DivergedError(RuntimeError):
     """A loss or gradient that is not finite; the message names the batch."""
+
+
+CHECK_EVERY = 50
+"""Steps after which a GPU is asked whether all gradients were finite."""
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # reproducible sums; read when CUDA is first used
 
 
 @dataclass(frozen=True)
@@ -107,77 +115,157 @@ def local_update(
 
     Returns sums of the objective's ``measured``, and objective_sum, objective_count, steps, audio_seconds, seconds,
     waiting_seconds (for data), gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and
-    thread count: same weights.
+    thread count: same weights, on a GPU, too.
 
-    Raises DivergedError, before the weights are touched, when loss or gradient is not finite; ValueError when there is
-    no batch.
+    Raises DivergedError when loss or gradient is not finite: a step that is not leaves the weights as they are. A GPU
+    is asked once in ``CHECK_EVERY`` steps, since each question makes it wait. Raises ValueError when there is no batch.
     """
     keep_freed_memory()
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     device = parameters[0].device
     optimiser = optimiser or adamw(module, settings)
-    start_weights = [p.detach().clone() for p in parameters] if settings.proximal else []
-    offsets = [control[name].to(device) for name in named] if control else []
+    pull = _pull(parameters, settings.proximal, [control[name].to(device) for name in named] if control else [])
     module.train()
+    module.zero_grad()
     torch.manual_seed(seed)
-    totals: dict[str, Tensor] = {}
-    norms, steps, audio_seconds, count_sum, waiting, began = 0.0, 0, 0.0, 0, 0.0, time.perf_counter()
-    stream = iter(batches)
+    tally, stream, began = _Tally(1 if device.type == "cpu" else CHECK_EVERY), iter(batches), time.perf_counter()
     while True:
         asked = time.perf_counter()
         group = list(islice(stream, settings.accumulate))
-        waiting += time.perf_counter() - asked
+        tally.waiting += time.perf_counter() - asked
         if not group:
             break
-        count = unit = 0
-        for batch in group:
-            with autocast(device, settings.precision):
-                sums = objective(batch.to(device), (first_step + steps) / total_steps)
-            unit = unit or max(sums.count, 1)
-            (sums.loss / unit).backward()
-            count += sums.count
-            audio_seconds += batch.seconds
-            for name, value in {"objective_sum": sums.loss.detach(), **sums.measured}.items():
-                totals[name] = totals.get(name, 0.0) + value.double()
-        if not count:
-            raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
-        if start_weights or offsets:  # they pull on a layer that layerdrop left out, too
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        # Gradients are those of the sum, divided by the first batch's count: with one batch per step all is done. What
-        # is left to divide by goes together with clipping, and mostly there is neither: it is a pass over all of them.
-        rest = count / unit
-        for p, start in zip(parameters, start_weights, strict=False):
-            p.grad.add_(p.detach() - start, alpha=settings.proximal * rest)
-        for p, offset in zip(parameters, offsets, strict=False):
-            p.grad.add_(offset, alpha=rest)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / rest
-        if not math.isfinite(norm):
+        number = first_step + tally.steps
+        with reproducible(device):
+            count, unit = _backward(group, objective, settings.precision, device, number / total_steps, tally)
+            if not count:
+                raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
+            # Gradients are those of the sum, divided by the first batch's count: with one batch per step all is done.
+            # What is left to divide by goes together with clipping: it is a pass over all of them.
+            pull(count / unit)
+            norm = _clip(parameters, count / unit, settings.clip_norm)
+            for parameter_group in optimiser.param_groups:
+                parameter_group["lr"] = rate(settings, number, total_steps)
+            tally.step(number, norm, group)
+            if device.type != "cpu":  # where it is not seen before the step: AdamW then leaves the weights as they are
+                optimiser.found_inf = (~norm.isfinite()).float()
+            optimiser.step()
             optimiser.zero_grad()
-            raise DivergedError(
-                f"loss {sums.loss.item() / sums.count:.4g} or gradient norm {norm} is not finite at global step"
-                f" {first_step + steps}, batch {_names(group)}; listen to these clips, or lower the learning rate"
-            )
-        if (factor := min(1.0, settings.clip_norm / max(norm, 1e-12)) / rest) != 1:
-            torch._foreach_mul_(gradients, factor)
-        for parameter_group in optimiser.param_groups:
-            parameter_group["lr"] = rate(settings, first_step + steps, total_steps)
-        optimiser.step()
-        optimiser.zero_grad()
-        norms, steps, count_sum = norms + norm, steps + 1, count_sum + count
-    if not steps:
+    if not tally.steps:
         raise ValueError("no batch to train on")
-    return {name: float(value) for name, value in totals.items()} | {
-        "objective_count": float(count_sum),
-        "steps": float(steps),
-        "audio_seconds": audio_seconds,
+    return tally.result() | {
         "seconds": time.perf_counter() - began,
-        "waiting_seconds": waiting,
-        "gradient_norm": norms / steps,
         "learning_rate": optimiser.param_groups[0]["lr"],
     }
+
+
+def _backward(
+    group: Sequence[Batch],
+    objective: Objective,
+    precision: str,
+    device: torch.device,
+    progress: float,
+    tally: "_Tally",
+) -> tuple[int, int]:
+    """Add up the gradients of a step's batches, divided by the second number returned; the first is their count."""
+    count = unit = 0
+    for batch in group:
+        with autocast(device, precision):
+            sums = objective(batch.to(device), progress)
+        unit = unit or max(sums.count, 1)
+        (sums.loss / unit).backward()
+        count += sums.count
+        tally.add(batch, sums)
+    return count, unit
+
+
+def _pull(parameters: Sequence[Tensor], proximal: float, offsets: Sequence[Tensor]) -> Callable[[float], None]:
+    """What FedProx and SCAFFOLD add to the gradients, times a factor; the weights are those before the first step."""
+    start = [p.detach().clone() for p in parameters] if proximal else []
+
+    def add(factor: float) -> None:
+        for p in parameters if start or offsets else ():  # a layer that layerdrop left out is pulled on, too
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for p, weights in zip(parameters, start, strict=False):
+            p.grad.add_(p.detach() - weights, alpha=proximal * factor)
+        for p, offset in zip(parameters, offsets, strict=False):
+            p.grad.add_(offset, alpha=factor)
+
+    return add
+
+
+def _clip(parameters: Sequence[Tensor], rest: float, limit: float) -> Tensor:
+    """Divide the gradients by ``rest`` and clip their norm to ``limit``; the norm before clipping, on their device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) / rest
+    factor = (limit / norm.clamp(min=1e-12)).clamp(max=1) / rest
+    if norm.device.type != "cpu" or factor != 1:  # to ask a GPU takes longer than a pass over all gradients
+        torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+class _Tally:
+    """What steps measured: sums stay on the device, norms are fetched once in ``check_every`` steps."""
+
+    def __init__(self, check_every: int) -> None:
+        self.check_every = check_every
+        self.totals: dict[str, Tensor] = {}
+        self.steps, self.count, self.audio_seconds, self.waiting, self.norms = 0, 0, 0.0, 0.0, 0.0
+        self.pending: list[tuple[int, Tensor, Sequence[Batch]]] = []
+
+    def add(self, batch: Batch, sums: Sums) -> None:
+        """Count a batch."""
+        self.count += sums.count
+        self.audio_seconds += batch.seconds
+        for name, value in {"objective_sum": sums.loss.detach(), **sums.measured}.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value.double()
+
+    def step(self, number: int, norm: Tensor, group: Sequence[Batch]) -> None:
+        """Count a step; raise DivergedError when one of the last was not finite."""
+        self.steps += 1
+        self.pending.append((number, norm, group))
+        if len(self.pending) == self.check_every:
+            self.settle()
+
+    def settle(self) -> None:
+        """Fetch the norms of the steps since the last time."""
+        numbers, norms, groups = zip(*self.pending, strict=True) if self.pending else ((), (), ())
+        for number, norm, group in zip(numbers, torch.stack(norms).tolist() if norms else (), groups, strict=True):
+            if not math.isfinite(norm):
+                raise DivergedError(
+                    f"the gradient's norm is {norm} at global step {number}, batch {_names(group)}; listen to these"
+                    " clips, or lower the learning rate"
+                )
+            self.norms += norm
+        self.pending.clear()
+
+    def result(self) -> dict[str, float]:
+        """All of it; waits for the device."""
+        self.settle()
+        return {name: float(value) for name, value in self.totals.items()} | {
+            "objective_count": float(self.count),
+            "steps": float(self.steps),
+            "audio_seconds": self.audio_seconds,
+            "waiting_seconds": self.waiting,
+            "gradient_norm": self.norms / self.steps,
+        }
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Let a GPU choose algorithms that give the same numbers twice; a CPU always does. Memory stays uninitialised."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def adamw(module: nn.Module, settings: Settings) -> torch.optim.AdamW:

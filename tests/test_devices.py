@@ -1,12 +1,15 @@
 """What a GPU will be asked to do, as far as a machine without one can tell: fake and meta tensors hold no numbers."""
 
+import contextlib
+import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedhubert_lib import audio, hubert, kernels, seeds
+from fedhubert_lib import audio, batching, hubert, kernels, objectives, seeds, teaching, training
 
 FRONT_ENDS = ("waveform", "logmel")
 
@@ -58,3 +61,80 @@ def test_own_kernels_give_what_pytorchs_give(monkeypatch, request, norm, checkpo
         results.append([last.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for ours, plain in zip(*results, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_a_training_step_never_waits_for_the_device(monkeypatch):
+    """On meta tensors ``.item()`` and boolean indexing raise: a step that runs asks the device for no number.
+
+    Fake tensors of a GPU go forward alone: the autograd engine wants its driver. The optimiser's part follows on them.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(training._Tally, "result", lambda tally: {"steps": tally.steps, "count": tally.count})
+    frames = audio.frame_count(32_000)
+    mask = torch.arange(3 * frames).view(3, frames) % 2 == 0
+    batch = batching.Batch(torch.zeros(3, 32_000), torch.zeros(3, frames, dtype=torch.long), mask, ("a", "b", "c"))
+    with torch.device("meta"):
+        config = hubert.preset("tiny", num_hidden_layers=1, hidden_dropout=0.1, attention_dropout=0.1)
+        module = torch.nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, 50)})
+        teacher = teaching.Teacher(hubert.Hubert(config), hubert.Head(config, 50))
+        module["regressors"] = teaching.Regressors(config.hidden_size, config.hidden_size, 1)
+    model, head = module["model"], module["head"]
+    for objective in (
+        lambda batch, _: objectives.masked_prediction(model, head, batch, unmasked_weight=0.5),
+        lambda batch, _: teaching.soft_targets(model, head, teacher, batch, unmasked_weight=0.5),
+        lambda batch, _: teaching.layer_regression(model, module["regressors"], teacher, batch, layers=(1,)),
+    ):
+        measured = training.local_update(
+            module,
+            [batch] * 4,
+            objective,
+            training.Settings(learning_rate=1e-3, warmup_steps=2, accumulate=2, proximal=0.1),
+            first_step=0,
+            total_steps=10,
+            seed=0,
+            optimiser=SimpleNamespace(param_groups=[{}], step=lambda: None, zero_grad=module.zero_grad),
+            control={name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()},
+        )
+        assert measured["steps"] == 2
+        assert measured["count"] in (4 * int(mask.sum()), 4 * mask.numel())
+
+
+def test_clipping_and_the_fused_optimiser_never_wait_for_a_gpu(pretended_gpu):
+    module = torch.nn.Linear(3, 3)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    norm = training._clip(list(module.parameters()), 2.0, 1.0)
+    optimiser.found_inf = (~norm.isfinite()).float()
+    optimiser.step()
+    assert {state["step"].device.type for state in optimiser.state.values()} == {"cuda"}
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights():
+    module = torch.nn.Linear(4, 1)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimiser.found_inf = torch.ones(())  # as after such a step on a GPU
+    optimiser.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert {state["step"].item() for state in optimiser.state.values()} == {0.0}
+
+
+def test_norms_are_fetched_once_in_many_steps():
+    batch = SimpleNamespace(utterances=("a", "b"))
+    tally = training._Tally(3)
+    for number, norm in enumerate((1.0, torch.nan)):
+        tally.step(number, torch.tensor(norm), [batch])
+    with pytest.raises(training.DivergedError, match="global step 1, batch a, b"):
+        tally.step(2, torch.tensor(1.0), [SimpleNamespace(utterances=("c",))])
+
+
+def test_a_gpu_is_told_to_compute_reproducibly():
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with training.reproducible(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -158,7 +158,7 @@ def test_public_layout_loads(tmp_path):
     training.local_update(
         torch.nn.ModuleList([loaded, head]),
         [batch],
-        partial(objectives.masked_prediction, loaded, head),
+        lambda batch, _: objectives.masked_prediction(loaded, head, batch),
         training.Settings(learning_rate=1e-3, warmup_steps=0),
         first_step=0,
         total_steps=1,
