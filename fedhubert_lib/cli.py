@@ -1,17 +1,21 @@
 """The ``fedhubert`` command."""
 
 import argparse
+import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedhubert_lib import index, params, runner, runs
+from fedhubert_lib import files, index, params, records, runner, runs
 from fedhubert_lib.export import command as export
 
 _RUN = f"""\
-A stage is skipped when its notebook, parameters, library source and inputs have not changed; what changed is said.
+A stage is skipped when it is done and its notebook, parameters and inputs have not changed; what changed is said.
+Where library source or versions alone changed, its results are kept. Where parameters or inputs changed, it starts
+anew, and what is there moves to RUN/.previous (see fedhubert clean), from where it is taken back when asked for again.
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 let the notebook finish its checkpoint; the same command then goes on from it.
 
 exit codes:
@@ -29,24 +33,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_ls(commands)
+    _add_clean(commands)
     _add_params(commands)
     _add_export_client(commands)
     _add_deploy(commands)
     export.add(commands)
     given = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot print is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return given.function(given)
+        code = given.function(given)
+        sys.stdout.flush()
+        return code
     except runner.StageError as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return error.code
     except (params.ParameterError, runs.RunError) as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return runner.USAGE
+    except BrokenPipeError:  # whoever read what is printed has seen enough, such as head
+        return _closed()
     except OSError as error:
-        print(f"fedhubert: {error}", file=sys.stderr)
+        print(f"fedhubert: {files.explained(error)}", file=sys.stderr)
         return runner.FAILED
     except KeyboardInterrupt:
         return runner.INTERRUPTED
+
+
+def _closed() -> int:
+    """Print to nowhere from now on; the exit code of a process that SIGPIPE has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -62,24 +80,16 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)")
     parser.add_argument("--from", dest="first", choices=stages, default=stages[0], metavar="STAGE", help="first stage")
     parser.add_argument("--until", choices=stages, default=stages[-1], metavar="STAGE", help="last stage")
-    _add_changes(parser)
-    parser.set_defaults(function=_run)
-
-
-def _add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="put a value over the file's; repeatable"
     )
     parser.add_argument("--force", action="store_true", help="run the stages anew even if nothing has changed")
+    parser.set_defaults(function=_run)
 
 
 def _run(given: argparse.Namespace) -> int:
     study = params.load(given.study, given.set, given.run)
     runner.run(study, given.first, given.until, given.force)
-    return _shown(study)
-
-
-def _shown(study: params.Study) -> int:
     index.write(runs.outputs())
     print(index.results(runs.outputs() / study.run))
     return runner.OK
@@ -88,12 +98,12 @@ def _shown(study: params.Study) -> int:
 def _add_params(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("params", help="print all parameters: defaults, what may stand there, meaning")
     stages = list(params.SECTIONS)
-    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=[], help="sections (default: all)")
+    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=stages, help="sections (default: all)")
     parser.set_defaults(function=_params)
 
 
 def _params(given: argparse.Namespace) -> int:
-    print("\n\n".join(params.described(stage) for stage in given.stage or params.SECTIONS))
+    print("\n\n".join(params.described(stage) for stage in given.stage))
     return runner.OK
 
 
@@ -105,6 +115,37 @@ def _add_ls(commands: argparse._SubParsersAction) -> None:
 def _ls(given: argparse.Namespace) -> int:
     print(index.listing(runs.outputs()))
     print(index.write(runs.outputs()))
+    return runner.OK
+
+
+def _add_clean(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "clean",
+        help="show what a run keeps of earlier work; remove what is named",
+        description="Show the sizes of a run: of its stages and of what has moved aside. Remove what is named.",
+    )
+    parser.add_argument("run", help="the run's name or folder, such as toy or outputs/toy")
+    parser.add_argument("folder", nargs="*", help="what to remove, such as .previous/03_pretrain-1")
+    parser.set_defaults(function=_clean)
+
+
+def _clean(given: argparse.Namespace) -> int:
+    run = runs.outputs() / given.run if (runs.outputs() / given.run).is_dir() else Path(given.run).resolve()
+    if not (run / "run.json").is_file():
+        raise runs.RunError(f"{given.run}: no run of that name in {runs.outputs()}, and no folder of a run")
+    aside = {path.name: path for path in records.previous(run)}
+    names = [name.rstrip("/").removeprefix(f"{records.PREVIOUS}/") for name in given.folder]
+    if unknown := [name for name in names if name not in aside]:
+        there = ", ".join(sorted(aside)) or "nothing"
+        raise runs.RunError(f"{', '.join(unknown)}: not in {run / records.PREVIOUS}, where there is {there}")
+    if not names:
+        print(index.previous(run))
+        return runner.OK
+    with runs.holding(run / ".lock", "fedhubert clean"):
+        for name in names:
+            taken = index.size(aside[name])
+            shutil.rmtree(aside[name])
+            print(f"removed: {aside[name]} ({taken})")
     return runner.OK
 
 
@@ -132,15 +173,12 @@ def _add_deploy(commands: argparse._SubParsersAction) -> None:
     client = add("client", _client, "run a client's SuperNode, until it is stopped", "the run folder with its data")
     client.add_argument("node", type=Path, help="the client's folder that prepare wrote, RUN/federation/nodes/CLIENT")
     client.add_argument("--device", default="cpu", help="where it computes: cpu, cuda:0 ...")
-    run = add("run", _deploy_run, "run stages of a study over the clients that are connected", here)
+    run = add("run", _submit, "run stages over the clients that are connected", here)
     local = add("local", _local, "server, clients and stages on this machine, then stop them", here)
-    stages = list(params.SECTIONS)[2:]
-    some = f"{', '.join(stages)} (default: all of them)"
     for step in (run, local):
-        step.epilog = "As fedhubert run, with engine: deployment."
         step.add_argument("study", type=Path, help="study file with the stages' parameters")
-        step.add_argument("stage", nargs="*", choices=[[], *stages], default=[], metavar="STAGE", help=some)
-        _add_changes(step)
+        step.add_argument("stage", nargs="+", choices=["kmeans", "pretrain", "distill"])
+        step.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for clients to connect")
     local.add_argument("--device", default="cpu", help="where the clients compute: cpu, cuda:0 ...")
 
 
@@ -176,25 +214,25 @@ def _client(given: argparse.Namespace) -> int:
     deployment.attend(given.node, given.run, given.device)
 
 
-def _deploy_run(given: argparse.Namespace) -> int:
+def _submit(given: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
-    folder = given.run.resolve()
-    os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
-    engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
-    study = params.load(given.study, [*given.set, *engines], folder.name)
-    deployment.check(folder)
-    for stage in given.stage or list(params.SECTIONS)[2:]:
-        runner.run(study, stage, stage, given.force)
-    return _shown(study)
+    study = params.load(given.study)
+    for stage in given.stage:
+        deployment.submit(given.run, getattr(study, stage), given.wait, _print_row)
+    return runner.OK
 
 
 def _local(given: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with deployment.local(given.run / deployment.FOLDER, given.run, given.device):
-        return _deploy_run(given)
+        return _submit(given)
+
+
+def _print_row(row: dict) -> None:
+    shown = {name: value for name, value in row.items() if name not in ("kind", "time")}
+    print(row["kind"], " ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
 
 
 def _add_export_client(commands: argparse._SubParsersAction) -> None:

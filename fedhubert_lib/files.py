@@ -1,18 +1,34 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; and their listing."""
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; lists and locks."""
 
 import codecs
 import contextlib
 import errno
+import fcntl
+import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _LONGEST_ROW = 1 << 16
 """Bytes looked at for the end of the last whole row."""
+_UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems answer that have no locks, or cannot flush a folder."""
+_REMEDIES = {
+    errno.ENOSPC: "free space on that disk (fedhubert clean RUN shows what a run could spare)",
+    errno.EDQUOT: "free space in your quota (fedhubert clean RUN shows what a run could spare)",
+    errno.EACCES: "give yourself the right to write there, or set FEDHUBERT_OUTPUTS to a folder of your own",
+    errno.EPERM: "give yourself the right to write there, or set FEDHUBERT_OUTPUTS to a folder of your own",
+    errno.EROFS: "it is mounted read-only; set FEDHUBERT_OUTPUTS to a folder that can be written",
+    errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
+    errno.ENAMETOOLONG: "give the run or the clients shorter names",
+    errno.EIO: "the disk does not answer as it should; look at the system's log",
+    errno.ESTALE: "the network folder was mounted anew; run the command again",
+}
 
 
 @contextlib.contextmanager
@@ -41,6 +57,10 @@ def atomic(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
         _flush(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a write does not say where it failed
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -51,7 +71,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN is refused: JSON has none."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -113,17 +133,55 @@ def read_text(path: str | Path) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written by ``atomic`` below ``folder``, while nobody is writing there."""
+    """Tidy what killed processes left of ``atomic`` below ``folder``, while nobody is writing there.
+
+    What is half-written goes. A folder that had been put aside for a new one comes back if that did not take its place.
+    """
     for path in [p for p in folder.rglob(".*") if ".partial" in p.suffixes or p.suffix == ".old"]:
-        if path.is_dir():
+        target = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def lock(stream: IO[Any]) -> bool:
+    """Take the lock of an open file for this process, until it is closed; False where another process has it.
+
+    On a file system without locks, True: nothing then keeps two processes apart, which is printed once.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_of_no_locks(str(Path(stream.name).parent))
+    return True
+
+
+def explained(error: OSError) -> str:
+    """An error of the system in words: what, where, and what to do, where that is known."""
+    what = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{what}" + (f"; {remedy}" if remedy else "")
+
+
+@functools.cache
+def _warn_of_no_locks(folder: str) -> None:
+    print(f"{folder}: its file system has no locks; see to it that one process at a time works there", file=sys.stderr)
 
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)

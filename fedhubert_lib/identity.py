@@ -1,22 +1,30 @@
-"""What the work of a stage rests on, and whether what lies in its folder is still true.
+"""What the work of a stage rests on, and whether what lies in its folder is still that work.
 
-The identity of the work is its parameters, its inputs by content, the library source that the notebook imports, and the
-notebook. What differs is said in words: it is why the runner runs a stage again.
+Results follow from parameters and inputs: where one of them differs, a folder holds other work. Library source,
+notebook and versions of packages are recorded beside them. What differs there is shown, and results are kept: most
+changes of code change no result, and training of days is not made again for a comment.
 """
 
-import ast
 import hashlib
+import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedhubert_lib import files, params
 
-PRESENTATION = {"cli", "display", "identity", "index", "params", "plots", "runner", "runs", "wording", "yaml12"}
-"""Modules that no result depends on: when they change a stage is run again, but what it has made is kept."""
+HOW = frozenset({"run", "engine", "device", "deadline_seconds", "cache_features", "download"})
+HOW |= {"mirror", "keywords_mirror"}
+"""Parameters that say where and how a stage runs, not what comes out."""
+ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "patience"})
+"""Parameters that add to what is there and change nothing of it (patience: when it is raised)."""
+OPTIONAL = frozenset({"pretrain", "distill"})
+"""Stages without which the evaluation runs, too: it measures what is there."""
 
+_PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 _CACHES = {"checkpoints", "features", "synthetic"}
 """What no later stage reads: checkpoints of single rounds, features kept for speed, audio the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
@@ -34,91 +42,150 @@ class Cell(NamedTuple):
     tags: tuple[str, ...]
 
 
+class Changes(NamedTuple):
+    """What differs between two identities, in words; empty where nothing does."""
+
+    results: str
+    """Parameters and inputs: other results."""
+    additions: str
+    """Parameters that only add to the results."""
+    notebook: str
+    code: str
+    """Library source and versions of packages."""
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, self))
+
+
 def notebook(stage: str) -> Path:
     """The notebook of a stage."""
     return params.ROOT / "notebooks" / f"{params.FOLDERS[stage]}.ipynb"
 
 
 def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
-    """What the results of ``stage`` depend on: parameters, inputs, library source; and the notebook's own source.
+    """What the results of ``stage`` rest on, JSON-like; code and versions for the record.
 
-    Inputs are the outputs of the stage before, by content, and the folders that parameters point to, by the names,
-    sizes and times of their files. Raises RunError when a stage before is not done.
+    Inputs are the outputs of the stages before, by content, and the files and folders that parameters point to. Raises
+    RunError when a stage before is not done, or is stale.
     """
     inputs: dict[str, str] = {}
-    for before in list(params.FOLDERS.values())[: list(params.FOLDERS).index(stage)]:
-        done = read_json(run / before / "done.json")
+    for before, folder in list(params.FOLDERS.items())[: list(params.FOLDERS).index(stage)]:
+        done = read_json(run / folder / "done.json")
         if done is None:
-            raise RunError(f"{run / before}: not done yet; run notebook {before} first, with run: {run.name}")
-        stale = [folder for folder, content in inputs.items() if done["identity"]["inputs"][folder] != content]
-        if stale:
+            if stage == "evaluate" and before in OPTIONAL and not (run / folder).exists():
+                continue
+            raise RunError(f"{run / folder}: not done yet; run notebook {folder} first, with run: {run.name}")
+        if older := _older(done, inputs):
             raise RunError(
-                f"{run / before}: made from another {stale[0]} than is there now; run notebook {before} again"
+                f"{run / folder}: made from another {older[0]} than is there now; run notebook {folder} again"
             )
-        inputs[before] = done["outputs"]
+        inputs[folder] = done["outputs"]
     inputs |= listings(p)
-    path = notebook(stage)
-    cells = read_notebook(path)
+    cells = [cell for cell in read_notebook(notebook(stage)) if "parameters" not in cell.tags]
     return {
-        "parameters": p.model_dump(exclude={"run"}),
+        "stage": stage,
+        "parameters": json.loads(json.dumps(p.model_dump(exclude={"run"}))),
         "inputs": inputs,
-        "library": library("\n".join(cell.source for cell in cells if cell.kind == "code"), path),
+        "library": library(),
         "notebook": hashlib.sha256(json.dumps([cell[:2] for cell in cells]).encode()).hexdigest(),
+        "versions": versions(),
     }
 
 
-def same_work(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether what one has made is good for the other, whole or in part."""
-    return not changes(one, other, results_only=True)
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """What differs between two identities."""
+
+    def differing(kind: str) -> list[str]:
+        one, other = old.get(kind, new[kind]), new[kind]  # records of earlier versions of the bench have no versions
+        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+    def told(kind: str, names: Iterable[str]) -> str:
+        words = [f"{name} {old.get(kind, {}).get(name)} -> {new[kind].get(name)}" for name in names]
+        falls = " (the learning rate falls over all rounds, so that none is the same)" if "rounds" in names else ""
+        return f"{kind} changed: {_few(words)}{falls}" if words else ""
+
+    # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
+    by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}
+    settings = [name for name in differing("parameters") if name not in HOW | by_content]
+    fields = params.SECTIONS[new["stage"]].model_fields
+    # What only one version of the bench knows is a change of its code, unless somebody has set it.
+    other = [
+        name
+        for name in settings
+        if name not in new["parameters"]
+        or name not in old["parameters"]
+        and new["parameters"][name] == fields[name].default
+    ]
+    settings = [name for name in settings if name not in other]
+    additions = [name for name in settings if name in ADDITIONS and (name != "patience" or _longer(old, new))]
+    inputs, sources = differing("inputs"), differing("library")
+    results = [told("parameters", [name for name in settings if name not in additions])]
+    results.append(f"inputs changed: {_few(inputs)}" if inputs else "")
+    code = [f"library changed: {_few(sources)}" if sources else "", told("versions", differing("versions"))]
+    code.append(f"parameters of another version: {_few(other)}" if other else "")
+    return Changes(
+        "; ".join(filter(None, results)),
+        told("parameters", additions),
+        "notebook changed" if old["notebook"] != new["notebook"] else "",
+        "; ".join(filter(None, code)),
+    )
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], results_only: bool = False) -> list[str]:
-    """What differs between two identities, in words. ``results_only`` leaves out what no result depends on."""
-    words = []
-    for kind in ("parameters", "inputs", "library"):
-        keys = sorted(k for k in old[kind].keys() | new[kind].keys() if old[kind].get(k) != new[kind].get(k))
-        if kind == "library" and results_only:
-            keys = [k for k in keys if not _presents(k)]
-        if kind == "parameters":
-            keys = [f"{k} {old[kind].get(k)} -> {new[kind].get(k)}" for k in keys]
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            words.append(f"{kind} changed: {', '.join(keys[:5])}{more}")
-    if not results_only and old["notebook"] != new["notebook"]:
-        words.append("notebook changed")
-    return words
+def stale(run: Path) -> dict[str, str]:
+    """Stages of a run that are done and rest on something older than is there now: stage to why."""
+    outputs: dict[str, str] = {}
+    why = {}
+    for stage, folder in params.FOLDERS.items():
+        done = read_json(run / folder / "done.json")
+        if done is None:
+            continue
+        if older := _older(done, outputs):
+            why[stage] = f"made from an older {older[0]}"
+        outputs[folder] = done["outputs"]
+    return why
 
 
 def listings(p: params.Section) -> dict[str, str]:
-    """For each parameter that points to a file or folder, a hash of the names, sizes and times of all files there."""
-    return {name: _listing(Path(place)) for name, place in params.places(p).items()}
+    """For each parameter that points to a file or folder, a hash of the files there.
+
+    Of a corpus it is that of names, sizes and times; of a checkpoint that of the content, which a copy has, too.
+    """
+    by_content = not isinstance(p, params.Corpus)
+    return {name: _listing(Path(place), by_content) for name, place in params.places(p).items()}
 
 
 def read_notebook(path: Path) -> list[Cell]:
     """The cells of a notebook. Raises RunError when it cannot be read."""
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [Cell(c["cell_type"], "".join(c["source"]), tuple(c["metadata"].get("tags", ()))) for c in cells]
+        return cells(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RunError(f"{path}: cannot be read as a notebook ({error!r}); restore it with git") from error
 
 
-def library(code: str, path: Path) -> dict[str, str]:
-    """SHA-256 of every library file that ``code`` imports, or that those import. ``path`` is named in errors."""
+def cells(text: str) -> list[Cell]:
+    """The cells of a notebook that is ``text``."""
+    return [
+        Cell(cell["cell_type"], "".join(cell["source"]), tuple(cell["metadata"].get("tags", ())))
+        for cell in json.loads(text)["cells"]
+    ]
+
+
+def library() -> dict[str, str]:
+    """SHA-256 of each file of the library."""
     package = params.ROOT / "fedhubert_lib"
-    todo = list(_imports("\n".join(line for line in code.split("\n") if line.lstrip()[:1] not in ("%", "!")), path))
-    found: dict[str, str] = {}
-    while todo:
-        name = todo.pop()
-        for file in (package / f"{name}.py", package / name / "__init__.py"):
-            key = file.relative_to(package).as_posix()
-            if key not in found and file.is_file():
-                text = file.read_bytes()
-                found[key] = hashlib.sha256(text).hexdigest()
-                imported = _imports(text.decode(), file)
-                # No result rests on a module because pictures import it.
-                todo += [name for name in imported if _presents(name)] if _presents(key) else imported
-    return dict(sorted(found.items()))
+    paths = sorted(package.rglob("*.py"))
+    return {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that results may depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def data_fingerprint(run: Path) -> str | None:
@@ -138,28 +205,11 @@ def data_fingerprint(run: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """What a JSON file of a run holds, or none if there is no such file. Raises RunError when it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{path}: cannot be read ({error}); remove it and run the stage again") from error
-
-
-def _presents(key: str) -> bool:
-    return key.split("/")[0].removesuffix(".py") in PRESENTATION
-
-
-def _listing(root: Path) -> str:
-    # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
-    below = os.path.join(root, "")
-    there = [entry.path for entry in files.walk(root)] if root.is_dir() else [str(root)]
-    lines = []
-    for file in there:
-        if os.path.isfile(file):
-            facts = os.stat(file)
-            place = file.removeprefix(below) if len(file) > len(below) else "."
-            lines.append((place.split(os.sep), f"{place} {facts.st_size} {facts.st_mtime_ns}\n"))
-    return hashlib.sha256(b"".join(os.fsencode(line) for _, line in sorted(lines))).hexdigest()
 
 
 def content(folder: Path) -> str:
@@ -169,24 +219,40 @@ def content(folder: Path) -> str:
         name = file.relative_to(folder)
         kept = not _CACHES & set(name.parts) and not file.name.startswith((".", "scan"))
         if file.suffix in _DATA and kept:
-            digest.update(f"{name.as_posix()} {hashlib.file_digest(file.open('rb'), 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{name.as_posix()} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _imports(source: str, path: Path) -> Iterator[str]:
-    """The modules of the library, as paths without suffix, that ``source`` may import anywhere in it."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as error:
-        raise RunError(f"{path}: Python cannot read it ({error})") from error
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            # What is imported from a package may be a module, a name of a module, or a name of the package itself.
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            package, *rest = name.split(".")
-            if package == "fedhubert_lib" and rest:
-                yield from ("/".join(rest[: depth + 1]) for depth in range(len(rest)))
+def _older(done: Mapping[str, Any], outputs: Mapping[str, str]) -> list[str]:
+    """The stages that a done one was made from in another state than their ``outputs`` by folder are in."""
+    inputs = done["identity"]["inputs"]
+    return [folder for folder in params.FOLDERS.values() if folder in inputs and inputs[folder] != outputs.get(folder)]
+
+
+def _longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether patience was raised: 0 waits for ever."""
+    before, now = (each["parameters"].get("patience", 0) or float("inf") for each in (old, new))
+    return now > before
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _listing(root: Path, by_content: bool) -> str:
+    # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
+    below = os.path.join(root, "")
+    there = [entry.path for entry in files.walk(root)] if root.is_dir() else [str(root)]
+    lines = []
+    for file in there:
+        if os.path.isfile(file):
+            place = file.removeprefix(below) if len(file) > len(below) else "."
+            facts = os.stat(file)
+            told = _sha256(Path(file)) if by_content else f"{facts.st_size} {facts.st_mtime_ns}"
+            lines.append((place.split(os.sep), f"{place} {told}\n"))
+    return hashlib.sha256(b"".join(os.fsencode(line) for _, line in sorted(lines))).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

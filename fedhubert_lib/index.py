@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import yaml
 
-from fedhubert_lib import files, params, runs
+from fedhubert_lib import files, identity, params, provenance, records, runs
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222 }
@@ -34,6 +34,8 @@ class Run:
     """run.json"""
     parameters: dict[str, Any]
     """``section.parameter`` to value, of the stages that were begun"""
+    stale: dict[str, str]
+    """Stages whose results rest on something older than is there now, and on what."""
 
     @property
     def name(self) -> str:
@@ -48,9 +50,11 @@ class Run:
         if not begun:
             return "nothing run"
         stage, last = next(((s, facts) for s, facts in begun if facts["state"] != "done"), begun[-1])
-        if last["state"] == "done" and len(begun) == len(params.SECTIONS):
-            return "done"
-        return f"{params.FOLDERS[stage]} {last['state']}"
+        state = last["state"]
+        if state == "running" and not any(runs.is_held(self.folder / lock) for lock in (".lock", ".runner.lock")):
+            state = "not finished"  # its process was killed, or has stopped after its work
+        state = "done" if state == "done" and len(begun) == len(params.SECTIONS) else f"{params.FOLDERS[stage]} {state}"
+        return "; ".join([state, *(f"{params.FOLDERS[name]} stale" for name in self.stale)])
 
     @property
     def commit(self) -> str:
@@ -71,9 +75,12 @@ class Run:
 
     @property
     def headlines(self) -> dict[str, Any]:
-        """``stage: figure`` to value, in order of stages."""
-        stages = [(stage, self.facts["stages"].get(stage, {})) for stage in params.SECTIONS]
-        return {f"{s}: {name}": v for s, facts in stages for name, v in facts.get("headline", {}).items()}
+        """``stage: figure`` to value, in order of stages; what is stale says so."""
+        return {
+            f"{stage}: {name}": f"{_text(value)} (stale)" if stage in self.stale else value
+            for stage in params.SECTIONS
+            for name, value in self.facts["stages"].get(stage, {}).get("headline", {}).items()
+        }
 
 
 def read(outputs: Path) -> list[Run]:
@@ -81,12 +88,12 @@ def read(outputs: Path) -> list[Run]:
     found = []
     for path in outputs.glob("*/run.json"):
         try:
-            facts, values = runs.read_json(path), _parameters(path.parent)
+            facts, values, stale = runs.read_json(path), _parameters(path.parent), identity.stale(path.parent)
             if not isinstance(facts, dict) or not isinstance(facts.get("stages", {}), dict):
                 raise runs.RunError(f"{path}: not the record of a run")
         except (runs.RunError, yaml.YAMLError, UnicodeDecodeError) as error:
-            facts, values = {"unreadable": str(error)}, {}
-        found.append(Run(path.parent, {"stages": {}} | facts, values))
+            facts, values, stale = {"unreadable": str(error)}, {}, {}
+        found.append(Run(path.parent, {"stages": {}} | facts, values, stale))
     return sorted(found, key=lambda run: (run.started, run.name), reverse=True)
 
 
@@ -130,7 +137,10 @@ def results(run: Path) -> str:
         rows.append([system["title"], *(_figure(cells.get(each["measure"])) for each in measures)])
     paths = [f"  {folder / f'report.{kind}'}" for kind in ("html", "csv", "json")]
     pictures = [f"  {place}" for place in sorted(run.glob("*/figures")) if any(place.iterdir())]
-    return "\n".join([aligned(rows), "", "results:", *paths, "figures:", *pictures])
+    lines = [aligned(rows), "", "results:", *paths, "figures:", *pictures]
+    if why := identity.stale(run).get("evaluate"):
+        lines.insert(0, f"stale: {why}; fedhubert run without --until evaluates what is there now")
+    return "\n".join(lines)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -169,9 +179,27 @@ def write(outputs: Path) -> Path:
     with files.atomic(path) as temporary:
         temporary.write_text(
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fedhubert: runs</title>'
-            f"<style>{_STYLE}</style></head><body><h1>Runs</h1><div><table>{body}</table></div></body></html>\n"
+            f"<style>{_STYLE}</style></head><body><h1>Runs</h1><div><table>{body}</table></div></body></html>\n",
+            encoding="utf-8",
         )
     return path
+
+
+def previous(run: Path) -> str:
+    """What of ``run`` has moved aside, and how much it takes, and what its stages take that are there."""
+    rows = [["folder", "size", "state"]]
+    for folder in [run / name for name in params.FOLDERS.values()] + records.previous(run)[::-1]:
+        if folder.is_dir():
+            done = runs.read_json(folder / "done.json")
+            state = "not finished" if done is None else f"done {provenance.clock(done['finished'])[:16]}"
+            rows.append([folder.relative_to(run).as_posix(), size(folder), state])
+    return aligned(rows) if len(rows) > 1 else f"nothing in {run}"
+
+
+def size(folder: Path) -> str:
+    """What the files below ``folder`` take."""
+    taken = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
 
 
 def duration(seconds: float) -> str:
@@ -189,7 +217,10 @@ def _parameters(run: Path) -> dict[str, Any]:
     for stage, folder in params.FOLDERS.items():
         file = run / folder / "params.yaml"
         if file.exists():
-            values |= {f"{stage}.{name}": value for name, value in (yaml.safe_load(file.read_text()) or {}).items()}
+            values |= {
+                f"{stage}.{name}": value
+                for name, value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items()
+            }
     return values
 
 

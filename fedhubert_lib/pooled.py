@@ -62,7 +62,7 @@ def train(
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
     meter = resources.Meter(torch.device(federated.resolve(p.device)))
     with checkpoints.sole(out):
-        state = {"round": 0, "settings": p.model_dump(mode="json", exclude=set(rounds.HERE)), **checkpoints.UNJUDGED}
+        state = {"round": 0, "settings": rounds.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"])) is not None:
             weights, moments, state = saved
             local.restore_moments(optimiser, names, moments)
@@ -119,14 +119,6 @@ def homes(run: Path, clients: Iterable[str], state: Path, device: str) -> Iterat
             state=state / "clients" / client,
             device=device,
         )
-
-
-def check(run: Path) -> None:
-    """Raise FileNotFoundError unless every client's lists and labels are on this machine: a simulation."""
-    for home in homes(run, federated.client_ids(run), run, "cpu"):
-        for place in (home.data / "train.parquet", home.labels):
-            if not place.exists():
-                raise FileNotFoundError(f"{place}: not here, and pooled training needs it; set centralised: false")
 
 
 def utterances(run: Path) -> tuple[dict[str, str], pd.DataFrame]:

@@ -9,13 +9,15 @@ and after a kernel that was killed.
 import json
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from fedhubert_lib import files, identity, index, params, runs
+from fedhubert_lib import files, identity, index, params, records, runs
 
 OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 """Exit codes. 75 is EX_TEMPFAIL, "try again later": batch systems can requeue on it."""
@@ -69,44 +71,40 @@ def run(study: params.Study, first: str = "corpus", last: str = "evaluate", forc
         raise runs.RunError(f"--from {first} comes after --until {last}: nothing to run")
     for stage in stages:
         _preflight(stage, getattr(study, stage))
-    from fedhubert_lib import preflight  # here, since torch takes seconds that a misspelt parameter need not wait for
-
-    preflight.study(study, stages, folder)
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
         with runs.holding(folder / ".runner.lock", "fedhubert run"):
             _note(folder, {"study": study.study})
-            for number, stage in enumerate(stages, start=1):
+            for stage in stages:
                 _stage(stage, getattr(study, stage), folder, force, stop)
-                if stage in ("corpus", "partition"):  # what is there now says more of what comes
-                    preflight.study(study, stages[number:], folder)
     finally:
+        if {path.name for path in folder.glob("*")} <= {".lock", ".runner.lock", "run.json"}:  # nothing was begun
+            shutil.rmtree(folder, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def reason(stage: str, p: params.Section, run: Path) -> str:
-    """Why ``stage`` has to be run, in words; empty if what is there is what running it would make."""
-    folder = run / params.FOLDERS[stage]
-    now = identity.of(stage, p, run)
-    begun, done = runs.read_json(folder / "begun.json"), runs.read_json(folder / "done.json")
-    if begun is None:
-        return "not run yet"
-    changes = "; ".join(identity.changes(begun["identity"], now))
-    if not identity.same_work(begun["identity"], now):
-        return f"{changes}: starts anew"
-    if done is None:
-        return "was not finished: goes on where it stopped" + (f" ({changes})" if changes else "")
-    if identity.content(folder) != done["outputs"]:
-        return DAMAGED
-    if changes:
-        return f"{changes}: its results are kept"
-    if (run / f"{params.FOLDERS[stage]}.ipynb").exists():
-        return ""
+def reason(stage: str, p: params.Section, run: Path) -> tuple[bool, str]:
+    """Whether ``stage`` has to be run, and why, or why not, in words."""
+    folder, name = run / params.FOLDERS[stage], params.FOLDERS[stage]
+    what = records.prospect(stage, identity.of(stage, p, run), run)
+    changes = what.changes
+    if what.kind == "new":
+        return True, "not run yet"
+    if what.kind != "keep":
+        return True, records.announcement(stage, what, run)
+    if identity.content(folder) != runs.read_json(folder / "done.json")["outputs"]:
+        return True, DAMAGED
+    if changes.code and not changes.additions:
+        return False, f"{changes}: what it made is kept, skipped; --force makes it anew"
+    if any(changes):
+        return True, records.announcement(stage, what, run)
+    if (run / f"{name}.ipynb").exists():
+        return False, "unchanged, skipped"
     # The runner was killed after the stage's last call and before it had put the notebook in its place.
-    killed = (run / f"{params.FOLDERS[stage]}.unfinished.ipynb").exists()
-    return f"{'its notebook was not saved' if killed else 'was run by hand'}: its results are kept"
+    killed = (run / f"{name}.unfinished.ipynb").exists()
+    return True, f"{'its notebook was not saved' if killed else 'was run by hand'}: its results are kept"
 
 
 def _preflight(stage: str, p: params.Section) -> None:
@@ -121,29 +119,43 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -
     """Run one stage, or say why not."""
     name, folder = params.FOLDERS[stage], run / params.FOLDERS[stage]
     stop.check()
-    why = "forced: starts anew" if force else reason(stage, p, run)
-    if not why:
-        _say(f"{name}: unchanged, skipped")
-        return
+    go, why = (True, "forced: starts anew") if force else reason(stage, p, run)
     _say(f"{name}: {why}")
+    if "taken back" in why:
+        go, why = _take_back(stage, p, run)
+        _say(f"{name}: {why}")
+    if not go:
+        return
     if force or why == DAMAGED:
-        (folder / "begun.json").unlink(missing_ok=True)  # without it nothing in the folder is kept
-    started = time.monotonic()
-    unfinished = run / f"{name}.unfinished.ipynb"
+        records.anew(run, stage)
+    began, unfinished = time.time(), run / f"{name}.unfinished.ipynb"
     try:
         with _Progress(folder):
             _execute(stage, p, unfinished, stop)
         _judge(folder, p)
     except StageError as error:
-        (folder / "done.json").unlink(missing_ok=True)
         state = {DIED: "died", INTERRUPTED: "interrupted"}.get(error.code, "failed")
-        _note(run, {}, stage, {"state": state, "reason": str(error).splitlines()[0]})
+        with runs.holding(run / ".lock", "fedhubert run"):
+            _settle(stage, run, state, str(error), began)
         where = f"\n{name}: its cells as far as they came: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error
     with files.atomic(run / f"{name}.ipynb") as temporary:
         temporary.write_bytes(unfinished.read_bytes())
     unfinished.unlink()
-    _say(f"{name}: done in {index.duration(time.monotonic() - started)}")
+    _say(f"{name}: done in {index.duration(time.time() - began)}")
+
+
+def _settle(stage: str, run: Path, state: str, reason: str, began: float) -> None:
+    """Record how a stage ended that did not end well, where its own kernel has not."""
+    folder = run / params.FOLDERS[stage]
+    done = runs.read_json(folder / "done.json")
+    told = (runs.read_json(run / "run.json") or {"stages": {}})["stages"].get(stage, {})
+    if done is not None and done["finished"] >= began:  # after its last call
+        (folder / "done.json").unlink()
+        done = None
+    elif told.get("state", "running") != "running":
+        return
+    records.give_up(run, stage, state, reason, done)
 
 
 def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
@@ -194,7 +206,7 @@ def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
         stop.check()
         raise StageError(f"its kernel does not answer: {error}", DIED) from error
     except OSError as error:
-        raise StageError(f"its notebook cannot be written: {error}", FAILED) from error
+        raise StageError(f"its notebook cannot be written: {files.explained(error)}", FAILED) from error
     if executed.metadata.papermill.exception:
         stop.check()
         raise StageError("failed: a cell left the notebook before its end with sys.exit", FAILED)
@@ -209,10 +221,19 @@ def _judge(folder: Path, p: params.Section) -> None:
         raise StageError("failed: a cell between its parameters and runs.start has overridden a parameter", FAILED)
 
 
+def _take_back(stage: str, p: params.Section, run: Path) -> tuple[bool, str]:
+    """Put in its place what lies in ``.previous/`` and is what is asked for; then as ``reason``."""
+    with runs.holding(run / ".lock", "fedhubert run"):
+        source = records.prospect(stage, identity.of(stage, p, run), run).source
+        records.clear(run, stage)
+        records.take_back(run, stage, source)
+    return reason(stage, p, run)
+
+
 def _note(run: Path, facts: dict[str, Any], stage: str = "", state: dict[str, Any] | None = None) -> None:
     """Write into run.json between two kernels."""
     with runs.holding(run / ".lock", "fedhubert run"):
-        runs.record(run, facts, stage, state)
+        records.record(run, facts, stage, state)
 
 
 class _Progress:
@@ -291,4 +312,7 @@ class _Stream:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # nobody reads it any more, which is no reason to stop a training
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

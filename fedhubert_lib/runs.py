@@ -1,42 +1,40 @@
 """One folder is one run: where it is, whose turn it is, what made it, and what of it is still true.
 
-Every notebook begins with ``start`` and ends with ``finish``. Between them it holds the run's lock. ``done.json``,
-written last, is the only sign of success; ``begun.json`` holds the identity of the work in the folder: parameters,
-inputs, library source and notebook. A stage started again with the same work goes on where it stopped; with other work
-its folder is emptied first, so that nothing of one is ever taken for the other.
+Every notebook begins with ``start``, which checks and changes nothing, does its work inside ``Stage.working`` and ends
+with ``finish``. ``begun.json`` holds the identity of the work in a stage's folder, ``done.json``, written last, is the
+only sign of success. The same work resumes where it stopped. Other work moves what is there to ``.previous/``, and is
+taken back from there when it is asked for again: nothing that cost time is deleted.
 """
 
+import ast
 import contextlib
-import fcntl
-import importlib.metadata
+import functools
 import math
 import os
-import platform
-import resource
-import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import yaml
 
-from fedhubert_lib import files, identity, params, threads
+from fedhubert_lib import files, identity, params, provenance, records
 from fedhubert_lib.identity import RunError, read_json
-
-_PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 
 PATIENCE = 5.0
 """Seconds to wait for a lock: the kernel of a runner that was killed takes one to notice."""
 
 _held: dict[Path, IO[str]] = {}
 """The locks of this process."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stage that was interrupted; in a notebook one line instead of a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's name
+        return [str(self)]
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,72 @@ class Stage:
     name: str
     run: Path
     """The folder of the run."""
-    folder: Path
-    """The folder of this stage in it; ``figures/`` is there."""
     p: Any
     """The checked parameters: the stage's section of ``fedhubert_lib.params``."""
     provenance: dict[str, Any]
     """Study, run, seed, git commit, versions, hardware, data fingerprint, start: for the notebook's top."""
+    identity: dict[str, Any] = field(repr=False)
+    namespace: Mapping[str, Any] = field(repr=False)
+    """The notebook's variables."""
+    began: float = field(default_factory=time.time)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of this stage, ready to be written into; ``figures/`` is there.
+
+        Asked for first, it is prepared: other work that lay there moves aside, and this process holds the run's lock
+        until ``working`` or ``finish`` ends. Where the stage is done nothing changes.
+        """
+        lock = self.run / ".lock"
+        hold(lock, f"notebook {params.FOLDERS[self.name]}")
+        folder = _prepare(self)
+        if (folder / "done.json").exists():
+            release(lock)
+        else:
+            _begin(self, folder)
+        return folder
 
     @property
     def figures(self) -> Path:
         return self.folder / "figures"
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around whatever makes or changes results: holds the run's lock, and records how it ended.
+
+        Raises RunError when parameters or inputs are no longer those that ``start`` saw. An interrupt ends in
+        ``Interrupted``. A stage that fails before it has written anything leaves what was there as it was.
+        """
+        lock = self.run / ".lock"
+        hold(lock, f"notebook {params.FOLDERS[self.name]}")
+        try:
+            self._check_current()
+            self.__dict__.pop("folder", None)  # an attempt that failed may have moved it
+            done = read_json(self.folder / "done.json")
+            hold(lock, f"notebook {params.FOLDERS[self.name]}")
+            _begin(self, self.folder)
+            try:
+                yield
+            except KeyboardInterrupt as error:
+                records.give_up(self.run, self.name, "interrupted", "stopped by an interrupt", done)
+                raise Interrupted(f"{self.folder.name}: interrupted; run the cell again to resume") from error
+            except Exception as error:
+                records.give_up(self.run, self.name, "failed", f"{type(error).__name__}: {error}", done)
+                raise
+        finally:
+            release(lock)
+
+    def _check_current(self) -> None:
+        current = params.check(self.name, _assigned(self.name, self.namespace))
+        changed = [
+            f"{name} is {value!r} now and was {getattr(self.p, name)!r} then"
+            for name, value in current
+            if value != getattr(self.p, name)
+        ]
+        if changed:
+            raise RunError(f"parameters have changed since runs.start ({'; '.join(changed)}): run that cell again")
+        if identity.of(self.name, self.p, self.run)["inputs"] != self.identity["inputs"]:
+            raise RunError(f"{self.run}: inputs have changed since runs.start: run that cell again")
 
 
 def outputs() -> Path:
@@ -66,37 +120,102 @@ def outputs() -> Path:
 def start(stage: str, namespace: dict[str, Any]) -> Stage:
     """Begin ``stage``: the first library call of its notebook, ``runs.start("corpus", globals())``.
 
-    Checks the parameters, takes the run's lock, makes sure that the stage before is done, and makes the stage's folder
-    ready. Raises ParameterError or RunError.
+    Checks the parameters, that the stages before are done and that nobody else works in the run; says what will become
+    of what is there. Writes nothing. Raises ParameterError or RunError.
     """
-    # Run All in a kernel that is already warm: what later cells have set since is not a parameter.
-    first = namespace.get("_names_at_start")
-    fields = params.SECTIONS[stage].model_fields
-    given = namespace if first is None else {k: v for k, v in namespace.items() if k in first or k in fields}
-    p = params.check(stage, given)
-    namespace["_names_at_start"] = first or frozenset(namespace)
-
+    namespace.setdefault("_names_at_start", frozenset(namespace))
+    p = params.check(stage, _assigned(stage, namespace))
     check_places(stage, p)
     run = outputs() / p.run
     if stage != "corpus":
         _check_audio(run)
-    hold(run / ".lock", f"notebook {params.FOLDERS[stage]}")
-    folder = run / params.FOLDERS[stage]
+    if run.exists():
+        with holding(run / ".lock", f"notebook {params.FOLDERS[stage]}"):
+            pass
     now = identity.of(stage, p, run)
-    before = read_json(folder / "begun.json")
-    if folder.exists() and (before is None or not identity.same_work(before["identity"], now)):
-        (folder / "begun.json").unlink(missing_ok=True)  # first, so that a folder half emptied is not gone on with
-        shutil.rmtree(folder)
-    (folder / "done.json").unlink(missing_ok=True)
+    if words := records.announcement(stage, records.prospect(stage, now, run), run):
+        print(f"{params.FOLDERS[stage]}: {words}")
+    facts = provenance.of(run, p.seed)
+    return Stage(stage, run, p, {"stage": stage, **facts, "started": provenance.clock(time.time())}, now, namespace)
+
+
+def _prepare(stage: Stage) -> Path:
+    """Make the stage's folder one of its work, or empty: see ``records.prospect``. For the holder of the lock."""
+    run, folder = stage.run, stage.run / params.FOLDERS[stage.name]
+    what = records.prospect(stage.name, stage.identity, run)
+    begun: dict[str, Any] = {"identity": stage.identity, "started": time.time()}
+    if what.kind in ("new", "anew", "back"):
+        begun["replaced"] = records.clear(run, stage.name)
+    if what.kind == "back":
+        records.take_back(run, stage.name, what.source)
+    elif what.kind in ("new", "anew"):
+        files.write_json(folder / "begun.json", begun)
+    records.forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
+    return folder
+
+
+def _begin(stage: Stage, folder: Path) -> None:
+    """Record in the folder and in run.json that the stage works; it is not done any more."""
+    begun = read_json(folder / "begun.json")
+    if begun is None:
+        raise RunError(f"{folder}: begun.json has gone; run the notebook again from its top")
+    if begun["started"] < stage.began:
+        changes = identity.compare(begun["identity"], stage.identity)
+        note = {"time": provenance.clock(time.time()), "changes": str(changes)}
+        begun |= {"started": time.time(), "resumed": [*begun.get("resumed", []), note]}
+    state = (read_json(stage.run / "run.json") or {"stages": {}})["stages"].get(stage.name, {})
+    begun |= {"identity": stage.identity, "before": state}
     with files.atomic(folder / "params.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False))
-    files.write_json(folder / "begun.json", {"identity": now, "started": time.time()})
-    facts = provenance(run, p.seed)
-    began = {"started": _clock(time.time()), "git": facts["git"]}
-    record(run, facts, stage, {"state": "running", **began})
-    return Stage(stage, run, folder, p, {"stage": stage, **facts, **began})
+        temporary.write_text(yaml.safe_dump(stage.p.model_dump(), sort_keys=False), encoding="utf-8")
+    files.write_json(folder / "begun.json", begun)
+    (folder / "done.json").unlink(missing_ok=True)
+    facts = {name: value for name, value in stage.provenance.items() if name not in ("stage", "started")}
+    state = {"state": "running", "started": provenance.clock(begun["started"]), "git": facts["git"]}
+    records.record(stage.run, facts, stage.name, state)
+
+
+def _assigned(stage: str, namespace: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variables of a notebook that its parameters cell has set, as it was executed last.
+
+    IPython keeps the cells that were executed. What only earlier versions of that cell have set is no parameter any
+    more; nor is what later cells have, but for those that do nothing but set plain values (as papermill's does).
+    """
+    cells = namespace.get("In")
+    if not isinstance(cells, list):  # no kernel: what was there at the first start
+        first = namespace["_names_at_start"] | params.SECTIONS[stage].model_fields.keys()
+        return {name: value for name, value in namespace.items() if name in first}
+    assigned = [_assignments(source) for source in cells]
+    parameters = [
+        number
+        for number, (names, _) in enumerate(assigned)
+        if {"run", "seed"} <= names and not cells[number].startswith("# Parameters")  # papermill's, which has any
+    ]
+    if not parameters:
+        return namespace
+    last = parameters[-1]
+    names = assigned[last][0].union(*(names for names, plain in assigned[last:] if plain))
+    return {name: namespace[name] for name in names if name in namespace}
+
+
+def _assignments(source: str) -> tuple[set[str], bool]:
+    """The names that a cell sets if it does nothing else, else none; and whether all their values are plain."""
+    names, plain = set(), True
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return set(), False
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or not all(isinstance(each, ast.Name) for each in targets):
+            return set(), False
+        names |= {target.id for target in targets}
+        try:
+            ast.literal_eval(node.value)
+        except ValueError:
+            plain = False
+    return names, plain
 
 
 def _check_audio(run: Path) -> None:
@@ -122,34 +241,51 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
     wrong = [k for k, v in headline.items() if isinstance(v, float) and not math.isfinite(v)]
     if wrong:
         raise RunError(
-            f"{stage.folder.name}: headline figure {', '.join(wrong)} is NaN or infinite; see the cells above"
+            f"{params.FOLDERS[stage.name]}: headline figure {', '.join(wrong)} is NaN or infinite; see the cells above"
         )
-    begun = read_json(stage.folder / "begun.json")
+    hold(stage.run / ".lock", f"notebook {params.FOLDERS[stage.name]}")
+    try:
+        return _finish(stage, dict(headline))
+    finally:
+        release(stage.run / ".lock")
+
+
+def _finish(stage: Stage, headline: dict[str, Any]) -> dict[str, Any]:
+    folder = stage.folder
+    begun = read_json(folder / "begun.json")
     if begun is None:
-        raise RunError(f"{stage.folder}: begun.json has gone; run the notebook again from its top")
-    listings = identity.listings(stage.p)
-    if begun["identity"]["inputs"] != begun["identity"]["inputs"] | listings:  # what has been downloaded or unpacked
-        begun["identity"]["inputs"] |= listings
-        files.write_json(stage.folder / "begun.json", begun)
-    used = _since(begun["started"])
+        raise RunError(f"{folder}: begun.json has gone; run the notebook again from its top")
+    begun["identity"]["notebook"] = stage.identity["notebook"]
+    begun["identity"]["inputs"] |= identity.listings(stage.p)  # what has been downloaded or unpacked
+    begun = {name: value for name, value in begun.items() if name not in ("replaced", "before")}
+    files.write_json(folder / "begun.json", begun)
+    started = max(begun["started"], stage.began)
+    used = provenance.since(started)
     facts = {**stage.provenance, **used, "data": identity.data_fingerprint(stage.run)}
     done = {
         "identity": begun["identity"],
-        "outputs": identity.content(stage.folder),
-        "headline": dict(headline),
-        "started": begun["started"],
+        "outputs": identity.content(folder),
+        "headline": headline,
+        "started": started,
         "finished": time.time(),
+        "resumed": begun.get("resumed", []),
     }
-    state = {"state": "done", "headline": dict(headline), **used}
-    record(stage.run, {"data": facts["data"]}, stage.name, state)
-    files.write_json(stage.folder / "done.json", done)
-    release(stage.run / ".lock")
+    state = {"state": "done", "headline": headline, **used}
+    records.record(stage.run, {"data": facts["data"]}, stage.name, state)
+    files.write_json(folder / "done.json", done)
     return facts
 
 
 def check_places(stage: str, p: params.Section) -> None:
-    """Raise RunError if a file or folder that a parameter points to is not there."""
+    """Raise RunError if a file or folder that a parameter points to is not there, or is what the stage will make."""
     lines = [f"{stage}.{name}: {place}: no such file or folder" for name, place in params.absent(p).items()]
+    for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]:
+        made = (outputs() / p.run / folder).resolve()
+        lines += [
+            f"{stage}.{name}: {place}: lies in what this run makes from it; give the run another name, or copy it first"
+            for name, place in params.places(p).items()
+            if Path(place).resolve().is_relative_to(made)
+        ]
     if lines:
         raise RunError("\n".join(lines))
 
@@ -159,9 +295,9 @@ def hold(path: Path, who: str) -> None:
     if path in _held:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
+    file = path.open("a+", encoding="utf-8")
     until = time.monotonic() + PATIENCE
-    while not (taken := _locked(file)) and time.monotonic() < until:
+    while not (taken := files.lock(file)) and time.monotonic() < until:
         time.sleep(0.1)
     if not taken:
         file.seek(0)
@@ -172,98 +308,32 @@ def hold(path: Path, who: str) -> None:
             "or give this run another name"
         )
     file.truncate(0)
-    file.write(f"{who}, process {os.getpid()} on {socket.gethostname()}, since {_clock(time.time())}\n")
+    file.write(f"{who}, process {os.getpid()} on {socket.gethostname()}, since {provenance.clock(time.time())}\n")
     file.flush()
     _held[path] = file
 
 
 @contextlib.contextmanager
 def holding(path: Path, who: str) -> Iterator[None]:
-    """``hold`` for as long as the ``with`` block lasts."""
+    """``hold`` for as long as the ``with`` block lasts, or as this process held it before."""
+    before = path in _held
     hold(path, who)
     try:
         yield
     finally:
-        release(path)
+        if not before:
+            release(path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock file ``path``."""
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        return not files.lock(file)
 
 
 def release(path: Path) -> None:
     """Give back what ``hold`` took."""
     if path in _held:
         _held.pop(path).close()
-
-
-def provenance(run: Path, seed: int) -> dict[str, Any]:
-    """What made a result: for run.json and for the top of every notebook."""
-    return {
-        "study": (read_json(run / "run.json") or {}).get("study", run.name),
-        "run": run.name,
-        "seed": seed,
-        "git": git(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
-        "hardware": hardware(),
-        "data": identity.data_fingerprint(run),
-    }
-
-
-def git() -> dict[str, Any]:
-    """Commit of the project, and whether its files differ from it."""
-    command = ["git", "-C", str(params.ROOT)]
-    try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an archive of the source
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.strip(), "dirty": bool(status.strip())}
-
-
-def record(run: Path, facts: Mapping[str, Any], stage: str = "", state: Mapping[str, Any] | None = None) -> None:
-    """Put ``facts`` at the top level of run.json and ``state`` under ``stage``. For the holder of the run's lock."""
-    path = run / "run.json"
-    whole = read_json(path) or {"stages": {}}
-    stages = whole.pop("stages")
-    if state is not None:
-        before = {} if state["state"] == "running" else stages.get(stage, {})
-        stages[stage] = before | dict(state)
-    files.write_json(path, whole | dict(facts) | {"stages": stages})
-
-
-def hardware() -> dict[str, Any]:
-    """What this machine has. GPUs are listed once torch is loaded: a stage that does without it uses none."""
-    torch = sys.modules.get("torch")
-    return {
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": threads.cores(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
-    }
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _since(started: float) -> dict[str, Any]:
-    """Time since ``started``, and the peak memory of the notebook or of its largest worker, whichever is more."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    now, torch = time.time(), sys.modules.get("torch")
-    used = {"finished": _clock(now), "seconds": round(now - started, 1), "peak_memory_bytes": max(peaks)}
-    if torch and torch.cuda.is_initialized():
-        used["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return used
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever happens to the process that writes them."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -82,10 +83,64 @@ def test_sweep_takes_what_killed_writers_left_and_nothing_else(tmp_path):
         path.touch()
     clients = tmp_path / "clients"
     (clients / ".checkpoint.12.partial").mkdir(parents=True)
-    (clients / ".checkpoint.12.old").mkdir()
     (clients / ".state.12.partial.safetensors").touch()
     files.sweep(tmp_path)
     assert sorted(tmp_path.rglob("*")) == sorted([*kept, clients])
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path, arrived):
+    path = tmp_path / "checkpoint"
+    for name, content in ((".checkpoint.12.old", "old"), (".checkpoint.12.partial", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(content)
+    if arrived:
+        (tmp_path / ".checkpoint.12.partial").rename(path)
+    files.sweep(tmp_path)
+    assert (path / "model").read_text() == ("new" if arrived else "old")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+ODD = """
+import errno, fcntl, os, stat, sys
+from pathlib import Path
+from fedhubert_lib import files, runs
+flock, fsync = fcntl.flock, os.fsync
+
+def no_locks(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+def files_only(descriptor):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    fsync(descriptor)
+
+fcntl.flock, os.fsync = no_locks, files_only
+path = Path(sys.argv[1])
+with files.atomic(path / "checkpoint") as folder:
+    folder.mkdir()
+    (folder / "model").write_text("weights")
+files.write_json(path / "a.json", {"a": 1})
+with runs.holding(path / ".lock", "this"), runs.holding(path / ".other", "that"):
+    print("held")
+"""
+
+
+def test_folders_without_locks_and_without_a_flush_of_folders_do(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ODD, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "held\n"
+    assert (
+        done.stderr == f"{tmp_path}: its file system has no locks; see to it that one process at a time works there\n"
+    )
+    assert (tmp_path / "checkpoint/model").exists() and (tmp_path / "a.json").exists()
+
+
+def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, files.atomic(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert files.explained(caught.value).startswith(f"{tmp_path / 'a.json'}: No space left on device; free space")
+    assert "read-only" in files.explained(OSError(errno.EROFS, "Read-only file system", "/x"))
+    assert files.explained(OSError("tunnel collapsed")) == "tunnel collapsed"
 
 
 def test_atomic_and_sweep_agree_on_names(tmp_path):

@@ -14,9 +14,10 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import params, runner
+from fedhubert_lib import params, runner, runs
 
-MODULES = ("__init__", "audio", "cli", "files", "identity", "index", "params", "runner", "runs", "wording", "yaml12")
+MODULES = ("__init__", "audio", "cli", "files", "identity", "index", "params", "provenance", "records", "runner")
+MODULES += ("runs", "threads", "wording", "yaml12")
 
 WORK = """\
 (stage.folder / "made.bin").write_bytes(repr(work.RESULT).encode() + repr(stage.p.seed).encode())
@@ -55,8 +56,6 @@ class Project:
         (root / "notebooks").mkdir()
         for module in MODULES:
             shutil.copy(ROOT / "fedhubert_lib" / f"{module}.py", root / "fedhubert_lib")
-        # What the stages of the bench need, these do not: the real one imports all of it.
-        (root / "fedhubert_lib" / "preflight.py").write_text("def study(study, stages, run): pass\n")
         self.library("RESULT = 1\n")
         (root / "study.yaml").write_text("study: study\n")
         for stage in params.SECTIONS:
@@ -165,6 +164,26 @@ def test_a_stage_whose_files_were_changed_is_made_anew(project):
     assert all("unchanged" in line for line in lines(project("--until", "kmeans")))
 
 
+def test_stages_out_of_order_leave_no_empty_run(project):
+    result = project("--from", "kmeans")
+    assert result.returncode == runner.USAGE and "00_corpus: not done yet" in result.stderr
+    assert not project.run.exists()
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_refused_leaves_what_was_done(project):
+    """As 05 with another task: refused at once, its good report stays; the one before it is in nobody's use."""
+    project.notebook("corpus", f"with stage.working():\n    if stage.p.seed: raise ValueError('no noise')\n    {WORK}")
+    assert project("--until", "corpus").returncode == runner.OK
+    made = project.folder("corpus") / "made.bin"
+    before = made.read_bytes(), (project.run / "00_corpus.ipynb").read_bytes()
+    result = project("--until", "corpus", "--set", "corpus.seed=5")
+    assert result.returncode == runner.FAILED and "no noise" in result.stderr
+    assert (made.read_bytes(), (project.run / "00_corpus.ipynb").read_bytes()) == before
+    assert project.state("corpus") == "done" and not any((project.run / ".previous").iterdir())
+    assert lines(project("--until", "corpus")) == ["00_corpus: unchanged, skipped"]
+
+
 def test_a_relative_place_of_all_runs_counts_from_the_project(project):
     project.environment["FEDHUBERT_OUTPUTS"] = "elsewhere"
     assert project("--until", "partition").returncode == runner.OK
@@ -195,6 +214,16 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     assert lines(project("--until", "corpus")) == ["00_corpus: its notebook was not saved: its results are kept"]
     result = project("--until", "corpus", "--set", "corpus.seed=5")
     assert lines(result) == ["00_corpus: parameters changed: seed 0 -> 5: starts anew"]
+    aside = project.run / ".previous/00_corpus-1"
+    assert f"what is there moves to {aside}" in result.stdout
+    assert (aside / "made.bin").read_bytes() == b"10" and (aside / "00_corpus.ipynb").exists()
+    result = project("--until", "corpus")
+    assert lines(result) == [
+        f"00_corpus: parameters changed: seed 5 -> 0: taken back from {aside}",
+        "00_corpus: unchanged, skipped",
+    ]
+    assert (project.folder("corpus") / "made.bin").read_bytes() == b"10" and not aside.exists()
+    assert project.state("corpus") == "done" and (project.run / "00_corpus.ipynb").exists()
 
 
 @pytest.mark.slow
@@ -202,18 +231,18 @@ def test_the_whole_chain_and_what_each_change_runs_again(project):
     assert len(lines(project())) == 6
     assert (project.root / "outputs/index.html").exists()
 
-    # A library file that results rest on: its stages start anew; the same results again stop it from spreading.
+    # Code alone: nothing is made again, unless it is asked for.
     project.library("RESULT = 1  # the same, said otherwise\n")
     (project.folder("kmeans") / "left.over").touch()
     got = lines(project("--until", "kmeans"))
     assert got == [
-        f"{params.FOLDERS[s]}: library changed: work.py: starts anew" for s in ("corpus", "partition", "kmeans")
+        f"{params.FOLDERS[s]}: library changed: work.py: what it made is kept, skipped; --force makes it anew"
+        for s in ("corpus", "partition", "kmeans")
     ]
-    assert not (project.folder("kmeans") / "left.over").exists()
+    assert (project.folder("kmeans") / "left.over").exists()
 
     # Other results: those after it see other inputs, and only they.
     project.library("RESULT = 1\n")
-    project()
     got = lines(project("--set", "distill.seed=3"))
     assert [line.split(": ", 1)[1] for line in got] == ["unchanged, skipped"] * 4 + [
         "parameters changed: seed 0 -> 3: starts anew",
@@ -230,6 +259,16 @@ def test_the_whole_chain_and_what_each_change_runs_again(project):
     got = lines(project("--from", "evaluate", "--force", "--set", "distill.seed=3"))
     assert got == ["05_evaluate: forced: starts anew"]
     assert not (project.folder("evaluate") / "kept").exists()
+    assert (project.run / ".previous/05_evaluate-2/kept").exists()
+
+    # What rests on something older is said to be stale.
+    result = project("--until", "pretrain", "--set", "pretrain.seed=4", "--set", "distill.seed=3")
+    assert result.returncode == runner.OK
+    listed = subprocess.run(
+        project.command("ls"), cwd=project.root, env=project.environment, capture_output=True, text=True, check=True
+    )
+    assert "04_distill stale; 05_evaluate stale" in listed.stdout and "1.5 (stale)" in listed.stdout
+    project("--until", "pretrain", "--set", "distill.seed=3")
 
     # Out of order: said, not run.
     (project.folder("partition") / "done.json").unlink()
@@ -257,6 +296,7 @@ def test_what_counts_as_failed(project, work, end, said):
     assert project.state("corpus") == "failed"
     assert not (project.folder("corpus") / "done.json").exists()
     assert not (project.run / "00_corpus.ipynb").exists()
+    assert not runs.is_held(project.run / ".lock")
     assert (project.run / "00_corpus.unfinished.ipynb").exists()
     assert not project.folder("partition").exists()
 

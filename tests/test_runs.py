@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from fedhubert_lib import identity, index, params, runs
+from fedhubert_lib import cli, identity, index, params, provenance, runs
 
 
 def begin(stage: str = "corpus", **changes: object) -> runs.Stage:
@@ -64,6 +65,59 @@ def test_run_all_again_in_a_warm_kernel():
     assert runs.start("corpus", namespace).p.minutes == 2.5
 
 
+class Kernel(dict):
+    """The variables of a notebook, which like IPython's tell of the cells that were executed."""
+
+    def __init__(self) -> None:
+        super().__init__(In=[""])
+        self.cell("".join(f"{name} = {value!r}\n" for name, value in params.Corpus().model_dump().items()))
+
+    def cell(self, source: str) -> None:
+        self["In"].append(source)
+        exec(source, self)
+
+    def start(self) -> params.Corpus:
+        self["In"].append('stage = runs.start("corpus", globals())')
+        return runs.start("corpus", self)
+
+
+PARAMETERS = 'run = "toy"  # folder\nseed = 0\nminutes = 2.0\n'
+
+
+def test_parameters_are_those_of_the_cell_as_it_was_executed_last():
+    kernel = Kernel()
+    kernel.start()
+    kernel.cell("hours = 3\nprint(hours)")
+    kernel.cell(PARAMETERS + "minuts = 4.0")
+    with pytest.raises(params.ParameterError, match="did you mean minutes"):
+        kernel.start()
+    kernel.cell(PARAMETERS)
+    assert kernel.start().p.minutes == 2.0, "a typo that was corrected"
+    kernel.cell("# Parameters\nminutes = 3.0\n")  # papermill's cell, or one that a person adds
+    assert kernel.start().p.minutes == 3.0
+    kernel.cell("sped = 7")
+    with pytest.raises(params.ParameterError, match="sped"):
+        kernel.start()
+    kernel.cell("import pathlib\nspeakers = pathlib")
+    kernel.cell('run = "toy"\nseed = int("3")')
+    p = kernel.start().p
+    assert (p.minutes, p.seed, p.speakers) == (params.Corpus().minutes, 3, params.Corpus().speakers), (
+        "all others: default"
+    )
+
+
+def test_parameters_changed_after_the_start_do_not_train_with_the_old_ones(outputs):
+    kernel = Kernel()
+    stage = kernel.start()
+    kernel.cell(PARAMETERS)
+    with (
+        pytest.raises(runs.RunError, match=r"minutes is 2\.0 now and was 1\.5 then.*run that cell again"),
+        stage.working(),
+    ):
+        pytest.fail("it must not begin")
+    assert not (outputs / "toy" / "00_corpus").exists()
+
+
 def test_stages_come_in_order(outputs):
     with pytest.raises(runs.RunError, match="00_corpus: not done yet; run notebook 00_corpus first"):
         begin("partition")
@@ -75,25 +129,132 @@ def test_stages_come_in_order(outputs):
         begin("kmeans")
 
 
-def test_the_same_work_goes_on_and_other_work_starts_from_nothing():
+def test_the_same_work_resumes_and_other_work_moves_it_aside(outputs, capsys):
     stage = begin()
     (stage.folder / "checkpoint").write_text("round 3")
     (stage.folder / ".model.123.partial.bin").write_text("half")
     again = begin()
     assert (again.folder / "checkpoint").exists()
     assert not (again.folder / ".model.123.partial.bin").exists()
+    (outputs / "toy/00_corpus.ipynb").write_text("executed")
+    capsys.readouterr()
     other = begin(minutes=2.0)
+    said = capsys.readouterr().out
+    aside = outputs / "toy/.previous/00_corpus-1"
+    assert "minutes 1.5 -> 2.0: starts anew" in said and f"what is there moves to {aside}" in said
+    assert (stage.folder / "checkpoint").exists() and not aside.exists(), "the start alone moves nothing"
     assert not (other.folder / "checkpoint").exists()
-    (other.folder / "checkpoint").write_text("round 3")
-    (other.folder / "begun.json").unlink()
-    assert not (begin(minutes=2.0).folder / "checkpoint").exists()
+    assert f"moved: {other.folder} -> {aside}" in capsys.readouterr().out
+    assert (aside / "checkpoint").read_text() == "round 3" and (aside / "00_corpus.ipynb").exists()
+    (other.folder / "checkpoint").write_text("round 5")
+    back = begin()
+    assert (back.folder / "checkpoint").read_text() == "round 3", "what is asked for again is taken back"
+    assert (outputs / "toy/00_corpus.ipynb").exists() and not aside.exists()
+    assert (outputs / "toy/.previous/00_corpus-2/checkpoint").read_text() == "round 5"
 
 
-def test_done_is_taken_back_when_a_stage_begins_again():
+def test_what_has_no_record_moves_aside_too(outputs):
+    stage = begin()
+    (stage.folder / "checkpoint").write_text("round 3")
+    (stage.folder / "begun.json").unlink()
+    assert not (begin().folder / "checkpoint").exists()
+    assert (outputs / "toy/.previous/00_corpus-1/checkpoint").exists()
+
+
+def test_a_start_alone_leaves_what_is_done(outputs):
     folder = do("corpus")
-    assert (folder / "done.json").exists()
-    begin()
+    for changes in ({}, {"minutes": 2.0}):
+        begin(**changes)
+        assert (folder / "done.json").exists() and (folder / "made.bin").exists()
+        assert json.loads((outputs / "toy/run.json").read_text())["stages"]["corpus"]["state"] == "done"
+        assert not runs.is_held(outputs / "toy/.lock"), "another notebook may work"
+    assert begin().figures.is_dir() and (folder / "done.json").exists(), "nor does a look at its pictures"
+
+
+def test_done_is_taken_back_when_a_stage_works_again():
+    folder = do("corpus")
+    with begin().working():
+        assert not (folder / "done.json").exists()
+        (folder / "made.bin").write_text("something else")
     assert not (folder / "done.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"minutes": 2.0}])
+def test_a_refusal_leaves_everything_as_it_was(outputs, changes):
+    folder = do("corpus", "a")
+    (outputs / "toy/00_corpus.ipynb").write_text("executed")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="no such teacher"), begin(**changes).working():
+        raise ValueError("no such teacher")
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert kept.keys() == before.keys()
+    assert kept[folder / "made.bin"] == b"a" and kept[folder / "done.json"] == before[folder / "done.json"]
+    assert (outputs / "toy/00_corpus.ipynb").exists() and not any((outputs / "toy/.previous").glob("*"))
+    record = json.loads((outputs / "toy/run.json").read_text())["stages"]["corpus"]
+    assert record["state"] == "done" and record["headline"] == {"figure": 1.0}
+    assert record["last_attempt"] == {"state": "failed", "reason": "ValueError: no such teacher"}
+    assert not runs.is_held(outputs / "toy/.lock")
+    begin("partition")
+
+
+def test_a_failure_gives_the_lock_back_and_says_failed(outputs):
+    stage = begin()
+    with pytest.raises(ValueError, match="diverged"), stage.working():
+        (stage.folder / "checkpoint").write_text("round 3")
+        raise ValueError("diverged")
+    assert not runs.is_held(outputs / "toy/.lock")
+    assert index.read(outputs)[0].state == "00_corpus failed"
+    with stage.working():  # the same cell again
+        assert (stage.folder / "checkpoint").exists()
+    assert index.read(outputs)[0].state == "00_corpus not finished"
+
+
+def test_an_interrupt_is_one_line(outputs):
+    stage = begin()
+    with pytest.raises(KeyboardInterrupt) as caught, stage.working():
+        raise KeyboardInterrupt
+    assert caught.value._render_traceback_() == ["00_corpus: interrupted; run the cell again to resume"]
+    assert json.loads((outputs / "toy/run.json").read_text())["stages"]["corpus"]["state"] == "interrupted"
+
+
+def test_a_failed_start_leaves_no_empty_run(outputs):
+    for stage, changes in (("partition", {}), ("corpus", {"kind": "librispeech", "root": str(outputs / "nowhere")})):
+        with pytest.raises(runs.RunError):
+            begin(stage, **changes)
+    begin()
+    assert not list(outputs.iterdir())
+
+
+def test_an_input_in_the_folder_that_is_made_from_it_is_refused_before_anything_moves(outputs):
+    for stage in ("corpus", "partition", "kmeans", "pretrain"):
+        do(stage)
+    run = outputs / "toy"
+    (outputs / "link").symlink_to(run)
+    for stage, name, place in (
+        ("pretrain", "initial", run / "03_pretrain"),
+        ("pretrain", "initial", outputs / "link/03_pretrain"),
+        ("kmeans", "features", run / "03_pretrain"),
+    ):
+        with pytest.raises(runs.RunError, match=f"{stage}.{name}: .*lies in what this run makes from it"):
+            begin(stage, **{name: str(place)})
+        assert (run / "03_pretrain/done.json").exists() and (run / "02_kmeans/done.json").exists()
+    begin("distill", teacher=str(run / "03_pretrain"))
+
+
+def test_code_and_versions_are_shown_and_nothing_is_made_again(monkeypatch, capsys):
+    folder = do("corpus")
+    library, versions = identity.library(), identity.versions()
+    monkeypatch.setattr(identity, "library", lambda: library | {"federated/keys.py": "other"})
+    monkeypatch.setattr(identity, "versions", lambda: versions | {"torch": "1.0"})
+    stage = begin()
+    said = capsys.readouterr().out
+    assert "library changed: federated/keys.py" in said and f"torch {versions['torch']} -> 1.0" in said
+    assert "its results are kept" in said
+    with stage.working():
+        assert (folder / "made.bin").exists()
+    runs.finish(stage, {})
+    (note,) = json.loads((folder / "done.json").read_text())["resumed"]
+    assert "federated/keys.py" in note["changes"] and "torch" in note["changes"]
 
 
 def test_headline_figures_are_numbers_that_json_can_hold():
@@ -141,12 +302,88 @@ def test_identity_is_content(tmp_path):
     run = runs.outputs() / "toy"
     one = identity.of("pretrain", p, run)
     assert identity.of("pretrain", p.model_copy(update={"run": "other"}), run) == one
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    moved = identity.of("pretrain", params.Pretrain(initial=str(tmp_path / "moved")), run)
+    assert not any(identity.compare(one, moved)), "a copy of a checkpoint is that checkpoint"
     (checkpoint / "model.safetensors").write_text("other weights")
-    assert identity.changes(one, identity.of("pretrain", p, run)) == ["inputs changed: initial"]
+    assert identity.compare(one, identity.of("pretrain", p, run)).results == "inputs changed: initial"
     do("kmeans", "other labels")
-    assert identity.changes(one, identity.of("pretrain", p, run)) == ["inputs changed: 02_kmeans, initial"]
+    assert identity.compare(one, identity.of("pretrain", p, run)).results == "inputs changed: 02_kmeans, initial"
     faster = identity.of("pretrain", p.model_copy(update={"learning_rate": 0.5}), run)
-    assert "parameters changed: learning_rate 0.001 -> 0.5" in identity.changes(one, faster)
+    assert "parameters changed: learning_rate 0.001 -> 0.5" in identity.compare(one, faster).results
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"device": "cpu", "engine": "pool", "deadline_seconds": 5.0}, None),
+        ({"patience": 5}, "additions"),
+        ({"patience": 0}, "additions"),
+        ({"patience": 2}, "results"),
+        ({"centralised": False}, "additions"),
+        ({"rounds": 3}, "results"),
+        ({"learning_rate": 0.5}, "results"),
+    ],
+)
+def test_which_parameters_decide_the_results(change, kind):
+    p = params.Pretrain(patience=3)
+    one = {
+        "stage": "pretrain",
+        "parameters": p.model_dump(),
+        "inputs": {},
+        "library": {},
+        "notebook": "",
+        "versions": {},
+    }
+    changes = identity.compare(one, one | {"parameters": p.model_dump() | change})._asdict()
+    assert {name for name, words in changes.items() if words} == ({kind} if kind else set())
+    if "rounds" in change:
+        assert "learning rate falls over all rounds" in changes["results"]
+
+
+def test_parameters_that_only_another_version_knows_are_a_change_of_code():
+    values = params.Pretrain().model_dump()
+    one = {"stage": "pretrain", "parameters": values, "inputs": {}, "library": {}, "notebook": ""}
+    older = one | {"parameters": {k: v for k, v in values.items() if k != "proximal"} | {"width": 96}}
+    now = one | {"versions": {"torch": "1.0"}}
+    assert identity.compare(older, now) == ("", "", "", "parameters of another version: proximal, width")
+    assert "proximal None -> 0.1" in identity.compare(older, now | {"parameters": values | {"proximal": 0.1}}).results
+
+
+def test_a_changed_file_behind_a_link_is_seen(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.flac").write_text("a")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/train").symlink_to(tmp_path / "real")
+    p = params.Corpus(kind="librispeech", root=str(tmp_path / "root"))
+    before = identity.listings(p)
+    (tmp_path / "real/a.flac").unlink()
+    assert identity.listings(p) != before
+
+
+def test_what_rests_on_something_older_is_stale_everywhere(outputs):
+    for stage in params.SECTIONS:
+        do(stage)
+    report = {"systems": [], "measures": [], "figures": []}
+    (outputs / "toy/05_evaluate/report.json").write_text(json.dumps(report))
+    assert index.read(outputs)[0].state == "done" and not identity.stale(outputs / "toy")
+    assert "stale" not in index.results(outputs / "toy") + index.listing(outputs)
+    do("pretrain", "longer")
+    assert identity.stale(outputs / "toy") == dict.fromkeys(("distill", "evaluate"), "made from an older 03_pretrain")
+    assert "stale: made from an older 03_pretrain" in index.results(outputs / "toy")
+    assert "1 (stale)" in index.listing(outputs) and "04_distill stale; 05_evaluate stale" in index.listing(outputs)
+    assert "evaluate: figure</th><td>1 (stale)" in index.write(outputs).read_text(encoding="utf-8")
+
+
+def test_the_evaluation_runs_without_a_student_and_notices_one_that_comes(outputs):
+    for stage in ("corpus", "partition", "kmeans", "pretrain"):
+        do(stage)
+    do("evaluate")
+    assert not identity.stale(outputs / "toy")
+    do("distill")
+    stage = begin("evaluate")
+    begun = json.loads((outputs / "toy/05_evaluate/begun.json").read_text())["identity"]
+    assert identity.compare(begun, stage.identity).results == "inputs changed: 04_distill"
 
 
 def test_folders_are_there_or_are_downloaded(tmp_path):
@@ -162,32 +399,33 @@ def test_folders_are_there_or_are_downloaded(tmp_path):
     assert runs.read_json(stage.folder / "done.json")["identity"] == now, "what was downloaded is no change of inputs"
 
 
-def test_library_is_what_a_notebook_imports_and_what_that_imports():
-    code = "%load_ext autoreload\n!ls\nfrom fedhubert_lib import audio, partition\n"
-    found = identity.library(code, Path("x.ipynb"))
-    assert {"audio.py", "partition.py", "seeds.py", "files.py"} <= found.keys()
-    assert not {"hubert.py", "cli.py", "runner.py"} & found.keys()
-    shown = identity.library("from fedhubert_lib import runs, plots", Path("x.ipynb"))
-    assert {"runs.py", "plots/__init__.py", "plots/training.py"} <= shown.keys() and "hubert.py" not in shown
-    package = identity.library("import fedhubert_lib.federated.protocol", Path("x.ipynb"))
-    assert {"federated/__init__.py", "federated/protocol.py"} <= package.keys()
-    with pytest.raises(runs.RunError, match=r"x\.ipynb: Python cannot read it"):
-        identity.library("def", Path("x.ipynb"))
-
-
-def test_results_rest_on_nothing_that_only_shows_them():
-    one = {"parameters": {}, "inputs": {}, "library": {"plots.py": "a", "kmeans.py": "a"}, "notebook": "a"}
-    shown = one | {"library": {"plots.py": "b", "kmeans.py": "a"}, "notebook": "b"}
-    assert identity.changes(one, shown) == ["library changed: plots.py", "notebook changed"]
-    assert identity.same_work(one, shown)
-    assert not identity.same_work(one, one | {"library": {"plots.py": "a", "kmeans.py": "b"}})
-    assert not identity.same_work(one, one | {"library": {"plots.py": "a"}})
-
-
 def test_git_is_that_of_the_project_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    assert runs.git()["commit"] == (expected.stdout.strip() or None)
+    assert provenance.git()["commit"] == (expected.stdout.strip() or None)
+
+
+def test_a_notebook_saved_with_its_outputs_is_no_change_of_the_project(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        identity_of_nobody = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        subprocess.run(["git", "-C", tmp_path, *identity_of_nobody, *arguments], check=True, capture_output=True)
+
+    path = tmp_path / "notebooks/00 corpus.ipynb"
+    path.parent.mkdir()
+    cell = {"cell_type": "code", "source": ["1 + 1"], "metadata": {}, "outputs": [], "execution_count": None}
+    path.write_text(json.dumps({"cells": [cell], "metadata": {}}))
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    assert provenance.git()["dirty"] is False
+    path.write_text(json.dumps({"cells": [cell | {"outputs": ["2"], "execution_count": 7}], "metadata": {"x": 1}}))
+    assert provenance.git()["dirty"] is False
+    path.write_text(json.dumps({"cells": [cell | {"source": ["1 + 2"]}], "metadata": {}}))
+    assert provenance.git()["dirty"] is True
+    git("checkout", ".")
+    (tmp_path / "more.py").touch()
+    assert provenance.git()["dirty"] is True
 
 
 def test_outputs_are_the_projects_unless_said_otherwise(monkeypatch, tmp_path):
@@ -282,3 +520,31 @@ def test_the_command_tells_its_exit_codes():
     said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"})
     for code in ("0 ", "1 ", "2 ", "3 ", "75 "):
         assert f"\n  {code}" in said.stdout
+
+
+def test_clean_shows_sizes_and_removes_what_is_named(outputs, capsys):
+    for minutes in (1.5, 2.0, 2.5):
+        stage = begin(minutes=minutes)
+        (stage.folder / "made.bin").write_bytes(bytes(3 << 20))
+        runs.finish(stage, {})
+    assert cli.main(["clean", "toy"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[:3] for line in said.splitlines()[-3:]] == [
+        ["00_corpus", "3.0", "MiB"],
+        [".previous/00_corpus-1", "3.0", "MiB"],
+        [".previous/00_corpus-2", "3.0", "MiB"],
+    ]
+    assert cli.main(["clean", str(outputs / "toy"), "00_corpus"]) == 2, "what is there is not removed"
+    assert cli.main(["clean", "toy", ".previous/00_corpus-1", "../../other"]) == 2
+    assert (outputs / "toy/.previous/00_corpus-1").exists()
+    assert cli.main(["clean", "toy", ".previous/00_corpus-1"]) == 0
+    assert "removed: " in capsys.readouterr().out
+    assert [path.name for path in (outputs / "toy/.previous").iterdir()] == ["00_corpus-2"]
+    assert cli.main(["clean", "nothing"]) == 2
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(outputs):
+    do("corpus")
+    command = f"{sys.executable} -m fedhubert_lib.cli ls | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == "" and done.stdout.strip() in ("0", "141")

@@ -6,7 +6,6 @@ belong to), and the documents that make it a model folder. The last and the best
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import time
@@ -39,7 +38,7 @@ def reading(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be read ({error}); delete this folder to go on from an earlier round, or from the start"
+            f"{folder}: cannot be read ({error}); move it away to resume from an earlier round, or from the start"
         ) from error
 
 
@@ -51,14 +50,9 @@ def sole(out: Path) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{out}: another process trains in this folder; wait for it, or name another run"
-            ) from None
-        for leftover in (out / "checkpoints").glob(".round-*"):
-            shutil.rmtree(leftover)
+        if not files.lock(lock):
+            raise RuntimeError(f"{out}: another process trains in this folder; wait for it, or name another run")
+        files.sweep(out / "checkpoints")
         yield
 
 
@@ -136,11 +130,12 @@ def resume(
         return None
     weights, server, state = read(out, done[-1], server_tensors)
     then = state["settings"]
-    changed = sorted(name for name in {*then, *settings} if then.get(name) != settings.get(name))
+    # What only one of them knows is a parameter that another version of the bench has not.
+    changed = sorted(name for name in then.keys() & settings.keys() if then[name] != settings[name])
     if changed:
-        listed = ", ".join(f"{name}: {then.get(name)} -> {settings.get(name)}" for name in changed)
+        listed = ", ".join(f"{name}: {then[name]} -> {settings[name]}" for name in changed)
         raise CheckpointError(
-            f"{out} holds a run with other parameters ({listed}); name another, or delete that folder"
+            f"{out} holds a run with other parameters ({listed}); name another, or move that folder away"
         )
     return weights, server, state
 
@@ -149,15 +144,9 @@ class Ledger:
     """metrics.jsonl: a row for each round, client and failure; ``on_row`` sees them as they are written."""
 
     def __init__(self, out: Path, done: int, plan: Mapping[str, Any], on_row: OnRow | None) -> None:
-        """Begin with the row ``plan``, or go on after round ``done``: rows of later rounds go, but for the failures of
-        attempts at the next one that failed as a whole (``failed_attempts``)."""
+        """Begin with the row ``plan``, or go on after round ``done``: rows of later rounds go."""
         self._path, self._on_row = out / "metrics.jsonl", on_row
-        rows = files.read_rows(self._path)
-        next_failures = [row for row in rows if row["kind"] == "failure" and row["round"] == done + 1]
-        while next_failures and next_failures[-1]["client"]:  # of an attempt that was not finished
-            next_failures.pop()
-        self.failed_attempts = sum(not row["client"] for row in next_failures)
-        rows = [row for row in rows if row.get("round", 0) <= done] + next_failures
+        rows = [row for row in files.read_rows(self._path) if row.get("round", 0) <= done]
         with files.atomic(self._path) as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         if not rows:

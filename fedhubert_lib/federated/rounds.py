@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import compression, federated, privacy, resources, secure, seeds
+from fedhubert_lib import compression, federated, identity, params, privacy, resources, secure, seeds
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import checkpoints, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
@@ -31,14 +31,8 @@ from fedhubert_lib.params import Federation
 
 logger = logging.getLogger(__name__)
 
-METRICS = {"objective_count", "audio_seconds", "seconds", "learning_rate"}
-"""What every client tells, unless the server is not trusted with it."""
 ATTEMPTS = 3
 """Times that a round below its quorum is tried before the run stops."""
-ACCOUNT = "privacy.jsonl"
-"""What a private run has spent: ``privacy.Account``."""
-HERE = frozenset({"run", "engine", "device", "centralised", "deadline_seconds"})
-"""Parameters that say where and how a study runs; the others must not change when it goes on."""
 
 
 class QuorumError(RuntimeError):
@@ -75,6 +69,11 @@ def cohort(ids: Sequence[str], size: int, seed: int, number: int, attempt: int =
         )
     generator = seeds.numpy_generator(seed, number, "cohort", attempt)
     return sorted(generator.choice(sorted(ids), size, replace=False).tolist())
+
+
+def decisive(p: Federation) -> dict[str, Any]:
+    """The parameters that must not change when training resumes: not where it runs, nor where a checkpoint lies."""
+    return p.model_dump(mode="json", exclude={*identity.HOW, *identity.ADDITIONS, *params.places(p)})
 
 
 def panel(ids: Sequence[str], p: Federation) -> list[str]:
@@ -121,7 +120,7 @@ class _Server:
             "round": 0,
             "session": uuid.uuid4().hex,
             "reference_norm": None,
-            "clip": p.privacy_clip,
+            "privacy": privacy.initial_state(p),
             "settings": _settings(clients, p, task),
             **checkpoints.UNJUDGED,
         }
@@ -129,7 +128,7 @@ class _Server:
             # In the order of a fresh start, which a file does not keep: sums over tensors then round alike.
             self.weights = {name: saved[0][name] for name in self.weights}
             self.control = {name: saved[1][name] for name in self.control}
-            self.state |= saved[2]
+            self.state = saved[2]
         self.meter = resources.Meter(torch.device(federated.resolve(p.device)))
         self.saving: Future[None] | None = None
         self.durable = self.state["round"]
@@ -137,13 +136,7 @@ class _Server:
         self.moments = self.saved_moments()
         plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
         plan["parameters"] = sum(tensor.numel() for tensor in self.weights.values())
-        if self.private:
-            plan["privacy"] = privacy.label(p)
         self.ledger = checkpoints.Ledger(out, self.durable, plan, on_row)
-        self.attempt = self.ledger.failed_attempts
-        """Draws of the next round that gave no quorum, in earlier starts, too: none is made twice."""
-        if self.private:
-            self.account = privacy.Account(p, out / ACCOUNT, (self.durable + 1, self.attempt))
 
     def finished(self) -> bool:
         """All rounds done, or none better for too long."""
@@ -155,21 +148,20 @@ class _Server:
         number, began = self.state["round"] + 1, time.perf_counter()
         collected = self.collect(number)
         working = time.perf_counter()
-        update = collected.collector.result() or {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        update = collected.collector.result()
         change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
         self.settle()  # the last checkpoint still reads the weights and the state that are about to change
         spent = {}
         if self.private:
-            spent = {"clip": self.state["clip"], "epsilon": self.account.epsilon(), "privacy": privacy.label(self.p)}
-            self.state["clip"] = privacy.release(
-                update, self.p, self.state["clip"], number, collected.clients, collected.within_bound, self.fewest
+            spent = privacy.release(
+                update, self.p, self.state["privacy"], len(self.clients.ids), number, collected.within_bound
             )
         update_norm = optimisers.checked_norm(update, self.weights)
         optimisers.step(self.p, self.weights, update, self.moments, number)
         if self.scaffold:
             optimisers.step_control(self.control, change, collected.clients / len(self.clients.ids))
         server_seconds = collected.server_seconds + time.perf_counter() - working
-        row = {"round": number, **self.averages(collected.sums), **spent, **self.validate(number)}
+        row = {"round": number, **self.task.averages(collected.sums), **spent, **self.validate(number)}
         row |= self.meter.used()
         seconds = time.perf_counter() - began
         row |= {
@@ -185,12 +177,8 @@ class _Server:
             "audio_seconds": collected.sums["audio_seconds"],
             "audio_seconds_per_second": collected.sums["audio_seconds"] / seconds,
         }
-        if self.private:  # to keep the best of several models by a loss without noise would tell of that loss
-            self.state["best_round"] = number
-        else:
-            checkpoints.judge(self.state, number, row)
-            self.state["reference_norm"] = statistics.median(collected.norms)
-        self.state["round"], self.attempt = number, 0
+        checkpoints.judge(self.state, number, row)
+        self.state |= {"round": number, "reference_norm": statistics.median(collected.norms)}
         self.ledger.row("round", row)
         self.save(number, update)
 
@@ -204,15 +192,6 @@ class _Server:
         """Whether updates are bounded and hidden in noise."""
         return self.p.privacy != "none"
 
-    @property
-    def fewest(self) -> int:
-        """Clients below which none is asked for an update."""
-        return secure.FEWEST if self.p.secure_aggregation else 1
-
-    def averages(self, sums: Mapping[str, float]) -> dict[str, float | None]:
-        """What a row shows of the clients' metrics; no loss where nobody answered, or told any."""
-        return self.task.averages(sums) if "objective_count" in sums else {"loss": None}
-
     def message(self, number: int) -> dict[str, Any]:
         """The configuration of a message of round ``number``."""
         return {
@@ -220,73 +199,47 @@ class _Server:
             "round": number,
             "session": self.state["session"],
             "durable": self.durable,
-            "clip": self.state["clip"],
+            "clip": self.state["privacy"]["bound"],
         }
 
     def collect(self, number: int) -> "_Collected":
-        """Draw cohorts until one gives a quorum of usable updates."""
-        for _ in range(ATTEMPTS):
-            drawn = self.draw(number)
-            # By chance a Poisson cohort is small, or empty: to draw again would draw its clients more often than is
-            # accounted for.
-            fewest = 0 if self.p.privacy == "server" else self.fewest
-            quorum = max(fewest, math.ceil(self.p.quorum * len(drawn)))
+        """Ask cohorts until one gives a quorum of usable updates."""
+        for attempt in range(ATTEMPTS):
+            draw = privacy.poisson_cohort if self.private else cohort
+            asked = draw(self.clients.ids, self.p.cohort, self.p.seed, number, attempt)
+            quorum = max(1, math.ceil(self.p.quorum * len(asked)))
             message = self.message(number)
             if self.p.secure_aggregation:
-                message["peers"] = self.public_keys(number, message, drawn)
-            asked = sorted(message.get("peers", drawn))
-            if quorum <= len(asked) < self.fewest:
-                return _Collected(optimisers.Mean())
-            collected = _Collected(optimisers.Mean())
-            if len(asked) >= quorum:
-                collected = self.ask(number, message, asked)
-                if self.p.secure_aggregation:  # a sum is of all or of nobody: without one, the masks do not cancel
-                    quorum = len(asked)
+                message["peers"] = self.public_keys(number, message, asked)
+                asked = sorted(message["peers"])
+                # A sum is of all or of nobody: without one of them, the others' masks do not cancel.
+                quorum = max(quorum, len(asked), secure.FEWEST)
+            collected = _Collected(self.collector(message, len(asked)))
+            payload = {**self.weights, **self.control}
+            collected.bytes_down = _size(payload) * len(asked)
+            answers = self.clients.ask(
+                f"{self.task.name}.update",
+                arrays=payload,
+                config=message,
+                clients=asked,
+                timeout=self.p.deadline_seconds or None,
+            )
+            for reply, norm in self.usable(number, answers, payload, collected):
+                self.accept(number, reply, norm, collected)
+                reply.arrays.clear()  # several loops still know this reply while the next client works
             if collected.clients >= quorum:
                 return collected
-            count = f"{collected.clients} of {len(drawn)}"
-            self.fail(number, "", f"{count} clients gave a usable update; {quorum} needed")
-            self.attempt += 1
+            self.fail(number, "", f"{collected.clients} of {len(asked)} clients gave a usable update; {quorum} needed")
         self.settle()
         raise QuorumError(
             f"round {number}: {ATTEMPTS} times too few usable updates; the reasons are in {self.out / 'metrics.jsonl'} "
-            f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it, with "
-            "another cohort"
+            f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it"
         )
-
-    def draw(self, number: int) -> list[str]:
-        """The cohort that is asked next."""
-        ids, p = self.clients.ids, self.p
-        if p.privacy != "server":
-            return cohort(ids, p.cohort, p.seed, number, self.attempt)
-        drawn = privacy.poisson_cohort(ids, p.cohort, p.seed if p.privacy_seeded else None, number, self.attempt)
-        self.account.charge((number, self.attempt), len(ids), drawn)
-        return drawn
-
-    def ask(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> "_Collected":
-        """Ask for updates, and collect those that can be used."""
-        if self.p.privacy == "client":
-            peers = len(asked) if self.p.secure_aggregation else 1
-            self.account.charge((number, self.attempt), len(self.clients.ids), asked, peers)
-        collected = _Collected(self.collector(message, len(asked)))
-        payload = {**self.weights, **self.control}
-        collected.bytes_down = _size(payload) * len(asked)
-        answers = self.clients.ask(
-            f"{self.task.name}.update",
-            arrays=payload,
-            config=message,
-            clients=asked,
-            timeout=self.p.deadline_seconds or None,
-        )
-        for reply, norm in self.usable(number, answers, payload, collected):
-            self.accept(number, reply, norm, collected)
-            reply.arrays.clear()  # several loops still know this reply while the next client works
-        return collected
 
     def collector(self, message: Mapping[str, Any], clients: int) -> optimisers.Collector:
         """What takes the updates of one cohort."""
         if self.p.secure_aggregation:
-            return secure.Sum(self.weights, secure.scale(self.p, message["clip"], clients))
+            return secure.Sum(self.weights, secure.scale(self.p, message["clip"], max(1, clients)))
         return optimisers.collector(self.p, self.out / "updates")
 
     def public_keys(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str]:
@@ -330,7 +283,7 @@ class _Server:
                     continue
                 # Rounding may have carried it beyond the bound; and who says that it clipped? A mask tells nothing.
                 if self.p.privacy == "server" and not self.p.secure_aggregation:
-                    privacy.clip(update, self.state["clip"])
+                    privacy.clip(update, self.state["privacy"]["bound"])
                 collected.server_seconds += time.perf_counter() - began
                 yield replace(answer, arrays=update), norm
 
@@ -354,14 +307,15 @@ class _Server:
 
     def check_metrics(self, metrics: Mapping[str, float]) -> None:
         """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
-        needed = {"learning_rate"} if self.p.privacy == "client" else METRICS
-        needed |= {"within_bound"} if self.private and self.p.privacy_quantile > 0 else set()
-        if missing := needed - metrics.keys():
-            raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
+        needed = ("objective_count", "audio_seconds", "seconds", "learning_rate")
+        for name in (*needed, "within_bound") if self.private else needed:
+            if name not in metrics:
+                raise optimisers.UpdateError(f"its metrics lack {name}")
         if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
         possible = self.p.local_steps * self.p.batch_seconds * SAMPLE_RATE / HOP
-        if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
+        if not 0 < metrics["objective_count"] <= possible:
+            claimed = metrics["objective_count"]
             raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")
 
     def accept(self, number: int, reply: Reply, norm: float, collected: "_Collected") -> None:
@@ -374,13 +328,13 @@ class _Server:
         collected.collector.add(reply.arrays, weight)
         collected.clients += 1
         collected.norms.append(norm)
-        collected.within_bound += metrics.get("within_bound", 0.0)
+        collected.within_bound.append(metrics.get("within_bound", 0.0))
         collected.learning_rate = metrics["learning_rate"]
         collected.sums.update(metrics)
         collected.server_seconds += time.perf_counter() - began
-        row = {"round": number, "client": reply.client, **self.averages(metrics)}
+        row = {"round": number, "client": reply.client, **self.task.averages(metrics)}
         row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
-        row["masked_frames"] = metrics.get("objective_count")
+        row["masked_frames"] = metrics["objective_count"]
         self.ledger.row("client", row if self.p.secure_aggregation else row | {"update_norm": norm})
 
     def fail(self, number: int, client: str, reason: str) -> None:
@@ -390,7 +344,7 @@ class _Server:
 
     def validate(self, number: int) -> dict[str, float]:
         """Loss and accuracy of the new weights on validation utterances of a panel of clients, the same every round."""
-        if self.p.privacy == "client" or number % self.p.validate_every and number != self.p.rounds:
+        if number % self.p.validate_every and number != self.p.rounds:
             return {}
         sums: Counter[str] = Counter()
         answers = self.clients.ask(
@@ -445,9 +399,9 @@ class _Collected:
     collector: optimisers.Collector
     clients: int = 0
     norms: list[float] = field(default_factory=list)
-    within_bound: float = 0.0
+    within_bound: list[float] = field(default_factory=list)
     sums: Counter[str] = field(default_factory=Counter)
-    learning_rate: float | None = None
+    learning_rate: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
     server_seconds: float = 0.0
@@ -459,5 +413,4 @@ def _size(arrays: Mapping[str, Tensor]) -> int:
 
 def _settings(clients: Clients, p: Federation, task: Task) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    chosen = {name: value for name, value in p.model_dump(mode="json").items() if name not in HERE}
-    return chosen | {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}
+    return decisive(p) | {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}

@@ -2,7 +2,7 @@
 
 Every function is pure: it makes a Figure of its own, without pyplot and its global state, so it works the same in a
 notebook, in a script and on a headless node. Colours are those of Okabe and Ito, told apart by colour-blind readers;
-axes carry their units. ``save`` writes a figure as PNG and SVG; display.py shows it in a notebook.
+axes carry their units. ``save`` writes a figure as PNG and SVG; notebook.py shows it in a notebook.
 """
 
 from fedhubert_lib.plots.results import bars, confusion, kept, layers

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from matplotlib.figure import Figure
 
-from fedhubert_lib import audio, display, files
+from fedhubert_lib import audio, files, notebook
 
 ROUND = {"kind": "round", "loss": 2.0, "accuracy_masked": 0.1, "accuracy_unmasked": 0.2}
 
@@ -31,7 +31,7 @@ class Handle:
 @pytest.fixture
 def handles(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
     made: list[Handle] = []
-    monkeypatch.setattr(display, "DisplayHandle", lambda: made.append(Handle()) or made[-1])
+    monkeypatch.setattr(notebook, "DisplayHandle", lambda: made.append(Handle()) or made[-1])
     return made
 
 
@@ -46,31 +46,31 @@ def manifest(tmp_path) -> pd.DataFrame:
 
 
 def test_curves_are_drawn_while_rows_come_and_once_more_at_the_end(tmp_path, handles):
-    with display.LiveCurves(tmp_path, clusters=20) as live:
+    with notebook.LiveCurves(tmp_path, clusters=20) as live:
         for number in (1, 2, 3):
             files.append_row(tmp_path / "metrics.jsonl", ROUND | {"round": number})
             live(ROUND)
-    pictures = [item for item in handles[0].shown if isinstance(item, display.Image)]
+    pictures = [item for item in handles[0].shown if isinstance(item, notebook.Image)]
     assert len(pictures) == 2, "the first row, then, since drawing is rationed, the end"
     assert pictures[0].data != pictures[1].data
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.png", "curves.svg"}
 
 
 def test_curves_are_kept_when_training_fails(tmp_path, handles):
-    with pytest.raises(KeyboardInterrupt), display.LiveCurves(tmp_path):
+    with pytest.raises(KeyboardInterrupt), notebook.LiveCurves(tmp_path):
         files.append_row(tmp_path / "metrics.jsonl", ROUND | {"round": 1})
         raise KeyboardInterrupt
-    assert isinstance(handles[0].shown[-1], display.Image)
+    assert isinstance(handles[0].shown[-1], notebook.Image)
 
 
 def test_curves_without_a_round_leave_no_picture(tmp_path, handles):
-    with display.LiveCurves(tmp_path):
+    with notebook.LiveCurves(tmp_path):
         files.append_row(tmp_path / "metrics.jsonl", {"kind": "plan", "rounds": 3})
     assert not (tmp_path / "figures").exists()
 
 
 def test_progress_is_one_output_with_a_line_per_task(handles):
-    progress = display.Progress()
+    progress = notebook.Progress()
     for done in range(1, 1001):
         progress("scan", done, 1000)
     progress("decode", 3, 3)
@@ -80,16 +80,16 @@ def test_progress_is_one_output_with_a_line_per_task(handles):
 
 
 def test_progress_tells_rate_and_time_left(handles, monkeypatch):
-    progress = display.Progress()
+    progress = notebook.Progress()
     for second, done in enumerate((100, 110, 130)):
-        monkeypatch.setattr(display.time, "monotonic", lambda now=1000.0 + second: now)
+        monkeypatch.setattr(notebook.time, "monotonic", lambda now=1000.0 + second: now)
         progress("download (MiB)", done, 2_980)
     assert handles[0].shown[-1].data == "<pre>download (MiB): 130 of 2,980, 15.0 a second, 3:10 left</pre>"
 
 
 def test_browser_turns_pages_by_group_and_utterance(manifest):
     labels = {"k": {"a": {u: np.zeros(1000, int) for u in ("u0", "u1")}, "b": {"u2": np.ones(1000, int)}}}
-    browser = display.Browser(manifest, labels=labels)
+    browser = notebook.Browser(manifest, labels=labels)
     assert browser.group.options == ("a", "b")
     pages = [bytes(browser.picture.value)]
     assert "u0" in browser.text.value
@@ -105,17 +105,17 @@ def test_browser_turns_pages_by_group_and_utterance(manifest):
 
 
 def test_browser_output_carries_widget_and_picture(manifest):
-    browser = display.Browser(manifest)
+    browser = notebook.Browser(manifest)
     bundle = browser._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert base64.b64decode(bundle["image/png"]) == browser.picture.value
 
 
 def test_long_utterances_are_cut_and_text_is_no_markup(manifest):
-    browser = display.Browser(manifest)
+    browser = notebook.Browser(manifest)
     browser.group.value = "b"
     samples, rate = soundfile.read(io.BytesIO(browser.sound.value))
-    assert len(samples) / rate == display.PAGE
+    assert len(samples) / rate == notebook.PAGE
     assert "<b>bold" not in browser.text.value
     assert "12.0 s" in browser.text.value
 
@@ -125,10 +125,10 @@ def test_pages_of_a_long_utterance_are_aligned(manifest):
         {"utterance": "u2", "start_sample": [0, 80_000], "end_sample": [80_000, 192_000], "phone": ["a", "b"]}
     )
     labels = {"k": {"a": {}, "b": {"u2": np.arange(599)}}}
-    browser = display.Browser(manifest[manifest.speaker == "b"], phones=phones, labels=labels)
+    browser = notebook.Browser(manifest[manifest.speaker == "b"], phones=phones, labels=labels)
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(display.plots, "aligned_units", lambda *page: drawn.append(page) or Figure())
+        patch.setattr(notebook.plots, "aligned_units", lambda *page: drawn.append(page) or Figure())
         browser.second.value = 3
         browser.second.value = browser.second.max
     (wave, known, units), (last, _, _) = drawn
@@ -140,7 +140,7 @@ def test_pages_of_a_long_utterance_are_aligned(manifest):
 
 def test_sounds_can_be_played_without_a_file():
     wave = 0.5 * torch.sin(torch.arange(16_000) / 10)
-    page = display.sounds({"a <tone>": wave}).data
+    page = notebook.sounds({"a <tone>": wave}).data
     assert "a &lt;tone&gt;" in page
     encoded = page.split("base64,")[1].split("'")[0]
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(encoded)))
@@ -149,11 +149,11 @@ def test_sounds_can_be_played_without_a_file():
 
 
 def test_properties_are_readable(handles):
-    page = display.properties({"git": {"commit": "abc", "dirty": False}, "gpus": [], "peak_memory_bytes": 2**30}).data
+    page = notebook.properties({"git": {"commit": "abc", "dirty": False}, "gpus": [], "peak_memory_bytes": 2**30}).data
     assert "commit abc, dirty False" in page
     assert "none" in page
     assert "1.00 GiB" in page
 
 
 def test_headless_widgets_need_no_kernel(manifest):
-    assert json.dumps(display.Browser(manifest).get_state(["layout"]), default=str)
+    assert json.dumps(notebook.Browser(manifest).get_state(["layout"]), default=str)
