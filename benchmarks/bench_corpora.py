@@ -93,7 +93,9 @@ def partition_once(scheme: str, run: Path, counts: Path) -> dict[str, float]:
         "statistics_s": end - assigned,
         "cpu_s": cpu,
         # As resources.peak_memory, which would import torch.
-        "peak_GB": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9,
+        "peak_GB": int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
+        * 1024
+        / 1e9,
         "largest_over_smallest": held["hours"].max() / held["hours"].min(),
         "skew": found["skew"],
     }

@@ -221,7 +221,7 @@ def main() -> None:
     print(f"a client labels {memory['hours']:.1f} h: peak {memory['peak_mib']:.0f} MiB (target < 954 MiB = 1 GB; "
           f"{memory['imports_mib']:.0f} MiB of it before it starts), {speed:,.0f} x real time")  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def on_device(waveforms: list[Tensor], centroids: Tensor, device: str, repeats: int) -> dict[str, float]:

@@ -442,7 +442,7 @@ def main() -> None:
         )
         results.append({"preset": options.checkpointing, "checkpointing": result})
     if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
         home.data.mkdir(exist_ok=True)
         heldout.iloc[:0].to_parquet(home.data / "validation.parquet")
         heldout.to_parquet(home.data / "train.parquet")
-    settings = {**json.loads((book / "codebook.json").read_text())["settings"], "kind": p.codebook}
+    settings = {**json.loads((book / "codebook.json").read_text(encoding="utf-8"))["settings"], "kind": p.codebook}
     kmeans.HANDLERS["kmeans.label"](home, {"centroids": torch.from_numpy(np.load(book / "centroids.npy"))}, settings)
     labels = Labels(home.labels / p.codebook)
     model, head = hubert.load(checkpoint)
@@ -180,7 +180,7 @@ def report(out: Path) -> None:
 
     Columns with ``minus`` are differences within a seed, so that what seeds differ in by themselves is left out.
     """
-    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
     by_arm: dict[str, dict[str, list[dict]]] = {study: {} for study in ARMS}
     for study, arms in ARMS.items():
         for name in arms:

@@ -47,7 +47,7 @@ def measured(run: Path, path: Path, **settings: Any) -> None:
     p = params.Kmeans(cache_features=True, device="cpu", lloyd_rounds=50, **settings)
     with federated.connect(run) as clients:
         table = kmeans.run(run, p, clients)
-    path.write_text(table.to_json(orient="index", indent=2))
+    path.write_text(table.to_json(orient="index", indent=2), encoding="utf-8")
     for kind in p.codebooks:  # features stay cached
         shutil.rmtree(run / "02_kmeans" / "codebooks" / kind)
 
@@ -83,7 +83,7 @@ def report(options: argparse.Namespace) -> None:
     rows = []
     for path in sorted(options.out.glob("*-*-*-*.json")):
         study, features, which, seed = path.stem.replace("_", " ").split("-")
-        (values,) = json.loads(path.read_text()).values()
+        (values,) = json.loads(path.read_text(encoding="utf-8")).values()
         rows.append({"study": study, "features": features, "which": which, "seed": seed, **values})
     table = pd.DataFrame(rows)
     for study, own in table.groupby("study"):

@@ -363,7 +363,11 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
     config, arrays, _ = kmeans_server.prepare(chosen, exchange)
     config |= {"noise_multiplier": 0.0, "noise_clip": chosen.noise_clip, "kind": TEACHER_LABELS}
     path = folder / "clusters.safetensors"
-    known = json.loads(path.with_suffix(".json").read_text()) if path.with_suffix(".json").exists() else None
+    known = (
+        json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if path.with_suffix(".json").exists()
+        else None
+    )
     settings = json.loads(json.dumps(config))
     if known != settings:
         start, _ = kmeans_server.start(exchange, arrays, config)

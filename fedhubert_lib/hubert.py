@@ -578,7 +578,7 @@ def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
     with files.atomic(folder) as temporary:
         temporary.mkdir()
         for name, text in documents(model.config).items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         _write_tensors(temporary / "model.safetensors", model)
         if head is not None:
             _write_tensors(temporary / "head.safetensors", head)

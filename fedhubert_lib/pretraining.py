@@ -162,7 +162,7 @@ def clusters(run: Path, codebook: str) -> int:
     path = run / "02_kmeans" / "codebooks" / codebook / "codebook.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such codebook; name it in codebooks of 02_kmeans and run that first")
-    return int(json.loads(path.read_text())["clusters"])
+    return int(json.loads(path.read_text(encoding="utf-8"))["clusters"])
 
 
 def model_config(p: params.Federation) -> hubert.HubertConfig:

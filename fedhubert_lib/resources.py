@@ -277,7 +277,7 @@ def peak_memory() -> int:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -338,7 +338,7 @@ def _processor_joules() -> float | None:
     counters = list(Path("/sys/class/powercap").glob("*-rapl:?/energy_uj"))
     if not counters or not all(os.access(counter, os.R_OK) for counter in counters):
         return None
-    return sum(int(counter.read_text()) for counter in counters) / 1e6
+    return sum(int(counter.read_text(encoding="utf-8")) for counter in counters) / 1e6
 
 
 def _gpu_query(what: str, device: torch.device) -> float | None:
@@ -356,12 +356,12 @@ def _gpu_query(what: str, device: torch.device) -> float | None:
 
 def _control_group(name: str) -> str | None:
     path = Path("/sys/fs/cgroup") / name
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 

@@ -329,7 +329,7 @@ def is_held(path: Path) -> bool:
     """Whether a living process holds the lock file ``path``."""
     if not path.exists():
         return False
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         return not files.lock(file)
 
 

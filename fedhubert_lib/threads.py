@@ -67,7 +67,7 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Resu
 
 def _quotas() -> Iterator[int]:
     """Whole cores that the quota of each control group above this process allows, of either version."""
-    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else []
+    lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.is_file() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -83,8 +83,10 @@ def _quotas() -> Iterator[int]:
 
 def _quota(folder: Path, controllers: str) -> Iterator[int]:
     if controllers:
-        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        quota, period = (
+            (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period")
+        )
     else:
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
     if quota.isdecimal() and int(period):  # otherwise max, or -1: no quota
         yield max(1, int(quota) // int(period))

@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever happens to the process that writes them."""
 
+import ast
 import errno
 import json
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from fedhubert_lib import files
 
@@ -152,3 +154,17 @@ def test_atomic_and_sweep_agree_on_names(tmp_path):
         kept.write_text("half")  # as after a kill, when nothing cleans up
     files.sweep(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_text_files_are_utf8_whatever_the_locale():
+    """Each call that opens a text file names its encoding: the locale's may be another, or a notebook's differ."""
+    unnamed = []
+    for path in sorted((ROOT / "fedhubert_lib").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner, name = ast.unparse(node.func.value), node.func.attr
+            binary = any("b'" in ast.unparse(value) for value in node.args) or owner in ("os", "tarfile", "files")
+            if name in ("read_text", "write_text", "open") and not binary and "encoding" not in ast.unparse(node):
+                unnamed.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not unnamed

@@ -146,7 +146,7 @@ def speak(speaker: dict) -> None:
     """Synthesise one speaker; runs in a process of its own."""
     folder = Path(speaker["folder"])
     voice_file = Path(speaker["notes"] + ".txt")
-    voice_file.write_text(speaker["voice"])
+    voice_file.write_text(speaker["voice"], encoding="utf-8")
     say = Synthesiser(voice_file, speaker["seed"])
     rng = np.random.Generator(np.random.PCG64(speaker["seed"]))
     limit = math.inf if speaker["seconds"] is None else speaker["seconds"] * RATE_OUT
@@ -176,7 +176,7 @@ def speak(speaker: dict) -> None:
         raise RuntimeError(
             f"{folder}: the job held text for {total / RATE_OUT:.0f} of {speaker['seconds']:.0f} seconds"
         )
-    Path(speaker["notes"] + ".json").write_text(json.dumps(times))
+    Path(speaker["notes"] + ".json").write_text(json.dumps(times), encoding="utf-8")
     return {
         "folder": speaker["folder"],
         "files": len(times),
@@ -200,7 +200,7 @@ def _clip(waveform: np.ndarray, spans: list[list], samples: int) -> tuple[np.nda
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving so ends the daemon processes, too
     context = multiprocessing.get_context("fork")  # safe: this process has no threads and has not loaded eSpeak NG
     waiting, running = job["speakers"][::-1], {}

@@ -88,7 +88,7 @@ def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None
             ("validation_list.txt", speakers[testing : testing + validation]),
         ):
             lines = sorted(u["path"] for speaker in chosen for u in speaker["utterances"])
-            (temporary / name).write_text("\n".join(lines) + "\n")
+            (temporary / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     _synthesise(folder, voices, on_progress, finish)
 
@@ -176,13 +176,13 @@ def _synthesise(
     folder = folder.absolute()
     plan = json.dumps(speakers, indent=1)
     recorded = folder / "plan.json"
-    if recorded.exists() and recorded.read_text() == plan:
+    if recorded.exists() and recorded.read_text(encoding="utf-8") == plan:
         return
     with files.atomic(folder) as temporary:
         (temporary / "voices").mkdir(parents=True)
         _run_synthesiser(temporary, speakers, on_progress)
         finish(temporary, speakers)
-        (temporary / "plan.json").write_text(plan)
+        (temporary / "plan.json").write_text(plan, encoding="utf-8")
 
 
 def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress | None) -> None:
@@ -201,7 +201,8 @@ def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress |
                 "workers": workers,
                 "speakers": [a | b for a, b in zip(speakers, places, strict=True)],
             }
-        )
+        ),
+        encoding="utf-8",
     )
     command = [
         sys.executable,
@@ -233,7 +234,7 @@ def _finish_speech(folder: Path, speakers: list[dict]) -> None:
     rows, phones = [], []
     for speaker in speakers:
         home = folder / speaker["below"]
-        times = json.loads((folder / "voices" / f"{speaker['name']}.json").read_text())
+        times = json.loads((folder / "voices" / f"{speaker['name']}.json").read_text(encoding="utf-8"))
         minutes = sum(samples for samples, _ in times.values()) / 16_000 / 60
         rows.append(f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice")
         transcripts: dict[Path, list[str]] = {}
@@ -243,8 +244,8 @@ def _finish_speech(folder: Path, speakers: list[dict]) -> None:
             transcripts.setdefault(chapter, []).append(f"{path.stem} {sentences.transcript(spoken['text'])}\n")
             phones += [(path.stem, *span) for span in times[spoken["path"]][1]]
         for chapter, lines in transcripts.items():
-            chapter.write_text("".join(lines))
+            chapter.write_text("".join(lines), encoding="utf-8")
     header = ";ID | SEX | SUBSET | MINUTES | NAME\n"
-    (folder / "SPEAKERS.TXT").write_text(header + "\n".join(rows) + "\n")
+    (folder / "SPEAKERS.TXT").write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
     table = pd.DataFrame(phones, columns=["utterance", "start_sample", "end_sample", "phone"])
     table.to_parquet(folder / "phones.parquet", index=False)

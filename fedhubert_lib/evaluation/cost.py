@@ -74,6 +74,6 @@ def size(folder: Path) -> int:
 
 def _joules() -> float | None:
     try:
-        return int(RAPL.read_text()) / 1e6
+        return int(RAPL.read_text(encoding="utf-8")) / 1e6
     except OSError:  # no such counter, or kept from ordinary users
         return None

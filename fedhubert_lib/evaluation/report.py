@@ -156,7 +156,7 @@ def read(run: Path) -> dict[str, Any]:
     path = run / STAGE / "report.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; run 05_evaluate first")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def add_s3prl(run: Path) -> pd.DataFrame:
@@ -165,7 +165,7 @@ def add_s3prl(run: Path) -> pd.DataFrame:
     report["figures"] = [each for each in report["figures"] if not each["measure"].startswith("s3prl-")]
     report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
     _s3prl(report, run)
-    speed = json.loads((run / STAGE / "speed.json").read_text())
+    speed = json.loads((run / STAGE / "speed.json").read_text(encoding="utf-8"))
     return _write(run / STAGE, report, speed, pd.read_parquet(run / "00_corpus" / "keywords.parquet"))
 
 
@@ -178,7 +178,7 @@ def _write(
         table.to_csv(temporary, index=False)
     files.write_json(folder / "speed.json", speed)
     with files.atomic(folder / "report.html") as temporary:
-        temporary.write_text(page.render(report, table, headline(table), speed, clips))
+        temporary.write_text(page.render(report, table, headline(table), speed, clips), encoding="utf-8")
     return table
 
 
@@ -408,7 +408,7 @@ def _s3prl(report: dict[str, Any], run: Path) -> None:
     """Figures from the results that ``fedhubert s3prl`` left, of weights that are still the same."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted((run / "s3prl").glob("*/seed-*/result.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         name = "s3prl-fine-tuned-accuracy" if result["fine_tuned"] else "s3prl-accuracy"
         found.setdefault((result["system"], name), []).append(result)
     digests = {each["system"]: each["digest"] for each in report["systems"]}

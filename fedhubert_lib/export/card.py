@@ -44,7 +44,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         " untested. Features of speech tell who speaks, too: see the speaker probe among the results.\n",
     ]
     with files.atomic(path) as temporary:
-        temporary.write_text("\n".join(part for part in parts if part))
+        temporary.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return {"results": float(len(results))}
 
 
@@ -109,7 +109,7 @@ def _results(run: Path, system: str) -> pd.DataFrame:
     path = run / "05_evaluate" / "report.json"
     if not path.is_file():
         return pd.DataFrame()
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     titles = {each["measure"]: each["title"] for each in report["measures"]}
     wanted = {"keyword-accuracy", "moments-accuracy", "s3prl-accuracy", "s3prl-fine-tuned-accuracy"}
     wanted |= {"unseen-speaker-accuracy", "nearest-accuracy", "abx-error", "speaker-accuracy"}
@@ -138,4 +138,4 @@ def _text(figure: dict[str, Any]) -> str:
 
 def _params(folder: Path) -> dict[str, Any]:
     path = folder / "params.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

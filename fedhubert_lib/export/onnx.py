@@ -43,7 +43,7 @@ def export(checkpoint: Path, folder: Path) -> dict[str, float]:
         }
         if facts["int8_cosine"] < INT8_COSINE:
             raise checks.ExportError(f"int8 frames have cosine {facts['int8_cosine']:.4f}; {INT8_COSINE} is asked")
-        (temporary / "onnx.json").write_text(json.dumps({"opset": OPSET, **facts}, indent=2) + "\n")
+        (temporary / "onnx.json").write_text(json.dumps({"opset": OPSET, **facts}, indent=2) + "\n", encoding="utf-8")
     return facts
 
 

@@ -90,7 +90,7 @@ def call(arguments: list[str], log: Path | None = None) -> str:
         env=os.environ | {"PYTHONPATH": str(params.ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     if log is not None:
-        log.write_text(done.stdout)
+        log.write_text(done.stdout, encoding="utf-8")
     if done.returncode:
         last = "\n".join(done.stdout.splitlines()[-15:])
         raise checks.ExportError(f"s3prl {arguments[0]} failed with exit code {done.returncode}:\n{last}")
@@ -212,7 +212,7 @@ def benchmark(
         "speech_commands_root": str((data / "train").resolve()),
         "speech_commands_test_root": str((data / "test").resolve()),
     }
-    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    (out / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     common = ["--device", device, "--seed", str(seed)]
     trained = ["-f", "-s", "last_hidden_state"] if fine_tune else []
     call(
@@ -221,7 +221,10 @@ def benchmark(
         out / "train.log",
     )
     said = call(["run", "-m", "evaluate", "-e", str(out / "dev-best.ckpt"), *common], out / "evaluate.log")
-    dev = [float(found) for found in re.findall(r"^dev acc: (\S+)$", (out / "train.log").read_text(), re.MULTILINE)]
+    dev = [
+        float(found)
+        for found in re.findall(r"^dev acc: (\S+)$", (out / "train.log").read_text(encoding="utf-8"), re.MULTILINE)
+    ]
     test = re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)
     if not dev or not test:
         raise checks.ExportError(f"s3prl ended without an accuracy; see {out / 'train.log'} and {out / 'evaluate.log'}")

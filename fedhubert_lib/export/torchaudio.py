@@ -31,14 +31,14 @@ def export(checkpoint: Path, folder: Path) -> float:
     settings = {"model": twin.arguments(model.config), "normalize": model.config.do_normalize, "sample_rate": 16_000}
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        (temporary / "torchaudio.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (temporary / "torchaudio.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         save_file(twin.weights(model), temporary / "model.safetensors")
         return check(model, temporary)
 
 
 def check(model: hubert.Hubert, folder: Path) -> float:
     """Largest difference between the layers of ``model`` and those that torchaudio gives from ``folder``."""
-    settings = json.loads((folder / "torchaudio.json").read_text())
+    settings = json.loads((folder / "torchaudio.json").read_text(encoding="utf-8"))
     theirs = torchaudio.models.wav2vec2_model(**settings["model"])
     theirs.load_state_dict(load_file(folder / "model.safetensors"))
     theirs.eval()

@@ -49,7 +49,7 @@ def sole(out: Path) -> Iterator[None]:
     Raises RuntimeError when another process trains there. Clears away what a killed one left half-written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
+    with (out / ".lock").open("w", encoding="utf-8") as lock:
         if not files.lock(lock):
             raise RuntimeError(f"{out}: another process trains in this folder; wait for it, or name another run")
         files.sweep(out / "checkpoints")
@@ -84,8 +84,10 @@ def write(
         for group, tensors in groups.items():
             save_file(tensors, temporary / f"{group}.safetensors", metadata={"format": "pt"})
         for name, text in documents.items():
-            (temporary / name).write_text(text)
-        (temporary / "state.json").write_text(json.dumps(dict(state), indent=2, allow_nan=False) + "\n")
+            (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / "state.json").write_text(
+            json.dumps(dict(state), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     for earlier in rounds(out):
         if earlier < number and earlier != state["best_round"]:
             shutil.rmtree(path(out, earlier))
@@ -105,7 +107,7 @@ def read(out: Path, number: int, server_tensors: bool = True) -> tuple[Arrays, A
     weights: Arrays = {}
     server: Arrays = {}
     with reading(folder):
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for file in sorted(folder.glob("*.safetensors")):
             if file.name == SERVER and not server_tensors:
                 continue
@@ -148,7 +150,7 @@ class Ledger:
         self._path, self._on_row = out / "metrics.jsonl", on_row
         rows = [row for row in files.read_rows(self._path) if row.get("round", 0) <= done]
         with files.atomic(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
         if not rows:
             self.row("plan", plan)
 

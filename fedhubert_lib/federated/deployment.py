@@ -109,7 +109,7 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
         "flower/config.toml": _flower_config(folder, host, port),
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(content)
+        (folder / path).write_text(content, encoding="utf-8")
     files.write_json(folder / "federation.json", {"host": host, "port": port})
     for client in clients:
         add_client(folder, client)
@@ -137,7 +137,7 @@ def _address(folder: Path) -> dict[str, Any]:
     path = folder / "federation.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no federation yet; prepare it first")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -162,7 +162,7 @@ def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
 def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0) -> list[str]:
     """The command of a client's SuperNode. ``node`` is the client's folder from ``prepare``; ``run`` the run folder
     with its data; ``port`` one of its own on the machine, for Flower's internal use (0: any that is free)."""
-    about = json.loads((node / "node.json").read_text())
+    about = json.loads((node / "node.json").read_text(encoding="utf-8"))
     settings = {"client": about["client"], "run": str(run.resolve()), "device": device}
     return [
         *_program("flower-supernode"),
@@ -262,7 +262,7 @@ def submit(run: Path, p: params.Section, wait_seconds: int = 300, on_row: OnRow 
     folder = run / FOLDER
     stage = next(name for name, section in params.SECTIONS.items() if type(p) is section)
     with files.atomic(run / params.FOLDERS[stage] / "params.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False), encoding="utf-8")
     settings = {"run": str(run.resolve()), "stage": stage, "wait_seconds": wait_seconds}
     command = [
         *_program("flwr"),
@@ -298,7 +298,7 @@ def _show(metrics: Path, shown: int, on_row: OnRow) -> int:
 
 
 def _run_id(log: Path) -> int:
-    found = re.search(r"Successfully started run (\d+)", log.read_text())
+    found = re.search(r"Successfully started run (\d+)", log.read_text(encoding="utf-8"))
     if found is None:
         raise DeploymentError(f"flwr run started nothing. It said:\n{_tail(log)}")
     return int(found[1])
@@ -370,4 +370,4 @@ def _end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
 
 
 def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-3000:]
+    return log.read_text(errors="replace", encoding="utf-8")[-3000:]

@@ -128,7 +128,7 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
         inertia = clustering.inertia(frames, centroids.to(frames.device))
         files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": inertia})
         _save(folder / "centroids.npy", centroids)
-    return {}, {**json.loads((folder / "fit.json").read_text()), "seconds": time.perf_counter() - start}
+    return {}, {**json.loads((folder / "fit.json").read_text(encoding="utf-8")), "seconds": time.perf_counter() - start}
 
 
 def own(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:

@@ -212,7 +212,7 @@ def start_over_unless(folder: Path, settings: Mapping[str, Any], keep: str = "")
     """Empty ``folder``, but for the file ``keep``, unless it was made with the same ``settings``; note these in it."""
     path = folder / "settings.json"
     settings = json.loads(json.dumps(dict(settings)))
-    if path.exists() and json.loads(path.read_text()) == settings:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings:
         return
     for old in folder.glob("*"):
         if old.name != keep:

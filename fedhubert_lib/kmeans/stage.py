@@ -93,7 +93,7 @@ def _codebook(
     if path.exists():
         stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
-        return codebook, json.loads(path.read_text())["cost"]
+        return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
     started, before = time.perf_counter(), _bytes(exchange)
     codebook, cost = _fit(run, p, exchange, kind, arrays, config, weights, log)
     cost |= {name: value - before[name] for name, value in _bytes(exchange).items()}
