@@ -1,6 +1,6 @@
 """One training step of ours, transformers' and torchaudio's HuBERT: same dimensions, batch, masks, optimiser, machine.
 
-    python benchmarks/bench_model.py [--presets tiny base] [--clips 4 4] [--seconds 5] [--repeats 5] [--device cpu]
+    python benchmarks/bench_model.py [--presets tiny base] [--clips 4] [--seconds 5] [--repeats 5] [--device cpu]
 
 A step is forward, masked-prediction loss, backward, clipping, fused AdamW; ours is a `training.local_update`.
 Every contender lives in a process of its own, as it would in use: what an allocator keeps differs between them. They
@@ -413,7 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["tiny", "base"])
     parser.add_argument("--front-end", default="waveform")
-    parser.add_argument("--clips", type=int, nargs="+", default=[4, 4], help="for each preset")
+    parser.add_argument("--clips", type=int, nargs="+", default=[4], help="for all presets, or one for each")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -425,6 +425,8 @@ def main() -> None:
     gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "no GPU was used"
     print(f"{facts['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {gpu}")
     results = []
+    if len(options.clips) == 1:
+        options.clips *= len(options.presets)
     for preset, clips in zip(options.presets, options.clips, strict=True):
         work = Work(preset, options.front_end, clips, options.seconds, options.device)
         result = compare(work, options.repeats, options.only)

@@ -27,8 +27,8 @@ exit codes:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments; what a subcommand does stands in its ``function``."""
     parser = argparse.ArgumentParser(prog="fedhubert", description="Federated HuBERT pretraining and distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
@@ -38,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_export_client(commands)
     _add_deploy(commands)
     export.add(commands)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    given = parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the locale cannot print is no reason to stop
             stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,7 @@
 """``fedhubert export``: a checkpoint for other software, or s3prl's benchmark on it."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ FORMATS = {
     "onnx": "a folder with float32 and int8 ONNX, for any number of clips of any length",
     "card": "a model card (README.md): data, partition, privacy, results and licence of a run's checkpoint",
 }
+
+NEEDS = {"huggingface": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
+"""Packages that `make export` installs."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -43,6 +47,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(given: argparse.Namespace) -> int:
+    if absent := [name for name in NEEDS.get(given.format, []) if importlib.util.find_spec(name) is None]:
+        return _fail(f"export {given.format} needs {', '.join(absent)}, which is not installed; run: make export")
     from fedhubert_lib.export import card, huggingface, onnx, s3prl, torchaudio
 
     exporters = {
@@ -56,7 +62,11 @@ def _export(given: argparse.Namespace) -> int:
         return _fail(f"{given.out} is there already; name another, or remove it")
     try:
         found = exporters[given.format](given.checkpoint, given.out)
-    except (RuntimeError, ValueError) as error:  # an export that differs, a checkpoint that does not read
+    except (
+        RuntimeError,
+        ValueError,
+        FileNotFoundError,
+    ) as error:  # an export that differs, a checkpoint that does not read
         return _fail(error)
     facts = found if isinstance(found, dict) else {"difference": found}
     print(f"{given.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))

@@ -1,6 +1,5 @@
 """A Hugging Face folder: ``AutoModel`` and ``AutoFeatureExtractor`` load it, offline."""
 
-import shutil
 from pathlib import Path
 
 from torch import Tensor
@@ -10,17 +9,15 @@ from fedhubert_lib.export import checks
 
 
 def export(checkpoint: Path, folder: Path) -> float:
-    """Copy the model of ``checkpoint`` into ``folder`` and compare; returns the largest difference.
+    """Write the model of ``checkpoint`` into ``folder`` and compare; returns the largest difference.
 
-    The checkpoint is a Hugging Face folder already; what only pretraining needs is left out. Raises ExportError for an
-    architecture that transformers does not know, or where transformers gives other numbers.
+    What only pretraining needs is left out. Raises ExportError for an architecture that transformers does not know, or
+    where transformers gives other numbers.
     """
     model, _ = hubert.load(checkpoint)
     checks.require_published(model, "transformers")
     with files.atomic(folder) as temporary:
-        temporary.mkdir()
-        for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
-            shutil.copyfile(checkpoint / name, temporary / name)
+        hubert.save(temporary, model)
         return check(model, temporary)
 
 
