@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart lab test test-all bench lint lock s3prl
+.PHONY: help install quickstart lab test test-all bench lint lock export ray s3prl
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -32,6 +32,12 @@ test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leave
 bench: $(VENV)/.installed-test ## time the parts that have to be fast against their peers, on an idle machine
 	for file in benchmarks/bench_*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
+export: $(VENV)/.installed ## add what `fedhubert export` needs: transformers and ONNX
+	$(ADD) transformers onnx onnxruntime onnxscript
+
+ray: $(VENV)/.installed ## add the engine `ray`
+	$(ADD) ray
+
 s3prl: $(VENV)-s3prl/.installed ## an environment for s3prl, which needs an older torch (about 5 GB)
 
 lint: $(VENV)/.installed-test ## style and plain mistakes
@@ -42,6 +48,10 @@ lock: $(VENV)/.uv ## write the lock files anew after a change of pyproject.toml 
 	$(LOCK) --extra synthetic --output-file requirements.lock pyproject.toml
 	$(LOCK) --all-extras --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
 	$(LOCK) --output-file requirements-s3prl.lock requirements-s3prl.in
+
+# Packages of the extras at the versions that are tested. `pip install '.[export]'` would put a copy in the place of the
+# bench that is edited here.
+ADD := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements-test.lock
 
 # Universal: one file for all systems and Python versions. No index is written down, so any will do.
 LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \

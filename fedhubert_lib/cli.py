@@ -85,16 +85,24 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)")
     parser.add_argument("--from", dest="first", choices=stages, default=stages[0], metavar="STAGE", help="first stage")
     parser.add_argument("--until", choices=stages, default=stages[-1], metavar="STAGE", help="last stage")
+    _add_changes(parser)
+    parser.set_defaults(function=_run)
+
+
+def _add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="put a value over the file's; repeatable"
     )
     parser.add_argument("--force", action="store_true", help="run the stages anew even if nothing has changed")
-    parser.set_defaults(function=_run)
 
 
 def _run(given: argparse.Namespace) -> int:
     study = params.load(given.study, given.set, given.run)
     runner.run(study, given.first, given.until, given.force)
+    return _shown(study)
+
+
+def _shown(study: params.Study) -> int:
     index.write(runs.outputs())
     print(index.results(runs.outputs() / study.run))
     return runner.OK
@@ -103,12 +111,12 @@ def _run(given: argparse.Namespace) -> int:
 def _add_params(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("params", help="print all parameters: defaults, what may stand there, meaning")
     stages = list(params.SECTIONS)
-    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=stages, help="sections (default: all)")
+    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=[], help="sections (default: all)")
     parser.set_defaults(function=_params)
 
 
 def _params(given: argparse.Namespace) -> int:
-    print("\n\n".join(params.described(stage) for stage in given.stage))
+    print("\n\n".join(params.described(stage) for stage in given.stage or params.SECTIONS))
     return runner.OK
 
 
@@ -178,12 +186,15 @@ def _add_deploy(commands: argparse._SubParsersAction) -> None:
     client = add("client", _client, "run a client's SuperNode, until it is stopped", "the run folder with its data")
     client.add_argument("node", type=Path, help="the client's folder that prepare wrote, RUN/federation/nodes/CLIENT")
     client.add_argument("--device", default="cpu", help="where it computes: cpu, cuda:0 ...")
-    run = add("run", _submit, "run stages over the clients that are connected", here)
+    run = add("run", _deploy_run, "run stages of a study over the clients that are connected", here)
     local = add("local", _local, "server, clients and stages on this machine, then stop them", here)
+    stages = list(params.SECTIONS)[2:]
+    some = f"{', '.join(stages)} (default: all of them)"
     for step in (run, local):
+        step.epilog = "As fedhubert run, with engine: deployment."
         step.add_argument("study", type=Path, help="study file with the stages' parameters")
-        step.add_argument("stage", nargs="+", choices=["kmeans", "pretrain", "distill"])
-        step.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for clients to connect")
+        step.add_argument("stage", nargs="*", choices=[[], *stages], default=[], metavar="STAGE", help=some)
+        _add_changes(step)
     local.add_argument("--device", default="cpu", help="where the clients compute: cpu, cuda:0 ...")
 
 
@@ -219,25 +230,25 @@ def _client(given: argparse.Namespace) -> int:
     deployment.attend(given.node, given.run, given.device)
 
 
-def _submit(given: argparse.Namespace) -> int:
+def _deploy_run(given: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
-    study = params.load(given.study)
-    for stage in given.stage:
-        deployment.submit(given.run, getattr(study, stage), given.wait, _print_row)
-    return runner.OK
+    folder = given.run.resolve()
+    os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
+    engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
+    study = params.load(given.study, [*given.set, *engines], folder.name)
+    deployment.check(folder)
+    for stage in given.stage or list(params.SECTIONS)[2:]:
+        runner.run(study, stage, stage, given.force)
+    return _shown(study)
 
 
 def _local(given: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with deployment.local(given.run / deployment.FOLDER, given.run, given.device):
-        return _submit(given)
-
-
-def _print_row(row: dict) -> None:
-    shown = {name: value for name, value in row.items() if name not in ("kind", "time")}
-    print(row["kind"], " ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+        return _deploy_run(given)
 
 
 def _add_export_client(commands: argparse._SubParsersAction) -> None:

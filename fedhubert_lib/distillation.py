@@ -32,7 +32,7 @@ from fedhubert_lib import (
     teaching,
     training,
 )
-from fedhubert_lib.federated import checkpoints, deployment, local, rounds
+from fedhubert_lib.federated import checkpoints, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
@@ -202,9 +202,8 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     Goes on where an earlier start stopped. ``on_row`` sees each row of 04_distill/metrics.jsonl as it is written.
     Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
     """
-    if p.engine == "deployment":
-        deployment.submit(run, p, on_row=on_row)
-        return run / STAGE / "checkpoint"
+    if p.centralised and p.engine == "deployment":
+        pooled.check(run)
     with federated.connect(run, p.engine, p.device) as clients:
         return federate(run, p, clients, on_row)
 
@@ -222,7 +221,7 @@ def federate(
     if "hubert" in p.objectives:
         cluster_teacher(run, p, clients, out)
     config, weights = initial(run, p, teacher)
-    if p.send_teacher:
+    if p.send_teacher or p.engine == "deployment":  # whose clients read no folder of the server's
         send(clients, teacher)
     task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, hubert.documents(config))
     weights, _ = rounds.train(clients, p, task, weights, out, on_row)
@@ -271,22 +270,36 @@ def teacher_folder(run: Path, p: params.Distill) -> Path:
 
 def read_teacher(run: Path, p: params.Distill) -> Teacher:
     """The teacher, after a look at whether it can teach what ``p`` asks. Raises TeacherError."""
-    folder = teacher_folder(run, p)
-    teacher = Teacher(*hubert.load(folder))
+    teacher = Teacher(*hubert.load(teacher_folder(run, p)))
+    check_teacher(run, p, teacher)
+    return teacher
+
+
+def check_teacher(run: Path, p: params.Distill, teacher: Teacher, clusters: int | None = None) -> None:
+    """Raise TeacherError unless ``teacher`` can teach what ``p`` asks, and each objective that it compares.
+
+    ``clusters`` is K of the run's codebooks where 02_kmeans is still to make them.
+    """
+    folder, depth = teacher_folder(run, p), teacher.model.config.num_hidden_layers
+    if p.initial == "teacher":
+        teaching.student_from(teacher.model, pretraining.model_config(p))
+    for alone in (_alone(p, name, p.seed) for name in p.compare):
+        check_teacher(run, alone, teacher, clusters)
+    if "hubert" in p.objectives and (p.teacher_layer or 1) > depth:
+        raise TeacherError(f"{folder}: has {depth} layers, but teacher_layer is {p.teacher_layer}; give one of them")
     if "soft-targets" not in p.objectives or not p.soft_weight:
-        return teacher
+        return
     if teacher.head is None:
         raise TeacherError(
             f"{folder}: has no head.safetensors, so it predicts no clusters (it is public, or its heads are personal);"
             " give objectives: [distilhubert] or [hubert]"
         )
-    known, found = len(teacher.head.label_embeddings), pretraining.clusters(run, p.codebook)
+    known, found = len(teacher.head.label_embeddings), clusters or pretraining.clusters(run, p.codebook)
     if p.label_weight and known != found:
         raise TeacherError(
             f"{folder}: predicts {known} clusters, and codebook {p.codebook} of this run has {found}; give the codebook"
             " that it was pretrained on, or label_weight: 0"
         )
-    return teacher
 
 
 def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.HubertConfig, Arrays]:

@@ -223,6 +223,7 @@ class Federation(Section):
     privacy_quantile: Share = Field(0.0, description="the norm follows this quantile of the updates' norms; 0: stays")
     privacy_noise: float = Field(1.0, ge=0, description="deviation of the noise on a cohort's sum, in clipping norms")
     privacy_delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="epsilon is reported at this delta")
+    privacy_seeded: bool = Field(False, description="noise from the seed, for simulations that repeat: NOT private")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     patience: Count = Field(0, description="stop after so many validations without a better loss; 0: never")
     precision: Precision = Field("auto", description="of the local steps: bfloat16 where the machine is faster with it")
@@ -265,6 +266,10 @@ class Federation(Section):
                 yield "privacy", "needs weighting: clients; by masked frames one client could weigh more than the noise"
             if self.server in ("scaffold", "trimmed-mean", "median"):
                 yield "privacy", f"its noise is made for a sum of updates; server: {self.server} takes no sum"
+            if self.patience:
+                yield "patience", "stops by losses that no noise covers, which privacy rules out; set it to 0"
+            if self.privacy_seeded and self.engine == "deployment":
+                yield "privacy_seeded", "is for simulations: who knows the seed subtracts the noise; leave it out"
             if self.privacy == "client" and self.compression != "none":
                 yield "compression", "rounds each update, but privacy: client counts on their exact sum; leave it out"
 
@@ -284,7 +289,9 @@ class Distill(Federation):
     layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")
     hidden_size: Natural | None = Field(96, description="size of the student's frames; none: the preset's")
     initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")
-    send_teacher: bool = Field(False, description="send it to clients, once; False: they read its folder themselves")
+    send_teacher: bool = Field(
+        False, description="send it to clients once, as a deployment does; False: they read its folder"
+    )
     objectives: list[Objective] = Field(["soft-targets"], min_length=1, description="what the student learns; summed")
     codebook: Codebook = Field("federated", description="whose labels the k-means part of the objective predicts")
     temperature: Positive = Field(4.0, description="softens teacher and student predictions")
@@ -305,8 +312,6 @@ class Distill(Federation):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
         if {"hubert", "soft-targets"} <= set(self.objectives):
             yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
-        if self.compare and self.engine == "deployment":
-            yield "compare", f"{', '.join(self.compare)} given, but engine is deployment; compare in simulation"
 
 
 class Evaluate(Section):

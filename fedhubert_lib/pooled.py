@@ -121,6 +121,14 @@ def homes(run: Path, clients: Iterable[str], state: Path, device: str) -> Iterat
         )
 
 
+def check(run: Path) -> None:
+    """Raise FileNotFoundError unless every client's lists and labels are on this machine: a simulation."""
+    for home in homes(run, federated.client_ids(run), run, "cpu"):
+        for place in (home.data / "train.parquet", home.labels):
+            if not place.exists():
+                raise FileNotFoundError(f"{place}: not here, and pooled training needs it; set centralised: false")
+
+
 def utterances(run: Path) -> tuple[dict[str, str], pd.DataFrame]:
     """Who owns each training utterance, and the table of all, in order of utterance."""
     columns = ["utterance", "path", "samples"]

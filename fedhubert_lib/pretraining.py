@@ -17,7 +17,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from fedhubert_lib import audio, batching, federated, hubert, objectives, params, pooled, resources, seeds, training
-from fedhubert_lib.federated import checkpoints, client_state, deployment, local, rounds
+from fedhubert_lib.federated import checkpoints, client_state, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
 from fedhubert_lib.labels import Labels
 
@@ -135,9 +135,8 @@ def run(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) 
 
     Goes on where an earlier start stopped. ``on_row`` sees each row of 03_pretrain/metrics.jsonl as it is written.
     """
-    if p.engine == "deployment":
-        deployment.submit(run, p, on_row=on_row)
-        return run / STAGE / "checkpoint"
+    if p.centralised and p.engine == "deployment":
+        pooled.check(run)
     with federated.connect(run, p.engine, p.device) as clients:
         return federate(run, p, clients, on_row)
 

@@ -1,18 +1,35 @@
-"""Client-level differential privacy: what one client adds to a round is bounded, and noise hides whether it was there.
+"""Client-level differential privacy: what one client adds to a round is bounded, and noise hides what it added.
 
-A client scales its update down to norm C; the server sums the updates of a Poisson cohort (each client joins with
-probability q), adds Gaussian noise of standard deviation z C and divides by the expected cohort q N, not by the number
-of answers, which depends on who is there (McMahan et al. 2018, arXiv 1710.06963). C is fixed, or follows a quantile of
-the norms (Andrew et al. 2021, arXiv 1905.03871). The privacy spent is counted in Renyi divergence.
+A client scales its update down to norm C. Who adds the noise is who is trusted, and nobody else can draw it again: it
+comes from the system's entropy.
 
-The noise is drawn from the seed, as everything is, so that a study can be repeated: whoever knows the seed can subtract
-it. A federation that must protect real people keeps its seed secret from those who see the model.
+``privacy: server``. The server is trusted with updates, metrics and validation losses; whoever sees a model is not. It
+draws a secret Poisson cohort (a client joins with probability q), sums the updates, adds noise of deviation z C and
+divides by the expected cohort q N, not by the number of answers, which depends on who is there (McMahan et al. 2018,
+arXiv 1710.06963). A small or empty cohort is a round like any other. Epsilon, of the sampled Gaussian, holds for adding
+or removing one client, against all who see models of this run but not its ledger, which tells losses without noise.
+
+``privacy: client``. The server is not trusted. It knows who takes part, so that sampling hides nobody, and it would see
+each update: every client adds noise of deviation z C / sqrt(cohort) itself and tells no metrics. Epsilon is that of the
+client which took part most often, for what its speech changes in its updates, against the server and all others. With
+secure aggregation the server sees sums alone, and the noise of all k in a sum hides each: a multiplier of z sqrt(k /
+cohort) instead of z / sqrt(cohort). Clients that pool what they know with the server take their noise out of it.
+
+C is fixed, or follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871). Every draw of a cohort is charged
+before its first message goes out, whatever becomes of it. Not covered: cluster statistics of 02_kmeans, how long a
+client takes, and the last bits of floating point (Mironov 2012).
+
+``privacy_seeded: true`` draws cohorts and noise from the seed, so that a simulation can be repeated. Whoever knows the
+seed can subtract such noise: ledger and card say "not private".
 """
 
 import math
 import os
+import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +37,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from fedhubert_lib import seeds
+from fedhubert_lib import files, seeds
+from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.params import Federation
 
 ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 1024)
@@ -67,24 +85,18 @@ def clip(arrays: Mapping[str, Tensor], bound: float) -> float:
     return before
 
 
-def add_noise(arrays: Mapping[str, Tensor], deviation: float, seed: int, *keys: int | str) -> None:
-    """Add Gaussian noise of standard deviation ``deviation`` in place, drawn by (seed, keys, tensor name)."""
-    for name, value in arrays.items():
-        generator = seeds.torch_generator(seed, *keys, "privacy-noise", name)
-        value.add_(torch.randn(value.shape, generator=generator, dtype=torch.float32), alpha=deviation)
-
-
-def poisson_cohort(clients: Sequence[str], expected: int, seed: int, *keys: int | str) -> list[str]:
+def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *keys: int | str) -> list[str]:
     """Clients that join with probability ``expected / len(clients)`` each, independently: what the accountant assumes.
 
-    The cohort's size varies from round to round; it may be empty.
+    The cohort's size varies from round to round; it may be empty. It is drawn from the system's entropy, or by (seed,
+    keys): who knows the cohort is not hidden from by the sampling.
     """
     if not 0 < expected <= len(clients):
         raise ValueError(
             f"a cohort of {expected} cannot be drawn from {len(clients)} clients; set cohort to 1..clients"
         )
-    draws = seeds.numpy_generator(seed, *keys, "poisson-cohort").random(len(clients))
-    return [client for client, draw in zip(sorted(clients), draws, strict=True) if draw < expected / len(clients)]
+    generator = random.SystemRandom() if seed is None else seeds.numpy_generator(seed, *keys, "poisson-cohort")
+    return [client for client in sorted(clients) if generator.random() < expected / len(clients)]
 
 
 def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> float:
@@ -147,59 +159,111 @@ def epsilon(releases: Iterable[tuple[float, float, int]], delta: float) -> float
 # --------------------------------------------------------------------------------------------------- a round's two ends
 
 
-def protect(update: Mapping[str, Tensor], p: Federation, bound: float, client: str, number: int) -> dict[str, float]:
+def label(p: Federation) -> str:
+    """What ledger and card call the privacy of a study."""
+    return p.privacy if p.privacy == "none" or not p.privacy_seeded else "not private: noise drawn from the seed"
+
+
+def _seed(p: Federation) -> int | None:
+    return p.seed if p.privacy_seeded else None
+
+
+def protect(
+    update: Mapping[str, Tensor], p: Federation, bound: float, home: ClientHome, number: int
+) -> dict[str, float]:
     """Make what a client sends in round ``number`` private, in place; return the metric that adaptive clipping needs.
 
-    ``privacy: server`` clips; ``privacy: client`` adds the client's share of the noise, too, so that the server sees no
-    update bare: the shares of an expected cohort add up to the server's noise.
+    ``privacy: server`` clips; ``privacy: client`` adds the client's part of the noise, too: the parts of a cohort of
+    the size asked for add up to what a trusted server would add. Raises ValueError when a real server asks for noise
+    from its seed.
     """
+    if p.privacy_seeded and not home.simulated:
+        raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
     within = float(clip(update, bound) <= bound) - 0.5
     if p.privacy == "client":
-        share = 1 / math.sqrt(p.cohort)
-        add_noise(update, update_multiplier(p) * bound * share, p.seed, number, client)
-        within += _count_noise(p, number, client) * share
-    return {"within_bound": within}
-
-
-def initial_state(p: Federation) -> dict[str, Any]:
-    """What the server keeps from round to round: the clipping norm, and what was released so far. JSON-like."""
-    return {"bound": p.privacy_clip, "releases": []}
+        part, normal = 1 / math.sqrt(p.cohort), noise(_seed(p), number, home.client)
+        _add(update, update_multiplier(p) * bound * part, normal)
+        within += count_deviation(p) * part * float(normal(1))
+    return {"within_bound": within} if p.privacy_quantile > 0 else {}
 
 
 def release(
-    mean: Mapping[str, Tensor],
-    p: Federation,
-    state: dict[str, Any],
-    clients: int,
-    number: int,
-    answered: Sequence[float],
-) -> dict[str, float | None]:
-    """Make the mean of bounded updates private in place; count its cost in ``state``; return part of a row.
+    mean: Mapping[str, Tensor], p: Federation, bound: float, number: int, answered: int, within: float, fewest: int = 1
+) -> float:
+    """Make the ``mean`` of the updates of ``answered`` clients private in place; return the next clipping norm.
 
-    ``clients`` are all that could have been drawn; ``answered`` has the ``within_bound`` of those that gave an update.
-    The row's epsilon is None where it is infinite.
+    ``within`` sums the clients' ``within_bound``. Below ``fewest`` clients nothing was asked for, and the mean is zero:
+    then one client more or less could change the sum by ``fewest`` updates at once. So the sum of s clients is scaled
+    by (s - fewest + 1) / s, which grows from zero at ``fewest`` - 1 clients by one update for each client.
     """
-    bound, present = state["bound"], len(answered) / p.cohort
+    if p.privacy == "client":  # who took part is known, and all noise is in
+        return adapt(bound, within / max(answered, 1) + 0.5, p.privacy_quantile) if p.privacy_quantile else bound
+    counted = max(answered - fewest + 1, 0)
+    normal = noise(_seed(p), number)
     for value in mean.values():
-        value.mul_(present)
-    if p.privacy == "server":
-        add_noise(mean, update_multiplier(p) * bound / p.cohort, p.seed, number)
-        within, spent = sum(answered) + _count_noise(p, number), p.privacy_noise
-    else:  # what hides a client is the noise of the others that answered
-        within, spent = sum(answered), p.privacy_noise * math.sqrt((len(answered) - 1) / p.cohort)
-    if p.privacy_quantile > 0:
-        state["bound"] = adapt(bound, within / p.cohort + 0.5, p.privacy_quantile)
-    _count(state["releases"], p.cohort / clients, spent)
-    total = epsilon(state["releases"], p.privacy_delta)
-    return {"clip": bound, "epsilon": total if math.isfinite(total) else None}
+        value.mul_(counted / p.cohort)
+    _add(mean, update_multiplier(p) * bound / p.cohort, normal)
+    if p.privacy_quantile == 0:
+        return bound
+    within = within * counted / max(answered, 1) + count_deviation(p) * float(normal(1))
+    return adapt(bound, within / p.cohort + 0.5, p.privacy_quantile)
 
 
-def _count_noise(p: Federation, *keys: int | str) -> float:
-    return count_deviation(p) * float(seeds.numpy_generator(p.seed, *keys, "privacy-count").standard_normal())
+def _add(arrays: Mapping[str, Tensor], deviation: float, normal: Callable[..., Tensor]) -> None:
+    for name in sorted(arrays):
+        arrays[name].add_(normal(*arrays[name].shape), alpha=deviation)
 
 
-def _count(releases: list[list[float]], probability: float, multiplier: float) -> None:
-    if releases and releases[-1][:2] == [probability, multiplier]:
-        releases[-1][2] += 1
-    else:
-        releases.append([probability, multiplier, 1])
+class Account:
+    """What a training run has spent, kept in a file of JSON lines: one for each draw of a cohort, written before the
+    draw's first message and never taken back, so that a round which is repeated after a kill costs twice.
+
+    Seeded draws that are repeated are the same draws: they count once.
+    """
+
+    def __init__(self, p: Federation, path: Path, following: tuple[int, int]) -> None:
+        """The account of a run whose next draw is that of ``following``: round and attempt."""
+        self._p, self._path = p, path
+        self._draws: Counter[tuple[float, float]] = Counter()
+        self._clients: Counter[str] = Counter()
+        rows = files.read_rows(path)
+        self._known = {(row["round"], row["attempt"]) for row in rows} if p.privacy_seeded else set()
+        for row in rows:
+            if not p.privacy_seeded or (row["round"], row["attempt"]) < following:
+                self._count(row)
+
+    def charge(self, draw: tuple[int, int], clients: int, asked: Sequence[str], peers: int = 1) -> None:
+        """Note that ``draw`` (round, attempt) asks ``asked`` of ``clients``; the server sees sums of ``peers`` of them.
+
+        Does so before anything is sent.
+        """
+        p = self._p
+        row: dict[str, Any] = {"round": draw[0], "attempt": draw[1]}
+        if p.privacy == "server":
+            row |= {"probability": p.cohort / clients, "multiplier": p.privacy_noise}
+        else:
+            cost = p.cohort / peers * _inverse_square(update_multiplier(p))
+            if p.privacy_quantile > 0:  # a bit of sensitivity 1/2, which each client tells by itself
+                cost += p.cohort * _inverse_square(2 * count_deviation(p))
+            row |= {"clients": list(asked), "multiplier": cost**-0.5}
+        if draw not in self._known:
+            files.append_row(self._path, row)
+        self._count(row)
+
+    def _count(self, row: Mapping[str, Any]) -> None:
+        if "probability" in row:
+            self._draws[row["probability"], row["multiplier"]] += 1
+        for client in row.get("clients", ()):
+            self._clients[client] += _inverse_square(row["multiplier"])
+
+    def epsilon(self) -> float | None:
+        """What is spent at ``privacy_delta``, by whom most is; None: infinite."""
+        releases = [(probability, multiplier, count) for (probability, multiplier), count in self._draws.items()]
+        if self._clients:
+            releases.append((1.0, max(self._clients.values()) ** -0.5, 1))
+        spent = epsilon(releases, self._p.privacy_delta)
+        return spent if math.isfinite(spent) else None
+
+
+def _inverse_square(multiplier: float) -> float:
+    return multiplier**-2 if multiplier else math.inf

@@ -71,13 +71,18 @@ def run(study: params.Study, first: str = "corpus", last: str = "evaluate", forc
         raise runs.RunError(f"--from {first} comes after --until {last}: nothing to run")
     for stage in stages:
         _preflight(stage, getattr(study, stage))
+    from fedhubert_lib import preflight  # here, since torch takes seconds that a misspelt parameter need not wait for
+
+    preflight.study(study, stages, folder)
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
         with runs.holding(folder / ".runner.lock", "fedhubert run"):
             _note(folder, {"study": study.study})
-            for stage in stages:
+            for number, stage in enumerate(stages, start=1):
                 _stage(stage, getattr(study, stage), folder, force, stop)
+                if stage in ("corpus", "partition"):  # what is there now says more of what comes
+                    preflight.study(study, stages[number:], folder)
     finally:
         if {path.name for path in folder.glob("*")} <= {".lock", ".runner.lock", "run.json"}:  # nothing was begun
             shutil.rmtree(folder, ignore_errors=True)

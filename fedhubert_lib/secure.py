@@ -8,7 +8,8 @@ masked update to all keys.
 What it does not do. It is made for a server that is curious but honest: one that forges keys of peers can unmask a
 client, and Flower gives clients no way to know each other's keys but through the server. If one client is lost between
 the two messages, the masks do not cancel and the round is repeated; recovering them takes two more messages, and Flower
-1.41 has that only in its older workflow API, which its Message API cannot call. Metrics travel in the clear.
+1.41 has that only in its older workflow API, which its Message API cannot call. Metrics travel in the clear, except
+under ``privacy: client``, which tells none.
 """
 
 import math

@@ -80,6 +80,16 @@ def test_nothing_but_what_is_listed_leaves_a_client(tmp_path, answers):
         assert metrics <= LEAVES[action][1], action
 
 
+@pytest.mark.parametrize("quantile", [0.0, 0.5])
+def test_a_server_that_is_not_trusted_hears_of_updates_alone(tmp_path, answers, quantile):
+    private = {"privacy": "client", "privacy_quantile": quantile, "weighting": "clients"}
+    pretraining.run(federation.make(tmp_path), federation.pretrain(**SHORT, **private))
+    told = {"learning_rate", "within_bound"} if quantile else {"learning_rate"}
+    assert [answer for answer in answers if answer[0] != "identify"] == [
+        ("pretrain.update", {"arrays", "metrics", "client"}, WEIGHTS, told)
+    ] * 3
+
+
 def test_every_handler_is_listed():
     assert set(client_app.HANDLERS) == set(LEAVES)
 

@@ -142,6 +142,15 @@ def test_card_tells_what_the_run_knows(tmp_path):
     assert text.startswith("---\nlicense: cc-by-4.0\n") and "1.00 h, 1 utterances" in text and "Not evaluated" in text
     assert "differential privacy: none" in text and "partition scheme unknown" in text
 
+    rows = [{"kind": "round", "round": 1, "loss": 2.5, "epsilon": 3.0, "privacy": "server"}]
+    rows += [rows[0] | {"round": 2, "loss": None, "epsilon": 4.25, "privacy": "not private: noise drawn from the seed"}]
+    texts = ["server\n* epsilon: 3\n", "not private: noise drawn from the seed\n* epsilon: 4.25, had"]
+    for row, said in zip(rows, texts, strict=True):
+        files.append_row(stage / "metrics.jsonl", row)
+        card.export(stage / "checkpoint", tmp_path / "README.md")
+        assert f"differential privacy: {said}" in (tmp_path / "README.md").read_text()
+    assert "last loss: 2.5" in (tmp_path / "README.md").read_text()
+
     figure = {"system": "student", "measure": "keyword-accuracy", "value": 0.5, "high": 0.6}
     report = {"measures": [{"measure": "keyword-accuracy", "title": "keyword accuracy"}]}
     report |= {"systems": [{"system": "teacher"}, {"system": "student"}], "figures": [figure]}

@@ -142,6 +142,15 @@ def test_a_student_that_names_no_clusters_has_loss_and_cosine_drawn():
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.5, 0.5, 0.5]
 
 
+def test_rounds_of_a_private_study_that_tell_no_loss_are_drawn():
+    rows = [{name: value for name, value in row.items() if "accuracy" not in name} for row in metrics(3, 2)]
+    for row in rows:
+        row |= {"loss": None} | ({"learning_rate": None} if "learning_rate" in row else {})
+    (loss,) = plots.curves(rows).axes
+    assert np.isnan(loss.lines[0].get_ydata()).all()
+    plots.ledger(rows)
+
+
 def test_labels_of_clusters_in_one_place_can_be_read():
     frames = RNG.normal(size=(400, 2))
     figure = plots.projection(frames, np.arange(400) % 5)  # five clusters around one middle

@@ -120,9 +120,9 @@ def test_pooled_training_takes_over_no_setting_that_is_the_federations_alone(run
     """A pooled baseline held near its start by FedProx, say, would make the federation look good."""
     federated_only = {
         "proximal": 10.0,
-        "server": "fedavg",
+        "server": "fedadam",
         "server_rate": 0.5,
-        "local_state": "keep",
+        "local_state": "reset",
         "weighting": "clients",
         "privacy": "server",
         "privacy_clip": 1e-3,

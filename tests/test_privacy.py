@@ -1,12 +1,15 @@
 """Clipping, noise and the accountant, against identities and against Google's dp-accounting 0.6."""
 
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-from fedhubert_lib import params, privacy, seeds
+from fedhubert_lib import files, params, privacy, seeds
+from fedhubert_lib.federated.protocol import ClientHome
 
 
 def arrays(scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -64,22 +67,6 @@ def test_noise_is_normal_and_only_a_seed_repeats_it():
     assert not torch.equal(first, privacy.noise(0, 2, "client-0")(3, 5))
 
 
-def noise(*keys) -> dict[str, torch.Tensor]:
-    values = {"a": torch.zeros(200, 500), "b": torch.zeros(200, 500)}
-    privacy.add_noise(values, 0.25, 0, *keys)
-    return values
-
-
-def test_noise_has_the_deviation_asked_for_and_its_own_draw_per_key():
-    drawn = noise(3)
-    for value in drawn.values():
-        assert float(value.mean()) == pytest.approx(0, abs=0.25 * 4 / math.sqrt(100_000))
-        assert float(value.std()) == pytest.approx(0.25, rel=0.02)
-    assert not torch.equal(drawn["a"], drawn["b"])
-    assert torch.equal(drawn["a"], noise(3)["a"])
-    assert not torch.equal(drawn["a"], noise(4)["a"])
-
-
 def test_adaptive_clipping_finds_the_quantile():
     norms = seeds.numpy_generator(0, "norms").lognormal(mean=1.0, sigma=0.7, size=500)
     bound = 0.01
@@ -97,6 +84,9 @@ def test_poisson_cohort_is_seeded_and_of_the_expected_size():
     assert cohorts[3] == privacy.poisson_cohort(clients[::-1], 20, 0, 3) != cohorts[4]
     with pytest.raises(ValueError, match="cohort"):
         privacy.poisson_cohort(clients, 3000, 0, 1)
+    secret = [privacy.poisson_cohort(clients, 20, None, 3) for _ in range(200)]
+    assert sum(map(len, secret)) / 200 == pytest.approx(20, abs=6 * math.sqrt(20 / 200))
+    assert secret[0] != secret[1]
 
 
 def parameters(**changes) -> params.Pretrain:
@@ -105,50 +95,114 @@ def parameters(**changes) -> params.Pretrain:
     )
 
 
-def release(p: params.Pretrain, clients: int = 64, answered: int = 16, number: int = 1) -> tuple[dict, dict, dict]:
-    """A round in which every client's true update is of norm 3 along the same axis, and no validation."""
-    state, mean, within = privacy.initial_state(p), None, []
+def home(name: str = "client-0", simulated: bool = True) -> ClientHome:
+    nowhere = Path("nowhere")
+    return ClientHome(name, data=nowhere, labels=nowhere, state=nowhere, simulated=simulated)
+
+
+def release(p: params.Pretrain, answered: int = 16, number: int = 1, fewest: int = 1) -> tuple[torch.Tensor, float]:
+    """The update and the next bound of a round in which every client's true update is of norm 3 along one axis."""
+    mean, within = {"a": torch.zeros(300, 300)}, 0.0
     for index in range(answered):
         update = {"a": torch.full((300, 300), 0.01)}
-        within.append(privacy.protect(update, p, state["bound"], f"client-{index}", number)["within_bound"])
-        mean = update if mean is None else {"a": mean["a"] + update["a"]}
-    mean = {"a": mean["a"] / answered}
-    return mean, state, privacy.release(mean, p, state, clients, number, within)
+        within += privacy.protect(update, p, 0.5, home(f"client-{index}"), number).get("within_bound", 0.0)
+        mean["a"] += update["a"] / answered
+    return mean["a"], privacy.release(mean, p, 0.5, number, answered, within, fewest)
 
 
+@pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("where", ["server", "client"])
-def test_a_round_sums_clipped_updates_and_adds_the_noise_of_the_multiplier(where):
-    mean, _, row = release(parameters(privacy=where, privacy_noise=2.0))
+def test_a_round_sums_clipped_updates_and_adds_the_noise_of_the_multiplier(where, seeded):
+    p = parameters(privacy=where, privacy_noise=2.0, privacy_seeded=seeded)
+    mean, bound = release(p)
     # Each update is clipped from 3 to 0.5: 0.5 / 300 per value. Noise on the sum 2 x 0.5, on the mean a 16th of it.
-    assert float(mean["a"].mean()) == pytest.approx(0.5 / 300, abs=4 * 2 * 0.5 / 16 / 300)
-    assert float(mean["a"].std()) == pytest.approx(2 * 0.5 / 16, rel=0.02)
-    assert row["clip"] == 0.5
-    hidden_by = 2.0 if where == "server" else 2.0 * math.sqrt(15 / 16)
-    assert row["epsilon"] == privacy.epsilon([(16 / 64, hidden_by, 1)], 1e-5)
+    assert float(mean.mean()) == pytest.approx(0.5 / 300, abs=5 * 2 * 0.5 / 16 / 300)
+    assert float(mean.std()) == pytest.approx(2 * 0.5 / 16, rel=0.03)
+    assert bound == 0.5
+    assert torch.equal(mean, release(p)[0]) == seeded
+    assert not torch.equal(mean, release(p, number=2)[0])
+
+
+def test_noise_that_a_seed_gives_is_not_what_is_added():
+    """Neither the server nor a client, which all know the seed and every key, can take it away again."""
+    p = parameters(privacy="client", privacy_noise=2.0)
+    update = {"a": torch.zeros(300, 300)}
+    privacy.protect(update, p, 0.5, home(), 1)
+    for guess in (
+        privacy.noise(p.seed, 1, "client-0")(300, 300),
+        torch.randn(300, 300, generator=seeds.torch_generator(p.seed, 1, "client-0", "privacy-noise", "a")),
+    ):
+        pair = torch.stack([guess.double().flatten(), update["a"].double().flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 6 / 300
+
+
+def test_a_client_of_a_real_federation_refuses_noise_from_a_seed():
+    update = {"a": torch.zeros(3)}
+    with pytest.raises(ValueError, match="refused outside of a simulation"):
+        privacy.protect(update, parameters(privacy="client", privacy_seeded=True), 0.5, home(simulated=False), 1)
 
 
 def test_the_mean_is_over_the_expected_cohort():
     quiet = parameters(privacy_noise=0.0)
-    full, few = release(quiet)[0], release(quiet, answered=4)[0]
-    assert torch.allclose(full["a"], 4 * few["a"])
-    assert release(quiet)[2]["epsilon"] is None  # infinite
+    assert torch.allclose(release(quiet)[0], 4 * release(quiet, answered=4)[0])
+    assert not release(quiet, answered=0)[0].any()
 
 
-def test_a_lone_client_has_nobody_to_hide_behind():
-    assert release(parameters(privacy="client"), answered=1)[2]["epsilon"] is None
+def test_one_client_more_changes_the_sum_by_no_more_than_its_bound_even_at_the_fewest():
+    """With secure aggregation nobody is asked below three: the third client would bring in the two others' updates."""
+    quiet = parameters(privacy_noise=0.0, secure_aggregation=True)
+    sums = [release(quiet, answered=count if count > 2 else 0, fewest=3)[0] * 16 for count in range(8)]
+    assert not sums[2].any() and sums[3].any()
+    for fewer, more in itertools.pairwise(sums):
+        assert float((more - fewer).norm()) <= 0.5 + 1e-6
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
-def test_adaptive_clipping_moves_the_bound_and_costs_no_more(where):
+def test_adaptive_clipping_moves_the_bound(where):
     p = parameters(privacy=where, privacy_quantile=0.5, privacy_noise=0.3)
-    _, state, row = release(p)
-    assert state["bound"] > 0.5  # nobody was within it
-    assert row["clip"] == 0.5
+    assert release(p)[1] > 0.5  # nobody was within it
     # Two Gaussian releases of sensitivities 1 and 1/2 cost alpha/2 (1/z^2 + (1/2)^2/s^2) together.
     together = privacy.update_multiplier(p) ** -2 + 0.25 * privacy.count_deviation(p) ** -2
     assert together == pytest.approx(0.3**-2)
-    fixed = release(parameters(privacy=where, privacy_noise=0.3))[2]
-    assert row["epsilon"] == fixed["epsilon"]
+
+
+def spent(folder: Path, p: params.Pretrain, asked: list[list[str]], peers: int = 1, clients: int = 64) -> float | None:
+    account = privacy.Account(p, folder / "privacy.jsonl", (1, 0))
+    for number, cohort in enumerate(asked, 1):
+        account.charge((number, 0), clients, cohort, peers)
+    return account.epsilon()
+
+
+def test_a_trusted_servers_rounds_cost_what_the_sampled_gaussian_does(tmp_path):
+    p = parameters(privacy_noise=2.0)
+    assert spent(tmp_path, p, [["a"], [], ["b"]]) == privacy.epsilon([(16 / 64, 2.0, 3)], 1e-5)
+    assert spent(tmp_path / "none", parameters(privacy_noise=0.0), [["a"]]) is None  # infinite
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.5])
+def test_an_untrusted_server_knows_who_took_part_and_sees_each_update(tmp_path, quantile):
+    """Without secure aggregation a client has its own noise alone, a quarter of a cohort of 16's; with it, all of it.
+    What counts is the client that took part most often."""
+    p = parameters(privacy="client", privacy_noise=8.0, privacy_quantile=quantile)
+    alone = spent(tmp_path / "alone", p, [["a", "b"], ["a"], ["a", "c"]])
+    assert alone == pytest.approx(privacy.epsilon([(1.0, 8.0 / 4, 3)], 1e-5))
+    hidden = spent(tmp_path / "hidden", p, [["a", "b"], ["a"], ["a", "c"]], peers=12)
+    if quantile == 0:
+        assert hidden == pytest.approx(privacy.epsilon([(1.0, 8.0 * math.sqrt(12 / 16), 3)], 1e-5))
+    assert hidden < alone  # with a quantile each still tells a noisy bit by itself
+
+
+def test_the_account_forgets_nothing_but_a_repeated_draw_of_a_seed(tmp_path):
+    """A server killed after its noise was sent draws other noise for the same round: both have been seen."""
+    for seeded, draws in ((False, 3), (True, 2)):
+        p, path = parameters(privacy_seeded=seeded), tmp_path / f"{seeded}.jsonl"
+        account = privacy.Account(p, path, (1, 0))
+        account.charge((1, 0), 64, [])
+        account.charge((2, 0), 64, [])
+        account = privacy.Account(p, path, (2, 0))
+        account.charge((2, 0), 64, [])
+        assert account.epsilon() == privacy.epsilon([(16 / 64, 1.0, draws)], 1e-5)
+        assert len(files.read_rows(path)) == draws
 
 
 @pytest.mark.parametrize(
@@ -157,6 +211,8 @@ def test_adaptive_clipping_moves_the_bound_and_costs_no_more(where):
         ({"weighting": "masked-frames"}, "weighting"),
         ({"server": "median"}, "median"),
         ({"privacy": "client", "compression": "int8"}, "exact sum"),
+        ({"patience": 3}, "no noise covers"),
+        ({"privacy_seeded": True, "engine": "deployment"}, "for simulations"),
     ],
 )
 def test_combinations_without_a_guarantee_are_refused(changes, named):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedhubert_lib import params, pretraining, secure, seeds
-from fedhubert_lib.federated import inprocess
+from fedhubert_lib import params, pretraining, privacy, secure, seeds
+from fedhubert_lib.federated import client_ids, inprocess
 from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import ClientHome
 
@@ -113,6 +113,20 @@ def test_rounds_give_the_weights_of_plain_sums(tmp_path):
         assert torch.allclose(value, hidden[name], atol=2e-6), name
     assert any(not torch.equal(value, hidden[name]) for name, value in plain.items())
     assert all("update_norm" not in row for row in rows if row["kind"] == "client")
+
+
+def test_private_rounds_of_too_few_for_a_sum_are_rounds_of_noise(tmp_path):
+    """A cohort of 3 expected of 4 is often smaller; to draw again stopped for ever, and was not what epsilon counts."""
+    rows: list[dict] = []
+    private = {"privacy": "server", "privacy_seeded": True, "privacy_noise": 0.5, "cohort": 3}
+    run = federation.make(tmp_path)
+    final(run, rows, secure_aggregation=True, rounds=8, validate_every=8, **private)
+    done = [row for row in rows if row["kind"] == "round"]
+    drawn = [privacy.poisson_cohort(client_ids(run), 3, 0, number, 0) for number in range(1, 9)]
+    assert min(map(len, drawn)) < secure.FEWEST <= max(map(len, drawn))
+    assert [row["clients"] for row in done] == [len(c) if len(c) >= secure.FEWEST else 0 for c in drawn]
+    assert not [row for row in rows if row["kind"] == "failure"]
+    assert done[-1]["epsilon"] == privacy.epsilon([(3 / 4, 0.5, 8)], 1e-5)
 
 
 def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ is noted, and a word is used if it has a clip to train and one to test on.
 """
 
 import hashlib
+import os
+import re
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -14,6 +16,7 @@ from fedhubert_lib import files
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate"]
+_CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.wav$")
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 SPLITS = ("train", *LISTS)
 
@@ -70,6 +73,25 @@ def lists(root: Path) -> dict[str, str]:
     return split
 
 
+def usable(root: Path) -> set[str]:
+    """The words that have a clip to train and one to test on, by the names of their files alone.
+
+    Raises CorpusError when there are fewer than two.
+    """
+    split = lists(root)
+    found = set()
+    for folder in words(root):
+        names = [name for name in os.listdir(folder) if _CLIP.fullmatch(f"{folder.name}/{name}")]
+        if {"train", "test"} <= {split.get(f"{folder.name}/{name}", "train") for name in names}:
+            found.add(folder.name)
+    if len(found) < 2:
+        raise CorpusError(
+            f"corpus.keywords_root: {root} has a training and a test clip of {len(found)} words, and its lists name "
+            f"{len(split):,} clips; unpack whole folders of words, and both lists, from one archive"
+        )
+    return found
+
+
 def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row per usable clip below ``root`` (COLUMNS, in order of clip), and (path, reason) of all else.
 
@@ -78,8 +100,7 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     figure could come of what is there.
     """
     table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
-    names = table["clip"].str.extract(r"^(?P<word>[^/]+)/(?P<speaker>[^/]+)_nohash_\d+\.wav$")
-    table = table.join(names)
+    table = table.join(table["clip"].str.extract(_CLIP))
     unnamed = table["word"].isna() & (table["reason"] == "")
     table.loc[unnamed, "reason"] = "not WORD/SPEAKER_nohash_TAKE.wav"
     split = lists(root)

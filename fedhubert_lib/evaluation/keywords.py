@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedhubert_lib import audio, files, hubert, seeds
+from fedhubert_lib.corpora import scan
 from fedhubert_lib.evaluation.encoders import Encoder
 
 CLIP_SAMPLES = audio.SAMPLE_RATE
@@ -67,13 +68,11 @@ def superb(clips: pd.DataFrame, seed: int) -> pd.DataFrame:
     Of other words and of silence each split gets as many seeded clips as a command has on average. Silence is cut from
     the WAV files of ``_background_noise_`` beside the words' folders: from their first 80 % for training, a tenth for
     validation, the last tenth for testing; its column ``start`` is the first sample. Raises KeywordError when a command
-    or that folder is missing.
+    is missing, or the noise cannot be used.
     """
     if missing := sorted(set(COMMANDS) - set(clips.word)):
         raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB's keyword spotting needs its ten commands")
-    noise = sorted((Path(clips.path.iloc[0]).parents[1] / "_background_noise_").glob("*.wav"))
-    if not noise:
-        raise KeywordError("no _background_noise_ with WAV files beside the words; SUPERB's silence is cut from it")
+    paths = noise(Path(clips.path.iloc[0]).parents[1])
     parts = [clips[clips.word.isin(COMMANDS)].assign(start=0)]
     for split, begin, end in (("train", 0.0, 0.8), ("validation", 0.8, 0.9), ("test", 0.9, 1.0)):
         own = clips[clips.split == split]
@@ -83,12 +82,12 @@ def superb(clips: pd.DataFrame, seed: int) -> pd.DataFrame:
         parts.append(others.iloc[np.sort(drawn)].assign(word="_unknown_", start=0))
         starts = [
             (path, start)
-            for path in noise
+            for path in paths
             for samples in [soundfile.info(path).frames]
             for start in range(int(begin * samples), int(end * samples) - CLIP_SAMPLES + 1, CLIP_SAMPLES // 2)
         ]
         if not starts:
-            raise KeywordError(f"{noise[0].parent}: too short to cut a second of {split} silence from")
+            raise KeywordError(f"{paths[0].parent}: too short to cut a second of {split} silence from")
         chosen = [starts[i] for i in seeds.numpy_generator(seed, "silence", split).permutation(len(starts))[:count]]
         silence = {
             "clip": [f"_silence_/{path.stem}-{start}" for path, start in chosen],
@@ -99,6 +98,20 @@ def superb(clips: pd.DataFrame, seed: int) -> pd.DataFrame:
         speaker = [f"silence-{split}-{path.stem}" for path, _ in chosen]
         parts.append(pd.DataFrame(silence).assign(word="_silence_", speaker=speaker, split=split))
     return pd.concat(parts).sort_values("clip", ignore_index=True)
+
+
+def noise(root: Path) -> list[Path]:
+    """The WAV files in ``_background_noise_`` of a Speech Commands folder. Raises KeywordError if one is of no use."""
+    folder = root / "_background_noise_"
+    paths = [path for path in sorted(folder.glob("*.wav")) if not path.name.startswith(".")]  # ._NAME.wav of macOS
+    if not paths:
+        raise KeywordError(
+            f"{folder}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"
+        )
+    for path in paths:
+        if reason := scan.header(str(path)).reason:
+            raise KeywordError(f"{path}: {reason}; SUPERB's silence is cut from it. Convert it, or remove it")
+    return paths
 
 
 def waveforms(clips: pd.DataFrame) -> Tensor:

@@ -91,16 +91,20 @@ def _training(stage: Path) -> dict[str, Any]:
     known = _params(stage)
     rows = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
     facts = {name.replace("_", " "): known[name] for name in names if name in known}
-    return facts | {"rounds done": len(rows), "last loss": f"{rows[-1]['loss']:.4f}" if rows else "unknown"}
+    losses = [row["loss"] for row in rows if row["loss"] is not None]  # a private round may tell none
+    return facts | {"rounds done": len(rows), "last loss": f"{losses[-1]:.4f}" if losses else "unknown"}
 
 
 def _privacy(stage: Path) -> dict[str, Any]:
     known = _params(stage)
-    facts = {"differential privacy": known.get("privacy", "unknown")}
+    facts: dict[str, Any] = {"differential privacy": known.get("privacy", "unknown")}
     rows = [row for row in files.read_rows(stage / "metrics.jsonl") if "epsilon" in row]
     if rows:
-        spent = rows[-1]["epsilon"]
-        facts |= {"epsilon": "infinite" if spent is None else f"{spent:.3g}", "delta": known.get("privacy_delta")}
+        spent, kind = rows[-1]["epsilon"], rows[-1]["privacy"]
+        facts["differential privacy"] = kind
+        simulated = ", had the noise been secret" if kind.startswith("not private") else ""
+        facts["epsilon"] = ("infinite" if spent is None else f"{spent:.3g}") + simulated
+        facts |= {"delta": known.get("privacy_delta"), "epsilon covers": "updates of this stage; no cluster statistics"}
     return facts | {"audio, features and labels": "never left their client"}
 
 

@@ -49,9 +49,9 @@ def connect(run: Path, engine: str = "inprocess", device: str = "cpu") -> Iterat
         with ray.connect(run, ids, device) as clients:
             yield clients
     elif engine == "deployment":
-        raise ValueError(
-            f"engine 'deployment': stages are run by Flower's server, not by this process; "
-            f"use fedhubert deploy run {run} STUDY STAGE, or deployment.submit"
-        )
+        from fedhubert_lib.federated import deployment
+
+        with deployment.connect(run, ids) as clients:
+            yield clients
     else:
         raise ValueError(f"engine {engine!r}: not one of inprocess, pool, ray, deployment")

@@ -146,9 +146,15 @@ class Ledger:
     """metrics.jsonl: a row for each round, client and failure; ``on_row`` sees them as they are written."""
 
     def __init__(self, out: Path, done: int, plan: Mapping[str, Any], on_row: OnRow | None) -> None:
-        """Begin with the row ``plan``, or go on after round ``done``: rows of later rounds go."""
+        """Begin with the row ``plan``, or go on after round ``done``: rows of later rounds go, but for the failures of
+        attempts at the next one that failed as a whole (``failed_attempts``)."""
         self._path, self._on_row = out / "metrics.jsonl", on_row
-        rows = [row for row in files.read_rows(self._path) if row.get("round", 0) <= done]
+        rows = files.read_rows(self._path)
+        next_failures = [row for row in rows if row["kind"] == "failure" and row["round"] == done + 1]
+        while next_failures and next_failures[-1]["client"]:  # of an attempt that was not finished
+            next_failures.pop()
+        self.failed_attempts = sum(not row["client"] for row in next_failures)
+        rows = [row for row in rows if row.get("round", 0) <= done] + next_failures
         with files.atomic(self._path) as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
         if not rows:

@@ -76,6 +76,7 @@ def home(context: Context, action: str) -> ClientHome:
         labels=run / "02_kmeans" / "clients" / client,
         state=run / stage / "clients" / client,
         device=str(settings.get("device", "cpu")),
+        simulated=bool(context.node_config.get("by_reference", False)),  # not from the server's run_config
     )
 
 

@@ -1,4 +1,4 @@
-"""The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to start a stage.
+"""The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to connect a stage to them.
 
 ``prepare`` writes all that the machines need into one folder: a certificate authority of the federation's own, the
 server's certificate, a key per client, Flower's configuration, and a Flower app that only imports this library. Nodes
@@ -15,33 +15,35 @@ meet a locked SQLite file, and the answers are lost. Keys are registered anew at
 import contextlib
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-import yaml
-from cryptography.hazmat.primitives import serialization
-from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest, StopRunRequest
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedhubert_lib import files, params
-from fedhubert_lib.federated import keys
-from fedhubert_lib.federated.checkpoints import OnRow
+from fedhubert_lib import files
+from fedhubert_lib.federated import keys, relay
+from fedhubert_lib.federated.protocol import Clients
 
 FOLDER = "federation"
 """Where a run keeps it."""
 CONNECTION = "fedhubert"
 PORT = 9092
+REGISTERED = "flower/registered.jsonl"
+"""The clients that were let in since the SuperLink began, which keeps them in memory."""
 START_SECONDS = 180
 AGAIN_SECONDS = 10
+
+LOOPBACK = "localhost,127.0.0.1,::1"
+"""What no proxy is asked for, whatever the environment says of proxies."""
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -69,9 +71,7 @@ serverapp = "fedhubert_app:server"
 clientapp = "fedhubert_app:client"
 
 [tool.flwr.app.config]
-run = ""
-stage = ""
-wait_seconds = 300
+socket = ""
 """
 
 _APP = '''\
@@ -177,6 +177,7 @@ def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0)
 
 def serve(folder: Path, bind: str | None = None) -> int:
     """Run the SuperLink, all prepared keys registered, until it or this process is stopped; return its exit code."""
+    (folder / REGISTERED).unlink(missing_ok=True)
     superlink = subprocess.Popen(superlink_command(folder, bind), env=environment(folder))
     try:
         wait_listening(folder, superlink)
@@ -205,7 +206,9 @@ def environment(home: Path) -> dict[str, str]:
     """The environment of Flower's processes: its files in ``home/flower``, no calls to others' servers."""
     # Flower starts further programs by name: those of this interpreter's environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | QUIET | {"FLWR_HOME": str((home / "flower").resolve()), "PATH": path}
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), LOOPBACK]))
+    proxies = {"no_proxy": direct, "NO_PROXY": direct, "no_grpc_proxy": direct}
+    return os.environ | QUIET | proxies | {"FLWR_HOME": str((home / "flower").resolve()), "PATH": path}
 
 
 def free_port() -> int:
@@ -222,99 +225,86 @@ def _program(name: str) -> list[str]:
     return [str(path)]
 
 
-@contextlib.contextmanager
-def control(folder: Path) -> Iterator[ControlHttpClient]:
-    """Flower's client for the running SuperLink's control API."""
-    # Imported here: Flower's commands take seconds to import, and few who import this module come this far.
-    from flwr.cli.typing import SuperLinkConnection
-    from flwr.cli.utils import init_http_client_from_connection
-
-    where = _address(folder)
-    certificates = str((folder / "ca" / "ca.pem").resolve())
-    address = f"{where['host']}:{where['port']}"
-    client = init_http_client_from_connection(SuperLinkConnection(CONNECTION, address, certificates))
-    try:
-        yield client
-    finally:
-        client.close()
-
-
 def register(folder: Path) -> list[str]:
-    """Let in the clients whose keys the running SuperLink does not know yet; return them."""
-    added = []
-    with control(folder) as superlink:
-        known = {node.public_key for node in superlink.ListNodes(ListNodesRequest()).nodes_info}
-        for path in sorted(folder.glob("nodes/*/node.pub")):
-            key = public_key_to_bytes(serialization.load_ssh_public_key(path.read_bytes()))
-            if key not in known:
-                superlink.RegisterNode(RegisterNodeRequest(public_key=key, name=path.parent.name))
-                added.append(path.parent.name)
-    return added
+    """Let in the clients that have not been let in since the running SuperLink began; return them."""
+    _address(folder)  # raises where nothing was prepared
+    known = {row["client"] for row in files.read_rows(folder / REGISTERED)}
+    new = [path for path in sorted(folder.glob("nodes/*/node.pub")) if path.parent.name not in known]
+
+    def let_in(key: Path) -> str:
+        flwr(folder, "supernode", "register", str(key), CONNECTION, "--name", key.parent.name)
+        files.append_row(folder / REGISTERED, {"client": key.parent.name})
+        return key.parent.name
+
+    with ThreadPoolExecutor(4) as pool:  # each starts an interpreter
+        return list(pool.map(let_in, new))
 
 
-def submit(run: Path, p: params.Section, wait_seconds: int = 300, on_row: OnRow | None = None) -> None:
-    """``flwr run``: have the SuperLink run the stage that ``p`` are the parameters of, and wait for its end.
+def flwr(folder: Path, *arguments: str) -> str:
+    """What the command ``flwr`` prints. Raises DeploymentError when it fails."""
+    command = [*_program("flwr"), *arguments]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DeploymentError(f"flwr {' '.join(arguments)}: failed. It said:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
-    ``run`` is the server's run folder, with the federation in it; the stage's params.yaml is written there. ``on_row``
-    sees the rows of the stage's metrics.jsonl as they come. Raises DeploymentError when the run fails; an interrupt
-    stops it.
+
+@contextlib.contextmanager
+def connect(run: Path, clients: Sequence[str]) -> Iterator[Clients]:
+    """The ``clients`` of the federation that was prepared in ``run``, over its running SuperLink: ``flwr run``.
+
+    Raises DeploymentError where no SuperLink listens, no client connects, or Flower's part ends too early.
     """
     folder = run / FOLDER
-    stage = next(name for name, section in params.SECTIONS.items() if type(p) is section)
-    with files.atomic(run / params.FOLDERS[stage] / "params.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False), encoding="utf-8")
-    settings = {"run": str(run.resolve()), "stage": stage, "wait_seconds": wait_seconds}
-    command = [
-        *_program("flwr"),
-        *("run", str(folder / "app"), CONNECTION, "--stream"),
-        *("--run-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
-    ]
-    log, metrics = folder / "logs" / "flwr-run.log", run / params.FOLDERS[stage] / "metrics.jsonl"
-    shown = len(files.read_rows(metrics))
-    process = _start(command, folder, log)
-    try:
-        while process.poll() is None:
-            time.sleep(0.2)
-            if on_row is not None:
-                shown = _show(metrics, shown, on_row)
-    finally:
-        if process.poll() is None:  # interrupted: the SuperLink would go on without us
+    check(run)
+    log = folder / "logs" / "flwr-run.log"
+    with tempfile.TemporaryDirectory(prefix="fedhubert-") as scratch, socket.socket(socket.AF_UNIX) as listener:
+        address = f"{scratch}/relay"  # not in the run folder: such addresses have 107 characters at most
+        listener.bind(address)
+        listener.listen()
+        command = ["run", str(folder / "app"), CONNECTION, "--stream", "--run-config", f"socket={json.dumps(address)}"]
+        process = _start([*_program("flwr"), *command], folder, log)
+        try:
+            with _accept(listener, process, log) as pipe:
+                relayed = relay.RelayClients(pipe, clients)
+                yield relayed
+                relayed.end()
+        except ConnectionError as error:
+            raise DeploymentError(f"{error}; the same command resumes. {log} ends:\n{_tail(log)}") from error
+        finally:
             _end([process])
-            with control(folder) as superlink:
-                superlink.StopRun(StopRunRequest(run_id=_run_id(log)))
-    if on_row is not None:
-        _show(metrics, shown, on_row)
-    if process.returncode != 0 or (status := _status(folder, _run_id(log))) != "completed":
-        what = f"exit code {process.returncode}" if process.returncode else status
-        raise DeploymentError(f"{stage} did not finish over the federation ({what}). flwr run said:\n{_tail(log)}")
 
 
-def _show(metrics: Path, shown: int, on_row: OnRow) -> int:
-    rows = files.read_rows(metrics)
-    # A server that goes on from a checkpoint first takes back the rows of later rounds.
-    for row in rows[min(shown, len(rows)) :]:
-        on_row(row)
-    return len(rows)
+def check(run: Path) -> None:
+    """Raise DeploymentError, or FileNotFoundError, unless a SuperLink of the federation of ``run`` listens."""
+    where = _address(run / FOLDER)
+    try:
+        socket.create_connection((where["host"], where["port"]), timeout=10).close()
+    except OSError as error:
+        raise DeploymentError(
+            f"{where['host']}:{where['port']}: no SuperLink answers ({error}); start it with `fedhubert deploy server "
+            f"{run}`, and the clients with `fedhubert deploy client`"
+        ) from error
 
 
-def _run_id(log: Path) -> int:
-    found = re.search(r"Successfully started run (\d+)", log.read_text(encoding="utf-8"))
-    if found is None:
-        raise DeploymentError(f"flwr run started nothing. It said:\n{_tail(log)}")
-    return int(found[1])
-
-
-def _status(folder: Path, run_id: int) -> str:
-    with control(folder) as superlink:
-        runs = superlink.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
-    status = runs[run_id].status
-    return status.sub_status or status.status
+def _accept(listener: socket.socket, process: subprocess.Popen, log: Path) -> Connection:
+    """The connection of the ServerApp that ``process`` starts."""
+    listener.settimeout(0.5)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(TimeoutError):
+            accepted, _ = listener.accept()
+            accepted.setblocking(True)
+            return Connection(accepted.detach())
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise DeploymentError(f"flwr run did not start the ServerApp. It said:\n{_tail(log)}")
 
 
 @contextlib.contextmanager
 def local(folder: Path, run: Path, device: str = "cpu") -> Iterator[None]:
     """The whole federation on this machine: a SuperLink and a SuperNode per client, until the ``with`` block ends."""
     logs, processes = folder / "logs", []
+    (folder / REGISTERED).unlink(missing_ok=True)
     try:
         processes.append(superlink := _start(superlink_command(folder), folder, logs / "superlink.log"))
         wait_listening(folder, superlink)
@@ -370,4 +360,4 @@ def _end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
 
 
 def _tail(log: Path) -> str:
-    return log.read_text(errors="replace", encoding="utf-8")[-3000:]
+    return log.read_text(encoding="utf-8", errors="replace")[-3000:]

@@ -69,11 +69,13 @@ def train(
     change = {name: names[name].detach().cpu() - arrays[name] for name in names if name in arrays}
     if scaffold:
         change |= _new_control(home, config, arrays, own, gradients, measured["steps"])
+    measured["peak_memory_bytes"] = float(resources.peak_memory())
+    if p.privacy == "client":  # nothing else is for a server that is not trusted
+        measured = {"learning_rate": measured["learning_rate"]}
     if p.privacy != "none":
-        measured |= privacy.protect(change, p, config["clip"], home.client, config["round"])
+        measured |= privacy.protect(change, p, config["clip"], home, config["round"])
     elif p.secure_aggregation:
         privacy.clip(change, config["clip"])
-    measured["peak_memory_bytes"] = float(resources.peak_memory())
     if p.secure_aggregation:
         return secure.mask(change, home, config, p), measured
     return _compressed(home, config, p, change), measured

@@ -29,6 +29,8 @@ class ClientHome:
     """Personal heads, optimiser state, error feedback: a folder per task."""
     device: str = "cpu"
     """Where it computes."""
+    simulated: bool = False
+    """Whether the server lives on the same machine, as an engine of a simulation says: never over a network."""
 
 
 @dataclass(frozen=True)

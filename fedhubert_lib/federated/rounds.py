@@ -31,8 +31,12 @@ from fedhubert_lib.params import Federation
 
 logger = logging.getLogger(__name__)
 
+METRICS = {"objective_count", "audio_seconds", "seconds", "learning_rate"}
+"""What every client tells, unless the server is not trusted with it."""
 ATTEMPTS = 3
 """Times that a round below its quorum is tried before the run stops."""
+ACCOUNT = "privacy.jsonl"
+"""What a private run has spent: ``privacy.Account``."""
 
 
 class QuorumError(RuntimeError):
@@ -120,7 +124,7 @@ class _Server:
             "round": 0,
             "session": uuid.uuid4().hex,
             "reference_norm": None,
-            "privacy": privacy.initial_state(p),
+            "clip": p.privacy_clip,
             "settings": _settings(clients, p, task),
             **checkpoints.UNJUDGED,
         }
@@ -128,7 +132,7 @@ class _Server:
             # In the order of a fresh start, which a file does not keep: sums over tensors then round alike.
             self.weights = {name: saved[0][name] for name in self.weights}
             self.control = {name: saved[1][name] for name in self.control}
-            self.state = saved[2]
+            self.state |= saved[2]
         self.meter = resources.Meter(torch.device(federated.resolve(p.device)))
         self.saving: Future[None] | None = None
         self.durable = self.state["round"]
@@ -136,7 +140,13 @@ class _Server:
         self.moments = self.saved_moments()
         plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
         plan["parameters"] = sum(tensor.numel() for tensor in self.weights.values())
+        if self.private:
+            plan["privacy"] = privacy.label(p)
         self.ledger = checkpoints.Ledger(out, self.durable, plan, on_row)
+        self.attempt = self.ledger.failed_attempts
+        """Draws of the next round that gave no quorum, in earlier starts, too: none is made twice."""
+        if self.private:
+            self.account = privacy.Account(p, out / ACCOUNT, (self.durable + 1, self.attempt))
 
     def finished(self) -> bool:
         """All rounds done, or none better for too long."""
@@ -148,20 +158,21 @@ class _Server:
         number, began = self.state["round"] + 1, time.perf_counter()
         collected = self.collect(number)
         working = time.perf_counter()
-        update = collected.collector.result()
+        update = collected.collector.result() or {name: torch.zeros_like(w) for name, w in self.weights.items()}
         change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
         self.settle()  # the last checkpoint still reads the weights and the state that are about to change
         spent = {}
         if self.private:
-            spent = privacy.release(
-                update, self.p, self.state["privacy"], len(self.clients.ids), number, collected.within_bound
+            spent = {"clip": self.state["clip"], "epsilon": self.account.epsilon(), "privacy": privacy.label(self.p)}
+            self.state["clip"] = privacy.release(
+                update, self.p, self.state["clip"], number, collected.clients, collected.within_bound, self.fewest
             )
         update_norm = optimisers.checked_norm(update, self.weights)
         optimisers.step(self.p, self.weights, update, self.moments, number)
         if self.scaffold:
             optimisers.step_control(self.control, change, collected.clients / len(self.clients.ids))
         server_seconds = collected.server_seconds + time.perf_counter() - working
-        row = {"round": number, **self.task.averages(collected.sums), **spent, **self.validate(number)}
+        row = {"round": number, **self.averages(collected.sums), **spent, **self.validate(number)}
         row |= self.meter.used()
         seconds = time.perf_counter() - began
         row |= {
@@ -177,8 +188,12 @@ class _Server:
             "audio_seconds": collected.sums["audio_seconds"],
             "audio_seconds_per_second": collected.sums["audio_seconds"] / seconds,
         }
-        checkpoints.judge(self.state, number, row)
-        self.state |= {"round": number, "reference_norm": statistics.median(collected.norms)}
+        if self.private:  # to keep the best of several models by a loss without noise would tell of that loss
+            self.state["best_round"] = number
+        else:
+            checkpoints.judge(self.state, number, row)
+            self.state["reference_norm"] = statistics.median(collected.norms)
+        self.state["round"], self.attempt = number, 0
         self.ledger.row("round", row)
         self.save(number, update)
 
@@ -192,6 +207,15 @@ class _Server:
         """Whether updates are bounded and hidden in noise."""
         return self.p.privacy != "none"
 
+    @property
+    def fewest(self) -> int:
+        """Clients below which none is asked for an update."""
+        return secure.FEWEST if self.p.secure_aggregation else 1
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float | None]:
+        """What a row shows of the clients' metrics; no loss where nobody answered, or told any."""
+        return self.task.averages(sums) if "objective_count" in sums else {"loss": None}
+
     def message(self, number: int) -> dict[str, Any]:
         """The configuration of a message of round ``number``."""
         return {
@@ -199,47 +223,73 @@ class _Server:
             "round": number,
             "session": self.state["session"],
             "durable": self.durable,
-            "clip": self.state["privacy"]["bound"],
+            "clip": self.state["clip"],
         }
 
     def collect(self, number: int) -> "_Collected":
-        """Ask cohorts until one gives a quorum of usable updates."""
-        for attempt in range(ATTEMPTS):
-            draw = privacy.poisson_cohort if self.private else cohort
-            asked = draw(self.clients.ids, self.p.cohort, self.p.seed, number, attempt)
-            quorum = max(1, math.ceil(self.p.quorum * len(asked)))
+        """Draw cohorts until one gives a quorum of usable updates."""
+        for _ in range(ATTEMPTS):
+            drawn = self.draw(number)
+            # By chance a Poisson cohort is small, or empty: to draw again would draw its clients more often than is
+            # accounted for.
+            fewest = 0 if self.p.privacy == "server" else self.fewest
+            quorum = max(fewest, math.ceil(self.p.quorum * len(drawn)))
             message = self.message(number)
             if self.p.secure_aggregation:
-                message["peers"] = self.public_keys(number, message, asked)
-                asked = sorted(message["peers"])
-                # A sum is of all or of nobody: without one of them, the others' masks do not cancel.
-                quorum = max(quorum, len(asked), secure.FEWEST)
-            collected = _Collected(self.collector(message, len(asked)))
-            payload = {**self.weights, **self.control}
-            collected.bytes_down = _size(payload) * len(asked)
-            answers = self.clients.ask(
-                f"{self.task.name}.update",
-                arrays=payload,
-                config=message,
-                clients=asked,
-                timeout=self.p.deadline_seconds or None,
-            )
-            for reply, norm in self.usable(number, answers, payload, collected):
-                self.accept(number, reply, norm, collected)
-                reply.arrays.clear()  # several loops still know this reply while the next client works
+                message["peers"] = self.public_keys(number, message, drawn)
+            asked = sorted(message.get("peers", drawn))
+            if quorum <= len(asked) < self.fewest:
+                return _Collected(optimisers.Mean())
+            collected = _Collected(optimisers.Mean())
+            if len(asked) >= quorum:
+                collected = self.ask(number, message, asked)
+                if self.p.secure_aggregation:  # a sum is of all or of nobody: without one, the masks do not cancel
+                    quorum = len(asked)
             if collected.clients >= quorum:
                 return collected
-            self.fail(number, "", f"{collected.clients} of {len(asked)} clients gave a usable update; {quorum} needed")
+            count = f"{collected.clients} of {len(drawn)}"
+            self.fail(number, "", f"{count} clients gave a usable update; {quorum} needed")
+            self.attempt += 1
         self.settle()
         raise QuorumError(
             f"round {number}: {ATTEMPTS} times too few usable updates; the reasons are in {self.out / 'metrics.jsonl'} "
-            f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it"
+            f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it, with "
+            "another cohort"
         )
+
+    def draw(self, number: int) -> list[str]:
+        """The cohort that is asked next."""
+        ids, p = self.clients.ids, self.p
+        if p.privacy != "server":
+            return cohort(ids, p.cohort, p.seed, number, self.attempt)
+        drawn = privacy.poisson_cohort(ids, p.cohort, p.seed if p.privacy_seeded else None, number, self.attempt)
+        self.account.charge((number, self.attempt), len(ids), drawn)
+        return drawn
+
+    def ask(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> "_Collected":
+        """Ask for updates, and collect those that can be used."""
+        if self.p.privacy == "client":
+            peers = len(asked) if self.p.secure_aggregation else 1
+            self.account.charge((number, self.attempt), len(self.clients.ids), asked, peers)
+        collected = _Collected(self.collector(message, len(asked)))
+        payload = {**self.weights, **self.control}
+        collected.bytes_down = _size(payload) * len(asked)
+        answers = self.clients.ask(
+            f"{self.task.name}.update",
+            arrays=payload,
+            config=message,
+            clients=asked,
+            timeout=self.p.deadline_seconds or None,
+        )
+        for reply, norm in self.usable(number, answers, payload, collected):
+            self.accept(number, reply, norm, collected)
+            reply.arrays.clear()  # several loops still know this reply while the next client works
+        return collected
 
     def collector(self, message: Mapping[str, Any], clients: int) -> optimisers.Collector:
         """What takes the updates of one cohort."""
         if self.p.secure_aggregation:
-            return secure.Sum(self.weights, secure.scale(self.p, message["clip"], max(1, clients)))
+            return secure.Sum(self.weights, secure.scale(self.p, message["clip"], clients))
         return optimisers.collector(self.p, self.out / "updates")
 
     def public_keys(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str]:
@@ -283,7 +333,7 @@ class _Server:
                     continue
                 # Rounding may have carried it beyond the bound; and who says that it clipped? A mask tells nothing.
                 if self.p.privacy == "server" and not self.p.secure_aggregation:
-                    privacy.clip(update, self.state["privacy"]["bound"])
+                    privacy.clip(update, self.state["clip"])
                 collected.server_seconds += time.perf_counter() - began
                 yield replace(answer, arrays=update), norm
 
@@ -307,15 +357,14 @@ class _Server:
 
     def check_metrics(self, metrics: Mapping[str, float]) -> None:
         """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
-        needed = ("objective_count", "audio_seconds", "seconds", "learning_rate")
-        for name in (*needed, "within_bound") if self.private else needed:
-            if name not in metrics:
-                raise optimisers.UpdateError(f"its metrics lack {name}")
+        needed = {"learning_rate"} if self.p.privacy == "client" else METRICS
+        needed |= {"within_bound"} if self.private and self.p.privacy_quantile > 0 else set()
+        if missing := needed - metrics.keys():
+            raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
         if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
         possible = self.p.local_steps * self.p.batch_seconds * SAMPLE_RATE / HOP
-        if not 0 < metrics["objective_count"] <= possible:
-            claimed = metrics["objective_count"]
+        if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
             raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")
 
     def accept(self, number: int, reply: Reply, norm: float, collected: "_Collected") -> None:
@@ -328,13 +377,13 @@ class _Server:
         collected.collector.add(reply.arrays, weight)
         collected.clients += 1
         collected.norms.append(norm)
-        collected.within_bound.append(metrics.get("within_bound", 0.0))
+        collected.within_bound += metrics.get("within_bound", 0.0)
         collected.learning_rate = metrics["learning_rate"]
         collected.sums.update(metrics)
         collected.server_seconds += time.perf_counter() - began
-        row = {"round": number, "client": reply.client, **self.task.averages(metrics)}
+        row = {"round": number, "client": reply.client, **self.averages(metrics)}
         row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
-        row["masked_frames"] = metrics["objective_count"]
+        row["masked_frames"] = metrics.get("objective_count")
         self.ledger.row("client", row if self.p.secure_aggregation else row | {"update_norm": norm})
 
     def fail(self, number: int, client: str, reason: str) -> None:
@@ -344,7 +393,7 @@ class _Server:
 
     def validate(self, number: int) -> dict[str, float]:
         """Loss and accuracy of the new weights on validation utterances of a panel of clients, the same every round."""
-        if number % self.p.validate_every and number != self.p.rounds:
+        if self.p.privacy == "client" or number % self.p.validate_every and number != self.p.rounds:
             return {}
         sums: Counter[str] = Counter()
         answers = self.clients.ask(
@@ -399,9 +448,9 @@ class _Collected:
     collector: optimisers.Collector
     clients: int = 0
     norms: list[float] = field(default_factory=list)
-    within_bound: list[float] = field(default_factory=list)
+    within_bound: float = 0.0
     sums: Counter[str] = field(default_factory=Counter)
-    learning_rate: float = 0.0
+    learning_rate: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
     server_seconds: float = 0.0

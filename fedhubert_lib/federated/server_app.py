@@ -1,69 +1,50 @@
-"""The server of a real federation: Flower's ServerApp, which runs one stage over the SuperNodes that are connected.
+"""The server of a real federation: Flower's ServerApp, which carries the messages of one stage to the SuperNodes.
 
-``flwr run`` starts it with a run configuration of ``run`` (the run folder on the server's machine) and ``stage``
-(kmeans, pretrain or distill). Parameters are those in the stage's ``params.yaml``. The same code as in a notebook then
-talks to the clients: a restarted server goes on from its last checkpoint.
+``flwr run`` starts it with a run configuration of ``socket``: where the process that runs the stage listens. The stage
+is the same code as over any other engine; see ``relay``.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from multiprocessing.connection import Client
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedhubert_lib import distillation, federated, kmeans, params, pretraining, yaml12
-from fedhubert_lib.federated import messages
+from fedhubert_lib.federated import messages, relay
 
 logger = logging.getLogger(__name__)
 
-TASKS: dict[str, Callable] = {
-    "kmeans": kmeans.run,
-    "pretrain": pretraining.federate,
-    "distill": distillation.federate,
-}
-"""What a server can run, as (run, parameters, clients)."""
+WAIT_SECONDS = 120
+"""How long to wait for all clients; those still missing then are left out until they come."""
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Wait for the clients of the run, then run the stage over them.
-
-    ``wait_seconds`` of the run configuration (default 300) is how long to wait for all; those still missing then are
-    left out of their rounds until they come.
-    """
-    run, stage = Path(str(context.run_config["run"])), str(context.run_config["stage"])
-    if stage not in TASKS:
-        raise ValueError(f"stage {stage!r} cannot be run over a federation; it must be one of {', '.join(TASKS)}")
-    values, _, wrong = yaml12.read(run / params.FOLDERS[stage] / "params.yaml")
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    p = params.SECTIONS[stage].model_validate(values)
-    ids = federated.client_ids(run)
-    nodes = wait(grid, ids, float(context.run_config.get("wait_seconds", 300)))
-    TASKS[stage](run, p, messages.GridClients(grid, nodes, ids=ids))
+    """Wait for the clients of the run, then pass on the stage's messages until it ends."""
+    with Client(str(context.run_config["socket"]), family="AF_UNIX") as pipe:
+        header, _ = relay.receive(pipe)
+        nodes = wait(grid, header["ids"], WAIT_SECONDS)
+        relay.send(pipe, {"connected": sorted(nodes)}, {})
+        if nodes:
+            relay.serve(pipe, messages.GridClients(grid, nodes, ids=header["ids"]))
 
 
 def wait(grid: Grid, ids: Sequence[str], seconds: float) -> dict[str, int]:
-    """Nodes by client id, once all of ``ids`` are connected or ``seconds`` have passed. Raises TimeoutError if none is.
+    """Nodes by client id, once all of ``ids`` are connected or ``seconds`` have passed.
 
     A node list that is empty at first is Flower's way: nodes appear as they activate.
     """
     deadline = time.monotonic() + seconds
     nodes: dict[str, int] = {}
-    while True:
+    while missing := sorted(set(ids) - set(nodes)):
         if unknown := set(grid.get_node_ids()) - set(nodes.values()):
             nodes |= messages.identify(grid, unknown)
-        missing = sorted(set(ids) - set(nodes))
-        if not missing:
-            break
         if time.monotonic() > deadline:
-            if len(missing) == len(ids):
-                raise TimeoutError(f"no client connected within {seconds:.0f} s; start the SuperNodes, then flwr run")
-            logger.warning("going on without %s, not connected within %.0f s", ", ".join(missing), seconds)
+            logger.warning("%s: not connected within %.0f s; left out until they come", ", ".join(missing), seconds)
             break
-        time.sleep(1)
+        time.sleep(0.5)
     return {client: node for client, node in nodes.items() if client in ids}

@@ -102,5 +102,7 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _rows(rows: Sequence[Mapping[str, Any]], kind: str) -> pd.DataFrame:
     """The rows of one kind; of a round that was done again after a restart, the last."""
-    table = pd.DataFrame([row for row in rows if row["kind"] == kind])
+    chosen = [row for row in rows if row["kind"] == kind]
+    # A round of a private study may tell no loss.
+    table = pd.DataFrame([{key: np.nan if value is None else value for key, value in row.items()} for row in chosen])
     return table.drop_duplicates(["round", "client"][: 1 + (kind == "client")], keep="last") if len(table) else table

@@ -1,0 +1,147 @@
+"""What can be known before a stage starts: whether all that it needs is there and fits, so that nothing is found later.
+
+``check`` is called at the top of each notebook for its stage; ``study`` by ``fedhubert run`` for all stages to come,
+before the first, and again once the corpus and the clients are there.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from fedhubert_lib import distillation, federated, hubert, params, pretraining, runs
+from fedhubert_lib.corpora import archives, librispeech, speech_commands
+from fedhubert_lib.evaluation import keywords
+from fedhubert_lib.federated import rounds
+from fedhubert_lib.teaching import Teacher
+
+
+def check(stage: str, p: params.Section, run: Path) -> None:
+    """Raise RunError, with all that is wrong, unless ``stage`` of the run in folder ``run`` can do its work."""
+    _refuse(_problems(stage, p, run, None))
+
+
+def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
+    """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
+    _refuse(text for stage in stages for text in _problems(stage, getattr(study, stage), run, study))
+
+
+def missing_packages(*names: str) -> list[str]:
+    """Those of the packages ``names`` that this Python cannot import."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def _refuse(problems: Iterator[str]) -> None:
+    if lines := list(dict.fromkeys(problems)):
+        raise runs.RunError("\n".join(lines))
+
+
+def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> Iterator[str]:
+    """What keeps ``stage`` from its work; with its ``study``, also what the stages before it are going to make."""
+    checks: list[tuple[str, Iterator[str]]] = []
+    if isinstance(p, params.Corpus):
+        checks = [("root", _speech(p)), ("keywords_root", _words(p))]
+    if isinstance(p, params.Kmeans | params.Federation | params.Evaluate):
+        checks += [("device", _device(p.device))]
+    if isinstance(p, params.Kmeans | params.Federation):
+        checks += [("engine", _engine(p.engine))]
+    if isinstance(p, params.Federation):
+        checks += [("cohort", _cohort(p, run))]
+    if isinstance(p, params.Kmeans):
+        checks += [("features", _features(p))]
+    if isinstance(p, params.Pretrain):
+        checks += [("initial", _initial(p))]
+    if isinstance(p, params.Distill):
+        checks += [("teacher", _teacher(p, run, study))]
+    if isinstance(p, params.Evaluate):
+        checks += [("task", _keywords(p, run, study))]
+    for name, problems in checks:
+        try:
+            yield from (f"{stage}.{name}: {text}" for text in problems)
+        except (OSError, ValueError) as error:  # what the library itself says of a corpus, a checkpoint, a teacher
+            yield f"{stage}.{name}: {str(error).removeprefix(f'{stage}.{name}: ')}"
+
+
+def _speech(p: params.Corpus) -> Iterator[str]:
+    if "synthetic" in (p.kind, p.keywords) and missing_packages("espeakng_loader"):
+        yield "the speech synthesiser espeakng-loader is not installed; run: make install"
+    if p.kind == "librispeech" and not p.download:
+        subsets = p.train_subsets + p.test_subsets
+        librispeech.home(Path(p.root), [name for name in subsets if not Path(p.root, f"{name}.tar.gz").is_file()])
+
+
+def _words(p: params.Corpus) -> Iterator[str]:
+    root = Path(p.keywords_root)
+    fetched = p.download or any((root / f"{name}.tar.gz").is_file() for name in archives.KEYWORDS)
+    if p.keywords == "speech-commands" and (speech_commands.is_home(root) or not fetched):
+        speech_commands.usable(speech_commands.home(root))
+    yield from ()
+
+
+def _device(device: str) -> Iterator[str]:
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        yield f"{device} given, but torch sees no GPU here; give auto or cpu, or mend the driver"
+    elif kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        yield f"{device} given; there is cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+    elif kind == "mps":
+        yield "mps given, which has no float64 and cannot train here; give auto or cpu"
+
+
+def _engine(engine: str) -> Iterator[str]:
+    if engine == "ray" and missing_packages("ray"):
+        yield "ray given, but it is not installed; run: make ray"
+
+
+def _cohort(p: params.Federation, run: Path) -> Iterator[str]:
+    if (run / "01_partition" / "clients.parquet").is_file():
+        clients = len(federated.client_ids(run))
+        if (size := rounds.sized(p, clients).cohort) > clients:
+            yield f"{size} given, but 01_partition made {clients} clients; give that or fewer"
+
+
+def _features(p: params.Kmeans) -> Iterator[str]:
+    if p.features != "mfcc":
+        depth = hubert.load(p.features, weights=False)[0].config.num_hidden_layers
+        if (p.layer or 1) > depth:
+            yield f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them"
+
+
+def _initial(p: params.Pretrain) -> Iterator[str]:
+    if p.initial:
+        hubert.load(p.initial, weights=False)
+    yield from ()
+
+
+def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> Iterator[str]:
+    """Whether the student can learn from its teacher; that of 03_pretrain to come is what the study describes."""
+    clusters = study.kmeans.clusters if study else None
+    with torch.device("meta"):
+        if p.teacher or study is None:
+            teacher = Teacher(*hubert.load(distillation.teacher_folder(run, p), weights=False))
+        else:
+            first = study.pretrain.initial
+            model = hubert.load(first, weights=False)[0] if first else None
+            model = model or hubert.Hubert(pretraining.model_config(study.pretrain))
+            teacher = Teacher(model, hubert.Head(model.config, clusters))
+        distillation.check_teacher(run, p, teacher, clusters)
+    yield from ()
+
+
+def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> Iterator[str]:
+    """Whether the clips allow a fair figure; before 00_corpus, whether SUPERB's task has what it needs."""
+    path = run / "00_corpus" / "keywords.parquet"
+    if path.is_file():
+        clips = keywords.read_clips(path)
+        if p.task == "superb":
+            keywords.superb(clips, p.seed)
+    elif p.task == "superb" and study is not None:
+        root = Path(study.corpus.keywords_root)
+        if study.corpus.keywords == "synthetic":
+            yield "superb given; it needs background noise, which the synthetic keywords have not: give words"
+        elif speech_commands.is_home(root):
+            root = speech_commands.home(root)
+            if missing := sorted(set(keywords.COMMANDS) - speech_commands.usable(root)):
+                yield f"superb needs ten commands; {root} has no training or no test clip of {', '.join(missing)}"
+            keywords.noise(root)

@@ -1,0 +1,168 @@
+"""What a later stage needs is looked at before the first: each fault is named with its parameter, all at once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+
+from fedhubert_lib import hubert, params, preflight, runs
+from fedhubert_lib.evaluation import keywords
+
+
+def problems(run: Path, *settings: str, first: str = "corpus") -> str:
+    """What keeps the toy study with ``settings`` from running from stage ``first`` on; empty: nothing."""
+    study = params.load(ROOT / "params" / "toy.yaml", settings)
+    stages = list(params.SECTIONS)
+    try:
+        preflight.study(study, stages[stages.index(first) :], run)
+    except runs.RunError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small HuBERT of three layers without a head, as public ones are."""
+    folder = tmp_path / "checkpoint"
+    hubert.save(folder, hubert.Hubert(hubert.preset("tiny", num_hidden_layers=3)))
+    return folder
+
+
+def change(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_nothing_keeps_the_toy_study_from_running(tmp_path):
+    assert problems(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2'; only HuBERT"),
+        ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "160 samples per frame; labels need 320"),
+        ({"num_hidden_layers": 4}, "does not fit its config"),
+    ],
+)
+def test_another_kind_of_model_is_refused_before_any_stage(values, words, checkpoint, tmp_path):
+    change(checkpoint, **values)
+    places = ("kmeans.features", "pretrain.initial", "distill.teacher")
+    told = problems(tmp_path, *(f"{place}={checkpoint}" for place in places), "distill.objectives=[hubert]")
+    assert [line.split(": ")[0] for line in told.splitlines()] == list(places)
+    assert all(words in line for line in told.splitlines())
+
+
+def test_a_layer_or_head_that_the_checkpoint_lacks_is_found(checkpoint, tmp_path):
+    assert not problems(tmp_path, f"kmeans.features={checkpoint}", "kmeans.layer=3")
+    assert "layer 4 given, but" in problems(tmp_path, f"kmeans.features={checkpoint}", "kmeans.layer=4")
+    teacher = f"distill.teacher={checkpoint}"
+    assert "has no head.safetensors" in problems(tmp_path, teacher)
+    assert not problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=3")
+    for layer in ("distill.objectives=[hubert]", "distill.compare=[hubert]"):
+        told = problems(tmp_path, teacher, "distill.objectives=[distilhubert]", layer, "distill.teacher_layer=4")
+        assert "has 3 layers, but teacher_layer is 4" in told
+
+
+def test_the_teacher_to_come_is_judged_by_the_parameters_of_pretraining(tmp_path):
+    told = problems(tmp_path, "distill.initial=teacher")
+    assert told.startswith("distill.teacher: ") and "in the student and" in told
+    same = [f"{stage}.{name}" for stage in ("pretrain", "distill") for name in ("hidden_size=96", "attention_heads=3")]
+    assert not problems(tmp_path, "distill.initial=teacher", *same)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = problems(
+        tmp_path, "kmeans.device=cuda", "pretrain.device=mps", "evaluate.device=cuda:1", "distill.device=cpu"
+    )
+    lines = dict(line.split(": ", 1) for line in told.splitlines())
+    assert lines.keys() == {"kmeans.device", "pretrain.device", "evaluate.device"}
+    assert "torch sees no GPU" in lines["kmeans.device"] and "no float64" in lines["pretrain.device"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "cuda:1 given; there is cuda:0 to cuda:0" in problems(tmp_path, "evaluate.device=cuda:1")
+    assert not problems(tmp_path, "evaluate.device=cuda:0", "kmeans.device=cuda")
+
+
+def test_packages_that_are_not_installed_are_named_with_the_line_that_works(tmp_path, monkeypatch):
+    find = preflight.importlib.util.find_spec
+    absent = {"ray", "espeakng_loader"}
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    told = problems(tmp_path, "kmeans.engine=ray")
+    assert "kmeans.engine: ray given, but it is not installed; run: make ray" in told
+    assert "corpus.root: the speech synthesiser espeakng-loader is not installed; run: make install" in told
+
+
+def test_the_cohort_is_compared_with_the_clients_that_there_are(tmp_path):
+    (tmp_path / "01_partition").mkdir()
+    pd.DataFrame({"client": ["a", "b"]}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
+    told = problems(tmp_path, first="kmeans")
+    assert "pretrain.cohort: 3 given, but 01_partition made 2 clients; give that or fewer" in told
+    assert not problems(tmp_path, "pretrain.cohort=2", first="kmeans")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """Speech Commands with SUPERB's ten commands, another word, and noise."""
+    root = tmp_path / "words"
+    noise = np.random.default_rng(0)
+    for word in (*keywords.COMMANDS, "bed"):
+        (root / word).mkdir(parents=True)
+        for voice in ("0a", "0b", "0c"):
+            soundfile.write(root / word / f"{voice}_nohash_0.wav", noise.normal(0, 0.1, 8_000), 16_000)
+    for name, voice in (("validation_list.txt", "0b"), ("testing_list.txt", "0c")):
+        lines = [f"./{word}/{voice}_nohash_0.wav" for word in (*keywords.COMMANDS, "bed")]
+        (root / name).write_text("\r\n".join(lines))
+    (root / "_background_noise_").mkdir()
+    soundfile.write(root / "_background_noise_" / "a.wav", noise.normal(0, 0.1, 640_000), 16_000)
+    return root
+
+
+def superb(run: Path, words: Path) -> str:
+    return problems(run, "corpus.keywords=speech-commands", f"corpus.keywords_root={words}", "evaluate.task=superb")
+
+
+def test_what_superb_needs_is_looked_at_before_the_corpus_is_read(words, tmp_path):
+    assert not superb(tmp_path, words)
+    noise = words / "_background_noise_"
+    (noise / "._a.wav").write_bytes(b"\0\5\x16\7")
+    assert not superb(tmp_path, words), "resource forks of macOS are no noise"
+    soundfile.write(noise / "b.wav", np.zeros(44_100), 44_100)
+    assert "b.wav: 44100 Hz, not 16000 Hz" in superb(tmp_path, words)
+    (noise / "b.wav").unlink()
+    (noise / "a.wav").unlink()
+    assert "_background_noise_: no WAV file" in superb(tmp_path, words)
+    (words / "stop" / "0c_nohash_0.wav").unlink()
+    assert "has no training or no test clip of stop" in superb(tmp_path, words)
+    assert "the synthetic keywords have not" in problems(tmp_path, "evaluate.task=superb")
+
+
+def test_lists_and_folders_of_words_that_do_not_fit_are_refused_at_once(words, tmp_path):
+    (words / "testing_list.txt").write_text("yes/9z_nohash_0.wav\n")
+    told = problems(tmp_path, "corpus.keywords=speech-commands", f"corpus.keywords_root={words}")
+    assert told.startswith("corpus.keywords_root: ") and "a training and a test clip of 0 words" in told
+    (words / "testing_list.txt").unlink()
+    told = problems(tmp_path, "corpus.keywords=speech-commands", f"corpus.keywords_root={words}")
+    assert "holds no Speech Commands folder" in told
+
+
+def test_a_corpus_without_a_subset_is_refused_unless_its_archive_or_a_download_will_bring_it(tmp_path):
+    (tmp_path / "train-clean-100" / "1").mkdir(parents=True)
+    settings = ["corpus.kind=librispeech", f"corpus.root={tmp_path}"]
+    assert "has no subset test-clean; it has train-clean-100" in problems(tmp_path, *settings)
+    assert not problems(tmp_path, *settings, "corpus.download=true")
+    (tmp_path / "test-clean.tar.gz").write_bytes(b"")
+    assert not problems(tmp_path, *settings)
+
+
+def test_a_notebook_checks_its_stage_alone(checkpoint, tmp_path):
+    p = params.Distill(teacher=str(checkpoint))
+    with pytest.raises(runs.RunError, match=r"distill\.teacher: .* has no head\.safetensors"):
+        preflight.check("distill", p, tmp_path)
+    preflight.check("distill", params.Distill(teacher=str(checkpoint), objectives=["hubert"]), tmp_path)
