@@ -1,15 +1,20 @@
 """What a deployment's machines are given: keys, certificates, configuration, commands."""
 
+import os
+import signal
 import socket
 import ssl
 import stat
+import subprocess
+import textwrap
 import threading
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fedhubert_lib import cli
+from fedhubert_lib import cli, params
 from fedhubert_lib.federated import deployment
 
 CLIENTS = ["client-000", "client-001"]
@@ -103,3 +108,42 @@ def test_a_federation_that_is_not_there_is_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "federation.json" in said
     assert "prepare" in said
+
+
+# --------------------------------------------------------------------------------------------------------------- Slurm
+
+PROGRAM = """#!/bin/bash
+trap 'touch told; sleep 0.5; exit 75' USR2
+touch begun
+if [ "$CODE" ]; then exit $CODE; fi
+while true; do sleep 0.1; done
+"""
+"""Stands for fedhubert: finishes its checkpoint after USR2 and exits with 75, or ends by itself with CODE."""
+
+
+@pytest.mark.parametrize(("ends", "signals"), [(None, 1), (None, 2), ("0", 0), ("1", 0), ("75", 0)])
+def test_the_slurm_script_of_the_readme_requeues_what_was_stopped(tmp_path, ends, signals):
+    text = (params.ROOT / "README.md").read_text()
+    script = textwrap.dedent(text[text.index("    #!/bin/bash") :].split("\n\n")[0])
+    for name, content in {
+        "job.sh": script,
+        ".venv/bin/fedhubert": PROGRAM,
+        "bin/scontrol": '#!/bin/bash\necho "$@" >> requeued\n',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"SLURM_JOB_ID": "42", "DATA": "/data", "CODE": ends or "", "PATH": path}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment)
+    try:
+        for mark in ["begun", "told"][:signals]:
+            while not (tmp_path / mark).exists():
+                time.sleep(0.01)
+            job.send_signal(signal.SIGUSR2)
+        code = job.wait(timeout=60)
+    finally:
+        job.kill()
+    assert code == int(ends or 75)
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("requeue 42\n" if code == 75 else "")
