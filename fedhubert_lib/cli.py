@@ -185,7 +185,7 @@ def _add_deploy(commands: argparse._SubParsersAction) -> None:
     add("register", _register, "let in the clients whose keys the running SuperLink does not know yet", here)
     client = add("client", _client, "run a client's SuperNode, until it is stopped", "the run folder with its data")
     client.add_argument("node", type=Path, help="the client's folder that prepare wrote, RUN/federation/nodes/CLIENT")
-    client.add_argument("--device", default="cpu", help="where it computes: cpu, cuda:0 ...")
+    client.add_argument("--device", type=params.device, default="cpu", help="where it computes: cpu, cuda:0 ...")
     run = add("run", _deploy_run, "run stages of a study over the clients that are connected", here)
     local = add("local", _local, "server, clients and stages on this machine, then stop them", here)
     stages = list(params.SECTIONS)[2:]
@@ -195,7 +195,7 @@ def _add_deploy(commands: argparse._SubParsersAction) -> None:
         step.add_argument("study", type=Path, help="study file with the stages' parameters")
         step.add_argument("stage", nargs="*", choices=[[], *stages], default=[], metavar="STAGE", help=some)
         _add_changes(step)
-    local.add_argument("--device", default="cpu", help="where the clients compute: cpu, cuda:0 ...")
+    local.add_argument("--device", type=params.device, default="cpu", help="where the clients compute: cpu, cuda:0 ...")
 
 
 def _prepare(given: argparse.Namespace) -> int:

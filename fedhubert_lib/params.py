@@ -6,6 +6,7 @@ which ``params/toy.yaml`` is. Distillation takes over from pretraining what both
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 working directory, which differs between JupyterLab, papermill and nbval, plays no part."""
 
 
+def device(name: str) -> str:
+    """``name``, which says where something computes. Raises ValueError where it is none of those that can."""
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is None:
+        why = "; mps does not have float64, in which norms and sums are taken" if name.startswith("mps") else ""
+        raise ValueError(f"auto, cpu, cuda or cuda:NUMBER is expected{why}")
+    return name
+
+
 def _from_root(path: str) -> str:
     return path if path in ("", "mfcc") else os.path.normpath(ROOT / Path(path).expanduser())
 
@@ -31,7 +40,7 @@ Natural = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Place = Annotated[str, AfterValidator(_from_root)]
 """A file or folder; a relative one starts at the project's root."""
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps)$")]
+Device = Annotated[str, AfterValidator(device)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 """Of a folder: letters, digits and _ . - only."""
 

@@ -30,6 +30,8 @@ def explain(
         if item["type"] == "extra_forbidden":
             kind = "section" if isinstance(item["input"], dict) else "parameter"
             text = f"no such {kind}{nearest(name, owner.model_fields)}"
+        elif item["type"] == "value_error":
+            text = f"{given} given; {item['ctx']['error']}"
         elif "$ref" in described:
             text = f"{given} given; a section with 'parameter: value' lines is expected"
         else:

@@ -298,3 +298,10 @@ def test_check_refuses_what_papermill_lets_through(changed, said):
 
 def test_what_the_cell_does_not_show_has_its_default():
     assert params.check("kmeans", {"clusters": 7}) == params.Kmeans(clusters=7)
+
+
+@pytest.mark.parametrize("stage", ["kmeans", "pretrain", "distill", "evaluate"])
+def test_a_device_that_cannot_compute_is_refused_with_the_reason(stage):
+    with pytest.raises(params.ParameterError, match="cuda:NUMBER is expected; mps does not have float64"):
+        params.load("params/toy.yaml", [f"{stage}.device=mps"])
+    assert getattr(params.load("params/toy.yaml", [f"{stage}.device=cuda:1"]), stage).device == "cuda:1"
