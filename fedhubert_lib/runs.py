@@ -80,10 +80,10 @@ class Stage:
         Raises RunError when parameters or inputs are no longer those that ``start`` saw. An interrupt ends in
         ``Interrupted``. A stage that fails before it has written anything leaves what was there as it was.
         """
+        self._check_current()
         lock = self.run / ".lock"
         hold(lock, f"notebook {params.FOLDERS[self.name]}")
         try:
-            self._check_current()
             self.__dict__.pop("folder", None)  # an attempt that failed may have moved it
             done = read_json(self.folder / "done.json")
             hold(lock, f"notebook {params.FOLDERS[self.name]}")

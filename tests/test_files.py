@@ -164,7 +164,12 @@ def test_text_files_are_utf8_whatever_the_locale():
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             owner, name = ast.unparse(node.func.value), node.func.attr
-            binary = any("b'" in ast.unparse(value) for value in node.args) or owner in ("os", "tarfile", "files")
-            if name in ("read_text", "write_text", "open") and not binary and "encoding" not in ast.unparse(node):
-                unnamed.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+            text = ast.unparse(node)
+            binary = any(mode in text for mode in ("'rb'", "'wb'", "'ab'", "'ab+'")) or owner in (
+                "os",
+                "tarfile",
+                "files",
+            )
+            if name in ("read_text", "write_text", "open") and not binary and "encoding" not in text:
+                unnamed.append(f"{path.name}:{node.lineno}: {text}")
     assert not unnamed

@@ -126,6 +126,9 @@ def test_training_stops_when_nothing_gets_better(run, monkeypatch):
     assert checkpoints.rounds(run / "toy") == [2, 4]
     train(run, patience=2)  # and stays stopped
     assert checkpoints.rounds(run / "toy") == [2, 4]
+    resumed = train(run, patience=3)  # raised: as if it had been that from the beginning
+    assert digest(resumed) == digest(train(run, "patient", patience=3)) and checkpoints.rounds(run / "toy") == [2, 5]
+    assert rows(run / "toy/metrics.jsonl") == rows(run / "patient/metrics.jsonl")
 
 
 def test_rounds_are_judged_by_validation_as_soon_as_there_is_one():

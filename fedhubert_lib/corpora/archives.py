@@ -7,7 +7,6 @@ there. The corpus folder gets its name last, so whatever has it is whole.
 
 import contextlib
 import errno
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from fedhubert_lib import files
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 BLOCK = 1 << 20
@@ -291,10 +291,8 @@ def _room(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArchiveError(f"{path.parent}: another process is fetching or unpacking here; wait for it") from None
+        if not files.lock(file):
+            raise ArchiveError(f"{path.parent}: another process is fetching or unpacking here; wait for it")
         yield
 
 
