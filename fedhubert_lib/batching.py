@@ -14,7 +14,6 @@ Planning reads no audio; threads decode ahead of the training step (libsndfile r
 decoded stays in memory as long as there is room: later rounds and passes decode nothing.
 """
 
-import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,11 +23,10 @@ from itertools import count, islice
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, masking, seeds
+from fedhubert_lib import audio, masking, resources, seeds
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
 
 LENGTHS = 16
@@ -252,13 +250,13 @@ def batches(
 
 
 _decoded: dict[tuple[str, int], Tensor] = {}
-"""What this process has decoded, by path and time of change: int16 where that is exact, as of FLAC and WAV speech."""
+"""What this process has decoded, by path and time of change: int16 where that is exact, as of FLAC and WAV speech; then
+115 MB hold an hour."""
 
 
-@functools.cache
-def _room() -> list[int]:
-    """Bytes that ``_decoded`` may still grow by, in a list: a quarter of what is free at first; 115 MB hold an hour."""
-    return [psutil.virtual_memory().available // 4]
+def _has_room() -> bool:
+    """Half of the memory is free: the rest is for training, and for other workers, which keep what they decode, too."""
+    return resources.free_memory(torch.device("cpu")) > resources.memory_limit() // 2
 
 
 def _read(path: str, start: int, stop: int) -> Tensor:
@@ -268,14 +266,11 @@ def _read(path: str, start: int, stop: int) -> Tensor:
     except OSError:
         return audio.read(path, start, stop)  # which says what is wrong
     if (whole := _decoded.get(key)) is None:
-        room = _room()
-        if room[0] <= 0:
+        if not _has_room():
             return audio.read(path, start, stop)
         whole = audio.read(path)
         integers = (whole * 32_768).to(torch.int16)
-        whole = integers if torch.equal(integers.float() / 32_768, whole) else whole
-        if _decoded.setdefault(key, whole) is whole:
-            room[0] -= whole.nbytes
+        whole = _decoded[key] = integers if torch.equal(integers.float() / 32_768, whole) else whole
     if stop > len(whole):
         return audio.read(path, start, stop)
     return whole[start:stop] if whole.dtype == torch.float32 else whole[start:stop].float().div_(32_768)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -60,7 +59,7 @@ def train(
     settings = local.settings(p, total, accumulate=p.cohort)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    meter = resources.Meter(torch.device(federated.resolve(p.device)))
+    meter = resources.Meter(p.device)
     with checkpoints.sole(out):
         state = {"round": 0, "settings": rounds.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"])) is not None:

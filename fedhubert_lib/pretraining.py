@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fedhubert_lib import audio, batching, federated, hubert, objectives, params, pooled, resources, seeds, training
+from fedhubert_lib import audio, batching, federated, hubert, objectives, params, planning, pooled, seeds, training
 from fedhubert_lib.federated import checkpoints, client_state, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
 from fedhubert_lib.labels import Labels
@@ -218,14 +218,14 @@ def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor
     return folder
 
 
-def plan(run: Path, p: params.Pretrain) -> resources.Plan:
-    """What the stage will take on this machine, from a measured training step: see ``resources.plan``.
+def plan(run: Path, p: params.Pretrain) -> planning.Plan:
+    """What the stage will take on this machine, from a measured training step: see ``planning.plan``.
 
     Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
     """
     p = rounds.sized(p, len(federated.client_ids(run)))
     config, _ = initial(run, p)
-    return resources.plan(
+    return planning.plan(
         config,
         clusters=clusters(run, p.codebook),
         batch_seconds=p.batch_seconds,
@@ -234,6 +234,7 @@ def plan(run: Path, p: params.Pretrain) -> resources.Plan:
         device=federated.resolve(p.device),
         precision=p.precision,
         gradient_checkpointing=p.gradient_checkpointing,
+        workers=federated.side_by_side(p.engine, p.device),
     )
 
 

@@ -17,6 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from fedhubert_lib import resources
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.objectives import Sums
 
@@ -66,15 +67,8 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     device = torch.device(device)
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision is {precision!r}; it must be auto, float32 or bfloat16")
-    enabled = precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+    enabled = precision == "bfloat16" or (precision == "auto" and resources.fast_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @functools.cache

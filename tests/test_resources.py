@@ -1,49 +1,48 @@
 """Measured facts about this machine."""
 
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fedhubert_lib import hubert, resources
-
-CONFIG = hubert.preset("tiny", num_hidden_layers=1)
+from fedhubert_lib import resources
 
 
-def test_description_and_usage():
+def test_description_and_meter():
     facts = resources.describe()
     assert facts["cores"] >= 1 and facts["memory"] > 2**28
-    meter = resources.Meter()
-    torch.randn(400, 400) @ torch.randn(400, 400)
-    row = meter.read()
-    assert row["cpu_seconds"] > 0 and row["memory_bytes"] > 2**26
-    assert resources.usage()["memory_bytes"] > 2**26
+    row = resources.Meter("cpu").used()
+    assert row["peak_memory_bytes"] > 2**26
+    assert "gpu_joules" not in row
 
 
-@pytest.mark.slow
-def test_a_larger_batch_is_measured_to_need_more():
-    """Whatever this process has held: a child's getrusage begins with its parent's peak."""
-    torch.ones(2**29)  # 2 GiB
-    one = resources.measure_step(CONFIG, 10, 1, 4.0, torch.device("cpu"), "float32", False)
-    many = resources.measure_step(CONFIG, 10, 4, 4.0, torch.device("cpu"), "float32", False)
-    assert 2**30 > many.bytes > one.bytes > 2**20
+@pytest.mark.parametrize(
+    ("answer", "joules"),
+    [("300.50\n", True), ("[N/A]\n", False), ("[Not Supported]\n", False), ("nan", False), (None, False)],
+)
+def test_no_gpu_meter_stops_a_training(monkeypatch, answer, joules):
+    """The device is named by its UUID: under CUDA_VISIBLE_DEVICES nvidia-smi counts otherwise."""
+    asked = []
+
+    def nvidia_smi(command, **_):
+        asked.append(command)
+        if answer is None:
+            raise subprocess.TimeoutExpired(command, 5)
+        return SimpleNamespace(stdout=answer)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr(subprocess, "run", nvidia_smi)
+    meter = resources.Meter("cuda")
+    rows = [meter.used(), meter.used()]
+    assert all(("gpu_joules" in row) == joules for row in rows)
+    assert "--id=GPU-1234" in asked[0]
+    assert len(asked) == (3 if joules else 1)  # who does not know is not asked again
+    for error in (FileNotFoundError("nvidia-smi"), subprocess.CalledProcessError(6, "nvidia-smi")):
+        monkeypatch.setattr(subprocess, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        assert "gpu_joules" not in resources.Meter("cuda:0").used()
 
 
-@pytest.mark.parametrize("fits", [1, 2, 3, 7, 16, 29])
-def test_largest_batch_is_the_last_that_fits(monkeypatch, fits):
-    """With steps of known memory: measured ones depend on what the system reclaims meanwhile."""
-
-    def step(config, clusters, clips, crop_seconds, device, *chosen):
-        return resources.Step(clips * crop_seconds, 1.0, 2**20 + clips * 2**24)
-
-    monkeypatch.setattr(resources, "measure_step", step)
-    monkeypatch.setattr(resources, "free_memory", lambda device: (2**20 + (fits + 0.5) * 2**24) / 0.8)
-    assert resources.largest_batch(CONFIG, 10, 4.0) == 4.0 * fits
-    monkeypatch.setattr(resources, "free_memory", lambda device: 2**20)
-    with pytest.raises(MemoryError, match="does not fit"):
-        resources.largest_batch(CONFIG, 10, 4.0)
-
-
-@pytest.mark.slow
-def test_plan_says_what_a_run_needs():
-    plan = resources.plan(CONFIG, clusters=10, batch_seconds=8.0, crop_seconds=4.0, steps=50)
-    assert plan.seconds == pytest.approx(50 * plan.step.seconds)
-    assert "M parameters on cpu" in str(plan) and "50 steps" in str(plan)
+def test_a_server_without_a_gpu_meters_a_study_on_gpus():
+    assert "gpu_memory_bytes" not in resources.Meter("cuda:3").used()

@@ -122,10 +122,10 @@ def test_audio_is_decoded_once(corpus, monkeypatch):
     table, labels = corpus
     draw = partial(batching.batches, table, labels, **DRAWS, steps=20, batch_seconds=8.0, crop_seconds=2.0)
     monkeypatch.setattr(batching, "_decoded", {})
-    monkeypatch.setattr(batching, "_room", lambda: [0])
+    monkeypatch.setattr(batching, "_has_room", lambda: False)
     fresh = list(draw())
     assert not batching._decoded
-    monkeypatch.setattr(batching, "_room", lambda room=[10**9]: room)  # noqa: B006
+    monkeypatch.setattr(batching, "_has_room", lambda: True)
     first = list(draw())
     monkeypatch.setattr(audio, "read", None)
     for a, b, c in zip(fresh, first, draw(), strict=True):

@@ -1,5 +1,6 @@
 """Federated training and clustering over clients that never share audio: one client app, one server app, engines."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,26 @@ def client_ids(run: Path) -> list[str]:
 
 
 def resolve(device: str) -> str:
-    """``auto`` is the first GPU, or the CPU where there is none."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """``auto`` is the first GPU, or the CPU where there is none. Raises ValueError for a device that is not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: torch knows none of that name; give auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
+        seen = f" (CUDA_VISIBLE_DEVICES={chosen})" if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) else ""
+        raise ValueError(f"device {device!r}: this process sees {count} GPUs{seen}; they count from cuda:0")
+    return device
+
+
+def side_by_side(engine: str, device: str) -> int:
+    """How many clients train side by side: one on each device or share of the cores with engine ``pool``, else one."""
+    if engine != "pool":
+        return 1
+    from fedhubert_lib.federated import pool
+
+    return len(pool.devices(resolve(device)))
 
 
 @contextmanager
@@ -32,7 +49,9 @@ def connect(run: Path, engine: str = "inprocess", device: str = "cpu") -> Iterat
     ``device`` is where clients compute (``auto``, ``cpu``, ``cuda:0`` ...). Raises FileNotFoundError when 01_partition
     has not been written.
     """
-    ids, device = client_ids(run), resolve(device)
+    ids = client_ids(run)
+    if engine != "ray" or device == "auto":  # a Ray cluster may have other devices than this machine
+        device = resolve(device)
     if engine == "inprocess":
         from fedhubert_lib.federated import inprocess
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import compression, federated, identity, params, privacy, resources, secure, seeds
+from fedhubert_lib import compression, identity, params, privacy, resources, secure, seeds
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import checkpoints, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
@@ -133,7 +133,7 @@ class _Server:
             self.weights = {name: saved[0][name] for name in self.weights}
             self.control = {name: saved[1][name] for name in self.control}
             self.state |= saved[2]
-        self.meter = resources.Meter(torch.device(federated.resolve(p.device)))
+        self.meter = resources.Meter(p.device)
         self.saving: Future[None] | None = None
         self.durable = self.state["round"]
         """The last round that is on disk."""

@@ -1,0 +1,104 @@
+"""What a run will need, by a measured step, on this machine and on pretended ones."""
+
+import pytest
+import torch
+
+from fedhubert_lib import federated, hubert, planning, resources
+from fedhubert_lib.federated import pool
+
+CONFIG = hubert.preset("tiny", num_hidden_layers=1)
+GIB = 2**30
+
+
+@pytest.mark.slow
+def test_a_larger_batch_is_measured_to_need_more():
+    """Whatever this process has held: a child's getrusage begins with its parent's peak."""
+    torch.ones(2**29)  # 2 GiB
+    one = planning.measure_step(CONFIG, 10, 1, 4.0, torch.device("cpu"), "float32", False)
+    many = planning.measure_step(CONFIG, 10, 4, 4.0, torch.device("cpu"), "float32", False)
+    assert 2**30 > many.bytes > one.bytes > 2**20
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 7, 16, 29])
+def test_largest_batch_is_the_last_that_fits(monkeypatch, fits):
+    """With steps of known memory: measured ones depend on what the system reclaims meanwhile."""
+
+    def step(config, clusters, clips, crop_seconds, device, *chosen):
+        return planning.Step(clips * crop_seconds, 1.0, 2**20 + clips * 2**24)
+
+    monkeypatch.setattr(planning, "measure_step", step)
+    monkeypatch.setattr(resources, "free_memory", lambda device: (2**20 + (fits + 0.5) * 2**24) / 0.8)
+    assert planning.largest_batch(CONFIG, 10, 4.0) == 4.0 * fits
+    monkeypatch.setattr(resources, "free_memory", lambda device: 2**20)
+    with pytest.raises(MemoryError, match="does not fit"):
+        planning.largest_batch(CONFIG, 10, 4.0)
+
+
+@pytest.mark.slow
+def test_plan_says_what_a_run_needs():
+    plan = planning.plan(CONFIG, clusters=10, batch_seconds=8.0, crop_seconds=4.0, steps=50)
+    assert plan.seconds == pytest.approx(50 * plan.step.seconds)
+    assert "M parameters on cpu" in str(plan) and "50 steps" in str(plan)
+
+
+def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:
+    """A machine with ``gpus`` GPUs of ``free`` bytes, as this process sees them, on which a clip needs 1 GiB."""
+
+    def step(config, clusters, clips, crop_seconds, device, *chosen):
+        if clips * GIB > free:
+            raise torch.OutOfMemoryError
+        return planning.Step(clips * crop_seconds, 0.5, clips * GIB)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(resources, "free_memory", lambda device: free)
+    monkeypatch.setattr(planning, "measure_step", step)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def plan(engine: str, device: str, batch_seconds: float = 16.0) -> planning.Plan:
+    sizes = {"clusters": 10, "batch_seconds": batch_seconds, "crop_seconds": 4.0, "steps": 800}
+    return planning.plan(
+        CONFIG, **sizes, device=federated.resolve(device), workers=federated.side_by_side(engine, device)
+    )
+
+
+def test_eight_gpus(monkeypatch):
+    pretend(monkeypatch, 8, 80 * GIB)
+    assert pool.devices("cuda") == [f"cuda:{index}" for index in range(8)]
+    assert plan("pool", "auto").seconds == 800 * 0.5 / 8
+    assert "by 8 workers" in str(plan("pool", "cuda"))
+    assert plan("inprocess", "auto").seconds == plan("pool", "cuda:7").seconds == 400.0
+    with pytest.raises(ValueError, match=r"'cuda:8': this process sees 8 GPUs; they count from cuda:0"):
+        federated.resolve("cuda:8")
+
+
+def test_two_gpus_of_eight_gib(monkeypatch):
+    pretend(monkeypatch, 2, 8 * GIB)
+    assert plan("pool", "cuda").workers == 2
+    with pytest.raises(MemoryError, match=r"batch_seconds 64.0 does not fit on cuda; 24 does"):
+        plan("pool", "cuda", 64.0)
+
+
+@pytest.mark.parametrize("visible", ["3", "MIG-a1b2c3d4-0000-1111-2222-333344445555"])
+def test_one_visible_gpu_or_part_of_one_is_the_first(monkeypatch, visible):
+    pretend(monkeypatch, 1, 10 * GIB, visible)
+    assert federated.resolve("auto") == "cuda"
+    assert pool.devices("cuda") == ["cuda:0"]
+    assert plan("pool", "auto").workers == 1
+    with pytest.raises(ValueError, match=rf"sees 1 GPUs .CUDA_VISIBLE_DEVICES={visible}."):
+        federated.resolve("cuda:3")
+
+
+def test_no_gpu(monkeypatch):
+    pretend(monkeypatch, 0, 10 * GIB)
+    assert federated.resolve("auto") == "cpu"
+    with pytest.raises(ValueError, match="this process sees 0 GPUs"):
+        federated.resolve("cuda")
+    with pytest.raises(ValueError, match="torch knows none of that name"):
+        federated.resolve("gpu")
+    monkeypatch.setattr(pool, "devices", lambda device: ["cpu"] * 4)
+    with pytest.raises(MemoryError, match=r"4 workers' steps need 16.0 GiB, and 10.0 are free"):
+        plan("pool", "cpu")
+    assert plan("pool", "cpu", 8.0).workers == 4
