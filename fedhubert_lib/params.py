@@ -45,7 +45,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 """Of a folder: letters, digits and _ . - only."""
 
 Codebook = Literal["federated", "one-shot", "client", "aligned", "random-projection", "central"]
-Optimiser = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
+Optimiser = Literal[
+    "fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"
+]
 Preset = Literal["tiny", "small", "base", "large"]
 FrontEnd = Literal["waveform", "logmel"]
 PositionEmbedding = Literal["conv", "sinusoidal"]
@@ -214,7 +216,10 @@ class Federation(Section):
     unmasked_decay: Share = Field(0.6, description="fraction of all steps over which it falls to 0; 0: it stays")
     server: Optimiser = Field("fedavg", description="server optimiser")
     server_rate: Positive = Field(1.5, description="rate of the server optimiser")
-    server_momentum: Share = Field(0.9, description="beta 1 of the adaptive optimisers, momentum of fedavgm")
+    server_schedule: Literal["constant", "clients"] = Field(
+        "constant", description="of server_rate over the rounds; clients: it rises and falls as their learning rate"
+    )
+    server_momentum: Share = Field(0.9, description="momentum of fedavgm and nesterov, beta 1 of the adaptive ones")
     server_beta2: Share = Field(0.99, description="beta 2 of the adaptive optimisers")
     server_tau: Positive = Field(1e-3, description="adaptivity of the adaptive optimisers")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="trimmed-mean: share cut at each end")

@@ -25,6 +25,7 @@ from fedhubert_lib.federated.protocol import Failure, Reply
 pytestmark = pytest.mark.slow
 
 STUDY = {"rounds": 2, "cohort": 4, "local_steps": 1, "validate_every": 2}
+STUDY |= {"server": "nesterov", "server_schedule": "clients", "server_rate": 0.7}
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from fedhubert_lib.federated import checkpoints, client_app, client_state, messa
 from fedhubert_lib.federated.inprocess import InProcessGrid
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
-SERVERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
+SERVERS = ["fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
 
 
 def initial() -> dict[str, torch.Tensor]:
@@ -87,13 +87,14 @@ def interrupted(run: Path, out: str, row: int, **changes) -> None:
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_k_rounds_and_then_the_rest_are_all_rounds(run, server):
-    whole = train(run, "whole", server=server)
+    changes = {"server": server, "server_schedule": "clients"}
+    whole = train(run, "whole", **changes)
     for row in (3, 13, 19):  # in round 1, between two clients' rows, just after a round's row
-        interrupted(run, "parts", row, server=server)
-    parts = train(run, "parts", server=server)
+        interrupted(run, "parts", row, **changes)
+    parts = train(run, "parts", **changes)
     assert digest(parts) == digest(whole)
     assert rows(run / "parts/metrics.jsonl") == rows(run / "whole/metrics.jsonl")
-    assert digest(train(run, "parts", server=server)) == digest(whole)  # nothing is left to do
+    assert digest(train(run, "parts", **changes)) == digest(whole)  # nothing is left to do
 
 
 def test_saved_tensors_are_those_of_the_run(run):

@@ -7,11 +7,9 @@ these wait on disk and are read back a stretch at a time. The moments of adaptiv
 needed for a moment in each round: they stay in the file of the last checkpoint.
 """
 
-import io
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedhubert_lib import training
 from fedhubert_lib.federated.protocol import Arrays
 from fedhubert_lib.params import Federation
 
@@ -134,63 +133,124 @@ def collector(p: Federation, folder: Path) -> Collector:
     return Mean()
 
 
+# What a server steps with: functions of (parameters, rate, number of the step from 1, weight, update, moments ...) that
+# change weight and moments in place. To add one, write it, and name it in OPTIMISERS and in params.Optimiser.
+
+
+def fedavg(p: Federation, rate: float, number: int, weight: Tensor, update: Tensor) -> None:
+    """FedAvg (McMahan et al. 2017, arXiv 1602.05629): rate x update; rate 1 is the mean of the clients' weights."""
+    weight.add_(update, alpha=rate)
+
+
+def fedavgm(p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor) -> None:
+    """FedAvgM (Hsu et al. 2019, arXiv 1909.06335): momentum, as torch.optim.SGD's."""
+    first.mul_(p.server_momentum).add_(update)
+    weight.add_(first, alpha=rate)
+
+
+def nesterov(p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor) -> None:
+    """DiLoCo's outer step (Douillard et al. 2023, arXiv 2311.08105): torch.optim.SGD with nesterov=True."""
+    first.mul_(p.server_momentum).add_(update)
+    weight.add_(update.add(first, alpha=p.server_momentum), alpha=rate)
+
+
+def fedadam(
+    p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
+) -> None:
+    """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2) with Adam's start at 0 and correction of the bias by
+    1 - beta^t, t from 1: the first step is rate x sign(update) where |update| >> tau."""
+    first.lerp_(update, 1 - p.server_momentum)
+    second.lerp_(update.square(), 1 - p.server_beta2)
+    denominator = torch.div(second, 1 - p.server_beta2**number).sqrt_().add_(p.server_tau)
+    weight.addcdiv_(first, denominator, value=rate / (1 - p.server_momentum**number))
+
+
+def fedyogi(
+    p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
+) -> None:
+    """FedYogi (Reddi et al. 2021, algorithm 2): the second moment moves by a step of the square's size."""
+    first.lerp_(update, 1 - p.server_momentum)
+    square = update.square()
+    second.addcmul_(square, torch.sign(second - square), value=-(1 - p.server_beta2))
+    weight.addcdiv_(first, second.sqrt().add_(p.server_tau), value=rate)
+
+
+def fedadagrad(
+    p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
+) -> None:
+    """FedAdagrad (Reddi et al. 2021, algorithm 2): the second moment is the sum of all squares."""
+    first.lerp_(update, 1 - p.server_momentum)
+    second.add_(update.square())
+    weight.addcdiv_(first, second.sqrt().add_(p.server_tau), value=rate)
+
+
 BOTH = ("first", "second")
-MOMENTS = {"fedavgm": ("first",), "fedadam": BOTH, "fedyogi": BOTH, "fedadagrad": BOTH}
-"""What each adaptive optimiser keeps of a parameter."""
+OPTIMISERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "fedavg": (fedavg, ()),
+    "scaffold": (fedavg, ()),
+    "trimmed-mean": (fedavg, ()),
+    "median": (fedavg, ()),
+    "fedavgm": (fedavgm, ("first",)),
+    "nesterov": (nesterov, ("first",)),
+    "fedadam": (fedadam, BOTH),
+    "fedyogi": (fedyogi, BOTH),
+    "fedadagrad": (fedadagrad, BOTH),
+}
+"""How each server steps, and the moments of a parameter that it keeps."""
+
+
+def rate(p: Federation, number: int) -> float:
+    """The server's rate in round ``number``. ``server_schedule: clients`` rises and falls as the clients' learning rate
+    does from round to round: steps of FedAdam and FedYogi do not shrink with the clients' by themselves."""
+    if p.server_schedule == "constant":
+        return p.server_rate
+    schedule = training.Settings(p.server_rate, warmup_steps=round(p.warmup_share * p.rounds))
+    return training.rate(schedule, number - 1, p.rounds)
 
 
 class Moments:
-    """What an adaptive optimiser keeps of earlier updates: in a file, read one tensor at a time.
+    """What an optimiser keeps of earlier updates: in a file, read one tensor at a time.
 
-    The file is a safetensors one, of float32 tensors named ``first/NAME`` and ``second/NAME``. It is read with plain
-    reads: pages of a mapped file would count as this process's memory.
+    The file is a safetensors one, of float32 tensors named ``first/NAME`` and ``second/NAME``, opened anew for each:
+    pages that stay mapped would count as this process's memory.
     """
 
     def __init__(self, p: Federation, file: Path | None, weights: Mapping[str, Tensor]) -> None:
         """Those of ``weights`` in ``file``, or as they are before round 1.
 
-        Raises OSError or ValueError where the file does not read, or is not of these parameters.
+        Raises OSError, SafetensorError or ValueError where the file does not read, or is not of these parameters.
         """
         self._p, self._file = p, file
-        self.names = MOMENTS.get(p.server, ())
-        self._places: dict[str, int] = {}
+        self._function, self.names = OPTIMISERS[p.server]
         if file is None or not self.names:
             return
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, size)))
-        wanted = {f"{moment}/{name}": tensor for name, tensor in weights.items() for moment in self.names}
-        if not isinstance(header, dict) or header.keys() - {"__metadata__"} != wanted.keys():
-            raise ValueError(f"{file} does not hold {' and '.join(self.names)} moments of this model's parameters")
-        content = sum(4 * tensor.numel() for tensor in wanted.values())
-        if size != 8 + length + content:
-            raise ValueError(f"{file} has {size} bytes instead of {8 + length + content}")
-        for key, tensor in wanted.items():
-            match header[key]:
-                case {"dtype": "F32", "data_offsets": [int(first), int(last)]} if (
-                    0 <= first == last - 4 * tensor.numel() and last <= content
-                ):
-                    self._places[key] = 8 + length + first
-                case _:
-                    raise ValueError(f"{file}: {key} is not {tensor.numel()} values of float32 in it")
+        wanted = {f"{moment}/{name}": list(w.shape) for name, w in weights.items() for moment in self.names}
+        with safe_open(file, "pt") as opened:
+            keys = opened.keys()
+            slices = {key: opened.get_slice(key) for key in keys}
+            if {key: piece.get_shape() for key, piece in slices.items()} != wanted:
+                raise ValueError(f"{file} does not hold {' and '.join(self.names)} moments of this model's parameters")
+            if any(piece.get_dtype() != "F32" for piece in slices.values()):
+                raise ValueError(f"{file} holds other moments than float32")
 
     def before(self, name: str, like: Tensor) -> list[Tensor]:
         """The moments of the parameter ``name``, flat, as the last step left them."""
         if self._file is None:  # Reddi et al.: v starts at tau squared, but Adam's at 0
             second = 0.0 if self._p.server == "fedadam" else self._p.server_tau**2
             return [torch.full((like.numel(),), {"first": 0.0, "second": second}[moment]) for moment in self.names]
-        found = []
-        with self._file.open("rb", buffering=0) as stream:
-            for moment in self.names:
-                values = torch.empty(like.numel())
-                if _read_into(stream, self._places[f"{moment}/{name}"], values) != 4 * len(values):
-                    raise OSError(f"{self._file}: {moment}/{name} cannot be read; delete the folder of this round")
-                found.append(values)
-        return found
+        if not self.names:
+            return []
+        with safe_open(self._file, "pt") as opened:
+            return [opened.get_tensor(f"{moment}/{name}").clone().view(-1) for moment in self.names]
 
-    def write(self, file: Path, update: Mapping[str, Tensor]) -> None:
-        """Write the moments after a step along ``update`` to ``file``; where there are none, a file of none."""
+    def step(self, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], number: int) -> None:
+        """Move ``weights`` along ``update``, in place; ``number`` counts steps from 1."""
+        for name, weight in weights.items():
+            self._advance(number, weight, update[name], self.before(name, weight))
+
+    def write(self, file: Path, update: Mapping[str, Tensor], number: int) -> None:
+        """Write the moments after step ``number``, along ``update``, to ``file``, one tensor at a time; where there are
+        none, a file of none."""
         update = update if self.names else {}
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -205,67 +265,14 @@ class Moments:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name, delta in update.items():
                 values = self.before(name, delta)
-                for parts in _blocks(delta, *values):
-                    _advance(self._p, *parts)
+                self._advance(number, torch.zeros_like(delta), delta, values)  # the weight has been moved already
                 for moment in values:
                     stream.write(memoryview(moment.numpy()))
 
-
-def _read_into(stream: io.FileIO, offset: int, values: Tensor) -> int:
-    """Fill ``values`` from ``offset`` of ``stream`` on; how many bytes there were."""
-    wanted = memoryview(values.numpy()).cast("B")
-    done = 0
-    while done < len(wanted) and (count := os.preadv(stream.fileno(), [wanted[done:]], offset + done)):
-        done += count
-    return done
-
-
-def step(p: Federation, weights: Arrays, update: Mapping[str, Tensor], moments: Moments, number: int) -> None:
-    """Move ``weights`` along ``update``, in place; ``number`` counts steps from 1.
-
-    fedavg, trimmed-mean, median, scaffold: rate x update. fedavgm (Hsu et al. 2019): momentum. fedadam, fedyogi,
-    fedadagrad: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2. FedAdam corrects both moments' bias by 1 - beta^t
-    with t from 1 and starts v at 0, as Adam does: the first step is rate x sign(update) where |update| >> tau.
-    """
-    for name, weight in weights.items():
-        for parts in _blocks(weight, update[name], *moments.before(name, weight)):
-            _step_block(p, number, *parts)
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same stretch of each of ``tensors``, one stretch after another."""
-    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
-
-
-def _step_block(p: Federation, number: int, weight: Tensor, delta: Tensor, *moments: Tensor) -> None:
-    if not moments:
-        weight.add_(delta, alpha=p.server_rate)
-        return
-    _advance(p, delta, *moments)
-    first, *rest = moments
-    if not rest:
-        weight.add_(first, alpha=p.server_rate)
-        return
-    correction1 = correction2 = 1.0
-    if p.server == "fedadam":
-        correction1, correction2 = 1 - p.server_momentum**number, 1 - p.server_beta2**number
-    denominator = torch.div(rest[0], correction2).sqrt_().add_(p.server_tau)
-    weight.addcdiv_(first, denominator, value=p.server_rate / correction1)
-
-
-def _advance(p: Federation, delta: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """What ``delta`` makes of the moments, in place."""
-    if second is None:
-        first.mul_(p.server_momentum).add_(delta)
-        return
-    first.lerp_(delta, 1 - p.server_momentum)
-    square = delta.square()
-    if p.server == "fedadam":
-        second.lerp_(square, 1 - p.server_beta2)
-    elif p.server == "fedyogi":
-        second.addcmul_(square, torch.sign(second - square), value=-(1 - p.server_beta2))
-    else:
-        second.add_(square)
+    def _advance(self, number: int, weight: Tensor, update: Tensor, moments: Sequence[Tensor]) -> None:
+        flat = (weight.view(-1), update.view(-1), *moments)
+        for block in zip(*(tensor.split(BLOCK) for tensor in flat), strict=True):
+            self._function(self._p, rate(self._p, number), number, *block)
 
 
 def step_control(state: Arrays, change: Arrays, share: float) -> None:

@@ -168,7 +168,7 @@ class _Server:
                 update, self.p, self.state["clip"], number, collected.clients, collected.within_bound, self.fewest
             )
         update_norm = optimisers.checked_norm(update, self.weights)
-        optimisers.step(self.p, self.weights, update, self.moments, number)
+        self.moments.step(self.weights, update, number)
         if self.scaffold:
             optimisers.step_control(self.control, change, collected.clients / len(self.clients.ids))
         server_seconds = collected.server_seconds + time.perf_counter() - working
@@ -177,6 +177,7 @@ class _Server:
         seconds = time.perf_counter() - began
         row |= {
             "learning_rate": collected.learning_rate,
+            "server_rate": optimisers.rate(self.p, number),
             "update_norm": update_norm,
             "bytes_up": collected.bytes_up,
             "bytes_down": collected.bytes_down,
@@ -419,7 +420,8 @@ class _Server:
             server = functools.partial(save_file, self.control)
         else:
             # Where there are no moments nothing of the update is kept alive.
-            server = functools.partial(self.moments.write, update=update if self.moments.names else {})
+            kept = update if self.moments.names else {}
+            server = functools.partial(self.moments.write, update=kept, number=number)
         state = dict(self.state)
         arguments = (self.out, number, self.weights, server, state, self.task.documents)
         self.saving = self.writer.submit(checkpoints.write, *arguments)
