@@ -33,6 +33,9 @@ _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
 class RunError(RuntimeError):
     """A run that cannot go on, and what to do."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython's name: in a notebook the message alone
+        return [str(self)]
+
 
 class Cell(NamedTuple):
     """A cell of a notebook without its outputs."""

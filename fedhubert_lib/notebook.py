@@ -217,7 +217,7 @@ class Browser(widgets.VBox):
         phones = self._phones.get(row.utterance)
         if phones is not None:
             phones = phones.assign(start_sample=phones.start_sample - start, end_sample=phones.end_sample - start)
-        self.picture.value = plots.png(plots.aligned_units(waveform, phones, units))
+        self.picture.value = plots.png(plots.aligned_units(waveform, phones, units, start=self.second.value))
         self.sound.value = _wav(waveform)
         seconds = row.samples / audio.SAMPLE_RATE
         text = row.get("text")

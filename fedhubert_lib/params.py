@@ -411,6 +411,9 @@ class Study(BaseModel):
 class ParameterError(ValueError):
     """Wrong parameters: every one of them, each with its place and what may stand there."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython's name: in a notebook the message alone
+        return [str(self)]
+
 
 def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None) -> Study:
     """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.

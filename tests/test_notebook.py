@@ -128,10 +128,11 @@ def test_pages_of_a_long_utterance_are_aligned(manifest):
     browser = notebook.Browser(manifest[manifest.speaker == "b"], phones=phones, labels=labels)
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(notebook.plots, "aligned_units", lambda *page: drawn.append(page) or Figure())
+        patch.setattr(notebook.plots, "aligned_units", lambda *page, start: drawn.append((*page, start)) or Figure())
         browser.second.value = 3
         browser.second.value = browser.second.max
-    (wave, known, units), (last, _, _) = drawn
+    (wave, known, units, start), (last, _, _, _) = drawn
+    assert start == 3
     np.testing.assert_allclose(wave, audio.read(manifest.path[2])[48_000:112_000])
     assert known.start_sample.tolist() == [-48_000, 32_000]
     assert units["k"].tolist() == list(range(150, 150 + audio.frame_count(64_000)))

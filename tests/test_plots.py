@@ -124,6 +124,13 @@ def test_labels_are_drawn_where_their_frames_are():
     assert [text.get_text() for text in figure.axes[1].texts] == ["3", "7"]
 
 
+def test_the_time_axis_counts_from_where_the_waveform_begins():
+    figure = plots.aligned_units(torch.randn(16_000), start=6)
+    figure.canvas.draw()
+    shown = [float(tick.get_text()) for tick in figure.axes[-1].get_xticklabels()]
+    assert min(shown) == 6 and max(shown) == 7
+
+
 def test_silence_can_be_drawn():
     assert plots.png(plots.aligned_units(torch.zeros(16_000)))
 

@@ -23,12 +23,14 @@ def aligned_units(
     phones: pd.DataFrame | None = None,
     labels: Mapping[str, np.ndarray] | None = None,
     mask: np.ndarray | None = None,
+    start: float = 0.0,
 ) -> Figure:
     """A spectrogram, and under it on the same time axis the phones and each codebook's frame labels.
 
     ``waveform`` [samples] at 16 kHz; ``phones`` has start_sample, end_sample, phone; ``labels`` maps the name of a
     codebook to its labels [frames] at 50 Hz, each drawn 20 ms wide around the centre of its frame. Where ``mask``
-    [frames] is true the spectrogram is veiled.
+    [frames] is true the spectrogram is veiled. ``start`` is the second at which the waveform begins in its utterance:
+    the axis counts from there.
     """
     seconds = len(waveform) / SAMPLE_RATE
     strips = [("phones", *_phone_runs(phones))] if phones is not None and len(phones) else []
@@ -48,19 +50,20 @@ def aligned_units(
     axes[0].set_ylabel("frequency (kHz)")
     if mask is not None:
         starts, widths, texts, _ = _label_runs(mask.astype(int))
-        for start, width, text in zip(starts, widths, texts, strict=True):
+        for left, width, text in zip(starts, widths, texts, strict=True):
             if text == "1":
-                axes[0].axvspan(start, start + width, color="white", alpha=0.75, linewidth=0)
+                axes[0].axvspan(left, left + width, color="white", alpha=0.75, linewidth=0)
     for strip, (name, starts, widths, texts, colours) in zip(axes[1:], strips, strict=True):
         strip.barh(0, widths, 1, starts, color=colours, edgecolor="white", linewidth=0.5)
-        for start, width, text in zip(starts, widths, texts, strict=True):
-            if width > seconds / 140 * len(text) and 0 <= start + width / 2 <= seconds:  # only where it fits
-                strip.text(start + width / 2, 0, text, ha="center", va="center_baseline", fontsize=6.5)
+        for left, width, text in zip(starts, widths, texts, strict=True):
+            if width > seconds / 140 * len(text) and 0 <= left + width / 2 <= seconds:  # only where it fits
+                strip.text(left + width / 2, 0, text, ha="center", va="center_baseline", fontsize=6.5)
         strip.set_ylabel(name, rotation=0, ha="right", va="center")
         strip.set(yticks=[], ylim=(-0.5, 0.5))
         strip.grid(visible=False)
         strip.spines[:].set_visible(False)
     axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
+    axes[-1].xaxis.set_major_formatter(lambda second, position: f"{start + second:g}")
     return figure
 
 

@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from chapters import NOTEBOOKS
 
+from fedhubert_lib import params
+
 LONGEST = 25
 
 
@@ -32,6 +34,20 @@ def test_starts_and_finishes_the_stage(cells, stage):
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     assert f'stage = runs.start("{stage}", globals())' in code[1]
     assert "runs.finish(stage, headline)" in code[-1]
+    assert any("with stage.working()" in source for source in code[2:]), "the lock, the record, an interrupt in a line"
+
+
+def test_no_cell_sets_what_is_a_parameter(cells, stage):
+    """In a kernel that is warm, the next start would take it for the parameter's value."""
+    for cell in cells[2:]:
+        if cell.cell_type == "code":
+            names = {node.id for node in ast.walk(ast.parse(cell.source)) if _is_set(node)}
+            assert not names & params.SECTIONS[stage].model_fields.keys()
+            assert "display" not in names | set(cell.source.split()), "IPython's display stays what it is"
+
+
+def _is_set(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
 def test_cells_are_short_and_half_of_them_prose(cells):
