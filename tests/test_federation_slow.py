@@ -1,8 +1,13 @@
-"""What takes a while: kill -9 at random moments, and a federation of all of LibriSpeech's 2,338 speakers."""
+"""What takes a while: kill -9 at random moments, all of LibriSpeech's 2,338 speakers, deployments by their commands."""
 
 import os
 import random
+import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +18,8 @@ import pytest
 import torch
 from federation import make, pretrain, rows
 
-from fedhubert_lib import federated, files, hubert, pretraining
-from fedhubert_lib.federated import checkpoints
+from fedhubert_lib import federated, files, hubert, params, pretraining
+from fedhubert_lib.federated import checkpoints, deployment
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +118,87 @@ def test_all_speakers_of_librispeech_in_one_process(tmp_path):
     assert 400 < len(took_part) <= 8 * 64
     assert {path.name for path in (run / "03_pretrain/clients").iterdir()} == took_part
     assert len(checkpoints.rounds(run / "03_pretrain")) <= 2
+
+
+# ---------------------------------------------------------------------------------------------------------- deployment
+
+SHORT = [
+    "kmeans.codebooks=[federated]",
+    "kmeans.lloyd_rounds=1",
+    "pretrain.rounds=1",
+    "distill.rounds=1",
+    "evaluate.seeds=1",
+]
+SHORT = [part for value in SHORT for part in ("--set", value)]
+
+
+@pytest.fixture(scope="module")
+def partitioned(tmp_path_factory) -> Path:
+    """The run folder ``toy`` as the first command of docs/deployment.md leaves it."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    assert fedhubert(outputs, "run params/toy.yaml --until partition").wait() == 0
+    return outputs / "toy"
+
+
+def fedhubert(outputs: Path, line: str, *more: str) -> subprocess.Popen:
+    """Start the command ``line`` without ``fedhubert``, where proxies are set that nobody listens at."""
+    dead = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    environment = os.environ | dead | {"FEDHUBERT_OUTPUTS": str(outputs), "OMP_NUM_THREADS": "1"}
+    program = str(Path(sys.executable).with_name("fedhubert"))
+    words = [word.replace("outputs/", f"{outputs}/") for word in shlex.split(line, comments=True)]
+    return subprocess.Popen([program, *words, *more], env=environment, cwd=params.ROOT)
+
+
+def done(run: Path) -> list[str]:
+    return sorted(path.parent.name for path in run.glob("*/done.json"))
+
+
+def test_three_nodes_on_one_machine_by_the_commands_of_the_documentation(partitioned, tmp_path):
+    """From k-means to the evaluation's table, with the records that the other engines leave."""
+    shutil.copytree(partitioned, tmp_path / "toy")
+    text = (params.ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+    text = text[text.index("## Three nodes") :]
+    lines = re.findall(r"^    fedhubert (.*)$", text[: text.index("The last command")], re.MULTILINE)
+    assert [line.split("#")[0].split()[:2] for line in lines][1:] == [["deploy", "prepare"], ["deploy", "local"]]
+    assert fedhubert(tmp_path, lines[1].split("#")[0], "--port", str(deployment.free_port())).wait() == 0
+    assert fedhubert(tmp_path, lines[2].split("#")[0], *SHORT).wait() == 0
+    run = tmp_path / "toy"
+    assert done(run) == list(params.FOLDERS.values())
+    assert {"teacher", "student"} <= set(pd.read_csv(run / "05_evaluate" / "report.csv")["system_name"])
+    assert all((run / f"{name}.ipynb").exists() for name in params.FOLDERS.values())
+
+
+def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp_path):
+    """Server and clients in folders of their own; stopped in the middle, the same command resumes."""
+    server = tmp_path / "toy"
+    shutil.copytree(partitioned, server)
+    clients = federated.client_ids(server)
+    assert fedhubert(tmp_path, f"deploy prepare outputs/toy --port {deployment.free_port()}").wait() == 0
+    for client in clients:
+        assert fedhubert(tmp_path, f"export-client outputs/toy {client} {tmp_path / client}").wait() == 0
+    shutil.rmtree(server / "01_partition" / "clients")
+    running = [fedhubert(tmp_path, "deploy server outputs/toy")]
+    try:
+        while not (server / deployment.FOLDER / deployment.REGISTERED).exists():
+            assert running[0].poll() is None
+            time.sleep(0.2)
+        for client in clients:
+            node = server / deployment.FOLDER / "nodes" / client
+            running.append(fedhubert(tmp_path, f"deploy client {tmp_path / client} {node}"))
+        stages = "deploy run outputs/toy params/toy.yaml kmeans pretrain"
+        assert fedhubert(tmp_path, stages, *SHORT).wait() == 1  # pooled training needs the clients' folders
+        alone = [*SHORT, "--set", "pretrain.centralised=false", "--set", "pretrain.rounds=2"]
+        stopped = fedhubert(tmp_path, stages, *alone)
+        while not checkpoints.rounds(server / "03_pretrain"):
+            assert stopped.poll() is None
+            time.sleep(0.1)
+        stopped.send_signal(signal.SIGUSR2)
+        assert stopped.wait() == 75
+        assert fedhubert(tmp_path, stages, *alone).wait() == 0
+    finally:
+        for process in running:
+            process.terminate()
+        assert all(process.wait(timeout=60) is not None for process in running)
+    assert [row["round"] for row in rows(server / "03_pretrain/metrics.jsonl") if row["kind"] == "round"] == [1, 2]
+    assert done(server) == list(params.FOLDERS.values())[:4]
+    assert not list(server.glob("0[123]_*/clients"))
