@@ -122,14 +122,10 @@ def test_all_speakers_of_librispeech_in_one_process(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- deployment
 
-SHORT = [
-    "kmeans.codebooks=[federated]",
-    "kmeans.lloyd_rounds=1",
-    "pretrain.rounds=1",
-    "distill.rounds=1",
-    "evaluate.seeds=1",
-]
-SHORT = [part for value in SHORT for part in ("--set", value)]
+SHORT = shlex.split(
+    "--set kmeans.codebooks=[federated] --set kmeans.lloyd_rounds=1 --set pretrain.rounds=1 --set distill.rounds=1"
+    " --set evaluate.seeds=1"
+)
 
 
 @pytest.fixture(scope="module")

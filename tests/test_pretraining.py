@@ -4,17 +4,21 @@ import itertools
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from federation import CODEBOOK, TONES, digest, make, pretrain, rows
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
 from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, training
-from fedhubert_lib.federated import checkpoints, client_app, local, rounds, server_app
+from fedhubert_lib.federated import checkpoints, client_app, local, relay, rounds, server_app
 from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import ClientHome
 
@@ -393,33 +397,41 @@ class Gathering(InProcessGrid):
         return list(super().get_node_ids())[: min(self.looks - 1, 3 if self.looks < 8 else 4)]
 
 
+@contextmanager
+def through_the_server_app(grid: InProcessGrid) -> Iterator[relay.RelayClients]:
+    """The clients of ``grid`` over Flower's ServerApp, which a SuperLink would start."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Listener(f"{folder}/relay", family="AF_UNIX") as listener,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        ended = pool.submit(server_app.app, grid, Context(1, 1, {}, RecordDict(), {"socket": listener.address}))
+        with listener.accept() as pipe:
+            clients = relay.RelayClients(pipe, list(grid.nodes))
+            yield clients
+            clients.end()
+            ended.result(timeout=60)
+
+
 def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path):
     p = pretrain()
     small = {"rounds": 1, "cohort": 2, "local_steps": 1, "batch_seconds": 4.0, "crop_seconds": 1.5, "layers": 1}
-    student = params.Distill(**small, hidden_size=96, device="cpu", precision="float32")
+    student = params.Distill(**small, hidden_size=96, device="cpu", precision="float32", send_teacher=True)
     expected = digest(weights_of(pretraining.run(run, p)))
     distilled = digest(weights_of(distillation.run(run, student)))
     other = tmp_path / "other"
-    (other / "03_pretrain").mkdir(parents=True)
+    other.mkdir()
     for name in ("01_partition", "02_kmeans"):
         (other / name).symlink_to(tones / name)
-    (other / "03_pretrain/params.yaml").write_text(yaml.safe_dump(p.model_dump()))
-    context = Context(1, 1, {}, RecordDict(), {"run": str(other), "stage": "pretrain"})
-    server_app.app(InProcessGrid(other, federated.client_ids(other), "cpu"), context)
-    assert digest(weights_of(other / "03_pretrain/checkpoint")) == expected
-    (other / "04_distill").mkdir()
-    (other / "04_distill/params.yaml").write_text(yaml.safe_dump(student.model_dump()))
-    context = Context(1, 1, {}, RecordDict(), {"run": str(other), "stage": "distill"})
-    server_app.app(InProcessGrid(other, federated.client_ids(other), "cpu"), context)
-    assert digest(weights_of(other / "04_distill/checkpoint")) == distilled
+    with through_the_server_app(InProcessGrid(other, federated.client_ids(other), "cpu")) as clients:
+        assert digest(weights_of(pretraining.federate(other, p, clients))) == expected
+        assert digest(weights_of(distillation.federate(other, student, clients))) == distilled
 
 
-def test_the_server_app_goes_on_without_a_late_client_and_welcomes_it(run):
-    p = pretrain(cohort=4, rounds=4)
-    (run / "03_pretrain").mkdir()
-    (run / "03_pretrain/params.yaml").write_text(yaml.safe_dump(p.model_dump()))
-    context = Context(1, 1, {}, RecordDict(), {"run": str(run), "stage": "pretrain", "wait_seconds": 0.03})
-    server_app.app(Gathering(run, federated.client_ids(run), "cpu"), context)
+def test_the_server_app_goes_on_without_a_late_client_and_welcomes_it(run, monkeypatch):
+    monkeypatch.setattr(server_app, "WAIT_SECONDS", 0.03)
+    with through_the_server_app(Gathering(run, federated.client_ids(run), "cpu")) as clients:
+        pretraining.federate(run, pretrain(cohort=4, rounds=4), clients)
     ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
     absent = {row["round"] for row in ledger if row["kind"] == "failure" and row["reason"] == "not connected"}
     present = {row["round"] for row in ledger if row["kind"] == "client" and row["client"] == "client-003"}
