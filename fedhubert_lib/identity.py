@@ -71,18 +71,21 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
     Inputs are the outputs of the stages before, by content, and the files and folders that parameters point to. Raises
     RunError when a stage before is not done, or is stale.
     """
-    inputs: dict[str, str] = {}
+    earlier: dict[str, dict[str, Any]] = {}
     for before, folder in list(params.FOLDERS.items())[: list(params.FOLDERS).index(stage)]:
         done = read_json(run / folder / "done.json")
         if done is None:
             if stage == "evaluate" and before in OPTIONAL and not (run / folder).exists():
                 continue
             raise RunError(f"{run / folder}: not done yet; run notebook {folder} first, with run: {run.name}")
-        if older := _older(done, inputs):
+        if older := _older(done, earlier):
             raise RunError(
                 f"{run / folder}: made from another {older[0]} than is there now; run notebook {folder} again"
             )
-        inputs[folder] = done["outputs"]
+        earlier[folder] = done
+    # From k-means on it does not matter where the audio lies, only what it is.
+    seen = "outputs" if stage == "partition" else "speech"
+    inputs = {folder: done.get(seen, done["outputs"]) for folder, done in earlier.items()}
     inputs |= listings(p)
     cells = [cell for cell in read_notebook(notebook(stage)) if "parameters" not in cell.tags]
     return {
@@ -136,15 +139,15 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
 
 def stale(run: Path) -> dict[str, str]:
     """Stages of a run that are done and rest on something older than is there now: stage to why."""
-    outputs: dict[str, str] = {}
+    earlier: dict[str, dict[str, Any]] = {}
     why = {}
     for stage, folder in params.FOLDERS.items():
         done = read_json(run / folder / "done.json")
         if done is None:
             continue
-        if older := _older(done, outputs):
+        if older := _older(done, earlier):
             why[stage] = f"made from an older {older[0]}"
-        outputs[folder] = done["outputs"]
+        earlier[folder] = done
     return why
 
 
@@ -215,21 +218,38 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise RunError(f"{path}: cannot be read ({error}); remove it and run the stage again") from error
 
 
-def content(folder: Path) -> str:
-    """Hash of the data that a stage has made."""
+def content(folder: Path, places: bool = True) -> str:
+    """Hash of the data that a stage has made; without ``places``, wherever its tables say audio is."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         kept = not _CACHES & set(name.parts) and not file.name.startswith((".", "scan"))
         if file.suffix in _DATA and kept:
-            digest.update(f"{name.as_posix()} {_sha256(file)}\n".encode())
+            told = _sha256(file) if places or file.suffix != ".parquet" else _without_places(file)
+            digest.update(f"{name.as_posix()} {told}\n".encode())
     return digest.hexdigest()
 
 
-def _older(done: Mapping[str, Any], outputs: Mapping[str, str]) -> list[str]:
-    """The stages that a done one was made from in another state than their ``outputs`` by folder are in."""
+def _without_places(file: Path) -> str:
+    """Hash of a table but for its column of paths, if it has one."""
+    import pyarrow.parquet  # here, since it is slow to import and `fedhubert run` has no use for it
+
+    table = pyarrow.parquet.ParquetFile(file)
+    columns = [name for name in table.schema_arrow.names if name != "path"]
+    if len(columns) == len(table.schema_arrow.names):
+        return _sha256(file)
+    digest = hashlib.sha256(repr(columns).encode())
+    for batch in table.iter_batches(columns=columns):
+        for column in batch.columns:
+            digest.update(repr(column.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def _older(done: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The stages that a done one was made from in another state than they are in; ``earlier`` are theirs, by folder."""
     inputs = done["identity"]["inputs"]
-    return [folder for folder in params.FOLDERS.values() if folder in inputs and inputs[folder] != outputs.get(folder)]
+    states = {folder: (other["outputs"], other.get("speech")) for folder, other in earlier.items()}
+    return [name for name in params.FOLDERS.values() if name in inputs and inputs[name] not in states.get(name, ())]
 
 
 def _longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -101,6 +101,10 @@ def reason(stage: str, p: params.Section, run: Path) -> tuple[bool, str]:
         return True, records.announcement(stage, what, run)
     if identity.content(folder) != runs.read_json(folder / "done.json")["outputs"]:
         return True, DAMAGED
+    if stage == "corpus" and (lost := runs.lost_audio(run)):
+        return True, DAMAGED if lost.is_relative_to(
+            run
+        ) else f"{lost} is not there: the run was moved, its tables follow"
     if changes.code and not changes.additions:
         return False, f"{changes}: what it made is kept, skipped; --force makes it anew"
     if any(changes):

@@ -127,8 +127,11 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
     p = params.check(stage, _assigned(stage, namespace))
     check_places(stage, p)
     run = outputs() / p.run
-    if stage != "corpus":
-        _check_audio(run)
+    if stage != "corpus" and (lost := lost_audio(run)):
+        raise RunError(
+            f"{lost}: is not there; was this run moved? Run notebooks 00_corpus and 01_partition again, which point"
+            " to where it is now: what rests on them stays. If not: fedhubert run --from corpus --force"
+        )
     if run.exists():
         with holding(run / ".lock", f"notebook {params.FOLDERS[stage]}"):
             pass
@@ -218,19 +221,18 @@ def _assignments(source: str) -> tuple[set[str], bool]:
     return names, plain
 
 
-def _check_audio(run: Path) -> None:
-    """Tables name audio by absolute path: that of a run with a corpus of its own moves only together with a link."""
+def lost_audio(run: Path) -> Path | None:
+    """The first utterance, if the run has made its speech itself and that is not where its tables say.
+
+    They name audio by absolute path: of a run that was moved, 00_corpus and 01_partition write them again.
+    """
     manifest = run / "00_corpus" / "manifest.parquet"
     if not manifest.is_file() or not (run / "00_corpus" / "synthetic").is_dir():
-        return
+        return None
     from pyarrow import parquet  # here: most commands do without
 
-    first = next(parquet.ParquetFile(manifest).iter_batches(1, columns=["path"]))["path"][0].as_py()
-    if not Path(first).exists():
-        raise RunError(
-            f"{first}: is not there; this run was made at another place, to which its tables point. Move it back, leave"
-            " a link to it there, or make it anew: --from corpus --force"
-        )
+    first = Path(next(parquet.ParquetFile(manifest).iter_batches(1, columns=["path"]))["path"][0].as_py())
+    return None if first.exists() else first
 
 
 def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str, Any]:
@@ -270,6 +272,8 @@ def _finish(stage: Stage, headline: dict[str, Any]) -> dict[str, Any]:
         "finished": time.time(),
         "resumed": begun.get("resumed", []),
     }
+    if stage.name in ("corpus", "partition"):
+        done["speech"] = identity.content(folder, places=False)
     state = {"state": "done", "headline": headline, **used}
     records.record(stage.run, {"data": facts["data"]}, stage.name, state)
     files.write_json(folder / "done.json", done)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from fedhubert_lib import cli, identity, index, params, provenance, runs
+from fedhubert_lib import cli, identity, index, params, provenance, records, runner, runs
 
 
 def begin(stage: str = "corpus", **changes: object) -> runs.Stage:
@@ -477,12 +477,37 @@ def test_a_run_in_the_place_of_the_page_is_not_removed(outputs):
     assert (outputs / "index.html/00_corpus/done.json").exists()
 
 
-def test_a_run_whose_own_speech_lies_elsewhere_says_so(outputs):
-    folder = do("corpus")
-    (folder / "synthetic").mkdir()
-    pd.DataFrame({"path": [str(outputs / "before" / "a.flac")]}).to_parquet(folder / "manifest.parquet")
-    with pytest.raises(runs.RunError, match=r"a\.flac: is not there; this run was made at another place"):
-        begin("partition")
+def _speak(folder: Path, audio: Path) -> None:
+    """What 00_corpus and 01_partition write: a table that names audio by its place."""
+    audio.parent.mkdir(parents=True, exist_ok=True)
+    audio.touch()
+    pd.DataFrame({"utterance": ["a"], "path": [str(audio)], "fingerprint": ["1"]}).to_parquet(
+        folder / "manifest.parquet"
+    )
+
+
+def test_a_run_that_was_moved_follows_with_its_tables_alone(outputs):
+    for stage in ("corpus", "partition"):
+        begun = begin(stage)
+        _speak(begun.folder, outputs / "toy/00_corpus/synthetic/a.flac")
+        runs.finish(begun, {})
+    do("kmeans")
+    (outputs / "toy").rename(outputs / "moved")
+    moved = {"run": "moved"}
+    with pytest.raises(runs.RunError, match=r"a\.flac: is not there; was this run moved\? Run notebooks 00_corpus"):
+        begin("kmeans", **moved)
+    run = outputs / "moved"
+    assert runner.reason("corpus", params.Corpus(**moved), run)[0]
+    for stage in ("corpus", "partition"):
+        begun = begin(stage, **moved)
+        with begun.working():
+            _speak(begun.folder, run / "00_corpus/synthetic/a.flac")
+        runs.finish(begun, {})
+    assert not identity.stale(run)
+    now = identity.of("kmeans", params.Kmeans(**moved), run)
+    assert records.prospect("kmeans", now, run).kind == "keep"
+    (run / "00_corpus/synthetic/a.flac").unlink()
+    assert runner.reason("corpus", params.Corpus(**moved), run) == (True, runner.DAMAGED), "removed, not moved"
 
 
 def test_results_are_a_table_and_where_they_lie(outputs):
