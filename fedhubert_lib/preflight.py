@@ -85,8 +85,6 @@ def _device(device: str) -> Iterator[str]:
         yield f"{device} given, but torch sees no GPU here; give auto or cpu, or mend the driver"
     elif kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         yield f"{device} given; there is cuda:0 to cuda:{torch.cuda.device_count() - 1}"
-    elif kind == "mps":
-        yield "mps given, which has no float64 and cannot train here; give auto or cpu"
 
 
 def _engine(engine: str) -> Iterator[str]:

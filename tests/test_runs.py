@@ -486,6 +486,13 @@ def _speak(folder: Path, audio: Path) -> None:
     )
 
 
+def test_a_file_of_another_corpus_that_is_gone_says_nothing_of_the_run(outputs):
+    folder = do("corpus")
+    (folder / "synthetic").mkdir()  # its keywords
+    pd.DataFrame({"path": [str(outputs / "LibriSpeech" / "a.flac")]}).to_parquet(folder / "manifest.parquet")
+    assert runs.lost_audio(folder.parent) is None
+
+
 def test_a_run_that_was_moved_follows_with_its_tables_alone(outputs):
     for stage in ("corpus", "partition"):
         begun = begin(stage)
