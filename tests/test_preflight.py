@@ -78,9 +78,7 @@ def test_the_teacher_to_come_is_judged_by_the_parameters_of_pretraining(tmp_path
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    told = problems(
-        tmp_path, "kmeans.device=cuda", "evaluate.device=cuda:1", "distill.device=cpu"
-    )
+    told = problems(tmp_path, "kmeans.device=cuda", "evaluate.device=cuda:1", "distill.device=cpu")
     lines = dict(line.split(": ", 1) for line in told.splitlines())
     assert lines.keys() == {"kmeans.device", "evaluate.device"}
     assert "torch sees no GPU" in lines["kmeans.device"]

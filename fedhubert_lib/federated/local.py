@@ -139,8 +139,8 @@ def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> 
     kept = {}
     for name, parameter in names.items():
         if not (state := optimiser.state.get(parameter)):  # layerdrop left its layer out of every step so far
-            zeros = torch.zeros_like(parameter)
-            state = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())}
+            state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            state["step"] = torch.zeros(())
         kept |= {f"{name}/{key}": state[key].detach().cpu() for key in MOMENTS}
     return kept
 
