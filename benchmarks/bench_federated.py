@@ -33,7 +33,7 @@ from fedhubert_lib import (
     pretraining,
     resources,
 )
-from fedhubert_lib.federated import client_app, rounds
+from fedhubert_lib.federated import handlers, rounds
 
 DEFECTS = {
     "float64 upcast of FedAdam": "tests/test_optimisers.py::test_everything_stays_float32",
@@ -74,7 +74,7 @@ def answer_with(client_seconds: float) -> None:
     def validate(home, arrays, config):
         return {}, {"loss_sum": 1.0, "objective_count": 1.0}
 
-    client_app.HANDLERS |= {"bench.update": update, "bench.validate": validate}
+    handlers.HANDLERS |= {"bench.update": update, "bench.validate": validate}
 
 
 def with_clients(run: Path, count: int) -> list[str]:

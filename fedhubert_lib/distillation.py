@@ -28,11 +28,12 @@ from fedhubert_lib import (
     params,
     pooled,
     pretraining,
+    secure,
     seeds,
     teaching,
     training,
 )
-from fedhubert_lib.federated import checkpoints, local, rounds
+from fedhubert_lib.federated import checkpoints, handlers, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
@@ -95,9 +96,10 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     return kmeans_client.label(replace(home, labels=home.state / "labels"), arrays, config)
 
 
-HANDLERS = {
+handlers.HANDLERS |= {
     "distill.update": update,
     "distill.validate": validate,
+    "distill.keys": secure.keys,
     "distill.receive": receive,
     "distill.label": label,
 }

@@ -16,8 +16,20 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fedhubert_lib import audio, batching, federated, hubert, objectives, params, planning, pooled, seeds, training
-from fedhubert_lib.federated import checkpoints, client_state, local, rounds
+from fedhubert_lib import (
+    audio,
+    batching,
+    federated,
+    hubert,
+    objectives,
+    params,
+    planning,
+    pooled,
+    secure,
+    seeds,
+    training,
+)
+from fedhubert_lib.federated import checkpoints, client_state, handlers, local, rounds
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
 from fedhubert_lib.labels import Labels
 
@@ -50,6 +62,10 @@ def validate(
     module = _filled(home, arrays, {**config, "round": config["round"] + 1}, p)
     stream = _client_batches(home, "validation", p, config, 0, steps)
     return {}, training.evaluate(module, stream, functools.partial(_objective, module, p), p.precision)
+
+
+handlers.HANDLERS |= {"pretrain.update": update, "pretrain.validate": validate, "pretrain.keys": secure.keys}
+"""What the server can ask of a client in pretraining."""
 
 
 def validation_steps(home: ClientHome, p: params.Federation) -> int:

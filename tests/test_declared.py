@@ -2,10 +2,9 @@
 
 import federation
 import pytest
-from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedhubert_lib import distillation, federated, kmeans, params, pretraining
-from fedhubert_lib.federated import client_app, inprocess, messages
+from fedhubert_lib.federated import handlers
 
 TRAINED = {
     *("audio_seconds", "seconds", "waiting_seconds", "steps", "learning_rate", "gradient_norm"),
@@ -44,20 +43,19 @@ SHORT = {"rounds": 1, "cohort": 3, "device": "cpu", "precision": "float32"}
 
 
 @pytest.fixture
-def answers(monkeypatch) -> list[tuple[str, set[str], set[str], set[str]]]:
-    """(action, records, tensors, metrics) of every answer from here on."""
-    seen, answer = [], client_app.answer
+def answers(monkeypatch) -> list[tuple[str, set[str], set[str]]]:
+    """(action, tensors, metrics) of every answer from here on."""
+    seen, answer = [], handlers.answer
 
-    def listen(message, context, pack):
-        action, sent, _ = messages.read_request(message.content)
-        reply = answer(message, context, pack)
-        arrays = set(reply.content["arrays"])
+    def listen(home, action, sent, config):
+        reply = answer(home, action, sent, config)
+        arrays = set(reply.arrays)
         if arrays and arrays <= set(sent):
             arrays = WEIGHTS
-        seen.append((action, set(reply.content), arrays, set(reply.content["metrics"])))
+        seen.append((action, arrays, set(reply.metrics)))
         return reply
 
-    monkeypatch.setattr(client_app, "answer", listen)
+    monkeypatch.setattr(handlers, "answer", listen)
     return seen
 
 
@@ -74,8 +72,7 @@ def test_nothing_but_what_is_listed_leaves_a_client(tmp_path, answers):
         list(clients.ask("identify"))
         kmeans.run(run, p, clients)
     assert {action for action, *_ in answers} >= set(LEAVES) - {"kmeans.cache", "kmeans.probe", "distill.label"}
-    for action, records, arrays, metrics in answers:
-        assert records == {"arrays", "metrics", "client"}
+    for action, arrays, metrics in answers:
         assert arrays <= LEAVES[action][0], action
         assert metrics <= LEAVES[action][1], action
 
@@ -85,27 +82,22 @@ def test_a_server_that_is_not_trusted_hears_of_updates_alone(tmp_path, answers, 
     private = {"privacy": "client", "privacy_quantile": quantile, "weighting": "clients"}
     pretraining.run(federation.make(tmp_path), federation.pretrain(**SHORT, **private))
     told = {"learning_rate", "within_bound"} if quantile else {"learning_rate"}
-    assert [answer for answer in answers if answer[0] != "identify"] == [
-        ("pretrain.update", {"arrays", "metrics", "client"}, WEIGHTS, told)
-    ] * 3
+    assert [answer for answer in answers if answer[0] != "identify"] == [("pretrain.update", WEIGHTS, told)] * 3
 
 
 def test_every_handler_is_listed():
-    assert set(client_app.HANDLERS) == set(LEAVES)
+    assert set(handlers.HANDLERS) == set(LEAVES)
 
 
-@pytest.mark.parametrize("pack", [messages.SharedArray, messages.Array], ids=["simulation", "network"])
-def test_a_failure_over_a_network_names_no_file(tmp_path, monkeypatch, pack):
+@pytest.mark.parametrize("simulated", [True, False])
+def test_a_failure_over_a_network_names_no_file(tmp_path, monkeypatch, simulated):
     """In simulation the reason helps; to another's server it would tell paths and utterances."""
 
     def fail(home, arrays, config):
         raise FileNotFoundError("secret.flac")
 
-    monkeypatch.setitem(client_app.HANDLERS, "identify", fail)
-    grid = inprocess.InProcessGrid(tmp_path, ["client-0"], "cpu")
-    content = messages.request("identify", messages.packed({}, pack), {})
-    message = Message(content, grid.nodes["client-0"], MessageType.TRAIN)
-    context = Context(1, 2, {"client": "client-0", "run": str(tmp_path)}, RecordDict(), {})
-    reason = client_app.answer(message, context, pack).content["client"]["failure"]
+    monkeypatch.setitem(handlers.HANDLERS, "identify", fail)
+    home = handlers.home(tmp_path, "client-0", "identify", "cpu", simulated)
+    reason = handlers.answer(home, "identify", {}, {}).reason
     assert "FileNotFoundError" in reason
-    assert ("secret.flac" in reason) == (pack is messages.SharedArray)
+    assert ("secret.flac" in reason) == simulated

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, seeds
-from fedhubert_lib.federated import client_app
 from fedhubert_lib.teaching import TeacherError
 
 TEACHER = hubert.preset(
@@ -243,7 +242,3 @@ def test_hubert_predicts_clusters_that_are_not_those_of_kmeans(run):
     utterance = labels.utterances[0]
     assert labels[utterance].max() < 5
     assert len(labels[utterance]) == len(distillation.Labels(run / "02_kmeans/clients/client-000/federated")[utterance])
-
-
-def test_every_action_is_known_to_the_client_app():
-    assert distillation.HANDLERS.items() <= client_app.HANDLERS.items()

@@ -18,7 +18,7 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
 from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, training
-from fedhubert_lib.federated import checkpoints, client_app, local, relay, rounds, server_app
+from fedhubert_lib.federated import checkpoints, handlers, local, relay, rounds, server_app
 from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import ClientHome
 
@@ -325,7 +325,7 @@ _opened: list[str] | None = None
 
 
 def _watch(event: str, arguments: tuple) -> None:
-    if _opened is not None and event in ("open", "os.listdir", "os.scandir") and client_app.acting() is None:
+    if _opened is not None and event in ("open", "os.listdir", "os.scandir") and handlers.acting() is None:
         _opened.append(os.fspath(arguments[0]) if isinstance(arguments[0], str | os.PathLike) else "")
 
 
@@ -348,9 +348,9 @@ def test_server_code_opens_no_file_of_a_client(run, tmp_path, monkeypatch):
     for client in (ids := federated.client_ids(base)):
         move(client, base, hidden)
     acted = []
-    act = client_app._act
+    act = handlers._act
 
-    @client_app.contextmanager
+    @contextmanager
     def present(client):
         acted.append(client)
         move(client, hidden, base)
@@ -360,7 +360,7 @@ def test_server_code_opens_no_file_of_a_client(run, tmp_path, monkeypatch):
         finally:
             move(client, base, hidden)
 
-    monkeypatch.setattr(client_app, "_act", present)
+    monkeypatch.setattr(handlers, "_act", present)
     sys.addaudithook(_watch)
     _opened = []
     try:

@@ -12,7 +12,7 @@ import torch
 from federation import digest, pretrain, rows
 
 from fedhubert_lib import federated, files, privacy, seeds
-from fedhubert_lib.federated import checkpoints, client_app, client_state, messages, optimisers, rounds
+from fedhubert_lib.federated import checkpoints, client_state, handlers, messages, optimisers, rounds
 from fedhubert_lib.federated.inprocess import InProcessGrid
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
@@ -61,8 +61,8 @@ def averages(sums):
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "01_partition").mkdir()
     pd.DataFrame({"client": CLIENTS}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", pull)
-    monkeypatch.setitem(client_app.HANDLERS, "toy.validate", measure)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", pull)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.validate", measure)
     return tmp_path
 
 
@@ -109,7 +109,7 @@ def test_saved_tensors_are_those_of_the_run(run):
 def test_the_last_and_the_best_are_kept(run, monkeypatch):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0, 6: 3.0}
     monkeypatch.setitem(
-        client_app.HANDLERS,
+        handlers.HANDLERS,
         "toy.validate",
         lambda h, a, c: ({}, {"loss_sum": losses[c["round"]], "objective_count": 1}),
     )
@@ -119,7 +119,7 @@ def test_the_last_and_the_best_are_kept(run, monkeypatch):
 
 def test_training_stops_when_nothing_gets_better(run, monkeypatch):
     monkeypatch.setitem(
-        client_app.HANDLERS,
+        handlers.HANDLERS,
         "toy.validate",
         lambda h, a, c: ({}, {"loss_sum": abs(c["round"] - 2), "objective_count": 1}),
     )
@@ -226,7 +226,7 @@ def explode(change, metrics):
 )
 def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
     """The others' mean is what would have come without the bad client."""
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", spoilt(how))
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", spoilt(how))
     weights = train(run, server="fedavg", server_rate=1.0, cohort=6, rounds=1)
     failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
     assert [row["client"] for row in failures] == ["client-002"]
@@ -246,7 +246,7 @@ def test_an_outlier_is_told_in_the_first_round_wherever_it_stands(run, monkeypat
         change, metrics = pull(home, arrays, config)
         return {n: 500 * t for n, t in change.items()} if home.client == hostile else change, metrics
 
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", handler)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", handler)
     train(run, cohort=6, rounds=1)
     failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
     assert [row["client"] for row in failures] == [hostile]
@@ -268,7 +268,7 @@ def test_a_late_answer_is_left_out(run, monkeypatch):
         time.sleep(0.3)
         return change, metrics
 
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", spoilt(slow))
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", spoilt(slow))
     train(run, cohort=6, rounds=1, deadline_seconds=0.2)
     (failure,) = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
     assert failure["client"] == "client-002"
@@ -281,7 +281,7 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_goes_on_with_other_dr
             raise OSError("the network is down")
         return pull(home, arrays, config)
 
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", broken)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", broken)
     with pytest.raises(rounds.QuorumError, match="round 4: 3 times"):
         train(run)
     failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
@@ -289,7 +289,7 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_goes_on_with_other_dr
     assert checkpoints.rounds(run / "toy")[-1] == 3
     with pytest.raises(rounds.QuorumError, match="round 4: 3 times"):
         train(run)
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", pull)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", pull)
     train(run)
     ledger = files.read_rows(run / "toy/metrics.jsonl")
     assert len([row for row in ledger if row["kind"] == "failure" and not row["client"]]) == 6
@@ -317,12 +317,12 @@ def test_a_private_round_of_nobody_is_a_round(run):
 
 
 def test_clients_that_do_not_answer_cost_as_much_as_if_they_did(run, monkeypatch):
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", lambda *_: explode(None, None))
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", lambda *_: explode(None, None))
     with pytest.raises(rounds.QuorumError):
         train(run, **PRIVATE | {"cohort": 5})
     charged = len(files.read_rows(run / "toy" / rounds.ACCOUNT))
     assert charged == 3
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", pull)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", pull)
     train(run, **PRIVATE | {"cohort": 5}, rounds=6)
     (*_, last) = files.read_rows(run / "toy/metrics.jsonl")
     assert last["epsilon"] == privacy.epsilon([(5 / 6, 1.0, 6 + charged)], 1e-5)
@@ -351,7 +351,7 @@ def test_a_client_that_comes_back_is_welcome(run, monkeypatch):
             raise OSError("away")
         return pull(home, arrays, config)
 
-    monkeypatch.setitem(client_app.HANDLERS, "toy.update", away)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", away)
     train(run, cohort=6, rounds=2)
     took_part = [row["round"] for row in rows(run / "toy/metrics.jsonl") if row.get("client") == "client-002"]
     assert took_part == [1, 2]  # once as a failure, then as a client
@@ -384,7 +384,7 @@ def test_a_message_that_a_client_changes_stays_as_it_was_for_the_others(run, mon
         config.clear()
         return {}, {}
 
-    monkeypatch.setitem(client_app.HANDLERS, "toy.greedy", greedy)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.greedy", greedy)
     with federated.connect(run) as clients:
         list(clients.ask("toy.greedy", arrays=initial(), config={"a": 1}))
     assert seen == [(["head.b", "model.a"], {"a": 1})] * 6

@@ -4,8 +4,8 @@
 the server does; ``stage`` the notebook's one call.
 """
 
-from fedhubert_lib.kmeans.client import HANDLERS
+from fedhubert_lib.kmeans import client
 from fedhubert_lib.kmeans.server import KmeansError
 from fedhubert_lib.kmeans.stage import run
 
-__all__ = ["HANDLERS", "KmeansError", "run"]
+__all__ = ["KmeansError", "client", "run"]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedhubert_lib import files, labels, seeds
 from fedhubert_lib.evaluation import units
+from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.kmeans import clustering, reading
 
@@ -180,7 +181,7 @@ def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     return {"labels": _assign(arrays["probe"].to(home.device), codebook).int().cpu()}, {}
 
 
-HANDLERS = {
+handlers.HANDLERS |= {
     "kmeans.cache": cache,
     "kmeans.moments": moments,
     "kmeans.local_centroids": local_centroids,

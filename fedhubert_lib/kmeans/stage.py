@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedhubert_lib import federated, files, params
 from fedhubert_lib.evaluation import units
+from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Reply
-from fedhubert_lib.kmeans import client, reading, server
+from fedhubert_lib.kmeans import reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 
 PER_CLIENT = ("client", "aligned")
@@ -194,7 +195,7 @@ class _pooled:
 
     def ask(self, action: str, *, arrays: Arrays, config: Mapping[str, Any], clients: object = None) -> Iterator[Reply]:
         """The pooled client's answer. An error is raised, not reported: there is no other client to go on with."""
-        yield Reply("pooled", *client.HANDLERS[action](self._home, arrays, config))
+        yield Reply("pooled", *handlers.HANDLERS[action](self._home, arrays, config))
 
 
 def _quality(folder: Path, replies: Iterable[Reply], p: params.Kmeans) -> dict[str, Any]:

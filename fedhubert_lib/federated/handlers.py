@@ -1,0 +1,70 @@
+"""A client's half of every message, whatever carries it: the handler that a stage registered, and the client's folders.
+
+Whatever reads audio, features or labels happens below ``answer``; ``acting`` says so to the audit that proves it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedhubert_lib import params
+from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure, Reply
+
+Handler = Callable[[ClientHome, Mapping[str, Tensor], Mapping[str, Any]], tuple[Arrays, dict[str, float]]]
+
+HANDLERS: dict[str, Handler] = {"identify": lambda home, arrays, config: ({}, {})}
+"""Everything that a server can ask of a client, by ``stage.action``. Modules of stages add theirs."""
+
+logger = logging.getLogger(__name__)
+
+_acting: str | None = None
+
+
+def acting() -> str | None:
+    """The client whose code runs in this process now, its decoding threads included; None while server code runs."""
+    return _acting
+
+
+@contextmanager
+def _act(client: str) -> Iterator[None]:
+    global _acting
+    _acting = client
+    try:
+        yield
+    finally:
+        _acting = None
+
+
+def home(run: Path, client: str, action: str, device: str, simulated: bool) -> ClientHome:
+    """The folders of ``client`` in the run folder ``run`` of its machine; state is kept by stage.
+
+    In simulation that is the one run folder, in deployment one of the same layout that holds this client's part alone.
+    """
+    stage = params.FOLDERS.get(action.partition(".")[0], "")
+    return ClientHome(
+        client=client,
+        data=run / "01_partition" / "clients" / client,
+        labels=run / "02_kmeans" / "clients" / client,
+        state=run / stage / "clients" / client,
+        device=device,
+        simulated=simulated,
+    )
+
+
+def answer(home: ClientHome, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Reply | Failure:
+    """What the handler of ``action`` answers. What it raises becomes a Failure: the round goes on."""
+    try:
+        if action not in HANDLERS:
+            raise ValueError(f"no handler {action!r}; this client knows {', '.join(sorted(HANDLERS))}")
+        with _act(home.client):
+            return Reply(home.client, *HANDLERS[action](home, arrays, config))
+    except Exception as error:  # whatever a client's code raises is that client's failure, never the federation's
+        if home.simulated:
+            return Failure(home.client, f"{type(error).__name__}: {error}")
+        # Over a network: the text may name files and utterances, which are not the server's to know.
+        logger.error("%s failed at %s", home.client, action, exc_info=True)
+        return Failure(home.client, f"{type(error).__name__}; the client's own log says more")
