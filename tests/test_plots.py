@@ -152,7 +152,8 @@ def test_a_student_that_names_no_clusters_has_loss_and_cosine_drawn():
 def test_rounds_of_a_private_study_that_tell_no_loss_are_drawn():
     rows = [{name: value for name, value in row.items() if "accuracy" not in name} for row in metrics(3, 2)]
     for row in rows:
-        row |= {"loss": None} | ({"learning_rate": None} if "learning_rate" in row else {})
+        row |= {name: None for name in ("loss", "learning_rate", "audio_seconds_per_second") if name in row}
+    plots.curves(rows, metrics(3, 0))  # pooled training tells an accuracy, too
     (loss,) = plots.curves(rows).axes
     assert np.isnan(loss.lines[0].get_ydata()).all()
     plots.ledger(rows)

@@ -182,13 +182,16 @@ class _Server:
             "bytes_up": collected.bytes_up,
             "bytes_down": collected.bytes_down,
             "clients": collected.clients,
-            "steps": collected.sums["steps"],
-            "client_seconds": collected.sums["seconds"],
             "server_seconds": server_seconds,
             "seconds": seconds,
+        }
+        told = {
+            "steps": collected.sums["steps"],
+            "client_seconds": collected.sums["seconds"],
             "audio_seconds": collected.sums["audio_seconds"],
             "audio_seconds_per_second": collected.sums["audio_seconds"] / seconds,
         }
+        row |= dict.fromkeys(told) if self.p.privacy == "client" else told
         if self.private:  # to keep the best of several models by a loss without noise would tell of that loss
             self.state["best_round"] = number
         else:
@@ -384,7 +387,7 @@ class _Server:
         collected.server_seconds += time.perf_counter() - began
         row = {"round": number, "client": reply.client, **self.averages(metrics)}
         row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
-        row["masked_frames"] = metrics.get("objective_count")
+        row |= {"masked_frames": metrics["objective_count"]} if "objective_count" in metrics else {}
         self.ledger.row("client", row if self.p.secure_aggregation else row | {"update_norm": norm})
 
     def fail(self, number: int, client: str, reason: str) -> None:

@@ -39,7 +39,7 @@ def curves(
     panels = [panel for panel in panels if panel[0] in measured]
     figure, places = style.panels(1, len(panels), width=11, height=3)
     for axes, (name, validation, label, title) in zip(places, panels, strict=True):
-        if len(each):
+        if name in each:
             ids = each.client.unique()
             chosen = ids[np.linspace(0, len(ids) - 1, min(len(ids), CURVES)).astype(int)]
             shown = each[each.client.isin(chosen)].groupby("client")
@@ -47,9 +47,9 @@ def curves(
             text = "each client" if len(chosen) == len(ids) else f"{len(chosen)} of {len(ids):,} clients"
             axes.add_collection(LineCollection(lines, colors=SKY, linewidths=0.7, alpha=0.6, label=text))
         marker = "o" if len(rounds) <= READABLE else ""
-        if len(rounds):
+        if name in rounds:
             axes.plot(rounds["round"], rounds[name], color=BLUE, linewidth=2, marker=marker, markersize=3, label="mean")
-        if len(central):
+        if name in central:
             axes.plot(central["round"], central[name], color=RED, linestyle="--", label="centralised")
         if validation in rounds:
             held = rounds.dropna(subset=[validation])
