@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from fedhubert_lib import corpora, identity, params
-from fedhubert_lib.corpora import alignments, flac, librispeech, scan
+from fedhubert_lib.corpora import alignments, librispeech, scan
 
 RNG = np.random.default_rng(0)
 
@@ -61,20 +61,6 @@ def test_a_flipped_bit_in_the_last_frame_is_found(tmp_path):
     content[-700] ^= 4
     (tmp_path / "a.flac").write_bytes(content)
     assert "damaged" in scan.header(str(tmp_path / "a.flac")).reason
-
-
-def test_crc16_is_that_of_a_loop():
-    def slow(data: bytes) -> int:
-        crc = 0
-        for byte in data:
-            crc ^= byte << 8
-            for _ in range(8):
-                crc = (crc << 1 ^ 0x8005 if crc & 0x8000 else crc << 1) & 0xFFFF
-        return crc
-
-    for size in (0, 1, 2, 1_000, 20_000):
-        data = RNG.bytes(size)
-        assert flac.crc16(data) == slow(data)
 
 
 def nan_wav(path: Path) -> None:
