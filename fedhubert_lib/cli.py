@@ -104,7 +104,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _shown(study: params.Study) -> int:
     index.write(runs.outputs())
-    print(index.results(runs.outputs() / study.run))
+    if results := index.results(runs.outputs() / study.run):
+        print(results)
     return runner.OK
 
 

@@ -380,6 +380,7 @@ def test_progress_is_shown_and_a_second_runner_is_refused_and_a_killed_one_repla
 @pytest.mark.slow
 def test_a_disk_that_is_full_leaves_nothing_half_written(project):
     full = """\
+stage.folder  # there before the disk is full
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 try:
     with files.atomic(stage.folder / "model.bin") as temporary:
