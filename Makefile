@@ -38,6 +38,18 @@ export: $(VENV)/.installed ## add what `fedhubert export` needs: transformers an
 ray: $(VENV)/.installed ## add the engine `ray`
 	$(ADD) ray
 
+gpu: ## what one GPU does with all this, in eight minutes; needs torch, and make gpu-wheels where more is missing
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU)
+
+gpu-wheels: $(VENV)/.uv ## collect what `make gpu` needs beside torch, for a machine without network (45 MB)
+	rm -rf benchmarks/wheels && mkdir benchmarks/wheels
+	sed -n 's/ *\\$$//; /==/p' requirements.lock > benchmarks/wheels/versions.txt
+	$(BIN)/pip download --quiet --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach glibc,2_17 2_28,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+		--constraint benchmarks/wheels/versions.txt --dest benchmarks/wheels \
+		flwr pydantic soundfile psutil pyyaml safetensors threadpoolctl espeakng-loader
+	rm benchmarks/wheels/numpy-* benchmarks/wheels/uv-* benchmarks/wheels/versions.txt  # with torch there is the first
+
 s3prl: $(VENV)-s3prl/.installed ## an environment for s3prl, which needs an older torch (about 5 GB)
 
 lint: $(VENV)/.installed-test ## style and plain mistakes

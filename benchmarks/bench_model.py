@@ -173,6 +173,7 @@ class Ours:
                     steps=steps,
                     batch_seconds=self.work.audio_seconds,
                     crop_seconds=self.work.seconds,
+                    device=self.work.device,
                 )
             )
         return row["waiting_seconds"] / row["seconds"]
