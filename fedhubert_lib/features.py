@@ -28,6 +28,8 @@ PREEMPHASIS = 0.97
 FLOOR = torch.finfo(torch.float32).eps
 CHUNK = 512
 """MFCC frames computed at once on a CPU: 1 MiB of padded windows, which fit the cache."""
+GPU_CHUNK = 2**15
+"""On a GPU: five minutes of speech, and 190 MB."""
 FORWARD_SAMPLES = 5000 * HOP
 """Longest stretch that one forward pass of a checkpoint sees: 100 s, as in fairseq's feature dump."""
 
@@ -73,11 +75,11 @@ def _mfcc_frames(samples: int) -> int:
 
 def _edges(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """For each frame of the batch, the index of the first and of the last frame of its utterance."""
-    lengths = torch.tensor(counts)
+    lengths = torch.tensor(counts, device=device)
     ends = lengths.cumsum(0)
-    first = (ends - lengths).repeat_interleave(lengths)
-    last = (ends - 1).repeat_interleave(lengths)
-    return first.to(device), last.to(device)
+    first = (ends - lengths).repeat_interleave(lengths, output_size=sum(counts))
+    last = (ends - 1).repeat_interleave(lengths, output_size=sum(counts))
+    return first, last
 
 
 def _delta(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
@@ -110,7 +112,8 @@ def _cepstra(windows: Sequence[Tensor], device: torch.device) -> Tensor:
     """MFCCs without deltas of windows [frames, 400], which utterances follow one another: [all frames, 13]."""
     window, filters, dct = _constants(device)
     frames = sum(map(len, windows))
-    chunk = CHUNK if device.type == "cpu" else frames
+    on_cpu = device.type == "cpu"
+    chunk = CHUNK if on_cpu else GPU_CHUNK
     cepstra = torch.empty(frames, CEPSTRA, device=device)
     centred = torch.empty(chunk, WINDOW, device=device)
     padded = torch.zeros(chunk, FFT, device=device)  # its first column stays 0, as the window's first weight does
@@ -123,7 +126,7 @@ def _cepstra(windows: Sequence[Tensor], device: torch.device) -> Tensor:
     start = 0
     for pieces in _chunks(windows, chunk):
         rows = 0
-        for piece in pieces:
+        for piece in pieces if on_cpu else [torch.cat(pieces)]:
             torch.sub(piece, piece.mean(dim=1, keepdim=True), out=centred[rows : rows + len(piece)])
             rows += len(piece)
         torch.mul(centred[:rows, :-1], PREEMPHASIS, out=padded[:rows, 1:WINDOW])

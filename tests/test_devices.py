@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedhubert_lib import audio, batching, hubert, kernels, objectives, seeds, teaching, training
+from fedhubert_lib import audio, batching, features, hubert, kernels, objectives, seeds, teaching, training
 
 FRONT_ENDS = ("waveform", "logmel")
 
@@ -38,6 +38,15 @@ def test_every_preset_runs_on_a_gpu(pretended_gpu, monkeypatch, preset, front_en
     assert logits.shape == (3, frames, 100)
     assert {x.device.type for x in (*output.hidden, logits, *model.state_dict().values())} == {"cuda"}
     assert logits.dtype == torch.float32
+
+
+def test_mfccs_are_computed_on_a_gpu_in_large_pieces(pretended_gpu, monkeypatch):
+    features._constants.cache_clear()
+    monkeypatch.setattr(features, "GPU_CHUNK", 150)  # pieces of two and of three utterances
+    frames = features.mfcc([torch.empty(samples) for samples in (16_000, 399, 24_000, 8_000)])
+    features._constants.cache_clear()
+    assert [tuple(part.shape) for part in frames] == [(98, 39), (0, 39), (148, 39), (48, 39)]
+    assert {part.device.type for part in frames} == {"cuda"}
 
 
 @pytest.mark.parametrize("norm", ["group", "layer"])
