@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what is printed has seen enough, such as head
         return _closed()
     except OSError as error:
-        print(f"fedhubert: {files.explained(error)}", file=sys.stderr)
+        if error.errno is not None and error.filename is not None:
+            error = files.explained(error.errno, error.filename)
+        print(f"fedhubert: {error}", file=sys.stderr)
         return runner.FAILED
     except KeyboardInterrupt:
         return runner.INTERRUPTED

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -57,10 +58,10 @@ def atomic(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
         _flush(path.parent)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # a write does not say where it failed
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
+    except Exception as error:
+        if (number := _system_error(error)) is None:
+            raise
+        raise explained(number, path) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -92,7 +93,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
             stream.truncate(size)
         if stream.write(line) != len(line):
             stream.truncate(size)
-            raise OSError(errno.ENOSPC, "no space left for a whole row", str(path))
+            raise explained(errno.ENOSPC, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -163,12 +164,19 @@ def lock(stream: IO[Any]) -> bool:
     return True
 
 
-def explained(error: OSError) -> str:
-    """An error of the system in words: what, where, and what to do, where that is known."""
-    what = error.strerror or str(error)
-    where = f"{error.filename}: " if error.filename is not None else ""
-    remedy = _REMEDIES.get(error.errno or 0)
-    return f"{where}{what}" + (f"; {remedy}" if remedy else "")
+def explained(number: int, path: str | Path) -> OSError:
+    """The system's error ``number`` at ``path``, with a remedy where one is known."""
+    remedy = f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
+    return OSError(number, os.strerror(number) + remedy, str(path))
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error that names no file: a write does not say where it failed, safetensors and pyarrow
+    tell of it in words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.filename is None else None
+    found = re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 @functools.cache
@@ -182,6 +190,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED or not path.is_dir():
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+            raise
     finally:
         os.close(descriptor)

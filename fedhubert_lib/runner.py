@@ -215,7 +215,7 @@ def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
         stop.check()
         raise StageError(f"its kernel does not answer: {error}", DIED) from error
     except OSError as error:
-        raise StageError(f"its notebook cannot be written: {files.explained(error)}", FAILED) from error
+        raise StageError(f"its notebook cannot be written: {error}", FAILED) from error
     if executed.metadata.papermill.exception:
         stop.check()
         raise StageError("failed: a cell left the notebook before its end with sys.exit", FAILED)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import files
+from fedhubert_lib import cli, files, index
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
@@ -52,7 +52,7 @@ def test_a_row_cut_short_is_no_row(tmp_path):
 FULL = """
 import resource, sys
 from pathlib import Path
-from fedhubert_lib import files
+from fedhubert_lib import cli, files, index
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # a disk with 1,000 bytes left
 rows = 0
@@ -106,7 +106,7 @@ def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path, arri
 ODD = """
 import errno, fcntl, os, stat, sys
 from pathlib import Path
-from fedhubert_lib import files, runs
+from fedhubert_lib import cli, files, index, runs
 flock, fsync = fcntl.flock, os.fsync
 
 def no_locks(*arguments):
@@ -137,12 +137,33 @@ def test_folders_without_locks_and_without_a_flush_of_folders_do(tmp_path):
     assert (tmp_path / "checkpoint/model").exists() and (tmp_path / "a.json").exists()
 
 
-def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path):
-    with pytest.raises(OSError, match="No space left") as caught, files.atomic(tmp_path / "a.json"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert files.explained(caught.value).startswith(f"{tmp_path / 'a.json'}: No space left on device; free space")
-    assert "read-only" in files.explained(OSError(errno.EROFS, "Read-only file system", "/x"))
-    assert files.explained(OSError("tunnel collapsed")) == "tunnel collapsed"
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+        OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),  # pyarrow
+    ],
+)
+def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path, error):
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match="No space left on device; free space on that disk") as caught, files.atomic(path):
+        raise error
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"), files.atomic(tmp_path / "a.json"):
+        (tmp_path / "nowhere").read_bytes()
+    with pytest.raises(OSError, match="tunnel collapsed"), files.atomic(tmp_path / "a.json"):
+        raise OSError("tunnel collapsed")
+
+
+def test_the_command_names_path_and_remedy(outputs, monkeypatch, capsys):
+    monkeypatch.setattr(index, "write", lambda place: (place / "missing" / "x").write_text(""))
+    monkeypatch.setattr(index, "listing", lambda place: "")
+    assert cli.main(["ls"]) == 1
+    assert f"No such file or directory: '{outputs / 'missing' / 'x'}'" in capsys.readouterr().err
 
 
 def test_atomic_and_sweep_agree_on_names(tmp_path):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
+from IPython.core.interactiveshell import InteractiveShell
 
 from fedhubert_lib import cli, identity, index, params, provenance, records, runner, runs
 
@@ -215,6 +216,29 @@ def test_an_interrupt_is_one_line(outputs):
         raise KeyboardInterrupt
     assert caught.value._render_traceback_() == ["00_corpus: interrupted; run the cell again to resume"]
     assert json.loads((outputs / "toy/run.json").read_text())["stages"]["corpus"]["state"] == "interrupted"
+
+
+def test_in_a_kernel_of_ipython(outputs, capsys):
+    """Parameters by their cell's latest execution, an interrupt in one line: as a person works in JupyterLab."""
+    shell = InteractiveShell()
+    start = 'from fedhubert_lib import runs\nstage = runs.start("corpus", globals())'
+
+    def run(*sources: str) -> str:
+        for source in sources:
+            shell.run_cell(source, store_history=True)
+        streams = capsys.readouterr()
+        return streams.out + streams.err
+
+    assert run(PARAMETERS, start, "hours = 3\nother = [hours]\nprint(other)") == "[3]\n"
+    assert "corpus.minuts: no such parameter" in run(PARAMETERS + "minuts = 4.0", start)
+    assert run(PARAMETERS, start) == ""
+    said = run(PARAMETERS.replace("2.0", "3.0"), "with stage.working():\n    print('works')")
+    assert said.strip() == (
+        "parameters have changed since runs.start (minutes is 3.0 now and was 2.0 then): run that cell again"
+    )
+    said = run(start, "with stage.working():\n    stage.folder.joinpath('a.bin').touch()\n    raise KeyboardInterrupt")
+    assert said.strip() == "00_corpus: interrupted; run the cell again to resume"
+    assert run("with stage.working():\n    print(stage.folder.joinpath('a.bin').exists())") == "True\n"
 
 
 def test_a_failed_start_leaves_no_empty_run(outputs):
