@@ -3,9 +3,7 @@
 import math
 import os
 import platform
-import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from fedhubert_lib.provenance import peak_memory
 from fedhubert_lib.threads import cores
 
 
@@ -68,17 +67,6 @@ def free_memory(device: torch.device) -> int:
 
 USED = ("peak_memory_bytes", "gpu_memory_bytes", "cpu_joules", "gpu_joules")
 """What a ``Meter`` may tell: columns of a ledger of rounds."""
-
-
-def peak_memory() -> int:
-    """Bytes of main memory that this process has held at most so far.
-
-    On Linux from /proc: ``getrusage`` would tell a child no less than what its parent held when it was started.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Meter:
