@@ -6,33 +6,26 @@ weights.
 """
 
 import functools
-import itertools
-import logging
 import math
 import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from fedhubert_lib import compression, identity, params, privacy, resources, secure, seeds
-from fedhubert_lib.audio import HOP, SAMPLE_RATE
+from fedhubert_lib import identity, params, privacy, resources, secure, seeds
 from fedhubert_lib.federated import checkpoints, optimisers
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
+from fedhubert_lib.federated.collecting import Collected, fail, size
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure
 from fedhubert_lib.params import Federation
 
-logger = logging.getLogger(__name__)
-
-METRICS = {"objective_count", "audio_seconds", "seconds", "learning_rate"}
-"""What every client tells, unless the server is not trusted with it."""
 ATTEMPTS = 3
 """Times that a round below its quorum is tried before the run stops."""
 ACCOUNT = "privacy.jsonl"
@@ -230,7 +223,7 @@ class _Server:
             "clip": self.state["clip"],
         }
 
-    def collect(self, number: int) -> "_Collected":
+    def collect(self, number: int) -> Collected:
         """Draw cohorts until one gives a quorum of usable updates."""
         for _ in range(ATTEMPTS):
             drawn = self.draw(number)
@@ -243,8 +236,8 @@ class _Server:
                 message["peers"] = self.public_keys(number, message, drawn)
             asked = sorted(message.get("peers", drawn))
             if quorum <= len(asked) < self.fewest:
-                return _Collected(optimisers.Mean())
-            collected = _Collected(optimisers.Mean())
+                return self.nothing(number)
+            collected = self.nothing(number)
             if len(asked) >= quorum:
                 collected = self.ask(number, message, asked)
                 if self.p.secure_aggregation:  # a sum is of all or of nobody: without one, the masks do not cancel
@@ -252,7 +245,7 @@ class _Server:
             if collected.clients >= quorum:
                 return collected
             count = f"{collected.clients} of {len(drawn)}"
-            self.fail(number, "", f"{count} clients gave a usable update; {quorum} needed")
+            fail(self.ledger, number, "", f"{count} clients gave a usable update; {quorum} needed")
             self.attempt += 1
         self.settle()
         raise QuorumError(
@@ -270,14 +263,15 @@ class _Server:
         self.account.charge((number, self.attempt), len(ids), drawn)
         return drawn
 
-    def ask(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> "_Collected":
+    def ask(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> Collected:
         """Ask for updates, and collect those that can be used."""
         if self.p.privacy == "client":
             peers = len(asked) if self.p.secure_aggregation else 1
             self.account.charge((number, self.attempt), len(self.clients.ids), asked, peers)
-        collected = _Collected(self.collector(message, len(asked)))
+        collected = self.nothing(number)
+        collected.collector = self.collector(message, len(asked))
         payload = {**self.weights, **self.control}
-        collected.bytes_down = _size(payload) * len(asked)
+        collected.bytes_down = size(payload) * len(asked)
         answers = self.clients.ask(
             f"{self.task.name}.update",
             arrays=payload,
@@ -285,10 +279,17 @@ class _Server:
             clients=asked,
             timeout=self.p.deadline_seconds or None,
         )
-        for reply, norm in self.usable(number, answers, payload, collected):
-            self.accept(number, reply, norm, collected)
+        for reply, norm in collected.usable(answers, payload):
+            if not collected.clients:
+                self.settle()  # the writer still holds the last update: there are never two besides a client's
+            collected.add(reply, norm)
             reply.arrays.clear()  # several loops still know this reply while the next client works
         return collected
+
+    def nothing(self, number: int) -> Collected:
+        """What is collected before the first answer."""
+        state = self.state
+        return Collected(self.p, number, state["clip"], state["reference_norm"], self.averages, self.ledger)
 
     def collector(self, message: Mapping[str, Any], clients: int) -> optimisers.Collector:
         """What takes the updates of one cohort."""
@@ -307,93 +308,8 @@ class _Server:
                     raise optimisers.UpdateError(answer.reason)
                 found[answer.client] = secure.public_key(answer.arrays)
             except optimisers.UpdateError as error:
-                self.fail(number, answer.client, str(error))
+                fail(self.ledger, number, answer.client, str(error))
         return found
-
-    def usable(
-        self, number: int, answers: Iterator[Reply | Failure], like: Mapping[str, Tensor], collected: "_Collected"
-    ) -> Iterator[tuple[Reply, float]]:
-        """Replies with their norms; the others are recorded with the reason and left out."""
-
-        def sound() -> Iterator[tuple[Reply, float]]:
-            for answer in answers:
-                if isinstance(answer, Failure):
-                    self.fail(number, answer.client, answer.reason)
-                    continue
-                began = time.perf_counter()
-                collected.bytes_up += _size(answer.arrays)
-                try:
-                    update = answer.arrays
-                    if self.p.compression != "none":
-                        update = compression.decode(update, self.p.compression, like)
-                    if self.p.secure_aggregation:
-                        secure.check(update, like)
-                        norm = 0.0  # nobody here can know
-                    else:
-                        norm = optimisers.checked_norm(update, like)
-                    self.check_metrics(answer.metrics)
-                except optimisers.UpdateError as error:
-                    self.fail(number, answer.client, str(error))
-                    continue
-                # Rounding may have carried it beyond the bound; and who says that it clipped? A mask tells nothing.
-                if self.p.privacy == "server" and not self.p.secure_aggregation:
-                    privacy.clip(update, self.state["clip"])
-                collected.server_seconds += time.perf_counter() - began
-                yield replace(answer, arrays=update), norm
-
-        replies = sound()
-        # Bounded updates need no outlier test, and must have none: whether one client's counted would depend on others.
-        reference = 0.0 if self.private or self.p.secure_aggregation else self.state["reference_norm"]
-        if reference is None:
-            # No earlier round says how large an update is. The first two do, or the first three if these disagree.
-            held = list(itertools.islice(replies, 2))
-            norms = [norm for _, norm in held]
-            if held and max(norms) > self.p.outlier * min(norms):
-                held += itertools.islice(replies, 1)
-            reference = statistics.median_low(norm for _, norm in held) if held else 0.0
-            replies = itertools.chain(held, replies)
-            del held
-        for reply, norm in replies:
-            if norm > self.p.outlier * reference > 0:
-                self.fail(number, reply.client, f"its update is {norm / reference:.3g} times as large as is usual")
-            else:
-                yield reply, norm
-
-    def check_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
-        needed = {"learning_rate"} if self.p.privacy == "client" else METRICS
-        needed |= {"within_bound"} if self.private and self.p.privacy_quantile > 0 else set()
-        if missing := needed - metrics.keys():
-            raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
-        if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
-        possible = self.p.local_steps * self.p.batch_seconds * SAMPLE_RATE / HOP
-        if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
-            raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")
-
-    def accept(self, number: int, reply: Reply, norm: float, collected: "_Collected") -> None:
-        """Add one usable update to what is collected, and its row to the ledger."""
-        if collected.clients == 0:
-            self.settle()  # the writer still holds the last update: there are never two besides a client's
-        began = time.perf_counter()
-        metrics = reply.metrics
-        weight = metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0
-        collected.collector.add(reply.arrays, weight)
-        collected.clients += 1
-        collected.norms.append(norm)
-        collected.within_bound += metrics.get("within_bound", 0.0)
-        collected.learning_rate = metrics["learning_rate"]
-        collected.sums.update(metrics)
-        collected.server_seconds += time.perf_counter() - began
-        row = {"round": number, "client": reply.client, **self.averages(metrics)}
-        row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
-        row |= {"masked_frames": metrics["objective_count"]} if "objective_count" in metrics else {}
-        self.ledger.row("client", row if self.p.secure_aggregation else row | {"update_norm": norm})
-
-    def fail(self, number: int, client: str, reason: str) -> None:
-        """Record who was left out, and why."""
-        logger.warning("round %d: %s left out: %s", number, client or "cohort", reason)
-        self.ledger.row("failure", {"round": number, "client": client, "reason": reason})
 
     def validate(self, number: int) -> dict[str, float]:
         """Loss and accuracy of the new weights on validation utterances of a panel of clients, the same every round."""
@@ -409,7 +325,7 @@ class _Server:
         )
         for answer in answers:
             if isinstance(answer, Failure):
-                self.fail(number, answer.client, f"validation: {answer.reason}")
+                fail(self.ledger, number, answer.client, f"validation: {answer.reason}")
             else:
                 sums.update(answer.metrics)
         if not sums:  # nobody on the panel has validation utterances
@@ -444,25 +360,6 @@ class _Server:
         folder = checkpoints.path(self.out, self.durable)
         with checkpoints.reading(folder):
             return optimisers.Moments(self.p, folder / checkpoints.SERVER, self.weights)
-
-
-@dataclass
-class _Collected:
-    """What the clients of one cohort have given so far."""
-
-    collector: optimisers.Collector
-    clients: int = 0
-    norms: list[float] = field(default_factory=list)
-    within_bound: float = 0.0
-    sums: Counter[str] = field(default_factory=Counter)
-    learning_rate: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
-    server_seconds: float = 0.0
-
-
-def _size(arrays: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
 
 
 def _settings(clients: Clients, p: Federation, task: Task) -> dict[str, Any]:
