@@ -10,7 +10,7 @@ import soundfile
 import torch
 from conftest import ROOT
 
-from fedhubert_lib import hubert, params, preflight, runs
+from fedhubert_lib import cli, hubert, params, preflight, runner, runs
 from fedhubert_lib.evaluation import keywords
 
 
@@ -164,3 +164,18 @@ def test_a_notebook_checks_its_stage_alone(checkpoint, tmp_path):
     with pytest.raises(runs.RunError, match=r"distill\.teacher: .* has no head\.safetensors"):
         preflight.check("distill", p, tmp_path)
     preflight.check("distill", params.Distill(teacher=str(checkpoint), objectives=["hubert"]), tmp_path)
+
+
+def test_fedhubert_run_starts_nothing_that_could_not_end(checkpoint, outputs, capsys):
+    change(checkpoint, model_type="wavlm")
+    study = ROOT / "params" / "toy.yaml"
+    assert cli.main(["run", str(study), "--set", f"distill.teacher={checkpoint}"]) == runner.USAGE
+    assert "distill.teacher: " in (told := capsys.readouterr().err) and "model_type is 'wavlm'" in told
+    assert not any(outputs.iterdir())
+
+
+@pytest.mark.parametrize("stage", params.SECTIONS)
+def test_each_notebook_checks_its_stage_before_it_works(stage):
+    source = (ROOT / "notebooks" / f"{params.FOLDERS[stage]}.ipynb").read_text(encoding="utf-8")
+    start, check, work = (source.find(text) for text in ("runs.start(", "preflight.check(stage.name", "working()"))
+    assert 0 < start < check < work
