@@ -31,7 +31,8 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
-from fedhubert_lib import audio, features, kmeans, resources, seeds
+from fedhubert_lib import audio, features, resources, seeds
+from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.kmeans import clustering
 from fedhubert_lib.kmeans.clustering import nearest
@@ -156,13 +157,16 @@ def label(hours: float, clusters: int) -> None:
         table.to_parquet(folder / "train.parquet")
         table.iloc[:0].to_parquet(folder / "validation.parquet")
         config = {"kind": "federated", "features": "mfcc", "layer": 0, "checkpoint": "", "normalisation": "speaker"}
-        config |= {"seed": 0, "clusters": clusters, "cache_features": False}
+        config |= {"seed": 0, "clusters": clusters, "width": features.MFCC_DIMENSION, "noise_multiplier": 0.0}
         home = ClientHome("client", folder, folder / "labels", folder / "state")
         frames = torch.cat(features.mfcc(waveforms))
         centroids = frames[seeds.numpy_generator(0, "bench").choice(len(frames), clusters, replace=False)]
         before = {"imports_mib": peak_mib()}
-        _, metrics = kmeans.HANDLERS["kmeans.label"](home, {"centroids": centroids}, config)
-    print(json.dumps({"hours": rounds * minute / 60, "seconds": metrics["seconds"], "peak_mib": peak_mib()} | before))
+        start = time.perf_counter()
+        handlers.HANDLERS["kmeans.features"](home, {}, config)
+        handlers.HANDLERS["kmeans.label"](home, {"centroids": centroids}, config)
+        seconds = time.perf_counter() - start
+    print(json.dumps({"hours": rounds * minute / 60, "seconds": seconds, "peak_mib": peak_mib()} | before))
 
 
 def peak_mib() -> float:

@@ -37,6 +37,7 @@ from fedhubert_lib import (
     training,
 )
 from fedhubert_lib.evaluation import encoders, intervals, layers, probes, units
+from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.plots import style
@@ -107,7 +108,8 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
         heldout.iloc[:0].to_parquet(home.data / "validation.parquet")
         heldout.to_parquet(home.data / "train.parquet")
     settings = {**json.loads((book / "codebook.json").read_text(encoding="utf-8"))["settings"], "kind": p.codebook}
-    kmeans.HANDLERS["kmeans.label"](home, {"centroids": torch.from_numpy(np.load(book / "centroids.npy"))}, settings)
+    handlers.HANDLERS["kmeans.features"](home, {}, settings)
+    handlers.HANDLERS["kmeans.label"](home, {"centroids": torch.from_numpy(np.load(book / "centroids.npy"))}, settings)
     labels = Labels(home.labels / p.codebook)
     model, head = hubert.load(checkpoint)
     module = torch.nn.ModuleList([model, head])

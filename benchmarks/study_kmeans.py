@@ -44,7 +44,7 @@ def measured(run: Path, path: Path, **settings: Any) -> None:
     """Fit and label with these settings, and write the table of quality to ``path``, if it is not there."""
     if path.exists():
         return
-    p = params.Kmeans(cache_features=True, device="cpu", lloyd_rounds=50, **settings)
+    p = params.Kmeans(device="cpu", lloyd_rounds=50, **settings)
     with federated.connect(run) as clients:
         table = kmeans.run(run, p, clients)
     path.write_text(table.to_json(orient="index", indent=2), encoding="utf-8")
@@ -74,7 +74,8 @@ def layers(options: argparse.Namespace) -> None:
             for clusters in options.clusters:
                 path = options.out / f"layers-{name.replace(' ', '_')}-{clusters}-{seed}.json"
                 settings = {"codebooks": ["federated"], "clusters": clusters, "normalisation": "speaker", "seed": seed}
-                measured(prepared(options), path, features=folder, **settings)
+                middle = "auto" if folder == "mfcc" else max(1, model.config.num_hidden_layers // 2)
+                measured(prepared(options), path, features=folder, layer=middle, **settings)
                 print(path, flush=True)
 
 

@@ -45,6 +45,9 @@ STAGE = "04_distill"
 TEACHER_LABELS = "teacher"
 """Folder of the clusters of the teacher's features, in a client's own part of 04_distill."""
 
+TEACHER_CLUSTERING = ("features", "local_centroids", "lloyd", "forget")
+"""What of k-means clients do for the clusters of the teacher's features, in their part of 04_distill."""
+
 logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------- at a client
@@ -102,6 +105,7 @@ handlers.HANDLERS |= {
     "distill.keys": secure.keys,
     "distill.receive": receive,
     "distill.label": label,
+    **{f"distill.{action}": handlers.HANDLERS[f"kmeans.{action}"] for action in TEACHER_CLUSTERING},
 }
 """What the server can ask of a client in distillation."""
 
@@ -205,8 +209,8 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
     """
     if p.centralised and p.engine == "deployment":
-        pooled.check(run)
-    with federated.connect(run, p.engine, p.device) as clients:
+        pooled.check(run, p.codebook)
+    with federated.connect(run, p.engine, p.device, p.codebook) as clients:
         return federate(run, p, clients, on_row)
 
 
@@ -244,7 +248,7 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
         if on_progress:
             on_progress("objectives compared", done, len(pairs))
         alone, out = _alone(p, name, seed), folder / name / str(seed)
-        with federated.connect(run, p.engine, p.device) as clients:
+        with federated.connect(run, p.engine, p.device, p.codebook) as clients:
             federate(run, alone, clients, out=out)
         if p.centralised:
             centralised(run, alone, out=out)
@@ -369,14 +373,17 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
         run=p.run,
         seed=p.seed,
         features=str(teacher_folder(run, p)),
-        layer=p.teacher_layer,
         clusters=p.teacher_clusters,
         normalisation="none",
         device=p.device,
     )
-    exchange = kmeans_server.Exchange(clients, lambda row: files.append_row(folder / "clusters.jsonl", row))
-    config, arrays, _ = kmeans_server.prepare(chosen, exchange)
-    config |= {"noise_multiplier": 0.0, "noise_clip": chosen.noise_clip, "kind": TEACHER_LABELS}
+    exchange = kmeans_server.Exchange(
+        clients, lambda row: files.append_row(folder / "clusters.jsonl", row), stage="distill"
+    )
+    depth = hubert.read_config(teacher_folder(run, p)).num_hidden_layers
+    layer = p.teacher_layer or max(1, depth // 2)
+    config, weights = kmeans_server.describe(chosen, layer)
+    config |= {"kind": TEACHER_LABELS}
     path = folder / "clusters.safetensors"
     known = (
         json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -385,6 +392,7 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
     )
     settings = json.loads(json.dumps(config))
     if known != settings:
+        _, arrays, _ = kmeans_server.prepare(chosen, layer, exchange)
         start, _ = kmeans_server.start(exchange, arrays, config)
         centroids, _ = kmeans_server.lloyd(
             exchange, arrays, config, start, rounds=chosen.lloyd_rounds, tolerance=chosen.tolerance
@@ -392,9 +400,9 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids}, temporary)
         files.write_json(path.with_suffix(".json"), settings)
-    centroids = load_file(path)["centroids"]
-    for _ in exchange.ask("distill.label", {**arrays, "centroids": centroids}, config):
-        pass
+    # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
+    list(exchange.ask("label", {**weights, **load_file(path)}, config))
+    list(exchange.ask("forget", {}, config))
 
 
 def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor]) -> Path:
@@ -410,15 +418,17 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
 
     With objective ``hubert`` the labels are those that the clients wrote in ``federate``, which comes first then.
     """
-    out, p = (out or run / STAGE) / "centralised", rounds.sized(p, len(federated.client_ids(run)))
+    out, p = (out or run / STAGE) / "centralised", rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     teacher = read_teacher(run, p)
     config, weights = initial(run, p, teacher)
     message = {**_message(run, p, teacher, config), "session": "centralised"}
     device = federated.resolve(p.device)
     teacher = _load(message["teacher"]["folder"], message["teacher"]["digest"], device)
     module = _modules(json.dumps(asdict(config)), message["clusters"], message["regression"], device)
-    owners, table = pooled.utterances(run)
-    homes = {home.client: home for home in pooled.homes(run, federated.client_ids(run), run / STAGE, device)}
+    owners, table = pooled.utterances(run, p.codebook)
+    homes = {
+        home.client: home for home in pooled.homes(run, federated.client_ids(run, p.codebook), run / STAGE, device)
+    }
     labels = pooled.PooledLabels(owners, lambda client: _labels(homes[client], p))
     weights = pooled.train(
         run,

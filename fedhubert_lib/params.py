@@ -142,7 +142,7 @@ class Kmeans(Section):
 
     codebooks: list[Codebook] = Field(["federated", "client"], min_length=1, description="codebooks to fit and compare")
     features: Place = Field("mfcc", description="mfcc, or a checkpoint folder: the second iteration")
-    layer: Natural | None = Field(None, description="hidden layer of that checkpoint; none: half its depth")
+    layer: Natural | Literal["auto"] = Field("auto", description="of that checkpoint; auto: whose units are best")
     clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K")
     normalisation: Literal["none", "global", "speaker"] = Field("speaker", description="of the features, per dimension")
     sample_share: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of utterances used to fit")
@@ -150,10 +150,9 @@ class Kmeans(Section):
     tolerance: float = Field(1e-4, ge=0, description="stop when the inertia falls by a smaller share than this")
     minimum_count: Count = Field(0, description="a client reports no cluster with fewer frames than this (privacy)")
     noise_multiplier: float = Field(0.0, ge=0, description="Gaussian noise on sums and counts (privacy); 0: none")
-    noise_clip: Positive = Field(
-        100.0, description="norm that an utterance's sums and counts are scaled down to (privacy)"
-    )
-    cache_features: bool = Field(False, description="keep features on disk instead of computing them in each pass")
+    noise_clip: Positive = Field(100.0, description="norm that a client's sums and counts are scaled down to (privacy)")
+    noise_seeded: bool = Field(False, description="noise from the seed, for simulations that repeat: NOT private")
+    missing_clients: Count = Field(0, description="clients that may fail and be left out of training; more: an error")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     engine: Engine = Field("inprocess", description="what carries the messages")
 
@@ -162,12 +161,14 @@ class Kmeans(Section):
             yield "codebooks", "names one of them twice; keep one"
         if not self.features:
             yield "features", "nothing given; mfcc, or a checkpoint folder"
-        if self.features == "mfcc" and self.layer is not None:
+        if self.features == "mfcc" and self.layer != "auto":
             yield "layer", f"{self.layer} given, but features is mfcc, which has no layers; leave it out"
         if "central" in self.codebooks and self.engine == "deployment":
             yield "codebooks", "names central, which pools all data: in simulation only; leave it out"
         if self.minimum_count > 0 and "aligned" in self.codebooks:
             yield "minimum_count", "protects no codebook that aligned lends to others; leave aligned out of codebooks"
+        if self.noise_seeded and self.engine == "deployment":
+            yield "noise_seeded", "is for simulations: who knows the seed subtracts the noise; leave it out"
         if self.noise_multiplier > 0:
             if exposed := {"one-shot", "aligned", "central"} & set(self.codebooks):
                 yield (

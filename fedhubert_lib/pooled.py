@@ -52,7 +52,7 @@ def train(
     Returns the last weights. A checkpoint is written every ``local_steps`` steps, called a round so that curves lie
     over each other.
     """
-    ids = federated.client_ids(run)
+    ids = federated.client_ids(run, p.codebook)
     each = [local.steps(home, p, 1) for home in homes(run, ids, out, "cpu")]
     steps = round(sum(each) / len(each))
     total = p.rounds * steps
@@ -120,20 +120,20 @@ def homes(run: Path, clients: Iterable[str], state: Path, device: str) -> Iterat
         )
 
 
-def check(run: Path) -> None:
+def check(run: Path, codebook: str) -> None:
     """Raise FileNotFoundError unless every client's lists and labels are on this machine: a simulation."""
-    for home in homes(run, federated.client_ids(run), run, "cpu"):
+    for home in homes(run, federated.client_ids(run, codebook), run, "cpu"):
         for place in (home.data / "train.parquet", home.labels):
             if not place.exists():
                 raise FileNotFoundError(f"{place}: not here, and pooled training needs it; set centralised: false")
 
 
-def utterances(run: Path) -> tuple[dict[str, str], pd.DataFrame]:
-    """Who owns each training utterance, and the table of all, in order of utterance."""
+def utterances(run: Path, codebook: str) -> tuple[dict[str, str], pd.DataFrame]:
+    """Who owns each training utterance, and the table of all, in order of utterance; of clients with labels."""
     columns = ["utterance", "path", "samples"]
     tables = {
         client: pd.read_parquet(run / "01_partition" / "clients" / client / "train.parquet", columns=columns)
-        for client in federated.client_ids(run)
+        for client in federated.client_ids(run, codebook)
     }
     owners = {utterance: client for client, table in tables.items() for utterance in table["utterance"]}
     return owners, pd.concat(tables.values()).sort_values("utterance", ignore_index=True)

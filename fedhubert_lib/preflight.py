@@ -94,7 +94,7 @@ def _engine(engine: str) -> Iterator[str]:
 
 def _cohort(p: params.Federation, run: Path) -> Iterator[str]:
     if (run / "01_partition" / "clients.parquet").is_file():
-        clients = len(federated.client_ids(run))
+        clients = len(federated.client_ids(run, p.codebook))
         if (size := rounds.sized(p, clients).cohort) > clients:
             yield f"{size} given, but 01_partition made {clients} clients; give that or fewer"
 

@@ -152,8 +152,8 @@ def run(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) 
     Goes on where an earlier start stopped. ``on_row`` sees each row of 03_pretrain/metrics.jsonl as it is written.
     """
     if p.centralised and p.engine == "deployment":
-        pooled.check(run)
-    with federated.connect(run, p.engine, p.device) as clients:
+        pooled.check(run, p.codebook)
+    with federated.connect(run, p.engine, p.device, p.codebook) as clients:
         return federate(run, p, clients, on_row)
 
 
@@ -239,7 +239,7 @@ def plan(run: Path, p: params.Pretrain) -> planning.Plan:
 
     Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
     """
-    p = rounds.sized(p, len(federated.client_ids(run)))
+    p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config, _ = initial(run, p)
     return planning.plan(
         config,
@@ -262,10 +262,10 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
 
     rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio; see ``pooled.train``.
     """
-    out, p = run / STAGE / "centralised", rounds.sized(p, len(federated.client_ids(run)))
+    out, p = run / STAGE / "centralised", rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config, weights = initial(run, p)
     module = _modules(json.dumps(asdict(config)), clusters(run, p.codebook), federated.resolve(p.device))
-    owners, table = pooled.utterances(run)
+    owners, table = pooled.utterances(run, p.codebook)
     labels = pooled.PooledLabels(owners, lambda client: run / "02_kmeans" / "clients" / client / p.codebook)
     message = {**_client_config(run, p, config), "session": "centralised"}
     weights = pooled.train(

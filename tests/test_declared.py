@@ -29,15 +29,28 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "kmeans.lend": ({"centroids"}, set()),
     "kmeans.align": (set(), set()),
     "kmeans.moments": ({"sum", "squares", "count"}, set()),
-    "kmeans.cache": (set(), set()),
+    "kmeans.layers": ({"scores", "frames"}, set()),
+    "kmeans.features": (set(), set()),
+    "kmeans.forget": (set(), set()),
     "kmeans.probe": ({"labels"}, set()),  # of public frames
     "distill.update": (WEIGHTS, TRAINED | PRETRAINED | {"objective", "soft_loss_sum"}),
     "distill.validate": (set(), PRETRAINED | {"objective", "soft_loss_sum"}),
     "distill.keys": ({"public"}, set()),
     "distill.receive": (set(), {"held"}),
     "distill.label": ({"counts", "runs"}, {"frames", "seconds"}),
+    "distill.features": (set(), set()),
+    "distill.local_centroids": ({"centroids", "counts"}, set()),
+    "distill.lloyd": ({"sums", "counts", "inertias"}, set()),
+    "distill.forget": (set(), set()),
 }
 """Tensors and metrics of each answer. Weights are those that the server sent, as a difference to them."""
+
+UNASKED = {
+    "kmeans.layers",
+    "kmeans.probe",
+    *(f"distill.{name}" for name in ("label", *distillation.TEACHER_CLUSTERING)),
+}
+"""What needs a checkpoint to cluster, or public speech."""
 
 SHORT = {"rounds": 1, "cohort": 3, "device": "cpu", "precision": "float32"}
 
@@ -67,11 +80,11 @@ def test_nothing_but_what_is_listed_leaves_a_client(tmp_path, answers):
     distillation.run(run, params.Distill(**SHORT, **student, **hidden, send_teacher=True))
     pretraining.run(federation.make(tmp_path / "secure"), federation.pretrain(**SHORT, **hidden))
     kinds = ["federated", "client", "aligned", "one-shot", "random-projection"]
-    p = params.Kmeans(codebooks=kinds, clusters=8, lloyd_rounds=2, normalisation="global", cache_features=True)
+    p = params.Kmeans(codebooks=kinds, clusters=8, lloyd_rounds=2, normalisation="global")
     with federated.connect(run) as clients:
         list(clients.ask("identify"))
         kmeans.run(run, p, clients)
-    assert {action for action, *_ in answers} >= set(LEAVES) - {"kmeans.cache", "kmeans.probe", "distill.label"}
+    assert {action for action, *_ in answers} >= set(LEAVES) - UNASKED
     for action, arrays, metrics in answers:
         assert arrays <= LEAVES[action][0], action
         assert metrics <= LEAVES[action][1], action

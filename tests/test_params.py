@@ -211,7 +211,8 @@ def test_top_level_flows_into_sections(tmp_path):
 def test_overrides_take_text_as_it_stands(tmp_path):
     path = study(tmp_path, "study: s")
     loaded = params.load(
-        path, ["corpus.kind=librispeech", "corpus.root=/a: b #c", "corpus.train_subsets=[a, b]", "kmeans.layer=null"]
+        path,
+        ["corpus.kind=librispeech", "corpus.root=/a: b #c", "corpus.train_subsets=[a, b]", "distill.conv_width=null"],
     )
     assert loaded.corpus.root == "/a: b #c"
     assert loaded.corpus.train_subsets == ["a", "b"]

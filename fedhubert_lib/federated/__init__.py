@@ -1,5 +1,6 @@
 """Federated training and clustering over clients that never share audio: one client app, one server app, engines."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,20 @@ import torch
 from fedhubert_lib.federated.protocol import Clients
 
 
-def client_ids(run: Path) -> list[str]:
-    """The clients of a run, sorted, from the table that 01_partition makes public."""
+def client_ids(run: Path, codebook: str = "") -> list[str]:
+    """The clients of a run, sorted, from the table that 01_partition makes public.
+
+    With ``codebook`` those that have labels of it: all, but for what ``missing_clients`` of 02_kmeans let go.
+    """
     table = run / "01_partition" / "clients.parquet"
     if not table.exists():
         raise FileNotFoundError(f"{table}: no clients yet; run 01_partition first")
-    return sorted(pd.read_parquet(table, columns=["client"])["client"])
+    ids = sorted(pd.read_parquet(table, columns=["client"])["client"])
+    fitted = run / "02_kmeans" / "codebooks" / codebook / "codebook.json"
+    if codebook and fitted.exists():
+        labelled = set(json.loads(fitted.read_text(encoding="utf-8")).get("labelled", ids))
+        ids = [client for client in ids if client in labelled]
+    return ids
 
 
 def resolve(device: str) -> str:
@@ -43,13 +52,13 @@ def side_by_side(engine: str, device: str) -> int:
 
 
 @contextmanager
-def connect(run: Path, engine: str = "inprocess", device: str = "cpu") -> Iterator[Clients]:
-    """The clients of ``run`` over ``engine``, for as long as the ``with`` block lasts.
+def connect(run: Path, engine: str = "inprocess", device: str = "cpu", codebook: str = "") -> Iterator[Clients]:
+    """The clients of ``run`` over ``engine``, for as long as the ``with`` block lasts; see ``client_ids``.
 
     ``device`` is where clients compute (``auto``, ``cpu``, ``cuda:0`` ...). Raises FileNotFoundError when 01_partition
     has not been written.
     """
-    ids = client_ids(run)
+    ids = client_ids(run, codebook)
     if engine != "ray" or device == "auto":  # a Ray cluster may have other devices than this machine
         device = resolve(device)
     if engine == "inprocess":

@@ -7,9 +7,10 @@ its arrays: statistics of the ``global`` normalisation, weights of a checkpoint.
 
 import hashlib
 import json
+import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import pandas
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from fedhubert_lib import files, labels, seeds
+from fedhubert_lib import files, labels, privacy, seeds
 from fedhubert_lib.evaluation import units
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
-from fedhubert_lib.kmeans import clustering, reading
+from fedhubert_lib.kmeans import clustering, layers, reading
 
 Answer = tuple[Arrays, dict[str, float]]
 
@@ -39,9 +41,15 @@ def moments(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str,
     return {"sum": total.cpu(), "squares": squares.cpu(), "count": torch.tensor(float(count)).double()}, {}
 
 
-def cache(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Keep the features of all utterances in the client's folder: later messages need not bring the checkpoint."""
-    reading.cache(home, arrays, config)
+def compute(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Compute the features of all utterances, once, and keep them in the client's folder for all other messages."""
+    reading.compute(home, arrays, config)
+    return {}, {}
+
+
+def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Remove the features: all labels are written."""
+    shutil.rmtree(home.state / "features", ignore_errors=True)
     return {}, {}
 
 
@@ -62,40 +70,45 @@ def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapp
 def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Sum [K, D], count [K] and inertia [K] of the sampled frames nearest to each of ``arrays["centroids"]``.
 
-    Clusters below ``minimum_count`` are reported as empty. With ``noise_multiplier`` z, what one utterance adds to sums
-    and counts is scaled down to norm ``noise_clip`` and Gaussian noise of deviation z x ``noise_clip`` is added here,
-    before anything leaves the client; no inertia is reported then.
+    Clusters below ``minimum_count`` are reported as empty. With ``noise_multiplier`` z, all that this client adds, sums
+    and counts together, is scaled down to norm ``noise_clip``, and Gaussian noise of deviation z x ``noise_clip`` is
+    added here, from the system's entropy, before anything leaves the client; no inertia is reported then.
     """
     centroids = arrays["centroids"].to(home.device)
     clusters, width = centroids.shape
     sums = torch.zeros(clusters, width, dtype=torch.float64)
     counts = torch.zeros(clusters, dtype=torch.float64)
     inertias = torch.zeros(clusters, dtype=torch.float64)
-    private = config["noise_multiplier"] > 0
-    for lengths, frames in reading.stream(home, arrays, config, reading.sampled(home, config)):
-        nearest = clustering.nearest(frames, centroids)
-        if private:
-            for part, label in zip(frames.split(lengths), nearest.split(lengths), strict=True):
-                added = clustering.statistics(part, label, centroids)
-                norm = torch.sqrt(added[0].square().sum() / width + added[1].square().sum())
-                scale = min(1.0, config["noise_clip"] / float(norm)) if norm > 0 else 1.0
-                sums += scale * added[0].cpu()
-                counts += scale * added[1].cpu()
-        else:
-            added = clustering.statistics(frames, nearest, centroids)
-            sums += added[0].cpu()
-            counts += added[1].cpu()
-            inertias += added[2].cpu()
-    if private:
-        generator = seeds.torch_generator(config["seed"], config["round"], home.client, "kmeans-noise")
-        deviation = config["noise_multiplier"] * config["noise_clip"]
+    for _, frames in reading.stream(home, arrays, config, reading.sampled(home, config)):
+        added = clustering.statistics(frames, clustering.nearest(frames, centroids), centroids)
+        for total, part in zip((sums, counts, inertias), added, strict=True):
+            total += part.cpu()
+    if private(config):
         # Sums are bounded in units of sqrt(D), the length of a frame whose dimensions have variance 1.
-        sums += deviation * width**0.5 * torch.randn(sums.shape, generator=generator, dtype=torch.float64)
-        counts += deviation * torch.randn(counts.shape, generator=generator, dtype=torch.float64)
+        released = {"sums": sums / width**0.5, "counts": counts}
+        privacy.clip(released, config["noise_clip"])
+        normal = _noise(home, config)
+        deviation = config["noise_multiplier"] * config["noise_clip"]
+        sums = (released["sums"] + deviation * normal(*sums.shape)) * width**0.5
+        counts = released["counts"] + deviation * normal(*counts.shape)
+        inertias.zero_()
     if config["minimum_count"]:
         few = counts < config["minimum_count"]
         sums[few], counts[few], inertias[few] = 0, 0, 0
     return {"sums": sums, "counts": counts, "inertias": inertias}, {}
+
+
+def private(config: Mapping[str, Any]) -> bool:
+    """Whether nothing may leave a client but what noise covers."""
+    return config["noise_multiplier"] > 0
+
+
+def _noise(home: ClientHome, config: Mapping[str, Any]) -> Callable[..., Tensor]:
+    if not config["noise_seeded"]:
+        return privacy.noise(None)
+    if not home.simulated:
+        raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
+    return privacy.noise(config["seed"], config["round"], home.client, "kmeans")
 
 
 def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -122,14 +135,16 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
             compute_labels=False,
             random_state=seeds.derive(config["seed"], "kmeans-client", home.client) % 2**32,
         )
-        with warnings.catch_warnings():  # fewer distinct frames than clusters: cluster_use shows it
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        # One thread: what several add up, they add in an order of their own.
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct frames than clusters: see cluster_use
             model.fit(frames.cpu().numpy())
         centroids = torch.from_numpy(model.cluster_centers_).float()
         inertia = clustering.inertia(frames, centroids.to(frames.device))
         files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": inertia})
         _save(folder / "centroids.npy", centroids)
-    return {}, {**json.loads((folder / "fit.json").read_text(encoding="utf-8")), "seconds": time.perf_counter() - start}
+    measured = {} if private(config) else json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    return {}, {**measured, "seconds": time.perf_counter() - start}
 
 
 def own(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -154,7 +169,8 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 
     Goes on at the first missing utterance when it was killed before, if the codebook is the same. Answers with what
     ``evaluation.units`` needs: frames per label [K], the number of runs, and counts phone x label with the names of the
-    phones (UTF-8, one a line) where the client knows the phones of its utterances.
+    phones (UTF-8, one a line) where the client knows the phones of its utterances. Nothing of it with
+    ``noise_multiplier``: no noise covers it.
     """
     start = time.perf_counter()
     codebook = _codebook(home, arrays, config)
@@ -163,26 +179,31 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     table = reading.utterances(home)
     written = 0
     if not (folder / "index.parquet").exists():
+        if any(name.startswith("model/") for name in arrays):
+            reading.compute(home, arrays, config)
         with labels.writing(folder, "labels", labels.LABELS) as writer:
             missing = table[~table.utterance.isin(list(writer.done))]
             names = iter(missing.utterance.tolist())
             for lengths, frames in reading.stream(home, arrays, config, missing):
-                nearest = _assign(frames, codebook).cpu().numpy().astype(labels.LABELS)
+                nearest = assign(frames, codebook).cpu().numpy().astype(labels.LABELS)
                 parts = np.split(nearest, np.cumsum(lengths)[:-1])
                 writer.append({next(names): part for part in parts})
                 written += len(nearest)
     seconds = time.perf_counter() - start
-    return _counts(home, labels.Labels(folder), config["clusters"]), {"frames": written, "seconds": seconds}
+    counts = {} if private(config) else _counts(home, labels.Labels(folder), config["clusters"])
+    return counts, {"frames": written, "seconds": seconds}
 
 
 def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """This client's labels of public frames, ``arrays["probe"]`` [N, D]: int32 [N]. No frame of its own is involved."""
     codebook = _codebook(home, arrays, config)
-    return {"labels": _assign(arrays["probe"].to(home.device), codebook).int().cpu()}, {}
+    return {"labels": assign(arrays["probe"].to(home.device), codebook).int().cpu()}, {}
 
 
 handlers.HANDLERS |= {
-    "kmeans.cache": cache,
+    "kmeans.layers": layers.rate,
+    "kmeans.features": compute,
+    "kmeans.forget": forget,
     "kmeans.moments": moments,
     "kmeans.local_centroids": local_centroids,
     "kmeans.lloyd": lloyd,
@@ -222,7 +243,8 @@ def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[st
     return {"centroids": torch.from_numpy(np.load(path)).to(home.device)}
 
 
-def _assign(frames: Tensor, codebook: Arrays) -> Tensor:
+def assign(frames: Tensor, codebook: Arrays) -> Tensor:
+    """The label of each frame by ``codebook``: int64 [N]."""
     if "projection" in codebook:
         frames = torch.nn.functional.normalize(frames.double() @ codebook["projection"].double(), dim=1)
     return clustering.nearest(frames, codebook["centroids"])

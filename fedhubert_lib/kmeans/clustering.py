@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -120,26 +122,25 @@ def statistics(
 
     ``weights`` [N] count each frame so many times.
     """
-    clusters, width = centroids.shape
-    frames = frames.double()
-    middle = centroids.double().mean(0)
-    centred = frames - middle
-    norms = centred.square().sum(1)
-    if weights is not None:
-        weights = weights.double()
-        centred, norms = centred * weights[:, None], norms * weights
-    counts = torch.bincount(labels, weights=weights, minlength=clusters).double()
-    sums = torch.zeros(clusters, width, dtype=torch.float64, device=frames.device)
+    clusters, codes = len(centroids), centroids.double()
     if frames.device.type == "cpu":
-        sums.index_add_(0, labels, centred)
-    else:  # index_add_ on a GPU adds in no fixed order; a product with the one-hot labels does
+        points, number = frames.numpy(), np.arange(len(frames))
+        ones = np.ones(len(frames)) if weights is None else weights.double().numpy()
+        member = scipy.sparse.csr_array((ones, (labels.numpy(), number)), shape=(clusters, len(frames)))
+        sums = torch.from_numpy(member @ points)
+        norms = torch.from_numpy(np.einsum("nd,nd->n", points, points, dtype=np.float64))
+    else:  # adding up by index on a GPU has no fixed order; a product with the one-hot labels has
+        sums, norms = torch.zeros_like(codes), frames.double().square().sum(1)
         for start in range(0, len(frames), CHUNK):
             member = torch.nn.functional.one_hot(labels[start : start + CHUNK], clusters).double()
-            sums += member.T @ centred[start : start + CHUNK]
-    codes = centroids.double() - middle
-    within = torch.bincount(labels, weights=norms, minlength=clusters)
+            if weights is not None:
+                member *= weights[start : start + CHUNK, None]
+            sums += member.T @ frames[start : start + CHUNK].double()
+    weights = None if weights is None else weights.double()
+    counts = torch.bincount(labels, weights=weights, minlength=clusters).double()
+    within = torch.bincount(labels, weights=norms if weights is None else norms * weights, minlength=clusters)
     inertias = within - 2 * (sums * codes).sum(1) + counts * codes.square().sum(1)
-    return sums + counts[:, None] * middle, counts, inertias.clamp(min=0)
+    return sums, counts, inertias.clamp(min=0)
 
 
 def inertia(frames: Tensor, centroids: Tensor) -> float:
@@ -148,32 +149,20 @@ def inertia(frames: Tensor, centroids: Tensor) -> float:
 
 
 def plus_plus(points: Tensor, clusters: int, rng: np.random.Generator, weights: Tensor | None = None) -> Tensor:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007): K of ``points`` [N, D], float64 [K, D].
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007): K of ``points`` [N, D], float64 [K, D]; scikit-learn's.
 
-    Each step draws 2 + ln K candidates and takes the best, as scikit-learn does. ``weights`` [N] count each point so
-    many times. Raises ValueError when there are fewer than K points.
+    ``weights`` [N] count each point so many times. Raises ValueError when there are fewer than K points.
     """
     if len(points) < clusters:
         raise ValueError(f"{clusters} clusters from {len(points)} points; lower clusters or bring more frames")
-    points = points.double()
-    weights = torch.ones(len(points), dtype=torch.float64) if weights is None else weights.double()
-    norms = points.square().sum(1)
-    candidates = 2 + int(math.log(clusters))
-    chosen = [int(np.searchsorted(np.cumsum(weights.numpy()), rng.random() * float(weights.sum())))]
-    closest = (norms + norms[chosen[0]] - 2 * points @ points[chosen[0]]).clamp_(min=0)
-    for _ in range(1, clusters):
-        potential = np.cumsum((closest * weights).numpy())
-        if potential[-1] == 0:  # every point is a centroid already: repeat points, their clusters stay empty
-            drawn = rng.integers(len(points), size=1)
-        else:
-            drawn = np.searchsorted(potential, rng.random(candidates) * potential[-1]).clip(max=len(points) - 1)
-        drawn = torch.from_numpy(drawn)
-        distances = (norms[None] + norms[drawn, None] - 2 * points[drawn] @ points.T).clamp_(min=0)
-        distances = torch.minimum(distances, closest)
-        best = int((distances @ weights).argmin())
-        closest = distances[best]
-        chosen.append(int(drawn[best]))
-    return points[chosen]
+    with _libraries().limit(limits=1):  # by the number of threads a product may round differently
+        chosen, _ = kmeans_plusplus(
+            points.double().numpy(),
+            clusters,
+            sample_weight=None if weights is None else weights.double().numpy(),
+            random_state=int(rng.integers(2**32)),
+        )
+    return torch.from_numpy(chosen)
 
 
 def update(sums: Tensor, counts: Tensor, inertias: Tensor, centroids: Tensor, rng: np.random.Generator) -> Tensor:

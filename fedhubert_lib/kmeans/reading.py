@@ -1,13 +1,15 @@
-"""A client's frames: its utterances, read and turned into features a batch at a time, normalised.
+"""A client's frames: the features of each utterance computed once, kept in the client's folder, read back normalised.
 
-Nothing here holds all features. ``config`` and ``arrays`` are those of the message, see ``client``.
+``config`` and ``arrays`` are those of the message, see ``client``. Features are memory-mapped: a client's speech need
+not fit into memory. Hidden layers are kept as float16 (5e-4 of a value, far below the spread of a cluster), MFCCs as
+float32.
 """
 
 import collections
 import concurrent.futures
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import audio, features, files, labels, seeds
+from fedhubert_lib import audio, features, files, labels, seeds, threads, training
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.hubert import Hubert, HubertConfig
 
-BATCH_SAMPLES = 60 * audio.SAMPLE_RATE
+BATCH_SAMPLES = 600 * audio.SAMPLE_RATE
 """Audio that is read and turned into features at once."""
+BATCH_VALUES = 2**23
+"""Numbers of kept features that are read back at once: 32 MiB as float32."""
 READERS = 4
 """Threads that decode files; libsndfile works outside Python's lock."""
 FIT_FRAMES = 360_000
 """Frames that a client holds at most to fit a codebook of its own: two hours. One hour is enough for MFCCs (Hsu et al.
 2021, table IV); Lloyd rounds stream and see all that is sampled."""
-SPEAKER_SECONDS = 300
-"""Audio of a speaker at most that the ``speaker`` normalisation takes its mean and deviation from."""
+FORWARD_SAMPLES = 5000 * audio.HOP
+"""Longest stretch that one forward pass of a checkpoint sees: 100 s, as in fairseq's feature dump."""
 
-FEATURES = np.dtype("<f4")
 _MODELS: dict[str, Hubert] = {}
 
 
@@ -42,7 +45,7 @@ def utterances(home: ClientHome) -> pandas.DataFrame:
     return pandas.concat(parts, ignore_index=True)
 
 
-def _rank(config: Mapping[str, Any], utterances: list[str]) -> np.ndarray:
+def rank(config: Mapping[str, Any], utterances: Sequence[str]) -> np.ndarray:
     """A draw in [0, 1) for each utterance, the same whoever owns it."""
     return np.array([seeds.derive(config["seed"], "kmeans-sample", utterance) / 2**63 for utterance in utterances])
 
@@ -52,22 +55,23 @@ def sampled(home: ClientHome, config: Mapping[str, Any]) -> pandas.DataFrame:
     table = pandas.read_parquet(home.data / "train.parquet", columns=["utterance", "path", "speaker", "samples"])
     if config["sample_share"] == 1 or table.empty:
         return table
-    rank = _rank(config, table.utterance.tolist())
-    return table[rank < max(config["sample_share"], np.nextafter(rank.min(), 1))]
+    draws = rank(config, table.utterance.tolist())
+    return table[draws < max(config["sample_share"], np.nextafter(draws.min(), 1))]
 
 
-def within(home: ClientHome, config: Mapping[str, Any], frames: int) -> pandas.DataFrame:
-    """As many of the sampled utterances, in the order of their draws, as have at most ``frames`` frames together."""
-    table = sampled(home, config)
-    order = np.argsort(_rank(config, table.utterance.tolist()), kind="stable")
+def within(table: pandas.DataFrame, config: Mapping[str, Any], frames: int) -> pandas.DataFrame:
+    """As many utterances of ``table``, in the order of their draws, as have at most ``frames`` frames together."""
+    order = np.argsort(rank(config, table.utterance.tolist()), kind="stable")
     lengths = table.samples.map(audio.frame_count).to_numpy()
     return table.iloc[np.sort(order[np.cumsum(lengths[order]) <= frames])]
 
 
-def in_memory(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """The sampled frames in memory, normalised: [N, D], N <= FIT_FRAMES, whole utterances."""
-    parts = [part for _, part in stream(home, arrays, config, within(home, config, FIT_FRAMES))]
-    return torch.cat(parts) if parts else torch.zeros(0, 1)
+def in_memory(
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], most: int = FIT_FRAMES
+) -> Tensor:
+    """The sampled frames in memory, normalised: [N, D], N <= ``most``, whole utterances."""
+    parts = [part for _, part in stream(home, arrays, config, within(sampled(home, config), config, most))]
+    return torch.cat(parts) if parts else torch.zeros(0, config["width"])
 
 
 def stream(
@@ -79,8 +83,8 @@ def stream(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Features of the utterances of ``table`` in its order, a batch at a time, end to end: frames of each, [N, D]."""
     normalisation = normalisation or config["normalisation"]
-    speakers = _speaker_statistics(home, arrays, config) if normalisation == "speaker" else {}
-    for rows, parts in _features(home, arrays, config, table):
+    speakers = _speaker_statistics(home, config) if normalisation == "speaker" else {}
+    for rows, parts in _kept(home, config, table):
         if normalisation == "speaker":
             parts = [(part - speakers[s][0]) / speakers[s][1] for s, part in zip(rows.speaker, parts, strict=True)]
         frames = torch.cat(parts)
@@ -89,59 +93,101 @@ def stream(
         yield [len(part) for part in parts], frames
 
 
-def _features(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pandas.DataFrame
+def _kept(
+    home: ClientHome, config: Mapping[str, Any], table: pandas.DataFrame
 ) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    """Features at 50 Hz, not normalised, of each batch of utterances; out of the cache where there is to be one."""
-    if config["cache_features"]:
-        cached = cache(home, arrays, config)
-        for rows in _batches(table):
-            yield rows, [torch.tensor(cached[utterance], device=home.device) for utterance in rows.utterance]
-        return
-    yield from _extracted(home, arrays, config, table)
+    """Features at 50 Hz, not normalised, of each batch of utterances of ``table``."""
+    cached = labels.Ragged(home.state / "features", "features", dtype_of(config), config["width"])
+    for rows in _batches(table, BATCH_VALUES // config["width"] * audio.HOP):
+        yield rows, [torch.tensor(cached[name], device=home.device).float() for name in rows.utterance]
 
 
-def cache(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> labels.Ragged:
-    """Features of all utterances of the client, kept in its folder: computed once, or what is missing of them."""
+def dtype_of(config: Mapping[str, Any]) -> np.dtype:
+    """How features are kept."""
+    return np.dtype("<f2" if config["features"] == "hidden" else "<f4")
+
+
+def compute(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Compute the features of all utterances of the client, or what is missing of them, and keep them in its folder.
+
+    Raises OSError before anything is computed when the disk does not hold them.
+    """
     folder = home.state / "features"
-    start_over_unless(folder, _features_settings(config))
-    if not (folder / "index.parquet").exists():
-        table, width = utterances(home), config["width"]
-        with labels.writing(folder, "features", FEATURES, width) as writer:
-            missing = table[~table.utterance.isin(list(writer.done))]
-            for rows, parts in _extracted(home, arrays, config, missing):
-                writer.append({u: part.cpu().numpy() for u, part in zip(rows.utterance, parts, strict=True)})
-    return labels.Ragged(folder, "features", FEATURES, config["width"])
+    start_over_unless(folder, {key: config[key] for key in ("features", "layer", "checkpoint")})
+    if (folder / "index.parquet").exists():
+        return
+    table, dtype, data = utterances(home), dtype_of(config), folder / "features.bin"
+    size = table.samples.map(audio.frame_count).sum() * config["width"] * dtype.itemsize
+    require_space(folder, size - (data.stat().st_size if data.exists() else 0))
+    with labels.writing(folder, "features", dtype, config["width"]) as writer:
+        # Batches are those of all utterances, so that one that was cut short by a kill is computed as it was.
+        batches = [rows for rows in _batches(table, BATCH_SAMPLES) if not writer.done.keys() >= set(rows.utterance)]
+        for rows, parts in extracted(arrays, config, batches, home.device):
+            by_name = dict(zip(rows.utterance, parts, strict=True))
+            writer.append({u: _rounded(u, part, dtype) for u, part in by_name.items() if u not in writer.done})
 
 
-def _features_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in ("features", "layer", "checkpoint")}
+def _rounded(utterance: str, frames: Tensor, dtype: np.dtype) -> np.ndarray:
+    values = frames.cpu().numpy()
+    if dtype.itemsize == 2 and len(values) and not np.abs(values).max() < np.finfo(np.float16).max:
+        raise ValueError(f"{utterance}: the layer gives values beyond float16 (65,504), or NaN; choose another layer")
+    return values.astype(dtype)
 
 
-def _extracted(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pandas.DataFrame
+def require_space(folder: Path, size: float) -> None:
+    """Raise OSError when ``size`` bytes are more than what is free where ``folder`` is."""
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if size > free:
+        raise OSError(
+            f"{folder}: features take {size / 1e9:.1f} GB of disk until labels are written, and {free / 1e9:.1f} GB are"
+            " free; make room, or put the run on a larger disk (FEDHUBERT_OUTPUTS)"
+        )
+
+
+def extracted(
+    arrays: Mapping[str, Tensor], config: Mapping[str, Any], batches: Sequence[pandas.DataFrame], device: str
 ) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    model = _model(arrays, config, home.device) if config["features"] == "hidden" else None
-    for rows, waveforms in _read(table):
-        waveforms = [waveform.to(home.device) for waveform in waveforms]
+    """Features of each batch of utterances, computed: float32 [frames, D] for each."""
+    model = model_of(arrays, config, device) if config["features"] == "hidden" else None
+    for rows, waveforms in _read(batches):
         if model is None:
-            yield rows, [frames[::2] for frames in features.mfcc(waveforms)]
+            yield rows, [frames[::2] for frames in features.mfcc([waveform.to(device) for waveform in waveforms])]
         else:
-            yield rows, features.hidden(model, waveforms, config["layer"])
+            yield rows, [layers[0] for layers in hidden(model, waveforms, [config["layer"]], device)]
 
 
-def _batches(table: pandas.DataFrame) -> Iterator[pandas.DataFrame]:
-    """``table`` in stretches of about ``BATCH_SAMPLES`` samples."""
-    batch = (table.samples.cumsum() - table.samples) // BATCH_SAMPLES
+def hidden(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
+    """Outputs of transformer ``layers`` (1 is the first; 0 is its input) for each waveform: float32 [L, frames, D].
+
+    In bfloat16 where the device is faster with it. Utterances pass one by one, without padding, which a group-norm
+    front end would take for speech; on a CPU one on each core, so that neither company nor cores change a bit. One
+    longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass.
+    """
+
+    def one(waveform: Tensor) -> Tensor:
+        pieces = [torch.zeros(len(layers), 0, model.config.hidden_size)]
+        with torch.inference_mode(), training.autocast(device, "auto"):
+            for start in range(0, audio.frame_count(len(waveform)) * audio.HOP, FORWARD_SAMPLES):
+                piece = waveform[start : start + FORWARD_SAMPLES + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
+                states = model(piece[None], hidden_states=True).hidden
+                pieces.append(torch.stack([states[layer][0].float() for layer in layers]).cpu())
+        return torch.cat(pieces, dim=1)
+
+    return threads.each(one, waveforms) if torch.device(device).type == "cpu" else map(one, waveforms)
+
+
+def _batches(table: pandas.DataFrame, samples: int) -> Iterator[pandas.DataFrame]:
+    """``table`` in stretches of about so many ``samples``."""
+    batch = (table.samples.cumsum() - table.samples) // samples
     for _, rows in table.groupby(batch.to_numpy(), sort=True):
         yield rows
 
 
-def _read(table: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    """The audio of ``table`` in batches, each decoded by several threads while the one before is worked on."""
+def _read(batches: Sequence[pandas.DataFrame]) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
+    """The audio of each batch, decoded by several threads while the one before is worked on."""
     waiting: collections.deque = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-        for rows in _batches(table):
+        for rows in batches:
             files_and_lengths = zip(rows.path, rows.samples, strict=True)
             waiting.append((rows, [readers.submit(_read_one, *one) for one in files_and_lengths]))
             if len(waiting) > 1:
@@ -158,9 +204,9 @@ def _read_one(path: str, samples: int) -> Tensor:
     return waveform
 
 
-def _model(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str) -> Hubert:
+def model_of(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str) -> Hubert:
     """The checkpoint whose hidden layer is clustered, out of the message; the last one stays loaded in this process."""
-    key = f"{config['checkpoint']} {device}"
+    key = json.dumps([config["checkpoint"], config["model"], device])
     if key in _MODELS:
         return _MODELS[key]
     _MODELS.clear()
@@ -173,24 +219,15 @@ def _model(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str)
     return _MODELS[key]
 
 
-def _speaker_statistics(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation of each speaker's features [D], from up to five minutes of what this client has of a speaker.
+def _speaker_statistics(home: ClientHome, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of each speaker's features [D], from all that this client has of a speaker.
 
-    Computed once and kept in the client's folder. A dimension that does not vary (digital silence) has deviation 1.
+    Computed once and kept with the features. A dimension that does not vary (digital silence) has deviation 1.
     """
-    folder = home.state / "speakers"
-    start_over_unless(folder, {**_features_settings(config), "seed": config["seed"]})
-    path = folder / "statistics.safetensors"
+    path = home.state / "features" / "speakers.safetensors"
     if not path.exists():
-        table = utterances(home)
-        rank = pandas.Series(_rank(config, table.utterance.tolist()), index=table.index)
-        table = table.loc[rank.sort_values(kind="stable").index]
-        before = table.groupby("speaker").samples.cumsum() - table.samples
-        table = table[before < SPEAKER_SECONDS * audio.SAMPLE_RATE].sort_index()
         sums: dict[str, list] = {}
-        for rows, parts in _features(home, arrays, config, table):
+        for rows, parts in _kept(home, config, utterances(home)):
             for speaker, part in zip(rows.speaker, parts, strict=True):
                 part = part.double()
                 added = [part.sum(0), part.square().sum(0), len(part)]

@@ -23,7 +23,6 @@ LOCAL_POINTS = 50
 """Clients send about so many local centroids per cluster, together, so that their number does not grow with clients."""
 LOCAL_LEAST = 16
 """Local centroids of a client at least."""
-QUORUM = 0.5
 PROJECTED = 16
 """Dimensions of a random-projection codebook (Chiu et al. 2022, BEST-RQ, arXiv 2202.01855)."""
 DELTA = 1e-5
@@ -36,12 +35,18 @@ class KmeansError(RuntimeError):
 
 
 class Exchange:
-    """Asks clients, counts the bytes that travel, notes and leaves out those that fail."""
+    """Asks clients, counts the bytes that travel, notes and leaves out those that fail, up to ``missing`` of them."""
 
-    def __init__(self, clients: Clients, log: Log) -> None:
-        self._clients, self._log = clients, log
-        self.ids = clients.ids
+    def __init__(self, clients: Clients, log: Log, missing: int = 0, stage: str = "kmeans") -> None:
+        self._clients, self._log, self._missing, self._stage = clients, log, missing, stage
+        self.ids = list(clients.ids)
         self.bytes_down = self.bytes_up = 0
+
+    def uncounted(self, log: Log) -> "Exchange":
+        """The same clients; what travels is counted apart."""
+        other = Exchange(self._clients, log, self._missing, self._stage)
+        other.ids = self.ids
+        return other
 
     def ask(
         self,
@@ -53,23 +58,28 @@ class Exchange:
     ) -> Iterator[Reply]:
         """Usable replies, in order of client id: all finite, with arrays of the shapes in ``like`` (None: any length).
 
-        Raises KmeansError when fewer than half of the clients answer so.
+        Raises KmeansError, once all have been asked, when more than ``missing`` clients do not answer so, or none does.
         """
         asked = self.ids if clients is None else clients
         self.bytes_down += size(arrays) * len(asked)
-        answered, reasons = 0, []
-        for reply in self._clients.ask(action, arrays=arrays, config=config, clients=clients):
+        reasons = []
+        for reply in self._clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
             if isinstance(reply, Reply) and (wrong := _unusable(reply.arrays, like)):
                 reply = Failure(reply.client, f"its answer to {action} cannot be used: {wrong}")
             if isinstance(reply, Failure):
                 self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reply.reason})
                 reasons.append(f"{reply.client}: {reply.reason}")
                 continue
-            answered += 1
             self.bytes_up += size(reply.arrays)
             yield reply
-        if answered < QUORUM * len(asked) or not answered:
-            raise KmeansError(f"{action}: {answered} of {len(asked)} clients answered. {'; '.join(reasons[:3])}")
+        if len(reasons) > self._missing or len(reasons) == len(asked):
+            more = f"\nand {len(reasons) - 5} more: see metrics.jsonl" if len(reasons) > 5 else ""
+            raise KmeansError(
+                f"{self._stage}.{action}: {len(reasons)} of {len(asked)} clients failed; missing_clients allows "
+                f"{self._missing}. The same command tries these again and keeps what the others have done.\n"
+                + "\n".join(reasons[:5])
+                + more
+            )
 
 
 def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None, ...]]) -> str:
@@ -96,55 +106,58 @@ SETTINGS = {
     "minimum_count",
     "noise_multiplier",
     "noise_clip",
-    "cache_features",
+    "noise_seeded",
 }
 """Parameters that clients are told."""
 
 
-def prepare(p: params.Kmeans, exchange: Exchange) -> tuple[dict[str, Any], Arrays, Arrays]:
-    """Settings and arrays that every message carries, and the weights of the checkpoint that makes the features.
+def prepare(p: params.Kmeans, layer: int, exchange: Exchange) -> tuple[dict[str, Any], Arrays, Arrays]:
+    """Have the clients compute their features: settings and arrays of all further messages, and the weights used.
 
-    Weights travel with every message, so that clients need no file of the server's; with ``cache_features`` they travel
-    once. The other arrays are mean and deviation for the ``global`` normalisation, from the clients' sums.
+    Weights travel once, up to ``layer``, so that clients need no file of the server's. The arrays are mean and
+    deviation for the ``global`` normalisation, from the clients' sums. A client that cannot make its features is not
+    asked for anything else.
     """
-    config = p.model_dump(include=SETTINGS)
-    config |= {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
-    weights: Arrays = {}
-    if p.features != "mfcc":
-        config, weights = _checkpoint(p, config)
-    arrays = dict(weights)
-    if p.cache_features:
-        for _ in exchange.ask("kmeans.cache", weights, config):
-            pass
-        arrays = {}
+    config, weights = describe(p, layer)
+    exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
+    arrays: Arrays = {}
     if p.normalisation == "global":
         total, squares, count, width = 0.0, 0.0, 0.0, config["width"]
-        for reply in exchange.ask(
-            "kmeans.moments", arrays, config, like={"sum": (width,), "squares": (width,), "count": ()}
-        ):
+        like = {"sum": (width,), "squares": (width,), "count": ()}
+        for reply in exchange.ask("moments", arrays, config, like=like):
             total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
             count += float(reply.arrays["count"])
         arrays["mean"], arrays["deviation"] = reading.standardiser(total, squares, count)
     return config, arrays, weights
 
 
-def _checkpoint(p: params.Kmeans, config: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
+def describe(p: params.Kmeans, layer: int | None) -> tuple[dict[str, Any], Arrays]:
+    """The settings that every message carries, and the weights that features of ``layer`` take: none for MFCCs.
+
+    Without ``layer`` those of all layers.
+    """
+    config = p.model_dump(include=SETTINGS)
+    config |= {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
+    if p.features == "mfcc":
+        return config, {}
     model, _ = hubert.load(p.features)
     depth = model.config.num_hidden_layers
-    layer = max(1, depth // 2) if p.layer is None else p.layer
+    layer = depth if layer is None else layer
     if layer > depth:
         raise KmeansError(f"layer {layer} of {p.features}, which has {depth}; set layer to 1..{depth}")
+    # The last layer of a pre-norm model is normalised, others are not: one more keeps this one as it is.
+    kept = min(depth, layer + model.config.do_stable_layer_norm)
+    del model.encoder.layers[kept:]
     weights = model.state_dict()
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(weights[name].numpy().tobytes())
-    config = {
-        **config,
+    config |= {
         "features": "hidden",
         "layer": layer,
         "checkpoint": digest.hexdigest(),
         "width": model.config.hidden_size,
-        "model": dataclasses.asdict(model.config),
+        "model": dataclasses.asdict(dataclasses.replace(model.config, num_hidden_layers=kept)),
     }
     return config, {f"model/{name}": weight for name, weight in weights.items()}
 
@@ -160,7 +173,7 @@ def start(
     clusters = config["clusters"]
     local = min(clusters, max(LOCAL_LEAST, math.ceil(LOCAL_POINTS * clusters / len(exchange.ids))))
     like = {"centroids": (None, config["width"]), "counts": (None,)}
-    replies = list(exchange.ask("kmeans.local_centroids", arrays, {**config, "local": local}, like=like))
+    replies = list(exchange.ask("local_centroids", arrays, {**config, "local": local}, like=like))
     points = torch.cat([reply.arrays["centroids"] for reply in replies])
     weights = torch.cat([reply.arrays["counts"] for reply in replies])
     if len(points) < clusters:
@@ -186,22 +199,32 @@ def lloyd(
 
     Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller share than ``tolerance`` and no
     cluster is empty. Returns centroids float32 [K, D] and, of the last round, its number, frames and inertia per frame.
-    ``progress``, a file, is written after each round; if it is there, the rounds in it are not done again.
+    ``progress``, a file, is written after each round; if it is there, the rounds in it are not done again. With noise
+    it is written before each, too: ``asked`` counts the rounds that clients were asked for, repeated ones included.
     """
-    before, private, first, stats = None, config["noise_multiplier"] > 0, 1, {"round": 0}
+    before, private, stats = None, config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
+
+    def save() -> None:
+        if progress is not None:
+            with files.atomic(progress) as temporary:
+                save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats)})
+
     if progress is not None and progress.exists():
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
-        first, before = stats["round"] + 1, stats.get("inertia")
+        before = stats.get("inertia")
     like = {"sums": tuple(centroids.shape), "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
-    for number in range(first, rounds + 1):
+    for number in range(stats["round"] + 1, rounds + 1):
         if stats.get("settled"):
             break
         down, up = exchange.bytes_down, exchange.bytes_up
         sums = counts = inertias = 0.0
         answered = 0
+        stats["asked"] += 1
+        if private:
+            save()
         message = {**arrays, "centroids": centroids}
-        for reply in exchange.ask("kmeans.lloyd", message, {**config, "round": number}, like=like):
+        for reply in exchange.ask("lloyd", message, {**config, "round": number}, like=like):
             sums, counts = sums + reply.arrays["sums"], counts + reply.arrays["counts"]
             inertias = inertias + reply.arrays["inertias"]
             answered += 1
@@ -216,15 +239,13 @@ def lloyd(
         rng = seeds.numpy_generator(config["seed"], number, "kmeans-reseed")
         centroids = clustering.update(sums, counts, inertias, centroids, rng).float()
         empty = int((counts == 0).sum())
-        stats = {"round": number, "frames": frames, "empty": empty, "clients": answered}
+        stats = {"round": number, "asked": stats["asked"], "frames": frames, "empty": empty, "clients": answered}
         if not private:
             stats["inertia"] = total / frames
             stats["settled"] = before is not None and not empty and before - stats["inertia"] <= tolerance * before
             before = stats["inertia"]
         log({"kind": "lloyd", **stats, "bytes_down": exchange.bytes_down - down, "bytes_up": exchange.bytes_up - up})
-        if progress is not None:
-            with files.atomic(progress) as temporary:
-                save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats)})
+        save()
     return centroids, stats
 
 
@@ -247,7 +268,7 @@ def random_projection(config: Mapping[str, Any]) -> Arrays:
 
 
 def epsilon(rounds: int, noise_multiplier: float) -> float:
-    """Epsilon at delta 1e-5 that one utterance's part in ``rounds`` noised Lloyd rounds has cost."""
+    """Epsilon at delta 1e-5 of ``rounds`` noised Lloyd rounds, for all speech of one client against everybody else."""
     return privacy.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
 
 

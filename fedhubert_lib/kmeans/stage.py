@@ -3,25 +3,25 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
 import torch
-from pyarrow import parquet
 from torch import Tensor
 
-from fedhubert_lib import federated, files, params
+from fedhubert_lib import audio, federated, files, params, seeds
 from fedhubert_lib.evaluation import units
-from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Reply
-from fedhubert_lib.kmeans import reading, server
+from fedhubert_lib.kmeans import client, clustering, layers, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 
 PER_CLIENT = ("client", "aligned")
 """Kinds whose codebooks stay with the clients."""
+PUBLIC_FRAMES = 30_000
+"""Public frames at most whose features are computed: ten minutes, for the mean and deviation of their speakers."""
 PROBE_FRAMES = 6000
 """Public frames that agreement is measured on at most: two minutes."""
 AGREEMENT_CLIENTS = 40
@@ -35,12 +35,13 @@ def run(
 
     Writes below ``run/02_kmeans``: ``codebooks/KIND/`` (codebook.json, centroids.npy where shared, counts of labels and
     of phone x label), ``clients/CID/KIND/`` (by the clients: see ``labels``), ``metrics.jsonl`` and ``quality.json``. A
-    codebook that was fitted with the same settings is kept, and labelling goes on where it stopped. Each row of
-    metrics.jsonl is also given to ``on_row``. Raises KmeansError, with what to change.
+    codebook that was fitted with the same settings is kept, and features and labels resume where they stopped. Each row
+    of metrics.jsonl is also given to ``on_row``. Raises KmeansError, with what to change; when more than
+    ``missing_clients`` clients failed, the next start asks those alone for what is missing.
     """
-    folder, features = run / "02_kmeans", Path(p.features).resolve()
+    folder = run / "02_kmeans"
     for later in (run / "03_pretrain", run / "04_distill"):
-        if p.features != "mfcc" and features.is_relative_to(later.resolve()):
+        if p.features != "mfcc" and Path(p.features).resolve().is_relative_to(later.resolve()):
             raise KmeansError(
                 f"features: {later} will be trained on these labels; give the second iteration a run of its own"
             )
@@ -52,31 +53,77 @@ def run(
         if on_row is not None:
             on_row(row)
 
-    exchange, started = Exchange(clients, log), time.perf_counter()
-    config, arrays, weights = server.prepare(p, exchange)
-    if exchange.bytes_up or exchange.bytes_down:  # shared by all codebooks
-        log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
-    probe = _probe(run, arrays | weights, {**config, "cache_features": False}, federated.resolve(p.device))
+    exchange, started = Exchange(clients, log, p.missing_clients), time.perf_counter()
+    device = federated.resolve(p.device)
+    layer = layers.choose(run, p, exchange, device, log)
+    settings = server.describe(p, layer)[0] | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
+    finished = folder / "quality.json"
+    if finished.exists() and (stored := json.loads(finished.read_text(encoding="utf-8"))).get("settings") == _as_json(
+        settings
+    ):
+        list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
+        return _table(stored["codebooks"])
+    _state_space(run, p, layer, log)
+    config, arrays, weights = server.prepare(p, layer, exchange)
+    log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
+    probe = _probe(run, arrays | weights, config, device)
     rows, matrices = {}, {}
     for kind in p.codebooks:
         mine = {**config, "kind": kind}
-        codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, weights, log)
-        started, before = time.perf_counter(), _bytes(exchange)
-        like = {"counts": (p.clusters,), "runs": ()}
-        replies = exchange.ask("kmeans.label", {**arrays, **codebook}, mine, like=like)
-        rows[kind] = {**_quality(folder / "codebooks" / kind, replies, p), **cost}
-        rows[kind] |= {f"label_{name}": value - before[name] for name, value in _bytes(exchange).items()}
-        rows[kind]["label_seconds"] = time.perf_counter() - started
-        if "fit_frames" in cost:
+        codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, log)
+        rows[kind] = _label(run, p, exchange, {**arrays, **codebook}, mine) | cost
+        if "fit_frames" in cost and "labelled_frames" in rows[kind]:
             rows[kind]["fit_share"] = cost["fit_frames"] / rows[kind]["labelled_frames"]
-        if probe is not None:
+        if probe is not None and (codebook or not p.noise_multiplier):
             agreement, heldout = _agreement(exchange, probe, codebook, mine, p.seed)
             matrices[kind] = {name: table.to_numpy().tolist() for name, table in agreement.items()}
             matrices[kind]["clients"] = agreement["nmi"].index.tolist()
             rows[kind] |= {f"agreement_{name}": _off_diagonal(table) for name, table in agreement.items()} | heldout
         log({"kind": "quality", "codebook": kind, **rows[kind]})
-    files.write_json(folder / "quality.json", {"codebooks": rows, "agreement": matrices})
+    files.write_json(finished, {"codebooks": rows, "agreement": matrices, "settings": settings})
+    list(exchange.ask("forget", {}, config))
+    return _table(rows)
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values))
+
+
+def _state_space(run: Path, p: params.Kmeans, layer: int, log: Log) -> None:
+    """Say what features will take of this disk, and refuse where it does not hold them: all clients', in a simulation.
+
+    A client of a real federation looks at its own disk.
+    """
+    table = run / "01_partition" / "clients.parquet"
+    if p.engine == "deployment" or not table.exists():
+        return
+    config, _ = server.describe(p, layer)
+    seconds = 3600 * float(pandas.read_parquet(table, columns=["hours"]).hours.sum())
+    size = seconds * audio.SAMPLE_RATE / audio.HOP * config["width"] * reading.dtype_of(config).itemsize
+    log({"kind": "disk", "feature_bytes": int(size)})
+    reading.require_space(run / "02_kmeans", size - _written(run / "02_kmeans"))
+
+
+def _written(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("clients/*/features/features.bin"))
+
+
+def _label(run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
+    """Have every client write its labels; note who has them; quality and cost of that."""
+    started, before = time.perf_counter(), _bytes(exchange)
+    path = run / "02_kmeans" / "codebooks" / config["kind"] / "codebook.json"
+    like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
+    replies = list(exchange.ask("label", arrays, config, like=like))
+    files.write_json(
+        path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": [reply.client for reply in replies]}
+    )
+    row = _quality(path.parent, replies, p) if not p.noise_multiplier else {"clients": len(replies)}
+    row |= {f"label_{name}": value - before[name] for name, value in _bytes(exchange).items()}
+    return row | {"label_seconds": time.perf_counter() - started}
 
 
 def _bytes(exchange: Exchange) -> dict[str, int]:
@@ -84,11 +131,11 @@ def _bytes(exchange: Exchange) -> dict[str, int]:
 
 
 def _codebook(
-    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, weights: Arrays, log: Log
+    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (nothing, where it is the client's own), and what it cost."""
     folder = run / "02_kmeans" / "codebooks" / kind
-    settings = json.loads(json.dumps({**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}))
+    settings = _as_json({**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance})
     reading.start_over_unless(folder, settings)
     path = folder / "codebook.json"
     if path.exists():
@@ -96,7 +143,7 @@ def _codebook(
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
     started, before = time.perf_counter(), _bytes(exchange)
-    codebook, cost = _fit(run, p, exchange, kind, arrays, config, weights, log)
+    codebook, cost = _fit(run, p, exchange, kind, arrays, config, log)
     cost |= {name: value - before[name] for name, value in _bytes(exchange).items()}
     cost["fit_seconds"] = time.perf_counter() - started
     for name, array in codebook.items():
@@ -115,7 +162,7 @@ def _codebook(
 
 
 def _fit(
-    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, weights: Arrays, log: Log
+    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     progress = run / "02_kmeans" / "codebooks" / kind / "lloyd.safetensors"
 
@@ -125,20 +172,23 @@ def _fit(
     if kind == "random-projection":
         return server.random_projection(config), {"rounds": 0}
     if kind in PER_CLIENT:
-        fitted = list(exchange.ask("kmeans.fit", arrays, {**config, "kind": "own"}))
-        frames = sum(reply.metrics["frames"] for reply in fitted)
-        cost = {"rounds": 0, "fit_frames": frames, "inertia": sum(r.metrics["inertia"] for r in fitted) / frames}
+        fitted = list(exchange.ask("fit", arrays, {**config, "kind": "own"}))
+        cost: dict[str, Any] = {"rounds": 0}
+        if not p.noise_multiplier:
+            frames = sum(reply.metrics["frames"] for reply in fitted)
+            cost |= {"fit_frames": frames, "inertia": sum(reply.metrics["inertia"] for reply in fitted) / frames}
         if kind == "client":
-            list(exchange.ask("kmeans.own", {}, config))
+            list(exchange.ask("own", {}, config))
             return {}, cost
         lender = max(fitted, key=lambda reply: reply.metrics["frames"]).client
-        (lent,) = exchange.ask("kmeans.lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
-        list(exchange.ask("kmeans.align", {"reference": lent.arrays["centroids"]}, config))
+        (lent,) = exchange.ask("lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
+        list(exchange.ask("align", {"reference": lent.arrays["centroids"]}, config))
         return {}, {**cost, "rounds": 1, "reference": lender}
     if kind == "central":
-        with _pooled(run, exchange.ids, federated.resolve(p.device)) as pooled:
-            alone = Exchange(pooled, log)
-            return _federated(p, alone, arrays | weights, {**config, "cache_features": False}, progress, named)
+        alone = exchange.uncounted(named)  # its bytes are nobody's
+        config = {**config, "minimum_count": 0}
+        start = _pooled_start(run, exchange.ids, arrays, config, federated.resolve(p.device))
+        return _federated(p, alone, arrays, config, progress, named, start)
     if kind == "one-shot":
         centroids, cost = server.start(exchange, arrays, config)
         return {"centroids": centroids}, {"rounds": 1, "fit_frames": cost["frames"]}
@@ -146,56 +196,43 @@ def _fit(
 
 
 def _federated(
-    p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict, progress: Path, log: Log
+    p: params.Kmeans,
+    exchange: Exchange,
+    arrays: Arrays,
+    config: dict,
+    progress: Path,
+    log: Log,
+    start: Tensor | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
     private = p.noise_multiplier > 0
-    start = torch.empty(0)
-    if not progress.exists():
-        start = server.random_start(config) if private else server.start(exchange, arrays, config)[0]
-    centroids, last = server.lloyd(
-        exchange,
-        arrays,
-        config,
-        start,
-        rounds=p.lloyd_rounds,
-        tolerance=p.tolerance,
-        log=log,
-        progress=progress,
-    )
+    if start is None:
+        start = torch.empty(0)  # not needed where rounds are done already
+        if not progress.exists():
+            start = server.random_start(config) if private else server.start(exchange, arrays, config)[0]
+    limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance}
+    centroids, last = server.lloyd(exchange, arrays, config, start, **limits, log=log, progress=progress)
     cost = {"rounds": last["round"] + (not private), "fit_frames": last["frames"]}
     if private:
-        cost |= {"epsilon": server.epsilon(last["round"], p.noise_multiplier), "delta": server.DELTA}
-    else:
-        cost["inertia"] = last["inertia"]
-    return {"centroids": centroids}, cost
+        label = "not private: noise drawn from the seed" if p.noise_seeded else "client"
+        spent = {"epsilon": server.epsilon(last["asked"], p.noise_multiplier), "delta": server.DELTA, "privacy": label}
+        return {"centroids": centroids}, cost | spent
+    return {"centroids": centroids}, cost | {"inertia": last["inertia"]}
 
 
-class _pooled:
-    """One client that owns everything, for as long as the block lasts: the yardstick, possible in simulation only."""
+def _pooled_start(run: Path, ids: Sequence[str], arrays: Arrays, config: dict, device: str) -> Tensor:
+    """K-means of frames of all clients in one memory: where the yardstick begins; possible in simulation only.
 
-    def __init__(self, run: Path, ids: Sequence[str], device: str) -> None:
-        self.ids = ["pooled"]
-        self._device = device
-        self._sources = [run / "01_partition" / "clients" / client_id for client_id in ids]
-        for source in self._sources:
-            if not (source / "train.parquet").exists():
-                raise KmeansError(f"{source}: codebook central needs all clients' data here; leave it out of codebooks")
-        self._scratch = tempfile.TemporaryDirectory(dir=run / "02_kmeans", prefix=".pooled-")
-
-    def __enter__(self) -> Clients:
-        folder = Path(self._scratch.name)
-        for part in ("train", "validation"):
-            table = pandas.concat([pandas.read_parquet(source / f"{part}.parquet") for source in self._sources])
-            table.sort_values("utterance").to_parquet(folder / f"{part}.parquet", index=False)
-        self._home = ClientHome("pooled", data=folder, labels=folder, state=folder, device=self._device)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._scratch.cleanup()
-
-    def ask(self, action: str, *, arrays: Arrays, config: Mapping[str, Any], clients: object = None) -> Iterator[Reply]:
-        """The pooled client's answer. An error is raised, not reported: there is no other client to go on with."""
-        yield Reply("pooled", *handlers.HANDLERS[action](self._home, arrays, config))
+    Its Lloyd rounds are the clients' sums, which are those of the pooled frames.
+    """
+    parts = []
+    for client_id in ids:
+        data, state = run / "01_partition" / "clients" / client_id, run / "02_kmeans" / "clients" / client_id
+        if not (data / "train.parquet").exists():
+            raise KmeansError(f"{data}: codebook central needs all clients' data here; leave it out of codebooks")
+        home = ClientHome(client_id, data, state, state, device)
+        parts.append(reading.in_memory(home, arrays, config, reading.FIT_FRAMES // len(ids)))
+    rng = seeds.numpy_generator(config["seed"], "kmeans-central")
+    return clustering.fit(torch.cat(parts), config["clusters"], rng)[0].float().cpu()
 
 
 def _quality(folder: Path, replies: Iterable[Reply], p: params.Kmeans) -> dict[str, Any]:
@@ -231,13 +268,8 @@ class _Probe:
 
 
 def _probe(run: Path, arrays: Arrays, config: dict, device: str) -> _Probe | None:
-    """Frames of held-out utterances, or of the test split; None where there are neither."""
-    table = pandas.DataFrame()
-    heldout = run / "01_partition" / "heldout.parquet"
-    if heldout.exists():
-        table = pandas.read_parquet(heldout)
-    if table.empty and (run / "00_corpus" / "manifest.parquet").exists():
-        table = pandas.read_parquet(run / "00_corpus" / "manifest.parquet", filters=[("split", "==", "test")])
+    """Frames of public speech; None where there is none."""
+    table = layers.public(run, config, PUBLIC_FRAMES)
     if table.empty:
         return None
     with tempfile.TemporaryDirectory(dir=run / "02_kmeans", prefix=".public-") as scratch:
@@ -245,32 +277,14 @@ def _probe(run: Path, arrays: Arrays, config: dict, device: str) -> _Probe | Non
         for part, rows in (("train", table), ("validation", table.iloc[:0])):
             rows.to_parquet(folder / f"{part}.parquet", index=False)
         home = ClientHome("public", data=folder, labels=folder, state=folder, device=device)
-        everything = {**config, "sample_share": 1.0}
-        chosen = reading.within(home, everything, PROBE_FRAMES)
-        parts = list(reading.stream(home, arrays, everything, chosen))
+        reading.compute(home, arrays, config)
+        chosen = reading.within(table, config, PROBE_FRAMES)
+        parts = list(reading.stream(home, arrays, config, chosen))
     if not parts:
         return None
     lengths = [length for batch, _ in parts for length in batch]
-    return _Probe(
-        torch.cat([frames.cpu() for _, frames in parts]), _public_phones(run, chosen.utterance.tolist(), lengths)
-    )
-
-
-def _public_phones(run: Path, utterances: list[str], lengths: list[int]) -> np.ndarray | None:
-    path = run / "00_corpus" / "phones.parquet"
-    if not path.exists() or not parquet.read_metadata(path).num_rows:
-        return None
-    table = pandas.read_parquet(path, filters=[("utterance", "in", utterances)]).sort_values("start_sample")
-    if table.empty:
-        return None
-    by_utterance = dict(iter(table.groupby("utterance")))
-    found = []
-    for utterance, length in zip(utterances, lengths, strict=True):
-        rows = by_utterance.get(utterance, table.iloc[:0])
-        segment = units.frame_phones(rows.start_sample.to_numpy(), rows.end_sample.to_numpy(), length)
-        names = np.append(rows.phone.to_numpy(dtype=object), "")
-        found.append(names[segment])  # segment -1 is the appended "", no phone
-    return np.concatenate(found).astype(str)
+    frames = torch.cat([frames.cpu() for _, frames in parts])
+    return _Probe(frames, layers.public_phones(run, chosen.utterance.tolist(), lengths))
 
 
 def _agreement(
@@ -278,10 +292,12 @@ def _agreement(
 ) -> tuple[dict[str, pandas.DataFrame], dict[str, float]]:
     """Agreement matrices, and the mean unit quality of the clients' labels of the probe where its phones are known."""
     asked = list(exchange.ids)[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
-    replies = exchange.ask(
-        "kmeans.probe", {**codebook, "probe": probe.frames}, config, asked, like={"labels": (len(probe.frames),)}
-    )
-    labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
+    if codebook:  # one for all, so all clients label alike
+        labels = dict.fromkeys(asked, client.assign(probe.frames, codebook).numpy())
+    else:
+        message, like = {"probe": probe.frames}, {"labels": (len(probe.frames),)}
+        replies = exchange.ask("probe", message, config, asked, like=like)
+        labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
     heldout = {}
     if probe.phones is not None:
         known = probe.phones != ""
