@@ -20,7 +20,7 @@ import torch
 
 from fedhubert_lib import hubert
 from fedhubert_lib.evaluation import encoders, keywords, probes
-from fedhubert_lib.evaluation.report import ABX_CLIPS, ABX_TRIPLETS
+from fedhubert_lib.evaluation.measures import ABX_CLIPS, ABX_TRIPLETS
 
 CLIPS, WORDS, SPEAKERS, SEEDS, TARGET = 10_000, 35, 200, 3, 120.0
 SHAPES = {"tiny": (5, 192), "base": (13, 768)}
@@ -86,7 +86,7 @@ def _extraction() -> tuple[float, float]:
         soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
         clips = pd.DataFrame({"clip": map(str, range(400)), "path": str(path)})
         encoder = encoders.of_model(encoders.untrained(hubert.preset("tiny"), 0), torch.device("cpu"))
-        return tuple(_seconds(lambda: keywords.pooled(encoder, clips, Path(folder, "rows.npy"))) for _ in range(2))
+        return tuple(_seconds(lambda: keywords.features(encoder, clips, Path(folder, "rows"))) for _ in range(2))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedhubert_lib import files, index, params, records, runner, runs
+from fedhubert_lib.evaluation import command as evaluation
 from fedhubert_lib.export import command as export
 
 _RUN = f"""\
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _add_params(commands)
     _add_export_client(commands)
     _add_deploy(commands)
+    evaluation.add(commands)
     export.add(commands)
     return parser
 

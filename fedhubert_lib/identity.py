@@ -19,10 +19,10 @@ from fedhubert_lib import files, params
 HOW = frozenset({"run", "engine", "device", "deadline_seconds", "cache_features", "download"})
 HOW |= {"mirror", "keywords_mirror"}
 """Parameters that say where and how a stage runs, not what comes out."""
-ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "patience"})
+ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})
 """Parameters that add to what is there and change nothing of it (patience: when it is raised)."""
-OPTIONAL = frozenset({"pretrain", "distill"})
-"""Stages without which the evaluation runs, too: it measures what is there."""
+OPTIONAL = {False: frozenset({"pretrain", "distill"}), True: frozenset({"partition", "kmeans", "pretrain", "distill"})}
+"""Stages without which an evaluation runs, too, without or with a checkpoint to measure: it measures what is there."""
 
 _PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 _CACHES = {"checkpoints", "features", "synthetic"}
@@ -69,13 +69,13 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
     """What the results of ``stage`` rest on, JSON-like; code and versions for the record.
 
     Inputs are the outputs of the stages before, by content, and the files and folders that parameters point to. Raises
-    RunError when a stage before is not done, or is stale.
+    RunError when a stage before is not done, or is stale; an evaluation does without some (``OPTIONAL``).
     """
     earlier: dict[str, dict[str, Any]] = {}
     for before, folder in list(params.FOLDERS.items())[: list(params.FOLDERS).index(stage)]:
         done = read_json(run / folder / "done.json")
         if done is None:
-            if stage == "evaluate" and before in OPTIONAL and not (run / folder).exists():
+            if isinstance(p, params.Evaluate) and before in OPTIONAL[bool(p.checkpoint)]:
                 continue
             raise RunError(f"{run / folder}: not done yet; run notebook {folder} first, with run: {run.name}")
         if older := _older(done, earlier):

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,17 +125,22 @@ def listing(outputs: Path) -> str:
 
 
 def results(run: Path) -> str:
-    """The results of a run as a table, where they lie, and where its pictures lie; empty without an evaluation."""
+    """The headline of a run as a table, where its results and pictures lie; empty without an evaluation."""
     folder = run / params.FOLDERS["evaluate"]
     report = runs.read_json(folder / "report.json")
     if report is None:
         return ""
-    whole = [figure for figure in report["figures"] if figure["layer"] is None]
-    measures = [each for each in report["measures"] if any(f["measure"] == each["measure"] for f in whole)]
-    rows = [["", *(each["title"] for each in measures)]]
+    names = {each["measure"]: each for each in report["measures"] if each.get("headline")}
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for figure in report["figures"]:  # of the best layer, where there are several
+        key, name = (figure["system"], figure["measure"]), figure["measure"]
+        worse = operator.gt if name in names and names[name]["better"] == "lower" else operator.lt
+        if key not in best or worse(best[key]["value"], figure["value"]):
+            best[key] = figure
+    measured = [each for each in names.values() if any(name == each["measure"] for _, name in best)]
+    rows = [["", *(each["title"] for each in measured)]]
     for system in report["systems"]:
-        cells = {f["measure"]: f for f in whole if f["system"] == system["system"]}
-        rows.append([system["title"], *(_figure(cells.get(each["measure"])) for each in measures)])
+        rows.append([system["title"], *(_figure(best.get((system["system"], each["measure"]))) for each in measured)])
     paths = [f"  {folder / f'report.{kind}'}" for kind in ("html", "csv", "json")]
     pictures = [f"  {place}" for place in sorted(run.glob("*/figures")) if any(place.iterdir())]
     lines = [aligned(rows), "", "results:", *paths, "figures:", *pictures]

@@ -342,6 +342,8 @@ class Evaluate(Section):
     fine_tune_rate: Positive = Field(1e-4, description="learning rate of that")
     clusters: Annotated[int, Field(ge=2, le=65_535)] = Field(20, description="K of the units made from hidden layers")
     unit_minutes: Positive = Field(1.0, description="minutes of held-out speech for unit quality")
+    checkpoint: Place = Field("", description="a model folder to evaluate beside the run's; 03 and 04 may be missing")
+    along: bool = Field(False, description="evaluate the checkpoints on the way, too: quality over hours heard")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
 
 

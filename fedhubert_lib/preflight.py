@@ -51,11 +51,11 @@ def _problems(stage: str, p: params.Section, run: Path, study: params.Study | No
     if isinstance(p, params.Kmeans):
         checks += [("features", _features(p))]
     if isinstance(p, params.Pretrain):
-        checks += [("initial", _initial(p))]
+        checks += [("initial", _model(p.initial))]
     if isinstance(p, params.Distill):
         checks += [("teacher", _teacher(p, run, study))]
     if isinstance(p, params.Evaluate):
-        checks += [("task", _keywords(p, run, study))]
+        checks += [("checkpoint", _model(p.checkpoint)), ("task", _keywords(p, run, study))]
     for name, problems in checks:
         try:
             yield from (f"{stage}.{name}: {text}" for text in problems)
@@ -106,9 +106,9 @@ def _features(p: params.Kmeans) -> Iterator[str]:
             yield f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them"
 
 
-def _initial(p: params.Pretrain) -> Iterator[str]:
-    if p.initial:
-        hubert.load(p.initial, weights=False)
+def _model(folder: str) -> Iterator[str]:
+    if folder:
+        hubert.load(folder, weights=False)
     yield from ()
 
 

@@ -121,12 +121,16 @@ def test_a_clips_features_do_not_depend_on_its_batch(table, tmp_path, front_end)
     config = hubert.preset("tiny", front_end, num_hidden_layers=2, conv_dim=(16,) * 7)
     encoder = encoders.of_model(encoders.untrained(config, 0), torch.device("cpu"))
     clips = keywords.read_clips(table)
-    whole = keywords.pooled(encoder, clips, tmp_path / "a.npy", batch=54)
-    single = keywords.pooled(encoder, clips.iloc[[7]], tmp_path / "b.npy", batch=1)
+    whole, units = keywords.features(encoder, clips, tmp_path / "a", whole=np.array([7, 2, 40]), batch=32)
+    single, _ = keywords.features(encoder, clips.iloc[[7]], tmp_path / "b", batch=1)
     assert whole.shape == (2, 54, 3, 192)
     np.testing.assert_allclose(whole[:, 7], single[:, 0], atol=2e-5)
     frames = torch.stack(encoder(keywords.waveforms(clips.iloc[[7]])))[:, 0]
     np.testing.assert_allclose(whole[:, 7], [frames.mean(1), frames.std(1, unbiased=False)], atol=2e-5)
+    # The frames of the clips that were asked for, in that order, as far as angles between them go.
+    assert units.shape == (3, 3, 49, 192)
+    np.testing.assert_allclose(units[0], torch.nn.functional.normalize(frames, dim=-1), atol=1e-3)
+    assert np.abs(units[1] - units[0]).max() > 0.01
 
 
 def test_features_are_extracted_once(table, tmp_path):
@@ -137,24 +141,24 @@ def test_features_are_extracted_once(table, tmp_path):
         return (waveforms[:, None, :39],)
 
     clips = keywords.read_clips(table)
-    first = keywords.pooled(encoder, clips, tmp_path / "rows.npy", batch=20)
-    again = keywords.pooled(encoder, clips, tmp_path / "rows.npy", batch=20)
-    assert calls == [20, 20, 14] and (first == again).all()
+    first, _ = keywords.features(encoder, clips, tmp_path / "rows", batch=20)
+    again, _ = keywords.features(encoder, clips, tmp_path / "rows", batch=20)
+    assert sorted(calls) == [14, 20, 20] and (first == again).all()
     with pytest.raises(keywords.KeywordError, match="54 clips where the table has 53"):
-        keywords.pooled(encoder, clips.iloc[1:], tmp_path / "rows.npy")
+        keywords.features(encoder, clips.iloc[1:], tmp_path / "rows")
 
 
 def test_broken_encoder_leaves_no_file(table, tmp_path):
     with pytest.raises(keywords.KeywordError, match="not finite"):
-        keywords.pooled(lambda x: (x[:, None, :4] * torch.nan,), keywords.read_clips(table), tmp_path / "rows.npy")
-    assert not (tmp_path / "rows.npy").exists()
+        keywords.features(lambda x: (x[:, None, :4] * torch.nan,), keywords.read_clips(table), tmp_path / "rows")
+    assert not list(tmp_path.glob("rows*"))
 
 
 def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
     clips = keywords.read_clips(table)
-    rows, deviations = keywords.pooled(encoders.mfcc, clips, tmp_path / "mfcc.npy")
+    (rows, deviations), _ = keywords.features(encoders.mfcc, clips, tmp_path / "mfcc")
     assert rows.shape == deviations.shape == (54, 1, 39)
-    moments, none = keywords.pooled(encoders.mfcc_moments, clips, tmp_path / "moments.npy")
+    (moments, none), _ = keywords.features(encoders.mfcc_moments, clips, tmp_path / "moments")
     assert moments.shape == (54, 1, 78) and not none.any()
     outcome = keywords.probe(keywords.task(rows, clips, list(WORDS)), 0, steps=100, rate=1e-2)
     assert outcome.accuracy > 0.9

@@ -61,7 +61,11 @@ def pictures() -> dict[str, Figure]:
         [(s, m, 0.5, 0.4, 0.6, 0.03) for m in ("accuracy", "PNMI") for s in ("federated", "MFCC")],
         columns=["system", "measure", "value", "low", "high", "baseline"],
     )
+    way = [("a", "teacher", 1.0, 0.2), ("a", "teacher", 2.0, 0.4), ("a", "MFCC", np.nan, 0.3)]
+    way += [("b", "teacher", 1.1, 0.3), ("b", "teacher", 2.1, 0.6), ("b", "MFCC", np.nan, 0.3)]
+    way = pd.DataFrame([(*row, "PNMI") for row in way], columns=["run", "system", "hours", "value", "measure"])
     return {
+        "along": plots.along(way),
         "utterance_lengths": plots.utterance_lengths(table),
         "speakers": plots.speakers(table),
         "phone_lengths": plots.phone_lengths(PHONES),
@@ -226,3 +230,12 @@ def test_full_size_is_drawn_without_a_name_for_each():
     thin = plots.curves(rows + metrics(3, 0)).axes[0].collections[0]
     assert len(thin.get_segments()) <= training.CURVES
     assert "2,338" in thin.get_label()
+
+
+def test_quality_over_hours_is_a_mean_and_a_band_over_runs():
+    axes = pictures()["along"].axes[0]
+    (line, floor), (band,) = axes.lines, axes.collections
+    assert axes.get_xscale() == "log" and floor.get_linestyle() == ":"
+    np.testing.assert_allclose(line.get_xydata(), [[1.05, 0.25], [2.05, 0.5]])
+    np.testing.assert_allclose(band.get_datalim(axes.transData).intervaly, [0.2, 0.6])
+    assert "mean of 2 training seeds" in axes.figure.get_supxlabel()

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from fedhubert_lib import files, hubert, params, seeds
-from fedhubert_lib.evaluation import encoders, keywords, layers, report, systems
+from fedhubert_lib import cli, files, hubert, params, seeds
+from fedhubert_lib.evaluation import encoders, keywords, layers, measures, report, systems, tables
 
 WORDS = ("yes", "no", "up")
 
@@ -27,7 +27,7 @@ def speech(path, pitches, samples=8_000):
 
 @pytest.fixture(autouse=True)
 def few_triplets(monkeypatch):
-    monkeypatch.setattr(report, "ABX_TRIPLETS", 50)
+    monkeypatch.setattr(measures, "ABX_TRIPLETS", 50)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def evaluated(made, tmp_path_factory):
     for fine_tuned in (False, True):
         said_by_s3prl(run, teacher.digest, fine_tuned=fine_tuned)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "ABX_TRIPLETS", 50)
+        patch.setattr(measures, "ABX_TRIPLETS", 50)
         return run, report.run(run, P, on_progress=lambda *what: seen.append(what)), seen
 
 
@@ -141,7 +141,7 @@ def test_report_is_stable_documented_and_plain_json(evaluated):
     assert written["format"] == "fedhubert-report" and written["version"] == 1
     assert list(written) == [
         *("format", "version", "run", "seed", "parameters", "data", "systems", "absent", "measures", "figures"),
-        *("compared", "confusion", "missed", "notes"),
+        *("along", "compared", "confusion", "missed", "notes"),
     ]
     keys = ["system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"]
     assert all(list(figure) == keys for figure in written["figures"])
@@ -168,6 +168,71 @@ def test_equal_runs_give_equal_reports(evaluated, run):
     assert first == {name: (run / "05_evaluate" / name).read_bytes() for name in first}
 
 
+def trained(run, rounds=(1, 2, 3)):
+    """Give the teacher of ``run`` rounds and models on the way: the first is another model, the last is the teacher."""
+    config = hubert.load(run / "03_pretrain" / "checkpoint")[0].config
+    for number in rounds:
+        files.append_row(run / "03_pretrain" / "metrics.jsonl", {"kind": "client", "round": number})
+        row = {"kind": "round", "round": number, "audio_seconds": 1800.0}
+        files.append_row(run / "03_pretrain" / "metrics.jsonl", row)
+        if number & (number - 1) == 0:
+            place = run / "03_pretrain" / "checkpoints" / f"model-{number:05d}"
+            hubert.save(place, encoders.untrained(config, number))
+
+
+def test_checkpoints_on_the_way_tell_quality_over_hours(run):
+    trained(run)
+    report.run(run, P.model_copy(update={"along": True}))
+    written = report.read(run)
+    keys = ["system", "round", "hours", "measure", "layer", "value", "low", "high", "values"]
+    assert all(list(each) == keys for each in written["along"])
+    assert [(each["round"], each["hours"]) for each in written["along"][::4]] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert {each["measure"] for each in written["along"]} == set(measures.ESSENTIALS)
+    # The end of the way is the teacher of the table, and its start another model.
+    best = tables.best(tables.figures(written)).set_index(["system_name", "measure_name"]).value
+    values = {(each["round"], each["measure"]): each["value"] for each in written["along"]}
+    assert all(values[3, name] == best["teacher", name] for name in measures.ESSENTIALS)
+    assert any(values[1, name] != best["teacher", name] for name in measures.ESSENTIALS)
+    drawn = tables.along([written, written | {"run": "other"}])
+    assert set(drawn[drawn.hours.isna()].system) == {"random weights", "MFCC"}
+    assert len(drawn) == 2 * (3 * 4 + 2 * 4)
+    assert tables.along([written | {"along": []}]).empty
+
+
+def test_intervals_over_training_seeds_need_other_weights_and_like_measures(evaluated, capsys):
+    first = report.read(evaluated[0])
+    second = json.loads(json.dumps(first)) | {"run": "other"}
+    with pytest.raises(tables.DifferentRunsError, match="the same teacher"):
+        tables.over_training_seeds([first, second])
+    for each in second["systems"]:
+        each["digest"] += "other"
+    for each in second["figures"]:
+        each["value"] += 0.02 if each["measure"] == "keyword-accuracy" else 0
+    values = tables.over_training_seeds([first, second])
+    one = next(each for each in first["figures"] if each["measure"] == "keyword-accuracy")
+    pair = values["federated teacher", "keyword-accuracy"]
+    assert pair.mean == pytest.approx(one["value"] + 0.01) and pair.over == "training seeds"
+    assert pair.interval == pytest.approx(12.706 * 0.01, rel=1e-3)  # Student's t of two
+    assert "over 2 training seeds" in tables.markdown([first, second])
+    assert "one training seed, 2 evaluation seeds" in tables.markdown([first])
+    assert cli.main(["table", str(evaluated[0])]) == 0
+    assert capsys.readouterr().out.count("\n") == 2 + len(first["systems"])
+    assert cli.main(["table", str(evaluated[0]), str(evaluated[0])]) == 1
+    assert "give runs of different seeds" in capsys.readouterr().err
+    second["parameters"] |= {"clusters": 9}
+    with pytest.raises(tables.DifferentRunsError, match="other: measured otherwise than run: clusters differ"):
+        tables.over_training_seeds([first, second])
+
+
+def test_the_picture_of_hours_heard_is_drawn_of_runs_that_have_it(run, evaluated, tmp_path, capsys):
+    trained(run)
+    report.run(run, P.model_copy(update={"along": True}))
+    assert cli.main(["along", str(run), "--to", str(tmp_path / "along.png")]) == 0
+    assert (tmp_path / "along.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["along", str(evaluated[0])]) == 1
+    assert "set evaluate.along: true" in capsys.readouterr().err
+
+
 def test_compared_students_stand_between_their_teacher_and_the_floors(evaluated):
     written = report.read(evaluated[0])
     keys = ["objective", "training", "measure", "value", "low", "high", "values"]
@@ -175,9 +240,9 @@ def test_compared_students_stand_between_their_teacher_and_the_floors(evaluated)
     known = {(each["objective"], each["training"], each["measure"]): each["values"] for each in written["compared"]}
     trained = {("hubert", "federated"), ("hubert", "centralised"), ("untrained", "none")}
     assert set(known) == {(*each, name) for each in trained for name in ("keyword-accuracy", "pnmi", "phone-accuracy")}
-    table = report.comparison(written)
+    table = tables.comparison(written)
     assert list(table.system.unique()) == ["teacher", "hubert, federated", "hubert, centralised", "untrained", "MFCC"]
-    kept = report.kept(written)
+    kept = tables.kept(written)
     ratio = np.divide(*(known["hubert", each, "pnmi"] for each in ("federated", "centralised")))
     assert kept.loc[("hubert", "PNMI of units"), "of the centralised student's"].startswith(f"{ratio.mean():.3f} ±")
     teacher = max(
@@ -190,7 +255,7 @@ def test_compared_students_stand_between_their_teacher_and_the_floors(evaluated)
         " 9",
         "10",
     ]
-    assert report.comparison(written | {"compared": []}).empty and report.kept(written | {"compared": []}).empty
+    assert tables.comparison(written | {"compared": []}).empty and tables.kept(written | {"compared": []}).empty
 
 
 def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, tmp_path):
@@ -199,7 +264,8 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, t
     [figure] = [each for each in before["figures"] if each["measure"] == "s3prl-accuracy"]
     assert (figure["system"], figure["values"], figure["baseline"]) == ("teacher", [0.5, 0.7], 1 / 11)
     table = report.add_s3prl(run)
-    assert report.read(run) == before and "0.600 ±" in report.headline(table).loc["federated teacher"].to_string()
+    shown = tables.below(table)[0].loc["federated teacher"]
+    assert report.read(run) == before and shown["keyword accuracy, s3prl"].startswith("0.600\N{NO-BREAK SPACE}±")
 
     said_by_s3prl(run, before["systems"][0]["digest"], (0.9,))
     (run / "s3prl" / "teacher-frozen" / "seed-1" / "result.json").unlink()
@@ -220,9 +286,13 @@ def test_page_opens_offline(evaluated):
     page = (run / "05_evaluate" / "report.html").read_text()
     assert "http" not in page and "<script" not in page
     assert "federated student" in page and "data:audio/flac;base64," in page
-    wide = report.headline(table)
-    assert list(wide.index) == list(dict.fromkeys(table.system))
-    assert all(cell in page for cell in wide["keyword accuracy"])
+    wide = tables.headline(table)
+    assert list(wide.index) == list(dict.fromkeys(table.system)) and wide.shape[1] == 5
+    assert wide.map(len).max().max() <= len("0.500 ± 0.010")  # one line in a cell
+    assert all(cell in page for each in [wide, *tables.below(table)] for cell in each.to_numpy().ravel())
+    shown = {title for each in [wide, *tables.below(table)] for title in each.columns}
+    of_layers = {"keyword accuracy, one layer", "share of the layer"}
+    assert shown | of_layers == set(table.measure)  # what is not in the headline stands below
 
 
 def test_without_phones_units_are_noted_not_invented(run):
@@ -246,6 +316,26 @@ def test_without_a_teacher_there_is_nothing_to_evaluate(run):
         report.run(run, P)
 
 
+def test_a_teacher_alone_is_evaluated(run):
+    (run / "04_distill" / "begun.json").write_text("{}")  # and not done: what lies there may be of other weights
+    table = report.run(run, P)
+    assert list(dict.fromkeys(table.system_name)) == ["teacher", "random", "mfcc", "mfcc-moments"]
+    assert report.read(run)["absent"]["student"] == "04_distill is not done"
+
+
+def test_a_checkpoint_is_evaluated_without_any_training(run):
+    public = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=2)
+    hubert.save(run / "public", encoders.untrained(public, 5))
+    p = P.model_copy(update={"checkpoint": str(run / "public")})
+    beside, _ = systems.of_run(run, 0, torch.device("cpu"), p.checkpoint)
+    assert [each.name for each in beside][:4] == ["teacher", "student", "checkpoint", "random"]
+    for stage in ("01_partition", "03_pretrain", "04_distill"):
+        shutil.rmtree(run / stage)
+    table = report.run(run, p)
+    assert list(dict.fromkeys(table.system)) == ["checkpoint public", "random weights", "MFCC", *table.system[-1:]]
+    assert table.set_index("measure_name").layer.loc["phone-accuracy"].max() == 2
+
+
 def test_student_of_another_architecture_is_an_error_that_names_it(run):
     config = run / "04_distill" / "checkpoint" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
@@ -261,7 +351,7 @@ def test_too_few_clips_for_a_measure_are_noted(run):
     table = report.run(run, P)
     assert not {"abx-error", "speaker-accuracy"} & set(table.measure_name)
     notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
-    assert [note.partition(":")[0] for note in notes] == ["voice", "abx"]
+    assert [note.partition(":")[0] for note in notes] == ["abx", "voice"]
 
 
 def test_phones_of_frames_are_laid_out_as_frames(run):

@@ -542,14 +542,20 @@ def test_a_run_that_was_moved_follows_with_its_tables_alone(outputs):
 
 
 def test_results_are_a_table_and_where_they_lie(outputs):
-    measures = ("accuracy", "pnmi")
     report = {
         "systems": [{"system": name, "title": name.title()} for name in ("student", "mfcc")],
-        "measures": [{"measure": name, "title": name.upper()} for name in (*measures, "unmeasured")],
+        "measures": [
+            {"measure": "accuracy", "title": "ACCURACY", "better": "higher", "headline": True},
+            {"measure": "error", "title": "ERROR", "better": "lower", "headline": True},
+            {"measure": "unmeasured", "title": "UNMEASURED", "better": "higher", "headline": True},
+            {"measure": "macs", "title": "MACS", "better": "lower", "headline": False},
+        ],
         "figures": [
-            {"system": "student", "measure": "accuracy", "layer": None, "value": 0.5, "low": 0.375, "high": 0.625},
-            {"system": "student", "measure": "accuracy", "layer": 3, "value": 0.9, "low": None, "high": None},
-            {"system": "mfcc", "measure": "pnmi", "layer": None, "value": 0.25, "low": None, "high": None},
+            {"system": "student", "measure": "accuracy", "layer": 2, "value": 0.5, "low": 0.375, "high": 0.625},
+            {"system": "student", "measure": "accuracy", "layer": 3, "value": 0.4, "low": None, "high": None},
+            {"system": "mfcc", "measure": "error", "layer": 1, "value": 0.75, "low": None, "high": None},
+            {"system": "mfcc", "measure": "error", "layer": 0, "value": 0.25, "low": None, "high": None},
+            {"system": "mfcc", "measure": "macs", "layer": None, "value": 9.0, "low": None, "high": None},
         ],
     }
     folder = outputs / "toy/05_evaluate"
@@ -557,7 +563,7 @@ def test_results_are_a_table_and_where_they_lie(outputs):
     (folder / "figures/layers.png").touch()
     (folder / "report.json").write_text(json.dumps(report))
     shown = index.results(outputs / "toy").splitlines()
-    assert shown[:3] == ["           ACCURACY  PNMI", "Student  0.5 ±0.125     -", "Mfcc              -  0.25"]
+    assert shown[:3] == ["           ACCURACY  ERROR", "Student  0.5 ±0.125      -", "Mfcc              -   0.25"]
     assert [line.strip() for line in shown[4:]] == [
         "results:",
         *(str(folder / f"report.{kind}") for kind in ("html", "csv", "json")),

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedhubert_lib import audio, files, hubert, seeds
+from fedhubert_lib import audio, files, hubert, seeds, threads
 from fedhubert_lib.corpora import scan
 from fedhubert_lib.evaluation.encoders import Encoder
 
 CLIP_SAMPLES = audio.SAMPLE_RATE
 PROJECTION = 256
 SPLITS = ("train", "validation", "test")
+NONE = np.empty(0, dtype=np.int64)
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 """The ten words of SUPERB's keyword spotting."""
 
@@ -131,46 +132,53 @@ def one_second(waveform: Tensor) -> Tensor:
     return waveform[spare // 2 : spare // 2 + CLIP_SAMPLES] if spare > 0 else functional.pad(waveform, (0, -spare))
 
 
-def pooled(
+def features(
     encoder: Encoder,
     clips: pd.DataFrame,
     path: Path,
     *,
+    whole: np.ndarray = NONE,
     batch: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Mean and deviation over time of the layers of every clip, float32 [2, clips, layers, width].
+) -> tuple[np.ndarray, np.ndarray]:
+    """What every measure of words needs of ``encoder``, from one pass over the clips.
 
-    Memory-mapped from ``path`` (.npy), which is written whole or not at all; when it is there it is read back, so its
-    name must say what made it.
+    Mean and deviation over time of the layers of every clip, float32 [2, clips, layers, width]; and the frames of the
+    clips ``whole`` (indices), scaled to unit length, float16 [whole, layers, frames, width]. Both are memory-mapped
+    from PATH-moments.npy and PATH-frames.npy, which are written whole or not at all; when they are there they are read
+    back, so the name must say what made them.
     """
-    if not path.exists():
-        with files.atomic(path) as temporary:
-            rows = None
-            for start, sounds in _batches(clips, batch):
-                frames = torch.stack([layer.float() for layer in encoder(sounds)], dim=1)
-                block = torch.stack([frames.mean(2), frames.std(2, unbiased=False)]).cpu().numpy()
-                if not np.isfinite(block).all():
-                    raise KeywordError(
-                        f"features of clip {clips['clip'].iloc[start]} are not finite; is the checkpoint sound?"
-                    )
-                if rows is None:
-                    shape = (2, len(clips), *block.shape[2:])
-                    rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-                rows[:, start : start + len(sounds)] = block
+    paths = [path.with_name(f"{path.name}-{what}.npy") for what in ("moments", "frames")]
+    kept = np.isin(np.arange(len(clips)), whole)
+
+    def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
+        layers = encoder(waveforms(clips.iloc[start : start + batch]))
+        frames = torch.stack([layer.float() for layer in layers], dim=1)
+        block = torch.stack([frames.mean(2), frames.std(2, unbiased=False)]).cpu().numpy()
+        if not np.isfinite(block).all():
+            raise KeywordError(f"features of clip {clips['clip'].iloc[start]} are not finite; is the checkpoint sound?")
+        units = functional.normalize(frames[torch.from_numpy(kept[start : start + batch])], dim=-1)
+        return block, units.half().cpu().numpy()
+
+    if not all(each.exists() for each in paths):
+        with files.atomic(paths[0]) as moments, files.atomic(paths[1]) as frames:
+            starts, filled = range(0, len(clips), batch), 0
+            place = np.argsort(whole)  # of each kept clip, as the clips come
+            for start, (block, own) in zip(starts, threads.each(encode, starts), strict=True):
+                if start == 0:
+                    shapes = (2, len(clips), *block.shape[2:]), (len(whole), *own.shape[1:])
+                    rows = np.lib.format.open_memmap(moments, "w+", np.float32, shapes[0])
+                    units = np.lib.format.open_memmap(frames, "w+", np.float16, shapes[1])
+                rows[:, start : start + block.shape[1]] = block
+                units[place[filled : filled + len(own)]] = own
+                filled += len(own)
                 if on_progress:
-                    on_progress(start + len(sounds), len(clips))
-            rows.flush()
-            del rows
-    rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    if rows.shape[1] != len(clips):
-        raise KeywordError(f"{path} holds {rows.shape[1]} clips where the table has {len(clips)}; remove the file")
-    return rows
-
-
-def _batches(clips: pd.DataFrame, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(clips), size):
-        yield start, waveforms(clips.iloc[start : start + size])
+                    on_progress(start + block.shape[1], len(clips))
+            del rows, units  # writes them
+    rows, units = (np.load(each, mmap_mode="r", allow_pickle=False) for each in paths)
+    if rows.shape[1] != len(clips) or len(units) != len(whole):
+        raise KeywordError(f"{paths[0]} holds {rows.shape[1]} clips where the table has {len(clips)}; remove the file")
+    return rows, units
 
 
 class Probe(nn.Module):

@@ -9,13 +9,15 @@ import pandas as pd
 import soundfile
 
 from fedhubert_lib import audio
+from fedhubert_lib.evaluation import tables
 from fedhubert_lib.evaluation.keywords import one_second
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left; white-space: nowrap }
+td { white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
 th small { display: block; font-weight: normal; color: #666 }
 .best { font-weight: 700 }
 .wide { overflow-x: auto }
@@ -24,13 +26,9 @@ audio { height: 1.8rem; vertical-align: middle }
 
 
 def render(
-    report: dict[str, Any],
-    table: pd.DataFrame,
-    wide: pd.DataFrame,
-    speed: dict[str, dict[str, float | None]],
-    clips: pd.DataFrame,
+    report: dict[str, Any], table: pd.DataFrame, speed: dict[str, dict[str, float | None]], clips: pd.DataFrame
 ) -> str:
-    """The page. ``table`` holds the figures, ``wide`` a row per system; ``speed`` by system; ``clips`` to read from."""
+    """The page. ``table`` holds the figures; ``speed`` is by system; ``clips`` are read to be listened to."""
     data = report["data"]
     about = (
         f"{data['clips']['test']} test clips of {len(data['words'])} words by {data['speakers']['test']} speakers that"
@@ -40,7 +38,9 @@ def render(
         about += f" Units: {data['units']['minutes']:.1f} minutes of {data['units']['speakers']} held-out speakers."
     parts = [
         f"<h1>{html.escape(report['run'])}: evaluation</h1><p>{html.escape(about)}</p>",
-        _main(report, wide, speed),
+        _systems(report, tables.headline(table)),
+        "<h2>More of each system</h2>",
+        *(_systems(report, each) for each in [*tables.below(table), _speeds(report, speed)]),
         _layers(table),
         _missed(report, clips),
     ]
@@ -53,21 +53,26 @@ def render(
     )
 
 
-def _main(report: dict[str, Any], wide: pd.DataFrame, speed: dict[str, dict[str, float | None]]) -> str:
+def _systems(report: dict[str, Any], wide: pd.DataFrame) -> str:
+    """A table with a row per system and a column per measure, which says what it is and which way is better."""
     explained = {each["title"]: each for each in report["measures"]}
     head = "".join(
         f'<th title="{html.escape(explained[title]["what"])}">{html.escape(title)}'
         f"<small>{explained[title]['better']} is better</small></th>"
+        if title in explained
+        else f"<th>{html.escape(title)}</th>"
         for title in wide.columns
     )
-    names = {each["title"]: each["system"] for each in report["systems"]}
-    rows = []
-    for title, cells in wide.iterrows():
-        factor = speed[names[title]]["real_time_factor"]
-        body = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr><td>{html.escape(title)}</td>{body}<td>{factor:.0f} ×</td></tr>")
-    head = f"<tr><th>system</th>{head}<th>speed<small>of real time, here</small></th></tr>"
-    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    rows = [
+        f"<tr><td>{html.escape(title)}</td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        for title, cells in wide.iterrows()
+    ]
+    return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _speeds(report: dict[str, Any], speed: dict[str, dict[str, float | None]]) -> pd.DataFrame:
+    rows = {each["title"]: f"{speed[each['system']]['real_time_factor']:.0f} ×" for each in report["systems"]}
+    return pd.DataFrame({"speed here, of real time": rows})
 
 
 def _layers(table: pd.DataFrame) -> str:

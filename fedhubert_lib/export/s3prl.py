@@ -249,7 +249,9 @@ def of_run(
     ExportError. What s3prl writes lies in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; earlier ones are
     removed. Silence is cut from ``_background_noise_`` beside the words, where there is one.
     """
-    compared, absent = systems.of_run(run, evaluated["seed"], torch.device("cpu"))
+    compared, absent = systems.of_run(
+        run, evaluated["seed"], torch.device("cpu"), evaluated["parameters"].get("checkpoint", "")
+    )
     system = next((each for each in compared if each.name == name and each.model is not None), None)
     if system is None:
         known = ", ".join(each.name for each in compared if each.model is not None)

@@ -2,7 +2,8 @@
 
 ``checkpoints/round-00012/`` holds the weights (``model.safetensors``, ``head.safetensors``: a file per first part of
 the tensors' names), the optimiser's tensors (``server.safetensors``), ``state.json`` (counters, and the settings they
-belong to), and the documents that make it a model folder. The last and the best are kept.
+belong to), and the documents that make it a model folder. The last and the best are kept. ``checkpoints/model-00004/``
+is the model folder alone; those of rounds 1, 2, 4, 8 … stay, so that quality can be told over hours of speech heard.
 """
 
 import contextlib
@@ -78,19 +79,32 @@ def write(
     for name, tensor in weights.items():
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = tensor
+    if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
+        with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:
+            _write_folder(temporary, {"model": groups["model"]}, documents)
     with files.atomic(path(out, number)) as temporary:
-        temporary.mkdir()
+        _write_folder(temporary, groups, documents)
         server(temporary / SERVER)
-        for group, tensors in groups.items():
-            save_file(tensors, temporary / f"{group}.safetensors", metadata={"format": "pt"})
-        for name, text in documents.items():
-            (temporary / name).write_text(text, encoding="utf-8")
         (temporary / "state.json").write_text(
             json.dumps(dict(state), indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )
     for earlier in rounds(out):
         if earlier < number and earlier != state["best_round"]:
             shutil.rmtree(path(out, earlier))
+
+
+def _write_folder(folder: Path, groups: Mapping[str, Arrays], documents: Mapping[str, str]) -> None:
+    folder.mkdir()
+    for group, tensors in groups.items():
+        save_file(tensors, folder / f"{group}.safetensors", metadata={"format": "pt"})
+    for name, text in documents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def on_the_way(out: Path) -> dict[int, Path]:
+    """The model folders of rounds 1, 2, 4, 8 …, by round, ascending."""
+    folders = sorted((out / "checkpoints").glob("model-*"))
+    return {int(folder.name.removeprefix("model-")): folder for folder in folders}
 
 
 def rounds(out: Path) -> list[int]:

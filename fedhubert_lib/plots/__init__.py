@@ -5,7 +5,7 @@ notebook, in a script and on a headless node. Colours are those of Okabe and Ito
 axes carry their units. ``save`` writes a figure as PNG and SVG; notebook.py shows it in a notebook.
 """
 
-from fedhubert_lib.plots.results import bars, confusion, kept, layers
+from fedhubert_lib.plots.results import along, bars, confusion, kept, layers
 from fedhubert_lib.plots.speech import clients, partition_schemes, phone_lengths, speakers, utterance_lengths
 from fedhubert_lib.plots.style import png, save
 from fedhubert_lib.plots.training import curves, ledger
@@ -22,6 +22,7 @@ from fedhubert_lib.plots.units import (
 
 __all__ = [
     "aligned_units",
+    "along",
     "bars",
     "clients",
     "cluster_sizes",

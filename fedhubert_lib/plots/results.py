@@ -94,3 +94,36 @@ def layers(table: pd.DataFrame, label: str, baselines: Mapping[str, float] | Non
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper")
     return figure
+
+
+@styled
+def along(table: pd.DataFrame) -> Figure:
+    """Quality over hours of speech heard, on a logarithmic axis: a panel per measure, a line per system.
+
+    ``table`` has the columns run, system, measure, hours and value. A line is the mean over runs, its band reaches from
+    the lowest run to the highest. What has no hours (NaN) does not train, and is a dotted line across.
+    """
+    measures = list(table.measure.unique())
+    systems = list(table.system.unique())
+    colours = dict(zip(systems, (BLUE, RED, GREY, BLACK, *PALETTE[2:6]), strict=False))
+    rows = -(-len(measures) // 2)
+    figure, places = style.panels(rows, min(2, len(measures)), width=8, height=0.6 + 2.6 * rows)
+    for axes, measure in zip(places, measures, strict=False):
+        for system, own in table[table.measure == measure].groupby("system", sort=False):
+            if own.hours.isna().all():
+                axes.axhline(own.value.mean(), color=colours[system], linestyle=":", label=system)
+                continue
+            # Runs of other seeds hear a little more or less until the same checkpoint, which is the n-th of each.
+            points = own.assign(point=own.groupby("run").hours.rank()).groupby("point")
+            hours, values = points.hours.mean(), points.value
+            axes.plot(hours, values.mean(), marker="o", markersize=4, color=colours[system], label=system)
+            axes.fill_between(hours, values.min(), values.max(), color=colours[system], alpha=0.2, linewidth=0)
+        axes.set_xscale("log")
+        axes.set(xlabel="hours of speech heard", ylabel=measure)
+    for axes in places[len(measures) :]:
+        axes.set_axis_off()
+    if (runs := table.run.nunique()) > 1:
+        figure.supxlabel(f"line: mean of {runs} training seeds, band: lowest to highest", fontsize=8)
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    return figure

@@ -1,0 +1,67 @@
+"""Models on the way: those of rounds 1, 2, 4, 8 … stay, small and whole, for the federation and on pooled data."""
+
+from pathlib import Path
+
+import federation
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedhubert_lib import files, hubert, pretraining
+from fedhubert_lib.evaluation import systems
+from fedhubert_lib.federated import checkpoints
+
+CPU = torch.device("cpu")
+
+
+def write(out: Path, number: int, server=None) -> None:
+    weights = {"model.a": torch.full((3,), float(number)), "head.b": torch.ones(2)}
+    state = {"round": number, "best_round": 3 if number >= 3 else 0}
+    server = server or (lambda path: save_file({"m": torch.ones(100)}, path))
+    checkpoints.write(out, number, weights, server, state, {"config.json": f"{number}"})
+
+
+def test_models_stay_while_checkpoints_go(tmp_path):
+    for number in range(1, 10):
+        write(tmp_path, number)
+    assert checkpoints.rounds(tmp_path) == [3, 9]
+    kept = checkpoints.on_the_way(tmp_path)
+    assert list(kept) == [1, 2, 4, 8]
+    for number, folder in kept.items():
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert load_file(folder / "model.safetensors")["a"].tolist() == [number] * 3
+        assert (folder / "config.json").read_text() == str(number)
+
+
+def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    write(tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 4, killed)
+    assert checkpoints.rounds(tmp_path) == [3]  # from where training goes on
+    write(tmp_path, 4)
+    assert checkpoints.rounds(tmp_path) == [3, 4]
+    assert load_file(checkpoints.on_the_way(tmp_path)[4] / "model.safetensors")["a"].tolist() == [4.0] * 3
+
+
+def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path):
+    run = federation.make(tmp_path / "run")
+    p = federation.pretrain(rounds=3)
+    pretraining.run(run, p)
+    pretraining.centralised(run, p)
+    found = list(systems.along(run, CPU))
+    assert [(each.of, each.round) for each in found] == [
+        (of, n) for of in ("teacher", "centralised") for n in (1, 2, 3)
+    ]
+    for name, folder in (("teacher", run / "03_pretrain"), ("centralised", run / "03_pretrain" / "centralised")):
+        rows = [row for row in files.read_rows(folder / "metrics.jsonl") if row["kind"] == "round"]
+        heard = np.cumsum([row["audio_seconds"] for row in rows]) / 3600
+        assert [each.hours for each in found if each.of == name] == pytest.approx(heard)
+        # The last is the model of the run; those before it are others.
+        digests = [each.system.digest for each in found if each.of == name]
+        assert digests[-1] == systems._digest(folder / "checkpoint") and len(set(digests)) == 3
+    last = found[2].system.model.state_dict()
+    assert federation.digest(last) == federation.digest(hubert.load(run / "03_pretrain" / "checkpoint")[0].state_dict())
