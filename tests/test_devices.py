@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedhubert_lib import audio, batching, features, hubert, kernels, objectives, seeds, teaching, training
+from fedhubert_lib.federated import local
 
 FRONT_ENDS = ("waveform", "logmel")
 
@@ -147,3 +148,31 @@ def test_a_gpu_is_told_to_compute_reproducibly():
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_gpu_is_given_a_cohorts_weights_once():
+    """The device meta stands for it: what moves there is counted by identity."""
+    weights = {"a": torch.ones(3), "b": torch.ones(2, 2)}
+    first = local.placed(weights, torch.device("meta"))
+    assert {tensor.device.type for tensor in first.values()} == {"meta"}
+    assert local.placed(dict(weights), torch.device("meta")) is first
+    weights["a"].add_(1)  # the server's step may be in place
+    assert local.placed(weights, torch.device("meta")) is not first
+    assert local.placed({**weights, "a": torch.ones(3)}, torch.device("meta"))["a"].shape == (3,)
+    assert local.placed(weights, torch.device("cpu")) is weights
+
+
+def test_a_clients_change_comes_back_in_one_copy(monkeypatch):
+    """With a tensor that says it lies on a GPU; only pinning needs one."""
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, pin_memory: real(shape))
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7.0), "c": torch.arange(4.0)}
+    moved = local.to_host({name: tensor.as_subclass(OnGpu) for name, tensor in tensors.items()})
+    assert moved.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(moved[name], tensor) and moved[name].shape == tensor.shape
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved.values()}) == 1

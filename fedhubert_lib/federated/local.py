@@ -66,7 +66,8 @@ def train(
         client_state.save(home, config, "personal", personal)
     if p.local_state == "keep":
         client_state.save(home, config, "moments", moments(optimiser, names))
-    change = {name: names[name].detach().cpu() - arrays[name] for name in names if name in arrays}
+    start = placed(arrays, next(iter(names.values())).device)
+    change = to_host({name: names[name].detach() - start[name] for name in names if name in arrays})
     if scaffold:
         change |= _new_control(home, config, arrays, own, gradients, measured["steps"])
     measured["peak_memory_bytes"] = float(resources.peak_memory())
@@ -119,11 +120,39 @@ def settings(p: Federation, total_steps: int, accumulate: int = 1) -> training.S
 @torch.no_grad()
 def fill(module: nn.Module, arrays: Mapping[str, Tensor], personal: Mapping[str, Tensor] | None) -> None:
     """Write the global weights, and what the client kept of its ``personal`` parameters, into ``module``."""
+    arrays = placed(arrays, next(module.parameters()).device)
     for name, parameter in module.named_parameters():
         if name in arrays:
             parameter.copy_(arrays[name])
         elif personal is not None:
             parameter.copy_(personal[name])
+
+
+_placed: dict[str, tuple[list[Tensor], list[int], Arrays]] = {}
+"""By device, the last weights that were put on it: themselves, their versions then, their copies there."""
+
+
+def placed(arrays: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """``arrays`` on ``device``. A GPU keeps the last ones: a cohort's clients in one process are given the same."""
+    if device.type == "cpu":
+        return arrays
+    tensors = list(arrays.values())
+    kept, versions, copies = _placed.get(str(device), ([], [], {}))
+    same = len(kept) == len(tensors) and all(a is b for a, b in zip(kept, tensors, strict=True))
+    if not same or versions != [tensor._version for tensor in tensors]:
+        copies = {name: tensor.to(device) for name, tensor in arrays.items()}
+        _placed[str(device)] = tensors, [tensor._version for tensor in tensors], copies
+    return copies
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> Arrays:
+    """float32 ``tensors`` of one device on the CPU: from a GPU in one copy, into pinned memory, which is used again."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return dict(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    host = torch.empty(flat.shape, pin_memory=True).copy_(flat)
+    parts = host.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
 def restore_moments(
@@ -140,9 +169,9 @@ def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> 
     for name, parameter in names.items():
         if not (state := optimiser.state.get(parameter)):  # layerdrop left its layer out of every step so far
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            state["step"] = torch.zeros(())
-        kept |= {f"{name}/{key}": state[key].detach().cpu() for key in MOMENTS}
-    return kept
+            state["step"] = torch.zeros((), device=parameter.device)
+        kept |= {f"{name}/{key}": state[key].detach() for key in MOMENTS}
+    return to_host(kept)
 
 
 def _correction(
