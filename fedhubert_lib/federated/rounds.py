@@ -11,7 +11,7 @@ import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,16 +81,16 @@ def panel(ids: Sequence[str], p: Federation) -> list[str]:
 def train(
     clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None = None
 ) -> tuple[Arrays, Path]:
-    """Train ``weights`` (float32 CPU, changed in place) for ``p.rounds`` rounds, or go on where ``out`` stands.
+    """Train ``weights`` (float32 CPU, changed in place) for ``p.rounds`` rounds, or resume where ``out`` stands.
 
     Writes ``out/metrics.jsonl`` and ``out/checkpoints``; returns the last weights and the folder of the best round.
     ``on_row`` sees each row as it is written. Raises QuorumError when a round fails ``ATTEMPTS`` times; ValueError when
-    ``out`` holds a run with other parameters. A KeyboardInterrupt at any moment leaves a state to go on from.
+    ``out`` holds a run with other parameters. A KeyboardInterrupt at any moment leaves a state to resume from.
     """
     with checkpoints.sole(out), ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
         server = _Server(clients, p, task, weights, out, on_row, writer)
-        while not server.finished():
-            server.round()
+        for _ in server.rounds():
+            pass
         server.settle()
         return server.weights, checkpoints.path(out, server.state["best_round"])
 
@@ -146,36 +146,44 @@ class _Server:
         exhausted = 0 < self.p.patience <= self.state["validations_since_best"]
         return self.state["round"] >= self.p.rounds or exhausted
 
-    def round(self) -> None:
-        """One round, from the draw to the checkpoint (which is written while the next round's clients work)."""
-        number, began = self.state["round"] + 1, time.perf_counter()
-        collected = self.collect(number)
-        working = time.perf_counter()
+    def rounds(self) -> Iterator[dict[str, Any]]:
+        """The rounds that are left, one at a time, as their rows of the ledger."""
+        while not self.finished():
+            number, began = self.state["round"] + 1, time.perf_counter()
+            collected = self.collect(number)  # draws a cohort and asks it
+            update, stepped = self.step(collected)
+            row = {"round": number, **self.averages(collected.sums), **stepped, **self.validate(number)}
+            row |= self.spent(collected, time.perf_counter() - began)
+            self.close(collected, row)
+            self.save(number, update)  # written while the next round's clients work
+            yield row
+
+    def step(self, collected: Collected) -> tuple[Arrays, dict[str, Any]]:
+        """Move the weights along what is collected; return the update, and what a row tells of it."""
+        number, working = collected.number, time.perf_counter()
         update = collected.collector.result() or {name: torch.zeros_like(w) for name, w in self.weights.items()}
         change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
         self.settle()  # the last checkpoint still reads the weights and the state that are about to change
-        spent = {}
+        row: dict[str, Any] = {}
         if self.private:
-            spent = {"clip": self.state["clip"], "epsilon": self.account.epsilon(), "privacy": privacy.label(self.p)}
+            row = {"clip": self.state["clip"], "epsilon": self.account.epsilon(), "privacy": privacy.label(self.p)}
             self.state["clip"] = privacy.release(
                 update, self.p, self.state["clip"], number, collected.clients, collected.within_bound, self.fewest
             )
-        update_norm = optimisers.checked_norm(update, self.weights)
+        row |= {"update_norm": optimisers.checked_norm(update, self.weights)}
         self.moments.step(self.weights, update, number)
         if self.scaffold:
             optimisers.step_control(self.control, change, collected.clients / len(self.clients.ids))
-        server_seconds = collected.server_seconds + time.perf_counter() - working
-        row = {"round": number, **self.averages(collected.sums), **spent, **self.validate(number)}
-        row |= self.meter.used()
-        seconds = time.perf_counter() - began
-        row |= {
-            "learning_rate": collected.learning_rate,
-            "server_rate": optimisers.rate(self.p, number),
-            "update_norm": update_norm,
+        collected.server_seconds += time.perf_counter() - working
+        return update, row | {"learning_rate": collected.learning_rate, "server_rate": optimisers.rate(self.p, number)}
+
+    def spent(self, collected: Collected, seconds: float) -> dict[str, Any]:
+        """What a row tells of the cost of a round that took ``seconds``."""
+        row = self.meter.used() | {
             "bytes_up": collected.bytes_up,
             "bytes_down": collected.bytes_down,
             "clients": collected.clients,
-            "server_seconds": server_seconds,
+            "server_seconds": collected.server_seconds,
             "seconds": seconds,
         }
         told = {
@@ -184,7 +192,11 @@ class _Server:
             "audio_seconds": collected.sums["audio_seconds"],
             "audio_seconds_per_second": collected.sums["audio_seconds"] / seconds,
         }
-        row |= dict.fromkeys(told) if self.p.privacy == "client" else told
+        return row | (dict.fromkeys(told) if self.p.privacy == "client" else told)
+
+    def close(self, collected: Collected, row: Mapping[str, Any]) -> None:
+        """Judge the round, and write its row."""
+        number = collected.number
         if self.private:  # to keep the best of several models by a loss without noise would tell of that loss
             self.state["best_round"] = number
         else:
@@ -192,7 +204,6 @@ class _Server:
             self.state["reference_norm"] = statistics.median(collected.norms)
         self.state["round"], self.attempt = number, 0
         self.ledger.row("round", row)
-        self.save(number, update)
 
     @property
     def scaffold(self) -> bool:
