@@ -1,4 +1,4 @@
-"""What k-means clusters: kaldi MFCCs of the waveform, or a hidden layer of a checkpoint.
+"""Kaldi's MFCCs of waveforms: what k-means clusters first, and a baseline of every evaluation.
 
 The MFCCs are those of ``torchaudio.compliance.kaldi.mfcc(sample_frequency=16000, use_energy=False)`` with delta and
 delta-delta, as fairseq's ``simple_kmeans`` computes them, but for many utterances at once: their 25 ms windows, end to
@@ -14,8 +14,7 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 from torchaudio.functional import create_dct
 
-from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
-from fedhubert_lib.hubert import Hubert
+from fedhubert_lib.audio import SAMPLE_RATE
 
 MFCC_HOP = 160
 MFCC_DIMENSION = 39
@@ -30,8 +29,6 @@ CHUNK = 512
 """MFCC frames computed at once on a CPU: 1 MiB of padded windows, which fit the cache."""
 GPU_CHUNK = 2**15
 """On a GPU: five minutes of speech, and 190 MB."""
-FORWARD_SAMPLES = 5000 * HOP
-"""Longest stretch that one forward pass of a checkpoint sees: 100 s, as in fairseq's feature dump."""
 
 
 def mfcc(waveforms: Sequence[Tensor]) -> list[Tensor]:
@@ -50,23 +47,6 @@ def mfcc(waveforms: Sequence[Tensor]) -> list[Tensor]:
     first, last = _edges(counts, device)
     delta = _delta(static, first, last)
     return list(torch.cat([static, delta, _delta(delta, first, last)], dim=1).split(counts))
-
-
-def hidden(model: Hubert, waveforms: Sequence[Tensor], layer: int) -> list[Tensor]:
-    """Output of transformer layer ``layer`` (1 is the first; 0 is its input) for each waveform: [frames, D] at 50 Hz.
-
-    Utterances pass one by one, without padding, since the statistics of a group-norm front end would include it. One
-    longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass.
-    """
-    outputs = []
-    with torch.inference_mode():
-        for waveform in waveforms:
-            pieces = []
-            for start in range(0, frame_count(len(waveform)) * HOP, FORWARD_SAMPLES):
-                piece = waveform[start : start + FORWARD_SAMPLES + RECEPTIVE_FIELD - HOP]
-                pieces.append(model(piece[None], hidden_states=True).hidden[layer][0].float())
-            outputs.append(torch.cat(pieces) if pieces else waveform.new_zeros(0, model.config.hidden_size))
-    return outputs
 
 
 def _mfcc_frames(samples: int) -> int:

@@ -8,7 +8,7 @@ Three objectives by their published names, alone or summed with weights:
   the teacher's through heads that are dropped afterwards; L1 distance and -log sigmoid of the cosine, nothing masked.
 * ``hubert`` (DiceHuBERT): HuBERT's own objective, on clusters of the teacher's features.
 
-The teacher never trains: eval mode, no gradient, the same output bit for bit however often it is asked. (s3prl's
+The teacher never trains: eval mode, no gradient, the same output, on one processor to the bit. (s3prl's
 distiller leaves its teacher in training mode, with dropout.)
 """
 

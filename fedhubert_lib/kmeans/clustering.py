@@ -1,7 +1,8 @@
 """K-means itself, without files or federations: nearest centroids, k-means++, Lloyd, matching of codebooks.
 
 Which centroid is nearest to a frame depends neither on how frames were batched nor on how many clients hold them, and
-sums are float64: (sum, count) messages add up to what pooled data would give.
+sums are float64: (sum, count) messages add up to what pooled data would give. Labels are the same to the bit across
+batches, clients, engines, threads and kills; across kinds of processors they are not, since features round otherwise.
 """
 
 import functools
