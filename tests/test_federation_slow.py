@@ -132,7 +132,7 @@ SHORT = shlex.split(
 def partitioned(tmp_path_factory) -> Path:
     """The run folder ``toy`` as the first command of docs/deployment.md leaves it."""
     outputs = tmp_path_factory.mktemp("outputs")
-    assert fedhubert(outputs, "run params/toy.yaml --until partition").wait() == 0
+    assert code(outputs, "run params/toy.yaml --until partition") == 0
     return outputs / "toy"
 
 
@@ -145,10 +145,21 @@ def fedhubert(outputs: Path, line: str, *more: str) -> subprocess.Popen:
     return subprocess.Popen([program, *words, *more], env=environment, cwd=params.ROOT)
 
 
+def code(outputs: Path, line: str, *more: str) -> int:
+    """The exit code of the command ``line``, which is stopped if this process is."""
+    process = fedhubert(outputs, line, *more)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def done(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("*/done.json"))
 
 
+@pytest.mark.timeout(3600)  # a busy machine takes its time
 def test_three_nodes_on_one_machine_by_the_commands_of_the_documentation(partitioned, tmp_path):
     """From k-means to the evaluation's table, with the records that the other engines leave."""
     shutil.copytree(partitioned, tmp_path / "toy")
@@ -156,22 +167,23 @@ def test_three_nodes_on_one_machine_by_the_commands_of_the_documentation(partiti
     text = text[text.index("## Three nodes") :]
     lines = re.findall(r"^    fedhubert (.*)$", text[: text.index("The last command")], re.MULTILINE)
     assert [line.split("#")[0].split()[:2] for line in lines][1:] == [["deploy", "prepare"], ["deploy", "local"]]
-    assert fedhubert(tmp_path, lines[1].split("#")[0], "--port", str(deployment.free_port())).wait() == 0
-    assert fedhubert(tmp_path, lines[2].split("#")[0], *SHORT).wait() == 0
+    assert code(tmp_path, lines[1].split("#")[0], "--port", str(deployment.free_port())) == 0
+    assert code(tmp_path, lines[2].split("#")[0], *SHORT) == 0
     run = tmp_path / "toy"
     assert done(run) == list(params.FOLDERS.values())
     assert {"teacher", "student"} <= set(pd.read_csv(run / "05_evaluate" / "report.csv")["system_name"])
     assert all((run / f"{name}.ipynb").exists() for name in params.FOLDERS.values())
 
 
+@pytest.mark.timeout(3600)
 def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp_path):
     """Server and clients in folders of their own; stopped in the middle, the same command resumes."""
     server = tmp_path / "toy"
     shutil.copytree(partitioned, server)
     clients = federated.client_ids(server)
-    assert fedhubert(tmp_path, f"deploy prepare outputs/toy --port {deployment.free_port()}").wait() == 0
+    assert code(tmp_path, f"deploy prepare outputs/toy --port {deployment.free_port()}") == 0
     for client in clients:
-        assert fedhubert(tmp_path, f"export-client outputs/toy {client} {tmp_path / client}").wait() == 0
+        assert code(tmp_path, f"export-client outputs/toy {client} {tmp_path / client}") == 0
     shutil.rmtree(server / "01_partition" / "clients")
     running = [fedhubert(tmp_path, "deploy server outputs/toy")]
     try:
@@ -182,15 +194,15 @@ def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp
             node = server / deployment.FOLDER / "nodes" / client
             running.append(fedhubert(tmp_path, f"deploy client {tmp_path / client} {node}"))
         stages = "deploy run outputs/toy params/toy.yaml kmeans pretrain"
-        assert fedhubert(tmp_path, stages, *SHORT).wait() == 1  # pooled training needs the clients' folders
+        assert code(tmp_path, stages, *SHORT) == 1  # pooled training needs the clients' folders
         alone = [*SHORT, "--set", "pretrain.centralised=false", "--set", "pretrain.rounds=2"]
-        stopped = fedhubert(tmp_path, stages, *alone)
+        running.append(stopped := fedhubert(tmp_path, stages, *alone))
         while not checkpoints.rounds(server / "03_pretrain"):
             assert stopped.poll() is None
             time.sleep(0.1)
         stopped.send_signal(signal.SIGUSR2)
         assert stopped.wait() == 75
-        assert fedhubert(tmp_path, stages, *alone).wait() == 0
+        assert code(tmp_path, stages, *alone) == 0
     finally:
         for process in running:
             process.terminate()
