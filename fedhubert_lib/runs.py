@@ -186,17 +186,16 @@ def _assigned(stage: str, namespace: Mapping[str, Any]) -> Mapping[str, Any]:
     more; nor is what later cells have, but for those that do nothing but set plain values (as papermill's does).
     """
     cells = namespace.get("In")
-    if not isinstance(cells, list):  # no kernel: what was there at the first start
-        first = namespace["_names_at_start"] | params.SECTIONS[stage].model_fields.keys()
-        return {name: value for name, value in namespace.items() if name in first}
+    cells = cells if isinstance(cells, list) else []
     assigned = [_assignments(source) for source in cells]
     parameters = [
         number
         for number, (names, _) in enumerate(assigned)
         if {"run", "seed"} <= names and not cells[number].startswith("# Parameters")  # papermill's, which has any
     ]
-    if not parameters:
-        return namespace
+    if not parameters:  # no kernel, or one that keeps no cells (nbval): what was there at the first start
+        first = namespace["_names_at_start"] | params.SECTIONS[stage].model_fields.keys()
+        return {name: value for name, value in namespace.items() if name in first}
     last = parameters[-1]
     names = assigned[last][0].union(*(names for names, plain in assigned[last:] if plain))
     return {name: namespace[name] for name in names if name in namespace}

@@ -102,7 +102,9 @@ def test_an_export_without_its_packages_names_the_line_that_works(tmp_path, monk
 
 def test_make_export_and_ray_install_what_is_tested_and_leave_the_bench_alone():
     for target, packages in (("export", "transformers onnx onnxruntime onnxscript"), ("ray", "ray")):
-        said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            ["make", "--no-print-directory", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
         last = said.splitlines()[-1]
         assert last.endswith(f"--constraint requirements-test.lock {packages}")
 

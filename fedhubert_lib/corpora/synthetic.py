@@ -179,7 +179,7 @@ def _synthesise(
     if recorded.exists() and recorded.read_text(encoding="utf-8") == plan:
         return
     with files.atomic(folder) as temporary:
-        (temporary / "voices").mkdir(parents=True)
+        (temporary / "_voices").mkdir(parents=True)
         _run_synthesiser(temporary, speakers, on_progress)
         finish(temporary, speakers)
         (temporary / "plan.json").write_text(plan, encoding="utf-8")
@@ -189,7 +189,7 @@ def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress |
     places = [
         {
             "folder": str(folder / speaker["below"]),
-            "notes": str(folder / "voices" / speaker["name"]),
+            "notes": str(folder / "_voices" / speaker["name"]),
         }
         for speaker in speakers
     ]
@@ -234,7 +234,7 @@ def _finish_speech(folder: Path, speakers: list[dict]) -> None:
     rows, phones = [], []
     for speaker in speakers:
         home = folder / speaker["below"]
-        times = json.loads((folder / "voices" / f"{speaker['name']}.json").read_text(encoding="utf-8"))
+        times = json.loads((folder / "_voices" / f"{speaker['name']}.json").read_text(encoding="utf-8"))
         minutes = sum(samples for samples, _ in times.values()) / 16_000 / 60
         rows.append(f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice")
         transcripts: dict[Path, list[str]] = {}
