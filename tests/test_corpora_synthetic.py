@@ -41,7 +41,7 @@ def test_generated_again_it_is_the_same_byte_for_byte(folder, tmp_path):
 def test_another_seed_is_another_corpus(folder, tmp_path):
     synthetic.speech(tmp_path / "speech", P.model_copy(update={"seed": 4, "minutes": 0.2}))
     other = {p.read_bytes() for p in (tmp_path / "speech" / "_voices_").glob("*.txt")}
-    mine = {p.read_bytes() for p in (folder / "synthetic").rglob("voices/*.txt")}
+    mine = {p.read_bytes() for p in (folder / "synthetic").rglob("_voices_/*.txt")}
     assert len(mine) == 4 + 2 + 4 and not mine & other
 
 
