@@ -40,8 +40,8 @@ def test_generated_again_it_is_the_same_byte_for_byte(folder, tmp_path):
 
 def test_another_seed_is_another_corpus(folder, tmp_path):
     synthetic.speech(tmp_path / "speech", P.model_copy(update={"seed": 4, "minutes": 0.2}))
-    other = {p.read_bytes() for p in (tmp_path / "speech" / "_voices_").glob("*.txt")}
-    mine = {p.read_bytes() for p in (folder / "synthetic").rglob("_voices_/*.txt")}
+    other = {p.read_bytes() for p in (tmp_path / "speech" / "_voices").glob("*.txt")}
+    mine = {p.read_bytes() for p in (folder / "synthetic").rglob("_voices/*.txt")}
     assert len(mine) == 4 + 2 + 4 and not mine & other
 
 
@@ -111,7 +111,7 @@ def test_phone_times_fit_the_sound(folder):
     assert contrast[0] > 2 * max(contrast[-4_800], contrast[4_800])
 
 
-def test_voices_differ(folder):
+def test_voicesdiffer(folder):
     """Two halves of one speaker sound more alike than two speakers, for nearly all of them."""
     manifest = table(folder, "manifest")
     means = {}
