@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedhubert_lib import pretraining
-from fedhubert_lib.federated import client_ids, deployment, keys, messages, pool
+from fedhubert_lib.federated import client_ids, deployment, keys, pool
 from fedhubert_lib.federated.protocol import Failure, Reply
 
 pytestmark = pytest.mark.slow
@@ -77,8 +77,8 @@ def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
 def test_a_killed_worker_costs_one_clients_answer(tmp_path):
     run = federation.make(tmp_path)
     ids, rows = client_ids(run), []
-    grid = pool.PoolGrid(run, ids, ["cpu", "cpu"])
-    first = grid.processes
+    clients = pool.PoolClients(run, ids, ["cpu", "cpu"])
+    first = clients.processes
 
     def on_row(row: dict) -> None:
         rows.append(row)
@@ -87,11 +87,11 @@ def test_a_killed_worker_costs_one_clients_answer(tmp_path):
 
     try:
         p = federation.pretrain(**STUDY | {"rounds": 3, "validate_every": 3})
-        pretraining.federate(run, p, messages.GridClients(grid, grid.nodes, messages.SharedArray), on_row)
-        assert first[0] not in grid.processes
-        assert first[1] in grid.processes
+        pretraining.federate(run, p, clients, on_row)
+        assert first[0] not in clients.processes
+        assert first[1] in clients.processes
     finally:
-        grid.close()
+        clients.close()
     assert [row["clients"] for row in rows if row["kind"] == "round"] == [4, 3, 4]
     (failure,) = [row for row in rows if row["kind"] == "failure"]
     assert (failure["round"], failure["client"]) == (2, "client-000")
@@ -101,11 +101,10 @@ def test_a_killed_worker_costs_one_clients_answer(tmp_path):
 
 def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
     run = federation.make(tmp_path)
-    grid = pool.PoolGrid(run, client_ids(run), ["cpu", "cpu"])
-    clients = messages.GridClients(grid, grid.nodes, messages.SharedArray)
+    clients = pool.PoolClients(run, client_ids(run), ["cpu", "cpu"])
     try:
         assert len(list(clients.ask("identify"))) == 4  # both workers are up
-        hung = grid.processes[0]
+        hung = clients.processes[0]
         os.kill(hung, signal.SIGSTOP)
         late, other = clients.ask("identify", timeout=2.0, clients=["client-000", "client-001"])
         assert late == Failure("client-000", "no answer before the deadline of 2.0 s")
@@ -113,7 +112,7 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
         assert not psutil.pid_exists(hung)
         assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
     finally:
-        grid.close()
+        clients.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- deployment

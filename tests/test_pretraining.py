@@ -15,11 +15,11 @@ import pytest
 import torch
 from federation import CODEBOOK, TONES, digest, make, pretrain, rows
 from flwr.app import Context, RecordDict
+from grid import InProcessGrid
 from safetensors.torch import load_file
 
 from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, training
 from fedhubert_lib.federated import checkpoints, handlers, local, relay, rounds, server_app
-from fedhubert_lib.federated.inprocess import InProcessGrid
 from fedhubert_lib.federated.protocol import ClientHome
 
 

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from federation import digest, pretrain, rows
+from grid import InProcessGrid
 
 from fedhubert_lib import federated, files, privacy, seeds
 from fedhubert_lib.federated import checkpoints, client_state, handlers, messages, optimisers, rounds
-from fedhubert_lib.federated.inprocess import InProcessGrid
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
 SERVERS = ["fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
@@ -184,14 +184,12 @@ def test_weights_do_not_depend_on_node_ids_or_on_who_answers_first(run, monkeypa
     expected = digest(train(run, "one"))
     for name in ("two", "three"):
         grid = LateAndShuffled(run, CLIENTS, "cpu")
-        clients = messages.GridClients(grid, grid.nodes, messages.SharedArray)
+        clients = messages.GridClients(grid, grid.nodes)
         assert digest(train(run, name, clients=clients)) == expected
 
 
 def test_serialised_arrays_give_the_same_weights_as_shared_ones(run):
     grid = InProcessGrid(run, CLIENTS, "cpu")
-    for context in grid._contexts.values():
-        context.node_config["by_reference"] = False
     clients = messages.GridClients(grid, grid.nodes)
     assert digest(train(run, "one", clients=clients)) == digest(train(run, "two"))
 
@@ -360,7 +358,7 @@ def test_a_client_that_comes_back_is_welcome(run, monkeypatch):
 def test_a_client_may_not_answer_for_another(run):
     grid = InProcessGrid(run, CLIENTS, "cpu")
     grid._contexts[grid.nodes["client-002"]].node_config["client"] = "client-001"
-    clients = messages.GridClients(grid, grid.nodes, messages.SharedArray)
+    clients = messages.GridClients(grid, grid.nodes)
     answers = {answer.client: answer for answer in clients.ask("identify")}
     assert "in the name of 'client-001'" in answers["client-002"].reason
     assert not hasattr(answers["client-001"], "reason")

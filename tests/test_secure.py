@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedhubert_lib import params, pretraining, privacy, secure, seeds
-from fedhubert_lib.federated import client_ids, inprocess
+from fedhubert_lib.federated import client_ids, handlers
 from fedhubert_lib.federated.optimisers import UpdateError
-from fedhubert_lib.federated.protocol import ClientHome
+from fedhubert_lib.federated.protocol import ClientHome, Failure
 
 CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
 P = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4)
@@ -132,16 +132,16 @@ def test_private_rounds_of_too_few_for_a_sum_are_rounds_of_noise(tmp_path):
 def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, monkeypatch):
     rows: list[dict] = []
     run = federation.make(tmp_path)
-    pull, lost = inprocess.InProcessGrid.pull_messages, []
+    answer, lost = handlers.answer, []
 
-    def lose_one(self, message_ids):
-        for message in pull(self, message_ids):
-            if not lost and "metrics" in message.content and "objective_count" in message.content["metrics"]:
-                lost.append(message.content["client"]["id"])
-                message.content = inprocess.messages.failure(lost[0], "gone")
-            yield message
+    def lose_one(home, action, arrays, config):
+        reply = answer(home, action, arrays, config)
+        if action.endswith(".update") and not lost:
+            lost.append(home.client)
+            return Failure(home.client, "gone")
+        return reply
 
-    monkeypatch.setattr(inprocess.InProcessGrid, "pull_messages", lose_one)
+    monkeypatch.setattr(handlers, "answer", lose_one)
     found = final(run, rows, secure_aggregation=True)
     failures = [row["client"] for row in rows if row["kind"] == "failure"]
     assert failures == [lost[0], ""]  # the client, then its cohort

@@ -1,11 +1,9 @@
-"""The worker engines' hand-over: tensors in shared memory, messages taken apart and put together."""
-
-import math
+"""The worker engines' hand-over: tensors in shared memory."""
 
 import pytest
 import torch
 
-from fedhubert_lib.federated import messages, pool, workers
+from fedhubert_lib.federated import pool
 
 
 def arrays() -> dict[str, torch.Tensor]:
@@ -38,16 +36,6 @@ def test_readers_cannot_change_each_others_tensors_and_outlive_the_parcel():
     assert second["weight"].sum() == 1000
     del parcel
     assert second["weight"].sum() == 1000
-
-
-def test_messages_survive_the_wire():
-    content = messages.reply("client-1", arrays(), {"loss": 1.5, "worse": math.nan}, messages.SharedArray)
-    received = workers.put_together(*workers.take_apart(content))
-    assert received["client"]["id"] == "client-1"
-    assert received["metrics"]["loss"] == 1.5
-    assert math.isnan(received["metrics"]["worse"])
-    found = messages.unpacked(received["arrays"])
-    assert all(torch.equal(found[name], tensor) for name, tensor in arrays().items())
 
 
 def test_one_worker_per_device(monkeypatch):

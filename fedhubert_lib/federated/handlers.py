@@ -3,6 +3,7 @@
 Whatever reads audio, features or labels happens below ``answer``; ``acting`` says so to the audit that proves it.
 """
 
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ Handler = Callable[[ClientHome, Mapping[str, Tensor], Mapping[str, Any]], tuple[
 
 HANDLERS: dict[str, Handler] = {"identify": lambda home, arrays, config: ({}, {})}
 """Everything that a server can ask of a client, by ``stage.action``. Modules of stages add theirs."""
+
+MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillation"}
+"""Where handlers are: a process that is started for one message imports what the message is for, no more."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +62,14 @@ def home(run: Path, client: str, action: str, device: str, simulated: bool) -> C
 def answer(home: ClientHome, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Reply | Failure:
     """What the handler of ``action`` answers. What it raises becomes a Failure: the round goes on."""
     try:
+        if action not in HANDLERS and (module := MODULES.get(action.partition(".")[0])):
+            importlib.import_module(f"fedhubert_lib.{module}")
         if action not in HANDLERS:
             raise ValueError(f"no handler {action!r}; this client knows {', '.join(sorted(HANDLERS))}")
         with _act(home.client):
-            return Reply(home.client, *HANDLERS[action](home, arrays, config))
+            arrays, metrics = HANDLERS[action](home, arrays, config)
+        arrays = {name: tensor.detach() for name, tensor in arrays.items()}
+        return Reply(home.client, arrays, {name: float(value) for name, value in metrics.items()})
     except Exception as error:  # whatever a client's code raises is that client's failure, never the federation's
         if home.simulated:
             return Failure(home.client, f"{type(error).__name__}: {error}")

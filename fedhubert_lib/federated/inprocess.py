@@ -1,92 +1,58 @@
 """The default engine: every client in this process, one after another, tensors by reference, one device.
 
-A Flower Grid that calls the ClientApp when a reply is pulled. Nothing is serialised and nothing waits: a client runs
-when the server wants its answer, so one update at most is alive beside the server's own tensors.
+Nothing is serialised and nothing waits: a client runs when the server wants its answer, so one update at most is alive
+beside the server's own tensors.
 """
 
+import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
 
-from fedhubert_lib.federated import client_app, messages
-from fedhubert_lib.federated.protocol import Clients
+from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated.protocol import Clients, Failure, Reply
 
 
-class InProcessGrid(Grid):
-    """Flower's Grid over clients in this process; node ``i`` is ``clients[i - 1]``."""
+class InProcess:
+    """``protocol.Clients`` over clients in this process, computing on ``device``."""
 
     def __init__(self, run: Path, clients: Sequence[str], device: str) -> None:
-        # A Message cannot be made without these; a SuperLink would have set them.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
-        self.nodes = {client: node for node, client in enumerate(clients, start=2)}
-        self._contexts = {
-            node: Context(
-                run_id=1,
-                node_id=node,
-                node_config={"client": client, "run": str(run), "device": device, "by_reference": True},
-                state=RecordDict(),
-                run_config={},
-            )
-            for client, node in self.nodes.items()
-        }
-        self._waiting: dict[str, Message] = {}
+        self.ids: Sequence[str] = sorted(clients)
+        self._run, self._device = run, device
 
-    def set_run(self, run: Run) -> None:
-        """Nothing to set: there is one run."""
+    def ask(
+        self,
+        action: str,
+        *,
+        arrays: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+        clients: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Reply | Failure]:
+        """See ``protocol.Clients.ask``. Each client has ``timeout`` for itself, as if all worked side by side.
 
-    @property
-    def run(self) -> Run:
-        """The one run."""
-        return Run.create_empty(run_id=1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Flower's older way to make a message; part of the interface."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """All nodes: each is always there."""
-        return list(self._contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; their clients run when the replies are pulled."""
-        identifiers = []
-        for message in messages:
-            identifier = message.metadata.__dict__["_message_id"] = str(uuid4())
-            self._waiting[identifier] = message
-            identifiers.append(identifier)
-        return identifiers
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Run the clients that these messages are for, one at each step of the iterator.
-
-        Each has the message's time to live for itself, as if all worked side by side; a later answer is an error. It
-        cannot be interrupted here: the other engines stop waiting.
+        A late one cannot be interrupted here: the other engines stop waiting.
         """
-        for identifier in message_ids:
-            message, began = self._waiting.pop(identifier), time.monotonic()
-            reply = client_app.app(message, self._contexts[message.metadata.dst_node_id])
-            if (seconds := time.monotonic() - began) > message.metadata.ttl:
-                reason = f"answered after {seconds:.1f} s, later than the deadline of {message.metadata.ttl:.1f} s"
-                reply = Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=message)
-            yield reply
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Push, and pull in the same order, as the iterator is consumed."""
-        return self.pull_messages(self.push_messages(messages))
+        message = json.dumps(dict(config or {}))  # a client may change its copy, and sees what a network would carry
+        for client in self.ids if clients is None else sorted(clients):
+            if client not in self.ids:
+                yield Failure(client, "not connected")
+                continue
+            began = time.monotonic()
+            home = handlers.home(self._run, client, action, self._device, simulated=True)
+            tensors = {name: tensor.detach() for name, tensor in (arrays or {}).items()}
+            answer = handlers.answer(home, action, tensors, json.loads(message))
+            if timeout is not None and (seconds := time.monotonic() - began) > timeout:
+                reason = f"answered after {seconds:.1f} s, later than the deadline of {timeout:.1f} s"
+                answer = Failure(client, reason)
+            yield answer
 
 
 @contextmanager
 def connect(run: Path, clients: Sequence[str], device: str) -> Iterator[Clients]:
     """The clients of ``run`` in this process, computing on ``device``."""
-    grid = InProcessGrid(run, clients, device)
-    yield messages.GridClients(grid, grid.nodes, messages.SharedArray)
+    yield InProcess(run, clients, device)

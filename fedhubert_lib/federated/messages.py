@@ -7,7 +7,7 @@ it failed). Nothing else travels.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,37 +17,22 @@ from torch import Tensor
 
 from fedhubert_lib.federated.protocol import Failure, Reply
 
-Pack = Callable[[Tensor], Array]
-"""How a tensor becomes a Flower Array: ``Array`` itself, or ``SharedArray`` where both ends live in one process."""
-
 POLL_SECONDS = 0.05
 IDENTIFY_SECONDS = 120.0
 """A node's first answer: its process has to import PyTorch."""
 
 
-class SharedArray(Array):
-    """A Flower Array that is a tensor by reference: nothing is serialised, nothing copied. Only within one process."""
-
-    def __init__(self, tensor: Tensor) -> None:  # the parent's would serialise at once
-        self.tensor = tensor.detach()
-        self.dtype, self.shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        self.stype, self.data = "torch.reference", b""
-
-
-def packed(arrays: Mapping[str, Tensor], pack: Pack) -> ArrayRecord:
+def packed(arrays: Mapping[str, Tensor]) -> ArrayRecord:
     """``arrays`` as Flower's record."""
     record = ArrayRecord()
     for name, tensor in arrays.items():
-        record[name] = pack(tensor)
+        record[name] = Array(tensor.detach())
     return record
 
 
 def unpacked(record: ArrayRecord) -> dict[str, Tensor]:
     """The inverse of ``packed``."""
-    return {
-        name: array.tensor if isinstance(array, SharedArray) else torch.from_numpy(array.numpy())
-        for name, array in record.items()
-    }
+    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
 
 
 def request(action: str, arrays: ArrayRecord, config: Mapping[str, Any]) -> RecordDict:
@@ -64,20 +49,17 @@ def read_request(content: RecordDict) -> tuple[str, dict[str, Tensor], dict[str,
     return record["action"], unpacked(content["arrays"]), json.loads(record["config"])
 
 
-def reply(client: str, arrays: Mapping[str, Tensor], metrics: Mapping[str, float], pack: Pack) -> RecordDict:
+def reply(answer: Reply | Failure) -> RecordDict:
     """The content of a reply."""
+    if isinstance(answer, Failure):
+        return RecordDict({"client": ConfigRecord({"id": answer.client, "failure": answer.reason})})
     return RecordDict(
         {
-            "arrays": packed(arrays, pack),
-            "metrics": MetricRecord({name: float(value) for name, value in metrics.items()}),
-            "client": ConfigRecord({"id": client}),
+            "arrays": packed(answer.arrays),
+            "metrics": MetricRecord(dict(answer.metrics)),
+            "client": ConfigRecord({"id": answer.client}),
         }
     )
-
-
-def failure(client: str, reason: str) -> RecordDict:
-    """The content of a reply that says why the client could not do what was asked."""
-    return RecordDict({"client": ConfigRecord({"id": client, "failure": reason})})
 
 
 def read_reply(client: str, message: Message) -> Reply | Failure:
@@ -103,15 +85,12 @@ class GridClients:
     Replies are pulled one by one in sorted order of client id: those that came early wait where the engine keeps them,
     so the server holds one at a time, and sums do not depend on the order of arrival.
 
-    ``nodes`` maps client ids to the Flower nodes that are known; ``pack`` is how tensors are handed to the engine;
-    ``ids`` are all clients, also those that are not connected yet (default: the known ones). A node that comes later
-    is asked who it is before the next message goes out.
+    ``nodes`` maps client ids to the Flower nodes that are known; ``ids`` are all clients, also those that are not
+    connected yet (default: the known ones). A node that comes later is asked who it is before the next message.
     """
 
-    def __init__(
-        self, grid: Grid, nodes: Mapping[str, int], pack: Pack = Array, ids: Sequence[str] | None = None
-    ) -> None:
-        self._grid, self._nodes, self._pack = grid, dict(nodes), pack
+    def __init__(self, grid: Grid, nodes: Mapping[str, int], ids: Sequence[str] | None = None) -> None:
+        self._grid, self._nodes = grid, dict(nodes)
         self._strangers: set[int] = set()
         """Nodes that did not say who they are, or are not among ``ids``."""
         self.ids: Sequence[str] = sorted(nodes if ids is None else ids)
@@ -129,7 +108,7 @@ class GridClients:
         asked = self.ids if clients is None else sorted(clients)
         connected = self._connected()
         present = [client for client in asked if client in connected]
-        record = packed(arrays or {}, self._pack)
+        record = packed(arrays or {})
         messages = [
             Message(request(action, record, config or {}), connected[client], MessageType.TRAIN, ttl=timeout)
             for client in present

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,12 +21,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
-from fedhubert_lib.federated import messages, workers
-from fedhubert_lib.federated.inprocess import InProcessGrid
-from fedhubert_lib.federated.protocol import Clients
+from fedhubert_lib.federated import handlers, workers
+from fedhubert_lib.federated.protocol import Clients, Failure, Reply
 from fedhubert_lib.threads import cores
 
 ALIGNMENT = 64
@@ -74,16 +72,15 @@ class _Worker:
     pipe: Connection
 
 
-class PoolGrid(workers.WorkerGrid):
-    """A Grid over one persistent process per entry of ``devices``."""
+class PoolClients(workers.WorkerClients):
+    """``protocol.Clients`` over one persistent process per entry of ``devices``."""
 
     def __init__(self, run: Path, clients: Sequence[str], devices: Sequence[str]) -> None:
         if not sys.platform.startswith("linux"):
             raise OSError("the pool engine needs Linux (memfd); use engine inprocess or ray")
-        self._run_folder, self._devices = run, list(devices)
+        self._run, self._devices = run, list(devices)
         self._workers: dict[int, _Worker] = {}
-        self._parcels: dict[tuple, Parcel] = {}
-        super().__init__(run, clients, len(self._devices))
+        super().__init__(clients, len(self._devices))
 
     @property
     def processes(self) -> list[int]:
@@ -105,8 +102,7 @@ class PoolGrid(workers.WorkerGrid):
             )
         self._workers[slot] = _Worker(process, ours)
         setup = {
-            "run": str(self._run_folder),
-            "clients": list(self.nodes),
+            "run": str(self._run),
             "device": self._devices[slot],
             "threads": workers.threads(),
         }
@@ -119,29 +115,27 @@ class PoolGrid(workers.WorkerGrid):
         worker.process.kill()
         worker.process.wait()
 
-    def give(self, slot: int, client: str, content: RecordDict) -> None:
-        """Write the tensors, unless another client of this cohort was given the same ones, and say where they are."""
-        arrays, rest = workers.take_apart(content)
-        key = tuple((name, tensor.data_ptr(), tensor.shape) for name, tensor in arrays.items())
-        if key not in self._parcels:
-            self._parcels[key] = Parcel(arrays)
-        request = {"client": client, "arrays": self._parcels[key].address, "rest": rest}
+    def prepare(self, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """See the parent. The tensors of the last request are forgotten."""
+        self._parcel = Parcel(arrays)
+        self._request = {"action": action, "arrays": self._parcel.address, "config": dict(config)}
+
+    def give(self, slot: int, client: str) -> None:
+        """See the parent."""
         with contextlib.suppress(BrokenPipeError):  # it died while idle: collect() finds out, and says how
-            self._workers[slot].pipe.send_bytes(json.dumps(request).encode())
+            self._workers[slot].pipe.send_bytes(json.dumps({**self._request, "client": client}).encode())
 
-    def push_messages(self, messages: Any) -> Any:
-        """See the parent. The tensors of the last push are forgotten."""
-        self._parcels.clear()
-        return super().push_messages(messages)
-
-    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str | None]]:
+    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, Reply | Failure | str | None]]:
         """See the parent."""
         slots = {self._workers[slot].pipe: slot for slot in busy}
         for pipe in wait(list(slots), seconds):
             slot = slots[pipe]
             try:
                 news = json.loads(pipe.recv_bytes())
-                yield slot, None if news is None else workers.put_together(read(news["arrays"]), news["rest"])
+                if news is None or "reason" in news:
+                    yield slot, news and Failure(**news)
+                else:
+                    yield slot, Reply(news["client"], read(news["arrays"]), news["metrics"])
             except (EOFError, OSError):  # OSError: it died between its answer and our reading of it
                 yield slot, _death(self._workers[slot].process)
 
@@ -173,15 +167,18 @@ def work(descriptor: int) -> None:
     threading.Thread(target=listen, daemon=True).start()
     setup = requests.get()
     torch.set_num_threads(setup["threads"])
-    grid = InProcessGrid(Path(setup["run"]), setup["clients"], setup["device"])
     pipe.send_bytes(b"null")  # up
     while True:
         request = requests.get()
-        content = workers.put_together(read(request["arrays"]), request["rest"])
-        content = workers.answer(grid, request["client"], content)
-        arrays, rest = workers.take_apart(content)
-        parcel = Parcel(arrays)  # lives until the next answer: the reader has mapped it by then
-        pipe.send_bytes(json.dumps({"arrays": parcel.address, "rest": rest}).encode())
+        action = request["action"]
+        home = handlers.home(Path(setup["run"]), request["client"], action, setup["device"], simulated=True)
+        answer = handlers.answer(home, action, read(request["arrays"]), request["config"])
+        if isinstance(answer, Failure):
+            document = asdict(answer)
+        else:
+            parcel = Parcel(answer.arrays)  # lives until the next answer: the reader has mapped it by then
+            document = {"client": answer.client, "arrays": parcel.address, "metrics": answer.metrics}
+        pipe.send_bytes(json.dumps(document).encode())
 
 
 def devices(device: str) -> list[str]:
@@ -200,8 +197,8 @@ def devices(device: str) -> list[str]:
 @contextlib.contextmanager
 def connect(run: Path, clients: Sequence[str], device: str) -> Iterator[Clients]:
     """The clients of ``run`` in worker processes, one per device that ``device`` stands for."""
-    grid = PoolGrid(run, clients, devices(device))
+    pool = PoolClients(run, clients, devices(device))
     try:
-        yield messages.GridClients(grid, grid.nodes, messages.SharedArray)
+        yield pool
     finally:
-        grid.close()
+        pool.close()

@@ -8,6 +8,7 @@ in common go into Ray's object store once.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
+from torch import Tensor
 
-from fedhubert_lib.federated import messages, workers
-from fedhubert_lib.federated.inprocess import InProcessGrid
-from fedhubert_lib.federated.protocol import Clients
+from fedhubert_lib.federated import handlers, workers
+from fedhubert_lib.federated.protocol import Clients, Failure, Reply
 from fedhubert_lib.threads import cores
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
@@ -28,27 +28,29 @@ import ray  # noqa: E402
 
 
 class Actor:
-    """A worker: one in-process engine on the device that Ray gave it."""
+    """A worker, on the device that Ray gave it."""
 
-    def __init__(self, run: str, clients: Sequence[str], device: str, threads: int) -> None:
+    def __init__(self, run: str, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._grid = InProcessGrid(Path(run), clients, device)
+        self._run, self._device = Path(run), device
 
     def ready(self) -> None:
         """Returns once the worker is up."""
 
     def answer(
-        self, client: str, arrays: Mapping[str, np.ndarray], rest: dict[str, Any]
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        self, client: str, action: str, arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    ) -> Failure | tuple[dict[str, np.ndarray], dict[str, float]]:
         """What ``client`` answers. Ray's arrays are read-only views of its store: clients get copies."""
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        content = workers.answer(self._grid, client, workers.put_together(tensors, rest))
-        tensors, rest = workers.take_apart(content)
-        return {name: tensor.numpy() for name, tensor in tensors.items()}, rest
+        home = handlers.home(self._run, client, action, self._device, simulated=True)
+        answer = handlers.answer(home, action, tensors, config)
+        if isinstance(answer, Failure):
+            return answer
+        return {name: tensor.numpy() for name, tensor in answer.arrays.items()}, answer.metrics
 
 
-class RayGrid(workers.WorkerGrid):
-    """A Grid over Ray actors that compute on ``device``: as many as the cluster has room for."""
+class RayClients(workers.WorkerClients):
+    """``protocol.Clients`` over Ray actors that compute on ``device``: as many as the cluster has room for."""
 
     def __init__(self, run: Path, clients: Sequence[str], device: str) -> None:
         gpu = device.startswith("cuda")
@@ -60,12 +62,11 @@ class RayGrid(workers.WorkerGrid):
             )
         self._make = ray.remote(Actor).options(**resources)
         # In an actor, Ray shows only the actor's own GPU.
-        self._arguments = (str(run.resolve()), list(clients), "cuda:0" if gpu else device, workers.threads())
+        self._arguments = (str(run.resolve()), "cuda:0" if gpu else device, workers.threads())
         self._actors: dict[int, Any] = {}
         self._awaited: dict[int, list[ray.ObjectRef]] = {}
         """What is still to come of each slot: that its actor is up, then the answer to its request."""
-        self._stored: dict[tuple, Any] = {}
-        super().__init__(run, clients, count)
+        super().__init__(clients, count)
 
     def start(self, slot: int) -> None:
         """See the parent."""
@@ -76,20 +77,16 @@ class RayGrid(workers.WorkerGrid):
         """See the parent."""
         ray.kill(self._actors.pop(slot))
 
-    def give(self, slot: int, client: str, content: RecordDict) -> None:
-        """Store the tensors, unless another client of this cohort was given the same ones."""
-        arrays, rest = workers.take_apart(content)
-        key = tuple((name, tensor.data_ptr(), tensor.shape) for name, tensor in arrays.items())
-        if key not in self._stored:
-            self._stored[key] = ray.put({name: tensor.numpy() for name, tensor in arrays.items()})
-        self._awaited[slot].append(self._actors[slot].answer.remote(client, self._stored[key], rest))
+    def prepare(self, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """See the parent. The tensors of the last request are forgotten."""
+        stored = ray.put({name: tensor.detach().numpy() for name, tensor in arrays.items()})
+        self._request = (action, stored, json.loads(json.dumps(dict(config))))
 
-    def push_messages(self, messages: Any) -> Any:
-        """See the parent. The tensors of the last push are forgotten."""
-        self._stored.clear()
-        return super().push_messages(messages)
+    def give(self, slot: int, client: str) -> None:
+        """See the parent."""
+        self._awaited[slot].append(self._actors[slot].answer.remote(client, *self._request))
 
-    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, RecordDict | str | None]]:
+    def collect(self, busy: Sequence[int], seconds: float) -> Iterator[tuple[int, Reply | Failure | str | None]]:
         """See the parent."""
         slots = {self._awaited[slot][0]: slot for slot in busy}
         for reference in ray.wait(list(slots), timeout=seconds)[0]:
@@ -99,12 +96,12 @@ class RayGrid(workers.WorkerGrid):
             except ray.exceptions.RayError as error:
                 yield slot, f"the Ray worker died: {str(error).splitlines()[0]}"
                 continue
-            if news is None:
-                yield slot, None
+            if news is None or isinstance(news, Failure):
+                yield slot, news
             else:
-                arrays, rest = news
-                content = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-                yield slot, workers.put_together(content, rest)
+                arrays, metrics = news
+                tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+                yield slot, Reply(self._busy[slot], tensors, metrics)
 
     def close(self) -> None:
         """Stop all actors."""
@@ -119,11 +116,11 @@ def connect(run: Path, clients: Sequence[str], device: str) -> Iterator[Clients]
     if started:
         ray.init(log_to_driver=False, logging_level="warning", **_local())
     try:
-        grid = RayGrid(run, clients, device)
+        actors = RayClients(run, clients, device)
         try:
-            yield messages.GridClients(grid, grid.nodes, messages.SharedArray)
+            yield actors
         finally:
-            grid.close()
+            actors.close()
     finally:
         if started:
             ray.shutdown()
