@@ -1,7 +1,7 @@
 """A small run for tests, as 01 and 02 would leave it: utterances are sequences of tones, labelled by tone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import pandas as pd
 import soundfile
 import torch
 
-from fedhubert_lib import files, labels, params, resources, seeds
+from fedhubert_lib import files, hubert, labels, params, resources, seeds
 from fedhubert_lib.audio import HOP, frame_count
 
 TONES = 6
@@ -59,6 +59,17 @@ def pretrain(**changes) -> params.Pretrain:
     """Parameters of seconds."""
     chosen = {"rounds": 3, "cohort": 2, "local_steps": 2, "batch_seconds": 4.0, "crop_seconds": 1.5, "device": "cpu"}
     return params.Pretrain(**{**chosen, "precision": "float32", "learning_rate": 1e-3, **changes})
+
+
+NARROW = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+"""A model for tests of seconds, in place of the preset tiny's sizes."""
+
+
+def train_narrow(stage: Callable, run: Path, p: params.Federation) -> None:
+    """Run ``stage`` with one thread and a narrow model: what a process of its own does, to be killed."""
+    torch.set_num_threads(1)
+    hubert.PRESETS["tiny"] = {**hubert.PRESETS["tiny"], **NARROW}
+    stage(run, p)
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:

@@ -1,5 +1,7 @@
 """What takes a while: kill -9 at random moments, all of LibriSpeech's 2,338 speakers, deployments by their commands."""
 
+import multiprocessing
+import multiprocessing.process
 import os
 import random
 import re
@@ -16,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from federation import make, pretrain, rows
+from federation import NARROW, make, pretrain, rows, train_narrow
 
 from fedhubert_lib import federated, files, hubert, params, pretraining
 from fedhubert_lib.federated import checkpoints, deployment
@@ -24,9 +26,14 @@ from fedhubert_lib.federated import checkpoints, deployment
 pytestmark = pytest.mark.slow
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""A child forked from the tests' own process would wait for ever for threads that other tests have started there."""
+FORKS.set_forkserver_preload(["fedhubert_lib.pretraining"])
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A forked child cannot use the threads that its parent started."""
+    """As many threads as the children have: the same sums in the same order."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,40 +42,33 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
-    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **narrow})
+    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **NARROW})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def start(stage, run: Path, p) -> int:
-    """Run ``stage`` in a child process; returns its id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            stage(run, p)
-            code = 0
-        finally:
-            os._exit(code)
+def start(stage, run: Path, p) -> multiprocessing.process.BaseProcess:
+    """Run ``stage`` in a child process."""
+    child = FORKS.Process(target=train_narrow, args=(stage, run, p))
+    child.start()
     return child
 
 
-def killed_after(child: int, metrics: Path, more: int, pause: float) -> bool:
+def killed_after(child: multiprocessing.process.BaseProcess, metrics: Path, more: int, pause: float) -> bool:
     """Kill ``child`` ``pause`` seconds after it wrote ``more`` rows; False if it ended before, as it should."""
     last, written = len(files.read_rows(metrics)), 0
     while written < more:
-        if (ended := os.waitpid(child, os.WNOHANG))[0]:
-            assert ended[1] == 0
+        if child.exitcode is not None:
+            assert child.exitcode == 0
             return False
         now = len(files.read_rows(metrics))  # a start first drops the rows of rounds that it does again
         last, written = now, written + max(0, now - last)
         time.sleep(0.001)
     time.sleep(pause)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join()
     return True
 
 
