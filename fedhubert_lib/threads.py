@@ -1,9 +1,10 @@
 """How many threads are right here, and work that is spread over them without one waiting for another.
 
 A library's thread that waits for others spins, and where a core is shared with another process it spins in place of the
-thread that it waits for: two runs on two cores then take not twice but many times as long. So OpenMP's threads sleep
-while they wait (``OMP_WAIT_POLICY``, set when the package is imported, since it is read when torch is), their number is
-what has been granted, and what falls into pieces is worked on by ``each``: one thread from end to end on each core.
+thread that it waits for: two runs on two cores then take not twice but many times as long. Threads that sleep at once
+need as long to wake as the small operations of a small model take. So OpenMP's threads spin for some microseconds
+(``GOMP_SPINCOUNT``, set when the package is imported, since it is read when torch is), their number is what has been
+granted, and what falls into pieces is worked on by ``each``: one thread from end to end on each core.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ def count() -> int:
 
 def configure() -> None:
     """Tell the libraries that are still to be loaded, and every process that this one starts."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
