@@ -47,7 +47,7 @@ gpu-wheels: $(VENV)/.uv ## collect what `make gpu` needs beside torch, for a mac
 	$(BIN)/pip download --quiet --only-binary=:all: --python-version 3.12 --implementation cp \
 		$(foreach glibc,2_17 2_28,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
 		--constraint benchmarks/wheels/versions.txt --dest benchmarks/wheels \
-		flwr pydantic soundfile psutil pyyaml safetensors threadpoolctl espeakng-loader
+		flwr pydantic soundfile psutil pyyaml ruamel.yaml praatio filelock safetensors threadpoolctl espeakng-loader
 	rm benchmarks/wheels/numpy-* benchmarks/wheels/uv-* benchmarks/wheels/versions.txt  # with torch there is the first
 
 s3prl: $(VENV)-s3prl/.installed ## an environment for s3prl, which needs an older torch (about 5 GB)
