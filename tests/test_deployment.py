@@ -141,7 +141,7 @@ def test_the_slurm_script_of_the_readme_requeues_what_was_stopped(tmp_path, ends
             while not (tmp_path / mark).exists():
                 time.sleep(0.01)
             job.send_signal(signal.SIGUSR2)
-        code = job.wait(timeout=60)
+        code = job.wait(timeout=600)
     finally:
         job.kill()
     assert code == int(ends or 75)

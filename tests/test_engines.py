@@ -9,7 +9,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import federation
@@ -37,6 +37,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def no_children_left() -> Callable[[], bool]:
+    """True where no process runs that was started here; other tests of this process may have left a fork server."""
+    before = set(psutil.Process().children())
+    return lambda: set(psutil.Process().children()) <= before
+
+
 def digest(checkpoint: Path) -> str:
     """Of names and bytes of all weights."""
     total = hashlib.sha256()
@@ -61,10 +68,10 @@ def test_the_seed_matters(tmp_path, expected):
     assert digest(pretraining.run(run, federation.pretrain(**STUDY, seed=1))) != expected
 
 
-def test_pool_gives_the_weights_of_inprocess(tmp_path, expected):
+def test_pool_gives_the_weights_of_inprocess(tmp_path, expected, no_children_left):
     run = federation.make(tmp_path)
     assert digest(pretraining.run(run, federation.pretrain(**STUDY, engine="pool"))) == expected
-    assert not psutil.Process().children()
+    assert no_children_left()
 
 
 def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
@@ -74,7 +81,7 @@ def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
     assert not ray.is_initialized()
 
 
-def test_a_killed_worker_costs_one_clients_answer(tmp_path):
+def test_a_killed_worker_costs_one_clients_answer(tmp_path, no_children_left):
     run = federation.make(tmp_path)
     ids, rows = client_ids(run), []
     clients = pool.PoolClients(run, ids, ["cpu", "cpu"])
@@ -96,7 +103,7 @@ def test_a_killed_worker_costs_one_clients_answer(tmp_path):
     (failure,) = [row for row in rows if row["kind"] == "failure"]
     assert (failure["round"], failure["client"]) == (2, "client-000")
     assert "SIGKILL" in failure["reason"]
-    assert not psutil.Process().children()
+    assert no_children_left()
 
 
 def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
@@ -106,8 +113,8 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
         assert len(list(clients.ask("identify"))) == 4  # both workers are up
         hung = clients.processes[0]
         os.kill(hung, signal.SIGSTOP)
-        late, other = clients.ask("identify", timeout=2.0, clients=["client-000", "client-001"])
-        assert late == Failure("client-000", "no answer before the deadline of 2.0 s")
+        late, other = clients.ask("identify", timeout=10.0, clients=["client-000", "client-001"])
+        assert late == Failure("client-000", "no answer before the deadline of 10.0 s")
         assert other == Reply("client-001")
         assert not psutil.pid_exists(hung)
         assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
@@ -119,7 +126,7 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory) -> Iterator[Path]:
+def deployed(tmp_path_factory, no_children_left) -> Iterator[Path]:
     """The run folder of a federation of four that is up: TLS, authenticated nodes, loopback only."""
     run = federation.make(tmp_path_factory.mktemp("deployment"))
     folder = run / deployment.FOLDER
@@ -131,7 +138,7 @@ def deployed(tmp_path_factory) -> Iterator[Path]:
             yield run
     finally:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    assert not psutil.Process().children()
+    assert no_children_left()
 
 
 def test_deployment_gives_the_weights_of_inprocess(deployed, expected):
@@ -149,7 +156,7 @@ def test_an_interrupted_stage_ends_on_the_server_too(deployed):
 
     with pytest.raises(KeyboardInterrupt):
         pretraining.run(deployed, federation.pretrain(**STUDY | {"rounds": 50}, engine="deployment"), interrupt)
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + 600
     while (status := statuses(deployed)[0]).startswith(("starting", "running")) and time.monotonic() < patience:
         time.sleep(1)
     assert status.startswith("finished")
@@ -174,7 +181,7 @@ def refused(node: Path, run: Path, *changes: tuple[str, str | None]) -> str:
     log = run / "refused.log"  # no pipe: what Flower starts holds it open for longer than the SuperNode lives
     process = deployment._start(command, node, log)
     try:
-        assert process.wait(timeout=120) != 0
+        assert process.wait(timeout=600) != 0
     finally:
         deployment._end([process])
     said = log.read_text()
@@ -184,7 +191,7 @@ def refused(node: Path, run: Path, *changes: tuple[str, str | None]) -> str:
 
 def test_registered_nodes_are_let_in(deployed):
     """Else those below would hold for any node."""
-    patience = time.monotonic() + 180
+    patience = time.monotonic() + 600
     for log in (deployed / deployment.FOLDER / "logs").glob("client-*.log"):
         while LET_IN not in log.read_text() and time.monotonic() < patience:
             time.sleep(1)

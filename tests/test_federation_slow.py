@@ -109,13 +109,13 @@ def test_all_speakers_of_librispeech_in_one_process(tmp_path):
         if row["kind"] == "round":
             memory.append(process.memory_info().rss)
 
-    p = pretrain(rounds=8, cohort=64, local_steps=1, head="personal", validate_every=8)
+    p = pretrain(rounds=6, cohort=64, local_steps=1, head="personal", validate_every=6)
     pretraining.run(run, p, watch)
     assert federated.client_ids(run) == ids
     assert max(memory[2:]) - memory[1] < 32 * 2**20  # the cohort's updates alone are three times that
     ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
     took_part = {row["client"] for row in ledger if row["kind"] == "client"}
-    assert 400 < len(took_part) <= 8 * 64
+    assert 300 < len(took_part) <= 6 * 64
     assert {path.name for path in (run / "03_pretrain/clients").iterdir()} == took_part
     assert len(checkpoints.rounds(run / "03_pretrain")) <= 2
 
@@ -206,7 +206,7 @@ def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp
     finally:
         for process in running:
             process.terminate()
-        assert all(process.wait(timeout=60) is not None for process in running)
+        assert all(process.wait(timeout=600) is not None for process in running)
     assert [row["round"] for row in rows(server / "03_pretrain/metrics.jsonl") if row["kind"] == "round"] == [1, 2]
     assert done(server) == list(params.FOLDERS.values())[:4]
     assert not list(server.glob("0[123]_*/clients"))

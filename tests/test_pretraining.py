@@ -410,7 +410,7 @@ def through_the_server_app(grid: InProcessGrid) -> Iterator[relay.RelayClients]:
             clients = relay.RelayClients(pipe, list(grid.nodes))
             yield clients
             clients.end()
-            ended.result(timeout=60)
+            ended.result(timeout=600)
 
 
 def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path):

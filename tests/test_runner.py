@@ -92,7 +92,7 @@ class Project:
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
         command = self.command("run", "study.yaml", *arguments)
         return subprocess.run(
-            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=800, check=False
         )
 
     def begin(self, *arguments: str) -> subprocess.Popen:
@@ -122,7 +122,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it never came so far"
@@ -342,7 +342,7 @@ def test_a_signal_lets_the_checkpoint_finish_and_the_same_command_goes_on(projec
     process = project.begin("--until", "partition")
     wait_for(lambda: len(project.rounds()) == 3, process)
     process.send_signal(number)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=600)
     assert process.returncode == runner.INTERRUPTED, (out, error)
     assert f"stopped by {number.name}; the same command goes on" in error
     assert json.loads((project.folder("corpus") / "checkpoint.json").read_text()) == [1, 2, 3]

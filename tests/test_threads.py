@@ -85,7 +85,7 @@ def test_libraries_and_children_are_told_on_import():
 
 def test_each_works_on_all_cores_with_a_thread_on_each(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=300)
     before = torch.get_num_threads(), [pool["num_threads"] for pool in threadpool_info()]
 
     def work(item):

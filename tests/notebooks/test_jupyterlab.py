@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -34,33 +33,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     places = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
     command += ["--expose-app-in-browser", "--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'notebooks'}"]
     environment = os.environ | places | {"FEDHUBERT_OUTPUTS": str(home / "outputs")}
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            _wait_for(f"http://127.0.0.1:{port}/api", process, home / "server.log")
-            yield f"http://127.0.0.1:{port}"
+            # Jupyter takes the next port where one is in use, and says here which it has.
+            facts = home / "runtime" / f"jpserver-{process.pid}.json"
+            while not _answers(facts):
+                assert process.poll() is None, (home / "server.log").read_text()
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{json.loads(facts.read_text())['port']}"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(300)
 
 
-def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except OSError:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
-    pytest.fail(f"{url} does not answer: {log.read_text()}")
+def _answers(facts: Path) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{json.loads(facts.read_text())['port']}/api"):
+            return True
+    except (OSError, ValueError):  # not written yet, half written, not listening yet
+        return False
 
 
 @pytest.fixture
