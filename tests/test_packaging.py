@@ -1,14 +1,12 @@
-"""What is installed, by whom, from where; and that notebooks are stored without outputs."""
+"""Lock files, telemetry, and notebooks stored without outputs."""
 
 import json
 import os
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
 
 from fedhubert_lib import params
@@ -46,37 +44,11 @@ def test_locks_hold_what_the_project_asks_for():
     assert pinned["torch"].startswith("2.11.") and pinned["torchaudio"].startswith("2.11.")
 
 
-def test_conda_installs_the_same_project():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    *conda, last = environment["dependencies"]
-    assert environment["name"] == PROJECT["name"]
-    assert "python=3.11" in conda and PROJECT["requires-python"] == ">=3.11"
-    # The project itself, from here: its dependencies come from pyproject.toml, with the extra that is locked.
-    assert last == {"pip": ["-e .[synthetic]"]}
-    assert "--extra synthetic --output-file requirements.lock" in (ROOT / "Makefile").read_text()
-
-
-def test_make_lists_its_targets():
-    said = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
-    for target in ("quickstart", "lab", "test", "test-all", "bench", "lint", "lock"):
-        assert re.search(rf"^  make {target} +\w", said, re.MULTILINE)
-
-
-def test_ci_can_be_run():
-    assert os.access(ROOT / ".ci/run", os.X_OK)
-    subprocess.run(["bash", "-n", ROOT / ".ci/run"], check=True)
-
-
 def test_no_telemetry():
     import fedhubert_lib
 
     assert fedhubert_lib.__version__ == PROJECT["version"]
     assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0" and os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-
-
-def test_licence():
-    assert PROJECT["license"] == "Apache-2.0"
-    assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text()
 
 
 def test_there_is_a_notebook_for_each_stage():
@@ -88,14 +60,8 @@ def test_notebooks_are_stored_stripped(path: Path):
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert notebook["metadata"].keys() <= {"kernelspec", "language_info"}
-    tagged = 0
     for cell in notebook["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        tagged += "parameters" in tags
         assert cell["metadata"].keys() <= {"tags"}
-        if cell["cell_type"] == "code" and "keep_output" not in tags:
+        if cell["cell_type"] == "code" and "keep_output" not in cell["metadata"].get("tags", []):
             assert cell["outputs"] == [] and cell["execution_count"] is None
-        # Papermill knows one parameters cell, and warns of names outside it as unknown: that cell has a line for each.
-        assert len("".join(cell["source"]).splitlines()) <= 25 or "parameters" in tags
-        assert not re.search(r"^\s*(def|class) ", "".join(cell["source"]), re.MULTILINE), "the library does the work"
-    assert tagged == 1
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"]) == 1
