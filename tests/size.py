@@ -4,6 +4,7 @@
 aims at; ceilings are what it has reached: a change that makes the library smaller lowers them (``--lower``).
 """
 
+import argparse
 import ast
 import re
 import sys
@@ -182,6 +183,9 @@ def lower(figures: dict[str, int]) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lower", action="store_true", help="write the figures into this file as ceilings")
+    chosen = parser.parse_args()
     figures, details = measure()
     print(f"{'':32}{'now':>8}{'limit':>8}{'ceiling':>8}")
     for title, figure in figures.items():
@@ -191,7 +195,7 @@ def main() -> int:
     for title, rows in details.items():
         if rows:
             print(f"\n{title}:", *rows, sep="\n  ")
-    if "--lower" in sys.argv:
+    if chosen.lower:
         lower(figures)
     return int(any(figure > CEILINGS[title] for title, figure in figures.items()))
 

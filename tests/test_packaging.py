@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 from fedhubert_lib import params
 
@@ -40,8 +41,8 @@ def test_locks_hold_what_the_project_asks_for():
     assert {name(each) for each in PROJECT["dependencies"] + extras["synthetic"]} <= pinned.keys()
     assert {name(each) for extra in extras.values() for each in extra} <= tested.keys()
     assert pinned.items() <= tested.items(), "what is tested is what is installed"
-    assert pinned["flwr"] == "1.41.0"
-    assert pinned["torch"].startswith("2.11.") and pinned["torchaudio"].startswith("2.11.")
+    for each in map(Requirement, PROJECT["dependencies"] + extras["test"]):
+        assert each.specifier.contains(tested[each.name.lower()]), each
 
 
 def test_no_telemetry():
