@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from fedhubert_lib import cli, hubert, params, seeds
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"params/study.yaml": "params/toy.yaml", "FORMAT": "onnx"}
 
 
