@@ -52,9 +52,10 @@ gpu-wheels: $(VENV)/.uv ## collect what `make gpu` needs beside torch, for a mac
 
 s3prl: $(VENV)-s3prl/.installed ## an environment for s3prl, which needs an older torch (about 5 GB)
 
-lint: $(VENV)/.installed-test ## style, plain mistakes, and the library's size and structure
+lint: $(VENV)/.installed-test ## style, plain mistakes, types, and the library's size and structure
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python tests/size.py
 
 lock: $(VENV)/.uv ## write the lock files anew after a change of pyproject.toml (delete them first to upgrade)

@@ -129,19 +129,19 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def upward(graph: dict[str, set[str]]) -> list[str]:
     """Imports of a module in a higher layer, and modules without a layer."""
     layers = {name: number for number, layer in enumerate(LAYERS) for name in layer.split()}
-    number = {name: layers.get(name, layers.get(name.partition(".")[0])) for name in graph if name}
-    result = [f"{name}: in no layer of LAYERS" for name, layer in number.items() if layer is None]
-    for name in number:
-        for target in filter(None, graph[name]):
-            if None not in (number[name], number[target]) and number[target] > number[name]:
-                result.append(f"{name} imports {target}")
+    numbers = {name: layers.get(name, layers.get(name.partition(".")[0], -1)) for name in graph if name}
+    result = [f"{name}: in no layer of LAYERS" for name, number in numbers.items() if number < 0]
+    for name, number in numbers.items():
+        above = [target for target in graph[name] if target and numbers[target] > number >= 0]
+        result += [f"{name} imports {target}" for target in above]
     return sorted(result)
 
 
-def definitions(name: str, path: Path, kind: type | tuple[type, ...]) -> Iterator[tuple[int, str]]:
+def definitions(name: str, path: Path, kinds: tuple[type, ...]) -> Iterator[tuple[int, str]]:
+    """Lines and name of every function or class of the module ``name``."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, kind):
-            yield node.end_lineno - node.lineno + 1, f"{name}.{node.name}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and isinstance(node, kinds):
+            yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{name}.{node.name}"
 
 
 def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
@@ -154,7 +154,7 @@ def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
         "largest function, lines": [
             row for item in names.items() for row in definitions(*item, (ast.FunctionDef, ast.AsyncFunctionDef))
         ],
-        "largest class, lines": [row for item in names.items() for row in definitions(*item, ast.ClassDef)],
+        "largest class, lines": [row for item in names.items() for row in definitions(*item, (ast.ClassDef,))],
     }
     figures, details = {"library, lines": sum(size.values())}, {}
     for title, rows in largest.items():
