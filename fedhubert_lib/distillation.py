@@ -31,6 +31,7 @@ from fedhubert_lib import (
     secure,
     seeds,
     teaching,
+    threads,
     training,
 )
 from fedhubert_lib.federated import checkpoints, handlers, local, rounds
@@ -210,7 +211,7 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     """
     if p.centralised and p.engine == "deployment":
         pooled.check(run, p.codebook)
-    with federated.connect(run, p.engine, p.device, p.codebook) as clients:
+    with threads.limited(p.threads), federated.connect(run, p.engine, p.device, p.codebook) as clients:
         return federate(run, p, clients, on_row)
 
 
@@ -248,7 +249,7 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
         if on_progress:
             on_progress("objectives compared", done, len(pairs))
         alone, out = _alone(p, name, seed), folder / name / str(seed)
-        with federated.connect(run, p.engine, p.device, p.codebook) as clients:
+        with threads.limited(p.threads), federated.connect(run, p.engine, p.device, p.codebook) as clients:
             federate(run, alone, clients, out=out)
         if p.centralised:
             centralised(run, alone, out=out)
@@ -436,7 +437,7 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
         out,
         module=module,
         weights=weights,
-        batches=lambda number, count: pretraining.batches(table, labels, p, number, "all", count),
+        batches=lambda number, count: pretraining.batches(table, labels, pooled.merged(p), number, "all", count),
         objective=_objective(module, teacher, p),
         validate=lambda home, arrays, number: validate(homes[home.client], arrays, {**message, "round": number})[1],
         averages=teaching.averages,

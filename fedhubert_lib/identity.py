@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fedhubert_lib import files, params
 
-HOW = frozenset({"run", "engine", "device", "deadline_seconds", "cache_features", "download"})
+HOW = frozenset({"run", "engine", "threads", "device", "deadline_seconds", "cache_features", "download"})
 HOW |= {"mirror", "keywords_mirror"}
 """Parameters that say where and how a stage runs, not what comes out."""
 ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})

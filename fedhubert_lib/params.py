@@ -245,6 +245,7 @@ class Federation(Section):
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     engine: Engine = Field("inprocess", description="what carries the messages")
+    threads: Count = Field(0, description="threads of a client on a CPU; 0: all cores; with engine pool 1 is fastest")
     centralised: bool = Field(True, description="also train on the pooled data with equal updates: the yardstick")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.params import Federation
 
+F = TypeVar("F", bound=Federation)
 Averages = Callable[[Mapping[str, float]], dict[str, float]]
 
 
@@ -44,7 +46,7 @@ def train(
     Where clients train by epochs, a round has as many steps as a client makes on average.
 
     Args:
-        batches: (round, how many) to batches of the pooled data; a step takes ``cohort`` of them.
+        batches: (round, how many) to batches of the pooled data as ``merged(p)`` says; a step takes its ``cohort``.
         validate: (home, weights, round) to the sums a client's validation utterances give; asked of the same panel of
             clients as the federation's.
         averages, documents: as in ``rounds.Task``.
@@ -56,7 +58,8 @@ def train(
     each = [local.steps(home, p, 1) for home in homes(run, ids, out, "cpu")]
     steps = round(sum(each) / len(each))
     total = p.rounds * steps
-    settings = local.settings(p, total, accumulate=p.cohort)
+    parts = merged(p).cohort
+    settings = local.settings(p, total, accumulate=parts)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
     meter = resources.Meter(p.device)
@@ -75,7 +78,7 @@ def train(
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                batches(number, steps * p.cohort),
+                batches(number, steps * parts),
                 objective,
                 settings,
                 first_step=(number - 1) * steps,
@@ -106,6 +109,12 @@ def train(
             kept = functools.partial(save_file, local.moments(optimiser, names))
             checkpoints.write(out, number, weights, kept, state, documents)
         return weights
+
+
+def merged(p: F) -> F:
+    """``p`` with a step's audio in fewer and larger batches of at most 32 s: what cores need to be busy with."""
+    count = max(n for n in range(1, p.cohort + 1) if p.cohort % n == 0 and (n == 1 or n * p.batch_seconds <= 32))
+    return p.model_copy(update={"cohort": p.cohort // count, "batch_seconds": count * p.batch_seconds})
 
 
 def homes(run: Path, clients: Iterable[str], state: Path, device: str) -> Iterator[ClientHome]:

@@ -27,6 +27,7 @@ from fedhubert_lib import (
     pooled,
     secure,
     seeds,
+    threads,
     training,
 )
 from fedhubert_lib.federated import checkpoints, client_state, handlers, local, rounds
@@ -153,7 +154,7 @@ def run(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) 
     """
     if p.centralised and p.engine == "deployment":
         pooled.check(run, p.codebook)
-    with federated.connect(run, p.engine, p.device, p.codebook) as clients:
+    with threads.limited(p.threads), federated.connect(run, p.engine, p.device, p.codebook) as clients:
         return federate(run, p, clients, on_row)
 
 
@@ -241,17 +242,18 @@ def plan(run: Path, p: params.Pretrain) -> planning.Plan:
     """
     p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config, _ = initial(run, p)
-    return planning.plan(
-        config,
-        clusters=clusters(run, p.codebook),
-        batch_seconds=p.batch_seconds,
-        crop_seconds=p.crop_seconds,
-        steps=p.rounds * p.cohort * p.local_steps * (1 + p.centralised),
-        device=federated.resolve(p.device),
-        precision=p.precision,
-        gradient_checkpointing=p.gradient_checkpointing,
-        workers=federated.side_by_side(p.engine, p.device),
-    )
+    with threads.limited(p.threads):
+        return planning.plan(
+            config,
+            clusters=clusters(run, p.codebook),
+            batch_seconds=p.batch_seconds,
+            crop_seconds=p.crop_seconds,
+            steps=p.rounds * p.cohort * p.local_steps * (1 + p.centralised),
+            device=federated.resolve(p.device),
+            precision=p.precision,
+            gradient_checkpointing=p.gradient_checkpointing,
+            workers=federated.side_by_side(p.engine, p.device),
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- on all data
@@ -274,7 +276,9 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
         out,
         module=module,
         weights=weights,
-        batches=lambda number, count: batches(table, labels, p, number, "all", count, normalise=config.do_normalize),
+        batches=lambda number, count: batches(
+            table, labels, pooled.merged(p), number, "all", count, normalise=config.do_normalize
+        ),
         objective=functools.partial(_objective, module, p),
         validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=objectives.averages,

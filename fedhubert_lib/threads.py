@@ -46,6 +46,19 @@ def configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
+@contextlib.contextmanager
+def limited(number: int) -> Iterator[None]:
+    """Let torch compute with ``number`` threads as long as the ``with`` block lasts; 0: as many as it does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """``work`` of every item, in their order: ``count`` threads, in each of which every library computes alone.
 

@@ -18,7 +18,7 @@ from flwr.app import Context, RecordDict
 from grid import InProcessGrid
 from safetensors.torch import load_file
 
-from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, training
+from fedhubert_lib import distillation, federated, files, hubert, params, pooled, pretraining, training
 from fedhubert_lib.federated import checkpoints, handlers, local, relay, rounds, server_app
 from fedhubert_lib.federated.protocol import ClientHome
 
@@ -444,3 +444,12 @@ def test_panel_and_cohort_are_draws_of_their_own():
     ids = [f"client-{number:03d}" for number in range(50)]
     p = pretrain(cohort=5)
     assert rounds.panel(ids, p) == rounds.panel(ids, p) != rounds.cohort(ids, 5, p.seed, 1)
+
+
+@pytest.mark.parametrize(
+    ("cohort", "batch_seconds", "batches"),
+    [(2, 4.0, (1, 8.0)), (8, 8.0, (2, 32.0)), (3, 16.0, (3, 16.0)), (6, 8.0, (2, 24.0)), (8, 90.0, (8, 90.0))],
+)
+def test_a_pooled_step_has_the_cohorts_audio_in_fewer_batches(cohort, batch_seconds, batches):
+    merged = pooled.merged(pretrain(cohort=cohort, batch_seconds=batch_seconds, crop_seconds=1.0))
+    assert (merged.cohort, merged.batch_seconds) == batches

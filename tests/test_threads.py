@@ -108,3 +108,13 @@ def test_each_ends_at_the_first_error():
     with pytest.raises(ValueError, match="here"):
         list(threads.each(work, range(10_000)))
     assert len(done) < 10_000
+
+
+def test_limited_gives_back_what_was():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads.limited(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    with threads.limited(0):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before

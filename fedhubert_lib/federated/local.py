@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fedhubert_lib import batching, compression, privacy, resources, secure, seeds, training
+from fedhubert_lib import batching, compression, privacy, resources, secure, seeds, threads, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.optimisers import CONTROL
@@ -50,17 +50,18 @@ def train(
     gradients: Arrays = {}
     if scaffold:
         optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, names))
-    measured = training.local_update(
-        module,
-        batches,
-        objective,
-        chosen,
-        first_step=(config["round"] - 1) * steps,
-        total_steps=p.rounds * steps,
-        seed=seeds.derive(p.seed, config["round"], home.client, "dropout"),
-        optimiser=optimiser,
-        control=_correction(arrays, own, names) if scaffold else None,
-    )
+    with threads.limited(p.threads):
+        measured = training.local_update(
+            module,
+            batches,
+            objective,
+            chosen,
+            first_step=(config["round"] - 1) * steps,
+            total_steps=p.rounds * steps,
+            seed=seeds.derive(p.seed, config["round"], home.client, "dropout"),
+            optimiser=optimiser,
+            control=_correction(arrays, own, names) if scaffold else None,
+        )
     personal = {name: parameter.detach().cpu() for name, parameter in names.items() if name not in arrays}
     if personal:
         client_state.save(home, config, "personal", personal)
