@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedhubert_lib import files, index, params, records, runner, runs
+from fedhubert_lib import files, index, params, records, runner, runs, studies
 from fedhubert_lib.evaluation import command as evaluation
 from fedhubert_lib.export import command as export
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except runner.StageError as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return error.code
-    except (params.ParameterError, runs.RunError) as error:
+    except (studies.ParameterError, runs.RunError) as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return runner.USAGE
     except BrokenPipeError:  # whoever read what is printed has seen enough, such as head
@@ -101,7 +101,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
-    study = params.load(given.study, given.set, given.run)
+    study = studies.load(given.study, given.set, given.run)
     runner.run(study, given.first, given.until, given.force)
     return _shown(study)
 
@@ -121,7 +121,7 @@ def _add_params(commands: argparse._SubParsersAction) -> None:
 
 
 def _params(given: argparse.Namespace) -> int:
-    print("\n\n".join(params.described(stage) for stage in given.stage or params.SECTIONS))
+    print("\n\n".join(studies.described(stage) for stage in given.stage or params.SECTIONS))
     return runner.OK
 
 
@@ -241,7 +241,7 @@ def _deploy_run(given: argparse.Namespace) -> int:
     folder = given.run.resolve()
     os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
     engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
-    study = params.load(given.study, [*given.set, *engines], folder.name)
+    study = studies.load(given.study, [*given.set, *engines], folder.name)
     deployment.check(folder)
     for stage in given.stage or list(params.SECTIONS)[2:]:
         runner.run(study, stage, stage, given.force)

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import yaml
 
-from fedhubert_lib import files, identity, params, provenance, records
+from fedhubert_lib import files, identity, params, provenance, records, studies
 from fedhubert_lib.identity import RunError, read_json
 
 PATIENCE = 5.0
@@ -100,7 +100,7 @@ class Stage:
             release(lock)
 
     def _check_current(self) -> None:
-        current = params.check(self.name, _assigned(self.name, self.namespace))
+        current = studies.check(self.name, _assigned(self.name, self.namespace))
         changed = [
             f"{name} is {value!r} now and was {getattr(self.p, name)!r} then"
             for name, value in current
@@ -124,7 +124,7 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
     of what is there. Writes nothing. Raises ParameterError or RunError.
     """
     namespace.setdefault("_names_at_start", frozenset(namespace))
-    p = params.check(stage, _assigned(stage, namespace))
+    p = studies.check(stage, _assigned(stage, namespace))
     check_places(stage, p)
     run = outputs() / p.run
     if stage != "corpus" and (lost := lost_audio(run)):

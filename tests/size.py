@@ -40,7 +40,7 @@ CEILINGS = {
 }
 
 LAYERS = (
-    "audio files seeds threads yaml12 wording params identity provenance records resources plots",
+    "audio files seeds threads params studies identity provenance records resources plots",
     "corpora labels features kernels hubert masking batching objectives teaching training planning partition skew",
     "compression privacy secure federated",
     "kmeans pooled pretraining distillation",

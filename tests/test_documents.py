@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import cli, hubert, params, seeds
+from fedhubert_lib import cli, hubert, seeds, studies
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"params/study.yaml": "params/toy.yaml", "FORMAT": "onnx"}
@@ -63,7 +63,7 @@ def _given_to_fedhubert(words: list[str]) -> None:
         return
     given = cli.parser().parse_args(words)
     if words[0] == "run":
-        assert params.load(given.study, given.set, given.run)
+        assert studies.load(given.study, given.set, given.run)
 
 
 def _given_to_a_benchmark(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ import soundfile
 import torch
 from conftest import ROOT
 
-from fedhubert_lib import cli, hubert, params, preflight, runner, runs
+from fedhubert_lib import cli, hubert, params, preflight, runner, runs, studies
 from fedhubert_lib.evaluation import keywords
 
 
 def problems(run: Path, *settings: str, first: str = "corpus") -> str:
     """What keeps the toy study with ``settings`` from running from stage ``first`` on; empty: nothing."""
-    study = params.load(ROOT / "params" / "toy.yaml", settings)
+    study = studies.load(ROOT / "params" / "toy.yaml", settings)
     stages = list(params.SECTIONS)
     try:
         preflight.study(study, stages[stages.index(first) :], run)

@@ -17,7 +17,7 @@ from conftest import ROOT
 from fedhubert_lib import params, runner, runs
 
 MODULES = ("__init__", "audio", "cli", "files", "identity", "index", "params", "provenance", "records", "runner")
-MODULES += ("runs", "threads", "wording", "yaml12")
+MODULES += ("runs", "studies", "threads")
 
 WORK = """\
 (stage.folder / "made.bin").write_bytes(repr(work.RESULT).encode() + repr(stage.p.seed).encode())

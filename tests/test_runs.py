@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT
 from IPython.core.interactiveshell import InteractiveShell
 
-from fedhubert_lib import cli, identity, index, params, provenance, records, runner, runs
+from fedhubert_lib import cli, identity, index, params, provenance, records, runner, runs, studies
 
 
 def begin(stage: str = "corpus", **changes: object) -> runs.Stage:
@@ -53,7 +53,7 @@ def test_a_stage_is_done_only_when_it_says_so(outputs):
 
 
 def test_wrong_parameters_touch_nothing(outputs):
-    with pytest.raises(params.ParameterError, match="did you mean minutes"):
+    with pytest.raises(studies.ParameterError, match="did you mean minutes"):
         begin(minute=2.0)
     assert not list(outputs.iterdir())
 
@@ -90,14 +90,14 @@ def test_parameters_are_those_of_the_cell_as_it_was_executed_last():
     kernel.start()
     kernel.cell("hours = 3\nprint(hours)")
     kernel.cell(PARAMETERS + "minuts = 4.0")
-    with pytest.raises(params.ParameterError, match="did you mean minutes"):
+    with pytest.raises(studies.ParameterError, match="did you mean minutes"):
         kernel.start()
     kernel.cell(PARAMETERS)
     assert kernel.start().p.minutes == 2.0, "a typo that was corrected"
     kernel.cell("# Parameters\nminutes = 3.0\n")  # papermill's cell, or one that a person adds
     assert kernel.start().p.minutes == 3.0
     kernel.cell("sped = 7")
-    with pytest.raises(params.ParameterError, match="sped"):
+    with pytest.raises(studies.ParameterError, match="sped"):
         kernel.start()
     kernel.cell("import pathlib\nspeakers = pathlib")
     kernel.cell('run = "toy"\nseed = int("3")')

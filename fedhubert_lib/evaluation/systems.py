@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
-from fedhubert_lib import files, hubert, yaml12
+from fedhubert_lib import files, hubert
 from fedhubert_lib.evaluation import encoders
 from fedhubert_lib.evaluation.encoders import Encoder
 from fedhubert_lib.federated import checkpoints
@@ -136,9 +137,7 @@ def _given_teacher(run: Path) -> Path | None:
     parameters = run / "04_distill" / "params.yaml"
     if not parameters.is_file():
         return None
-    values, _, wrong = yaml12.read(parameters)
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    values = yaml.safe_load(parameters.read_text(encoding="utf-8"))
     return Path(values["teacher"]) if values.get("teacher") else None
 
 

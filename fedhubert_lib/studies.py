@@ -1,0 +1,242 @@
+"""How values reach the parameters: by a study file, ``--set`` or a notebook; every error names its place."""
+
+import difflib
+import inspect
+import json
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode
+
+from fedhubert_lib.params import FOLDERS, SECTIONS, Federation, Section, Study
+
+Key = tuple[str, ...]
+"""``("seed",)`` at the top level, ``("kmeans", "clusters")`` in a section."""
+
+_SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
+"""What a student does not take over from its teacher's pretraining."""
+
+
+class ParameterError(ValueError):
+    """Wrong parameters: every one of them, each with its place and what may stand there."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's name: in a notebook the message alone
+        return [str(self)]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None) -> Study:
+    """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.
+
+    What neither the file nor its ``base`` sets has its default; what ``distill`` does not set and ``pretrain`` does is
+    pretraining's (``inherit``). ``run`` names the folder under outputs/; default: the file's ``run``, else its
+    ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
+    ParameterError with all errors at once.
+    """
+    path = Path(path)
+    raw, places = _read(path)
+    errors: list[str] = []
+    for override in overrides:
+        try:
+            places[_override(raw, override)] = f"--set {override}"
+        except ValueError as error:
+            errors.append(f"--set {override}: {error}")
+    inherited = inherit(raw)
+    raw.setdefault("study", path.stem)
+    raw["run"] = run or raw.get("run", raw["study"])
+    raw.setdefault("seed", 0)
+    for stage in SECTIONS:
+        section = raw[stage] = {} if raw.get(stage) is None else raw[stage]
+        if isinstance(section, dict):
+            if "run" in section:
+                errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
+            section["run"] = raw["run"]
+            section.setdefault("seed", raw["seed"])
+
+    def place(key: Key) -> str:
+        return places.get(key) or places.get(key[:1]) or str(path)
+
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        copied = {(stage, key) for stage in SECTIONS for key in ("run", "seed")} - places.keys()
+        copied |= {("distill", key) for key in inherited}
+        errors += _explained(error, Study, place, copied)
+    else:
+        errors += [f"{place((stage, key))}: {stage}.{key}: {text}" for stage, key, text in study.conflicts()]
+    if errors:
+        raise ParameterError("\n".join(dict.fromkeys(errors)))
+    return study
+
+
+def inherit(sections: dict[str, Any]) -> set[str]:
+    """Put what ``pretrain`` sets of the federation, and ``distill`` does not, into ``distill``; returns the names."""
+    pretrain, distill = sections.get("pretrain"), sections.get("distill") or {}
+    if not isinstance(pretrain, dict) or not isinstance(distill, dict):
+        return set()
+    common = (Federation.model_fields.keys() | {"codebook"}) - Section.model_fields.keys() - _SHAPE
+    names = (pretrain.keys() & common) - distill.keys()
+    sections["distill"] = {name: pretrain[name] for name in names} | distill
+    return names
+
+
+def check(stage: str, namespace: Mapping[str, Any]) -> Section:
+    """The parameters of ``stage`` from ``namespace``, the variables that its notebook has set: its ``globals()``.
+
+    A variable with a plain value whose name is no parameter is an error, since papermill injects a misspelt parameter
+    without a word; names that begin with an underscore are the notebook's own. What is not set has its default: the
+    parameters cell shows only what its reader may want to change. A study file passed to plain ``papermill -f`` arrives
+    as one mapping per section; the stage's own is then put over the values of the cell.
+    """
+    schema, where = SECTIONS[stage], f"parameters of {FOLDERS[stage]}"
+    plain: dict[str, Any] = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, bool | int | float | str | list | tuple | set | dict | None)
+        and not name.startswith("_")
+        and name not in ("In", "Out")  # IPython's
+    }
+    sections = {name: plain.pop(name) for name in SECTIONS if isinstance(plain.get(name), dict)}
+    if sections:
+        inherit(sections)
+        study = {"run": plain.pop("study")} if "study" in plain else {}
+        plain |= study | sections.get(stage, {})
+    for name, value in plain.items():
+        if isinstance(value, str) and not _is_text(schema, name):
+            plain[name] = _value(value)  # papermill reads YAML 1.1, to which 1e-3 is text
+    try:
+        section = schema.model_validate(plain)
+    except ValidationError as error:
+        raise ParameterError("\n".join(_explained(error, schema, lambda key: where, above=(stage,)))) from None
+    if errors := [f"{where}: {stage}.{key}: {text}" for key, text in section.conflicts()]:
+        raise ParameterError("\n".join(errors))
+    return section
+
+
+def described(stage: str) -> str:
+    """All parameters of ``stage`` as text, in their groups: name, default, meaning and range."""
+    schema = SECTIONS[stage]
+    properties = schema.model_json_schema()["properties"]
+    lines = [f"{stage}:  # {schema.__doc__}"]
+    for group in reversed(schema.__mro__):
+        if group in Federation.__bases__:
+            lines.append(f"  # {group.__doc__}")
+        for name in [name for name in inspect.get_annotations(group) if name in properties]:
+            content = properties.pop(name)
+            default = content["default"]
+            default = default if isinstance(default, str) and default else json.dumps(default)
+            lines.append(f"  {name}: {default}  # {content['description']} ({_range(content)})")
+    return "\n".join(lines)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The valid name that is nearest to ``name``, or all of them if none is near, to end an error with."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f" (there are {', '.join(valid)})"
+
+
+def _explained(
+    error: ValidationError,
+    schema: type[BaseModel],
+    place: Callable[[Key], str],
+    copied: Collection[Key] = (),
+    above: Key = (),
+) -> list[str]:
+    """One line for each mistake: its place, its parameter, pydantic's message and the nearest valid name.
+
+    ``copied`` are the values that another place has set, where the mistake is shown; ``above`` is the section that
+    ``schema`` is.
+    """
+    lines = {}
+    for item in error.errors(include_url=False):
+        key = tuple(part for part in item["loc"] if isinstance(part, str))[: 2 if schema is Study else 1]
+        if key in copied or key in lines:  # a union has a message for each of its types
+            continue
+        fields = SECTIONS[key[0]].model_fields if len(key) == 2 else schema.model_fields
+        if item["type"] == "extra_forbidden":
+            text = "no such parameter or section" + nearest(key[-1], fields)
+        else:
+            choices = re.findall(r"'([^']+)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+            hint = difflib.get_close_matches(str(item["input"]), choices, n=1)
+            text = f"{item['msg']}, not {reprlib.repr(item['input'])}" + "".join(f"; did you mean {h}?" for h in hint)
+        lines[key] = f"{place(key)}: {'.'.join(above + key)}: {text}"
+    return list(lines.values())
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The values of a study file over those of its ``base``, and the place of each key."""
+    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: ``no`` is a word, 1e-3 a number; of two equal keys it refuses one
+    try:
+        raw, root = yaml.load(path), yaml.compose(path)
+    except (OSError, UnicodeDecodeError, RecursionError, YAMLError) as error:
+        raise ParameterError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ParameterError(f"{path}: empty, or not a study: 'key: value' lines and sections are expected")
+    places: dict[Key, str] = {}
+    for name, content in root.value:
+        places[name.value,] = f"{path}:{name.start_mark.line + 1}"
+        for inner, _ in content.value if isinstance(content, MappingNode) else ():
+            places[name.value, inner.value] = f"{path}:{inner.start_mark.line + 1}"
+    if (base := raw.pop("base", None)) is None:
+        return raw, places
+    under = path.parent / str(base)
+    if under.resolve() in (path.resolve(), *above):
+        raise ParameterError(f"{places['base',]}: base: {base} builds on this file; name another")
+    values, base_places = _read(under, (*above, path.resolve()))
+    values.pop("study", None)
+    for key, value in raw.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if both else value
+    return values, base_places | places
+
+
+def _override(raw: dict[str, Any], override: str) -> Key:
+    """Put ``section.key=value`` into ``raw`` and return its key."""
+    name, equals, text = override.partition("=")
+    key = tuple(name.strip().split("."))
+    if not equals or not all(key) or len(key) > 2 or key[0] in SECTIONS and len(key) == 1:
+        raise ValueError("section.parameter=value is expected, or study, run or seed=value")
+    if len(key) == 1:
+        raw[key[0]] = _value(text)
+    elif key[0] not in SECTIONS:
+        raise ValueError(f"no section {key[0]!r}{nearest(key[0], SECTIONS)}")
+    else:
+        section = raw[key[0]] = {} if raw.get(key[0]) is None else raw[key[0]]
+        if not isinstance(section, dict):
+            raise ValueError(f"section {key[0]} of the file is not a mapping")
+        # A path may hold any character, so text is taken as it stands.
+        section[key[1]] = text if _is_text(SECTIONS[key[0]], key[1]) else _value(text)
+    return key
+
+
+def _value(text: str) -> Any:
+    """One value as it may stand behind a key: a word, quoted text, or a list. Raises ValueError."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, RecursionError) as error:
+        raise ValueError(f"cannot be read as YAML: {error}") from None
+
+
+def _is_text(schema: type[BaseModel], name: str) -> bool:
+    return schema.model_json_schema()["properties"].get(name, {}).get("type") == "string"
+
+
+def _range(described: Mapping[str, Any]) -> str:
+    """In words, what a parameter with this JSON schema may be."""
+    if "anyOf" in described:
+        return " or ".join(map(_range, described["anyOf"]))
+    if "enum" in described:
+        return ", ".join(described["enum"])
+    if "const" in described:
+        return described["const"]
+    if described["type"] == "array":
+        return f"list of {_range(described['items'])}"
+    words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {described[limit]:g}" for limit, sign in signs.items() if limit in described]
+    return " ".join([words.get(described["type"], "none"), " and ".join(limits)]).strip()
