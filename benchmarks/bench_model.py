@@ -167,12 +167,9 @@ class Ours:
                 batching.batches(
                     table,
                     labels,
-                    seed=0,
-                    round=0,
-                    client="bench",
-                    steps=steps,
-                    batch_seconds=self.work.audio_seconds,
-                    crop_seconds=self.work.seconds,
+                    batching.Recipe(self.work.audio_seconds, self.work.seconds),
+                    (0, 0, "bench"),
+                    steps,
                     device=self.work.device,
                 )
             )

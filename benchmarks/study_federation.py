@@ -34,6 +34,7 @@ from fedhubert_lib import (
     params,
     partition,
     pretraining,
+    recipes,
     training,
 )
 from fedhubert_lib.evaluation import encoders, intervals, layers, probes, units
@@ -116,8 +117,8 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
     steps = int(heldout.samples.sum() / 16_000 / p.batch_seconds)
     sums = training.evaluate(
         module,
-        pretraining.batches(heldout, labels, p, 0, "heldout", steps),
-        lambda batch: objectives.masked_prediction(model, head, batch),
+        recipes.batches(heldout, labels, p, 0, "heldout", steps),
+        lambda batch, _: objectives.masked_prediction(model, head, batch),
         p.precision,
     )
     counts = np.bincount(np.concatenate([labels[name] for name in heldout.utterance]), minlength=CLUSTERS)

@@ -31,10 +31,27 @@ from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
 
 LENGTHS = 16
 """Lengths of crops, in equal steps up to ``crop_seconds``: more crop less away, fewer make fewer shapes of batches."""
-
-
 AHEAD = 3
 """Batches kept ready, beside those that are being decoded."""
+SHORTEST_SECONDS = 1.0
+"""Shorter utterances are not used: they would crop the whole batch (fairseq drops below 2 s)."""
+
+Keys = tuple[int, int, str]
+"""Seed, round and client, from which every draw derives."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of batches, and of what is masked."""
+
+    batch_seconds: float
+    """Audio per batch, at most."""
+    crop_seconds: float
+    """Longest crop of an utterance."""
+    mask_probability: float = 0.8
+    """As in ``masking.spans``."""
+    mask_length: int = 10
+    """Frames."""
 
 
 @dataclass(frozen=True)
@@ -89,69 +106,40 @@ class Plan:
     """Length of every crop: 320 (T - 1) + 400."""
 
 
-def plans(
-    samples: np.ndarray,
-    *,
-    seed: int,
-    round: int,
-    client: str,
-    steps: int,
-    batch_seconds: float,
-    crop_seconds: float,
-    minimum_seconds: float = 1.0,
-) -> Iterator[Plan]:
-    """``steps`` plans over utterances of ``samples`` [N] samples; a new shuffle whenever all have been used.
+def plans(samples: np.ndarray, recipe: Recipe, keys: Keys) -> Iterator[Plan]:
+    """Plans without end over utterances of ``samples`` [N] samples; a new shuffle whenever all have been used.
 
-    An utterance shorter than ``minimum_seconds`` is not used: it would crop the whole batch (fairseq drops below 2 s).
-    Raises ValueError when none is left, or a crop does not fit into a batch.
+    Raises ValueError when no utterance is long enough, or a crop does not fit into a batch.
     """
     step = 0
-    for generator, cut in _passes(samples, seed, round, client, batch_seconds, crop_seconds, minimum_seconds):
+    for generator, cut in _passes(samples, recipe, keys):
         for index in generator.permutation(len(cut)):
             rows, length = cut[index]
             yield Plan(step, rows, HOP * generator.integers(0, (samples[rows] - length) // HOP + 1), length)
             step += 1
-            if step == steps:
-                return
 
 
-def steps_of(
-    samples: np.ndarray,
-    passes: int,
-    *,
-    seed: int,
-    round: int,
-    client: str,
-    batch_seconds: float,
-    crop_seconds: float,
-    minimum_seconds: float = 1.0,
-) -> int:
+def steps_of(samples: np.ndarray, passes: int, recipe: Recipe, keys: Keys) -> int:
     """How many ``plans`` make up ``passes`` passes over all utterances that are used."""
-    every = _passes(samples, seed, round, client, batch_seconds, crop_seconds, minimum_seconds)
-    return sum(len(cut) for _, cut in islice(every, passes))
+    return sum(len(cut) for _, cut in islice(_passes(samples, recipe, keys), passes))
 
 
 def _passes(
-    samples: np.ndarray,
-    seed: int,
-    round: int,
-    client: str,
-    batch_seconds: float,
-    crop_seconds: float,
-    minimum_seconds: float,
+    samples: np.ndarray, recipe: Recipe, keys: Keys
 ) -> Iterator[tuple[np.random.Generator, list[tuple[np.ndarray, int]]]]:
     """One shuffle of the usable utterances after another: its generator, and its batches (rows, length of crops)."""
+    crop_seconds, batch_seconds = recipe.crop_seconds, recipe.batch_seconds
     if crop_seconds > batch_seconds:
         raise ValueError(f"crop_seconds {crop_seconds} is more than batch_seconds {batch_seconds}: no clip would fit")
-    shortest = max(minimum_seconds * SAMPLE_RATE, RECEPTIVE_FIELD)
+    shortest = max(int(SHORTEST_SECONDS * SAMPLE_RATE), RECEPTIVE_FIELD)
     usable = np.flatnonzero(samples >= shortest)
     if not len(usable):
-        raise ValueError(f"{client}: none of its {len(samples)} utterances is {minimum_seconds} s or longer")
+        raise ValueError(f"{keys[2]}: none of its {len(samples)} utterances is {SHORTEST_SECONDS} s or longer")
     longest = crop_seconds * SAMPLE_RATE
     steps = np.clip(longest * np.arange(LENGTHS, 0, -1) / LENGTHS, min(shortest, longest), None)
     lengths = [HOP * (frame_count(int(length)) - 1) + RECEPTIVE_FIELD for length in steps]
     for shuffle in count():
-        generator = seeds.numpy_generator(seed, round, client, "batches", shuffle)
+        generator = seeds.numpy_generator(*keys, "batches", shuffle)
         order = generator.permutation(usable)
         yield generator, _cut(order, samples[order], lengths, int(batch_seconds * SAMPLE_RATE))
 
@@ -172,16 +160,10 @@ def _cut(order: np.ndarray, samples: np.ndarray, lengths: list[int], budget: int
 def batches(
     table: pd.DataFrame,
     labels: Mapping[str, np.ndarray],
-    *,
-    seed: int,
-    round: int,
-    client: str,
+    recipe: Recipe,
+    keys: Keys,
     steps: int,
-    batch_seconds: float,
-    crop_seconds: float,
-    mask_probability: float = 0.8,
-    mask_length: int = 10,
-    minimum_seconds: float = 1.0,
+    *,
     device: str = "cpu",
     normalise: bool = False,
 ) -> Iterator[Batch]:
@@ -190,10 +172,7 @@ def batches(
     Args:
         table: columns utterance, path, samples (the client's ``train.parquet``).
         labels: utterance to its 50 Hz labels, ``labels.Labels`` or a dict.
-        seed, round, client: what every draw derives from; equal keys give equal batches, whatever else ran before.
-        batch_seconds: audio per batch, at most.
-        crop_seconds: longest crop of an utterance.
-        mask_probability, mask_length: as in ``masking.spans``.
+        keys: equal keys give equal batches, whatever else ran before.
         device: where they will be used. A GPU trains faster than one core decodes: for it as many threads as torch
             takes decode, and batches lie in pinned memory. A CPU's cores train.
         normalise: give each utterance zero mean and unit variance before it is cropped, as the recipe does for models
@@ -219,26 +198,16 @@ def batches(
             else:
                 waveforms[i] = _read(paths[row], first, last)
             targets[i] = _crop_labels(labels, utterances[row], int(samples[row]), int(start), frames)
-            draw = seeds.numpy_generator(seed, round, client, "mask", plan.step, i)
-            mask[i] = masking.spans(frames, draw, mask_probability, mask_length)
+            draw = seeds.numpy_generator(*keys, "mask", plan.step, i)
+            mask[i] = masking.spans(frames, draw, recipe.mask_probability, recipe.mask_length)
         names = tuple(utterances[plan.rows])
         batch = Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
         return batch.pin() if on_gpu else batch
 
-    planned = plans(
-        samples,
-        seed=seed,
-        round=round,
-        client=client,
-        steps=steps,
-        batch_seconds=batch_seconds,
-        crop_seconds=crop_seconds,
-        minimum_seconds=minimum_seconds,
-    )
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         pending: deque[Future[Batch]] = deque()
         try:
-            for plan in planned:
+            for plan in islice(plans(samples, recipe, keys), steps):
                 pending.append(pool.submit(load, plan))
                 if len(pending) > workers + AHEAD:
                     yield pending.popleft().result()

@@ -242,6 +242,7 @@ def _deploy_run(given: argparse.Namespace) -> int:
     os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
     engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
     study = studies.load(given.study, [*given.set, *engines], folder.name)
+    deployment.check_records(folder)
     deployment.check(folder)
     for stage in given.stage or list(params.SECTIONS)[2:]:
         runner.run(study, stage, stage, given.force)
@@ -252,6 +253,7 @@ def _local(given: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    deployment.check_records(given.run)
     with deployment.local(given.run / deployment.FOLDER, given.run, given.device):
         return _deploy_run(given)
 

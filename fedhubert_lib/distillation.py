@@ -21,20 +21,21 @@ from torch import Tensor, nn
 
 from fedhubert_lib import (
     batching,
+    checkpoints,
     federated,
     files,
     hubert,
     objectives,
     params,
     pooled,
-    pretraining,
-    secure,
+    recipes,
     seeds,
     teaching,
     threads,
     training,
 )
-from fedhubert_lib.federated import checkpoints, handlers, local, rounds
+from fedhubert_lib import weights as named
+from fedhubert_lib.federated import handlers, local, rounds, secure
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
@@ -60,7 +61,7 @@ def update(
     """Train the global student on this client's utterances; return how it changed, and what was measured."""
     p = params.Distill.model_validate(config["params"])
     module = _filled(home, arrays, config)
-    steps = local.steps(home, p, config["round"])
+    steps = recipes.steps(home, p, config["round"])
     stream = _client_batches(home, "train", p, config["round"], steps)
     return local.train(home, arrays, config, p, module, stream, _objective(module, _teacher(home, config), p), steps)
 
@@ -70,7 +71,7 @@ def validate(
 ) -> tuple[Arrays, dict[str, float]]:
     """What the global student measures on this client's validation utterances; none: no sums."""
     p = params.Distill.model_validate(config["params"])
-    if not (steps := pretraining.validation_steps(home, p)):
+    if not (steps := recipes.validation_steps(home, p)):
         return {}, {}
     module = _filled(home, arrays, config)
     stream = _client_batches(home, "validation", p, 0, steps)
@@ -88,7 +89,7 @@ def receive(
     folder = home.state / "teacher" / config["digest"]
     if arrays and not folder.exists():
         teacher = Teacher(*_build(config["model"], config["clusters"]))
-        local.fill(_modules_of(teacher), arrays, None)
+        named.fill(_modules_of(teacher), arrays)
         if (found := digest(teacher)) != config["digest"]:
             raise TeacherError(f"{home.client}: received a teacher {found} where {config['digest']} was announced")
         hubert.save(folder, teacher.model, teacher.head)
@@ -145,7 +146,7 @@ def _modules_of(teacher: Teacher) -> nn.ModuleDict:
 
 
 def _build(model: Mapping[str, Any], clusters: int) -> tuple[hubert.Hubert, hubert.Head | None]:
-    config = pretraining.hubert_config(model)
+    config = recipes.hubert_config(model)
     return hubert.Hubert(config), hubert.Head(config, clusters) if clusters else None
 
 
@@ -163,7 +164,7 @@ def _modules(model: str, clusters: int, regression: tuple[int, int], device: str
 
 def _filled(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.ModuleDict:
     module = _modules(json.dumps(config["model"]), config["clusters"], tuple(config["regression"]), home.device)
-    local.fill(module, arrays, None)
+    named.fill(module, arrays)
     return module
 
 
@@ -193,7 +194,7 @@ def _client_batches(
     home: ClientHome, part: str, p: params.Distill, number: int, steps: int
 ) -> Iterator[batching.Batch]:
     table = pd.read_parquet(home.data / f"{part}.parquet")
-    return pretraining.batches(table, Labels(_labels(home, p)), p, number, home.client, steps)
+    return recipes.batches(table, Labels(_labels(home, p)), p, number, home.client, steps, device=home.device)
 
 
 def _labels(home: ClientHome, p: params.Distill) -> Path:
@@ -210,7 +211,7 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -
     Raises TeacherError, before a round begins, when the teacher does not fit what is to be learned from it.
     """
     if p.centralised and p.engine == "deployment":
-        pooled.check(run, p.codebook)
+        pooled.homes(run, federated.client_ids(run, p.codebook), run, p.device)
     with threads.limited(p.threads), federated.connect(run, p.engine, p.device, p.codebook) as clients:
         return federate(run, p, clients, on_row)
 
@@ -231,8 +232,9 @@ def federate(
     if p.send_teacher or p.engine == "deployment":  # whose clients read no folder of the server's
         send(clients, teacher)
     task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, hubert.documents(config))
-    weights, _ = rounds.train(clients, p, task, weights, out, on_row)
-    return save(out / "checkpoint", config, weights)
+    with rounds.serving(clients, p, task, weights, out, on_row) as server:
+        rounds.run(server)
+        return save(out / "checkpoint", config, server.weights)
 
 
 def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -251,7 +253,7 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
         alone, out = _alone(p, name, seed), folder / name / str(seed)
         with threads.limited(p.threads), federated.connect(run, p.engine, p.device, p.codebook) as clients:
             federate(run, alone, clients, out=out)
-        if p.centralised:
+        if p.centralised and p.engine == "deployment":
             centralised(run, alone, out=out)
     for seed in range(p.seed, p.seed + p.compare_seeds):
         # Of all objectives the student begins alike; this one's needs no clusters to be drawn.
@@ -272,7 +274,7 @@ def _alone(p: params.Distill, name: str, seed: int) -> params.Distill:
 
 def teacher_folder(run: Path, p: params.Distill) -> Path:
     """Where the teacher is: ``p.teacher``, or what 03_pretrain of this run wrote."""
-    return Path(p.teacher) if p.teacher else run / pretraining.STAGE / "checkpoint"
+    return Path(p.teacher) if p.teacher else run / "03_pretrain" / "checkpoint"
 
 
 def read_teacher(run: Path, p: params.Distill) -> Teacher:
@@ -289,7 +291,7 @@ def check_teacher(run: Path, p: params.Distill, teacher: Teacher, clusters: int 
     """
     folder, depth = teacher_folder(run, p), teacher.model.config.num_hidden_layers
     if p.initial == "teacher":
-        teaching.student_from(teacher.model, pretraining.model_config(p))
+        teaching.student_from(teacher.model, recipes.model_config(p))
     for alone in (_alone(p, name, p.seed) for name in p.compare):
         check_teacher(run, alone, teacher, clusters)
     if "hubert" in p.objectives and (p.teacher_layer or 1) > depth:
@@ -301,7 +303,7 @@ def check_teacher(run: Path, p: params.Distill, teacher: Teacher, clusters: int 
             f"{folder}: has no head.safetensors, so it predicts no clusters (it is public, or its heads are personal);"
             " give objectives: [distilhubert] or [hubert]"
         )
-    known, found = len(teacher.head.label_embeddings), clusters or pretraining.clusters(run, p.codebook)
+    known, found = len(teacher.head.label_embeddings), clusters or recipes.clusters(run, p.codebook)
     if p.label_weight and known != found:
         raise TeacherError(
             f"{folder}: predicts {known} clusters, and codebook {p.codebook} of this run has {found}; give the codebook"
@@ -311,7 +313,7 @@ def check_teacher(run: Path, p: params.Distill, teacher: Teacher, clusters: int 
 
 def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.HubertConfig, Arrays]:
     """The student's configuration and weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
-    config = pretraining.model_config(p)
+    config = recipes.model_config(p)
     module = _modules(json.dumps(asdict(config)), _clusters(run, p, teacher), _regression(p, teacher), "cpu")
     hubert.initialise(module["model"], seeds.torch_generator(p.seed, "student"))
     if p.initial == "teacher":
@@ -326,7 +328,7 @@ def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.Hube
 def _clusters(run: Path, p: params.Distill, teacher: Teacher) -> int:
     """K of the student's head; 0: it needs none."""
     if "soft-targets" in p.objectives:
-        return len(teacher.head.label_embeddings) if p.soft_weight else pretraining.clusters(run, p.codebook)
+        return len(teacher.head.label_embeddings) if p.soft_weight else recipes.clusters(run, p.codebook)
     return p.teacher_clusters if "hubert" in p.objectives else 0
 
 
@@ -408,7 +410,7 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
 
 def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor]) -> Path:
     """Write the student as a model folder; DistilHuBERT's regressors are dropped here."""
-    return pretraining.save(folder, config, {n: t for n, t in weights.items() if not n.startswith("regressors.")})
+    return recipes.save(folder, config, {n: t for n, t in weights.items() if not n.startswith("regressors.")})
 
 
 # --------------------------------------------------------------------------------------------------------- on all data
@@ -426,22 +428,20 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
     device = federated.resolve(p.device)
     teacher = _load(message["teacher"]["folder"], message["teacher"]["digest"], device)
     module = _modules(json.dumps(asdict(config)), message["clusters"], message["regression"], device)
-    owners, table = pooled.utterances(run, p.codebook)
-    homes = {
-        home.client: home for home in pooled.homes(run, federated.client_ids(run, p.codebook), run / STAGE, device)
-    }
-    labels = pooled.PooledLabels(owners, lambda client: _labels(homes[client], p))
-    weights = pooled.train(
-        run,
-        p,
-        out,
+    ids = federated.client_ids(run, p.codebook)
+    homes = pooled.homes(run, ids, run / STAGE, device)
+    table = pooled.utterances(homes)
+    labels = pooled.labels(_labels(home, p) for home in homes.values())
+    task = pooled.Task(
         module=module,
         weights=weights,
-        batches=lambda number, count: pretraining.batches(table, labels, pooled.merged(p), number, "all", count),
+        batches=lambda number, count: recipes.batches(
+            table, labels, pooled.merged(p), number, "all", count, device=device
+        ),
         objective=_objective(module, teacher, p),
-        validate=lambda home, arrays, number: validate(homes[home.client], arrays, {**message, "round": number})[1],
+        validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=teaching.averages,
         documents=hubert.documents(config),
-        on_row=on_row,
     )
+    weights = pooled.train(p, homes, rounds.panel(ids, p), out, task, on_row)
     return save(out / "checkpoint", config, weights)

@@ -1,4 +1,4 @@
-"""Which frames are masked: whole spans, drawn outside the model, each clip on its own.
+"""Masks of frames: whole spans, drawn outside the model, for each clip by itself.
 
 As in fairseq's ``compute_mask_indices`` with static lengths: starts without replacement, spans may overlap. Unlike
 fairseq and torchaudio, no masked frame is deleted afterwards to give all rows of a batch the same number: that breaks
@@ -16,8 +16,8 @@ def spans(
     Args:
         frames: length of the clip at 50 Hz.
         generator: where the draw comes from.
-        probability: expected share of frames in spans, counted before overlap; 0.8 with length 10 starts a span at 8 %
-            of the frames and masks 57 % of a long clip.
+        probability: expected fraction of frames in spans, counted before overlap; 0.8 with length 10 starts a span at
+            8 % of the frames and masks 57 % of a long clip.
         length: frames of a span.
         minimum: fewest spans, though never more than there are starts.
 

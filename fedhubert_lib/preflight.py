@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedhubert_lib import distillation, federated, hubert, params, pretraining, runs
+from fedhubert_lib import distillation, federated, hubert, params, recipes, runs
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords
 from fedhubert_lib.federated import rounds
@@ -121,7 +121,7 @@ def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> Iterat
         else:
             first = study.pretrain.initial
             model = hubert.load(first, weights=False)[0] if first else None
-            model = model or hubert.Hubert(pretraining.model_config(study.pretrain))
+            model = model or hubert.Hubert(recipes.model_config(study.pretrain))
             teacher = Teacher(model, hubert.Head(model.config, clusters))
         distillation.check_teacher(run, p, teacher, clusters)
     yield from ()

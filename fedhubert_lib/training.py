@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,6 +23,8 @@ from fedhubert_lib.objectives import Sums
 
 Objective = Callable[[Batch, float], Sums]
 """(batch, fraction of all steps of the study that are done) to what is minimised."""
+Adjust = Callable[[float], None]
+"""Adds to the gradients, which are still to be divided by the argument: adds its part times that."""
 
 
 class DivergedError(RuntimeError):
@@ -37,7 +39,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # reproducible sums
 
 @dataclass(frozen=True)
 class Settings:
-    """How a client steps."""
+    """Optimiser, schedule and precision of the steps."""
 
     learning_rate: float
     """Peak of the schedule."""
@@ -49,8 +51,6 @@ class Settings:
     clip_norm: float = 10.0
     accumulate: int = 1
     """Batches per optimiser step."""
-    proximal: float = 0.0
-    """FedProx: half this times the squared distance to the weights at the start is added to the loss."""
     precision: str = "float32"
     """float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it faster."""
 
@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones instead of giving it back to the system.
 
     A step allocates what the step before it has freed, hundreds of MB; mapped anew each time, the kernel clears all of
-    it page by page, which took a tenth of a small model's step. glibc alone is told so; elsewhere nothing happens.
+    it page by page, which took a tenth of a small model's step. Only glibc can be told; elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -94,34 +94,27 @@ def local_update(
     total_steps: int,
     seed: int,
     optimiser: torch.optim.Optimizer | None = None,
-    control: Mapping[str, Tensor] | None = None,
+    adjust: Sequence[Adjust] = (),
 ) -> dict[str, float]:
     """Train ``module`` in place on ``batches`` and return what was measured.
 
     Args:
-        module: holds all parameters that train (for instance ModuleDict of model and head); where it lies, it computes.
+        module: holds all parameters that train; where it lies, it computes.
         batches: ``settings.accumulate`` of them make an optimiser step.
-        objective: (batch, progress) to ``Sums``, for instance ``objectives.masked_prediction`` bound to both.
         first_step, total_steps: where in the global schedule this update stands.
         seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
-        optimiser: continue this one (``adamw``); default: a new one, as clients that keep no state do.
-        control: SCAFFOLD: name of parameter to what is added to its gradient (server's minus client's control variate).
+        optimiser: a new ``adamw`` by default.
+        adjust: what is added to the gradients before they are clipped, as by FedProx and SCAFFOLD (see ``gradient``).
 
     Returns sums of the objective's ``measured``, and objective_sum, objective_count, steps, audio_seconds, seconds,
     waiting_seconds (for data), gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and
-    thread count: same weights, on a GPU, too.
-
-    Raises DivergedError when loss or gradient is not finite: a step that is not leaves the weights as they are. A GPU
-    is asked once in ``CHECK_EVERY`` steps, since each question makes it wait. Raises ValueError when there is no batch.
+    thread count: same weights, on a GPU, too. Raises DivergedError when loss or gradient is not finite: a step that is
+    not leaves the weights as they are. A GPU is asked once in ``CHECK_EVERY`` steps, since each question makes it wait.
     """
     keep_freed_memory()
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    parameters = list(named.values())
-    device = parameters[0].device
-    optimiser = optimiser or adamw(module, settings)
-    pull = _pull(parameters, settings.proximal, [control[name].to(device) for name in named] if control else [])
-    module.train()
-    module.zero_grad()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    device, optimiser = parameters[0].device, optimiser or adamw(module, settings)
+    module.train().zero_grad()
     torch.manual_seed(seed)
     tally, stream, began = _Tally(1 if device.type == "cpu" else CHECK_EVERY), iter(batches), time.perf_counter()
     while True:
@@ -135,9 +128,9 @@ def local_update(
             count, unit = _backward(group, objective, settings.precision, device, number / total_steps, tally)
             if not count:
                 raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
-            # Gradients are those of the sum, divided by the first batch's count: with one batch per step all is done.
-            # What is left to divide by goes together with clipping: it is a pass over all of them.
-            pull(count / unit)
+            # Gradients were divided by the first batch's count. The rest, where there are more, goes with clipping.
+            for add in adjust:
+                add(count / unit)
             norm = _clip(parameters, count / unit, settings.clip_norm)
             for parameter_group in optimiser.param_groups:
                 parameter_group["lr"] = rate(settings, number, total_steps)
@@ -148,10 +141,8 @@ def local_update(
             optimiser.zero_grad()
     if not tally.steps:
         raise ValueError("no batch to train on")
-    return tally.result() | {
-        "seconds": time.perf_counter() - began,
-        "learning_rate": optimiser.param_groups[0]["lr"],
-    }
+    times = {"seconds": time.perf_counter() - began, "learning_rate": optimiser.param_groups[0]["lr"]}
+    return tally.result() | times
 
 
 def _backward(
@@ -174,19 +165,11 @@ def _backward(
     return count, unit
 
 
-def _pull(parameters: Sequence[Tensor], proximal: float, offsets: Sequence[Tensor]) -> Callable[[float], None]:
-    """What FedProx and SCAFFOLD add to the gradients, times a factor; the weights are those before the first step."""
-    start = [p.detach().clone() for p in parameters] if proximal else []
-
-    def add(factor: float) -> None:
-        for p in parameters if start or offsets else ():  # a layer that layerdrop left out is pulled on, too
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for p, weights in zip(parameters, start, strict=False):
-            p.grad.add_(p.detach() - weights, alpha=proximal * factor)
-        for p, offset in zip(parameters, offsets, strict=False):
-            p.grad.add_(offset, alpha=factor)
-
-    return add
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient of ``parameter``, to be added to: zeros where layerdrop left its layer out."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _clip(parameters: Sequence[Tensor], rest: float, limit: float) -> Tensor:
@@ -224,8 +207,8 @@ class _Tally:
 
     def settle(self) -> None:
         """Fetch the norms of the steps since the last time."""
-        numbers, norms, groups = zip(*self.pending, strict=True) if self.pending else ((), (), ())
-        for number, norm, group in zip(numbers, torch.stack(norms).tolist() if norms else (), groups, strict=True):
+        norms = torch.stack([norm for _, norm, _ in self.pending]).tolist() if self.pending else ()
+        for (number, _, group), norm in zip(self.pending, norms, strict=True):
             if not math.isfinite(norm):
                 raise DivergedError(
                     f"the gradient's norm is {norm} at global step {number}, batch {_names(group)}; listen to these"

@@ -42,7 +42,8 @@ CEILINGS = {
 LAYERS = (
     "audio files seeds threads params studies identity provenance records resources plots",
     "corpora labels features kernels hubert masking batching objectives teaching training planning partition skew",
-    "compression privacy secure federated",
+    "weights checkpoints",
+    "recipes federated",
     "kmeans pooled pretraining distillation",
     "evaluation",
     "export",

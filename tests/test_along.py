@@ -8,18 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import files, hubert, pretraining
+from fedhubert_lib import checkpoints, files, hubert, pretraining
 from fedhubert_lib.evaluation import systems
-from fedhubert_lib.federated import checkpoints
 
 CPU = torch.device("cpu")
 
 
-def write(out: Path, number: int, server=None) -> None:
+def write(out: Path, number: int) -> None:
     weights = {"model.a": torch.full((3,), float(number)), "head.b": torch.ones(2)}
     state = {"round": number, "best_round": 3 if number >= 3 else 0}
-    server = server or (lambda path: save_file({"m": torch.ones(100)}, path))
-    checkpoints.write(out, number, weights, server, state, {"config.json": f"{number}"})
+    checkpoints.write(out, number, weights, {"m": torch.ones(100)}, state, {"config.json": f"{number}"})
 
 
 def test_models_stay_while_checkpoints_go(tmp_path):
@@ -34,13 +32,17 @@ def test_models_stay_while_checkpoints_go(tmp_path):
         assert (folder / "config.json").read_text() == str(number)
 
 
-def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path):
-    def killed(path):
-        raise KeyboardInterrupt
+def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path, monkeypatch):
+    def killed(tensors, file, **options):
+        if file.name == checkpoints.SERVER:
+            raise KeyboardInterrupt
+        save_file(tensors, file, **options)
 
     write(tmp_path, 3)
+    monkeypatch.setattr(checkpoints, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, 4, killed)
+        write(tmp_path, 4)
+    monkeypatch.undo()
     assert checkpoints.rounds(tmp_path) == [3]  # from where training goes on
     write(tmp_path, 4)
     assert checkpoints.rounds(tmp_path) == [3, 4]

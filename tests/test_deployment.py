@@ -32,7 +32,6 @@ def handshake(folder: Path, authority: Path, host: str = "localhost") -> str:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(folder / "server" / "server.pem", folder / "server" / "server.key")
     client = ssl.create_default_context(cafile=authority)
-    client.verify_flags |= ssl.VERIFY_X509_STRICT
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
     theirs.settimeout(10)
@@ -55,21 +54,21 @@ def handshake(folder: Path, authority: Path, host: str = "localhost") -> str:
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_nodes_trust_the_server_and_no_other(folder, tmp_path, host):
-    assert handshake(folder, folder / "nodes" / "client-000" / "ca.pem", host) == "TLSv1.3"
+    assert handshake(folder, folder / "nodes" / "client-000" / "server.pem", host) == "TLSv1.3"
     deployment.prepare(tmp_path / "other", [], host="localhost")
     with pytest.raises(ssl.SSLCertVerificationError, match="verify failed"):
-        handshake(folder, tmp_path / "other" / "ca" / "ca.pem", host)
+        handshake(folder, tmp_path / "other" / "server" / "server.pem", host)
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
-        handshake(folder, folder / "ca" / "ca.pem", "example.org")
+        handshake(folder, folder / "server" / "server.pem", "example.org")
 
 
 def test_private_keys_are_private_and_stay_where_they_belong(folder):
     private = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.key"))
-    assert private == ["ca/ca.key", *(f"nodes/{client}/node.key" for client in CLIENTS), "server/server.key"]
+    assert private == [*(f"nodes/{client}/node.key" for client in CLIENTS), "server/server.key"]
     assert {stat.S_IMODE((folder / path).stat().st_mode) for path in private} == {0o600}
-    # What a client is given: its own key, the authority's certificate, where the server is.
+    # A client's folder: its key, the server's certificate, where the server is.
     given = sorted(path.name for path in (folder / "nodes" / "client-000").iterdir())
-    assert given == ["ca.pem", "node.json", "node.key", "node.pub"]
+    assert given == ["node.json", "node.key", "node.pub", "server.pem"]
     assert (folder / "nodes/client-000/node.key").read_bytes() != (folder / "nodes/client-001/node.key").read_bytes()
 
 
@@ -108,6 +107,13 @@ def test_a_federation_that_is_not_there_is_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "federation.json" in said
     assert "prepare" in said
+
+
+def test_records_that_a_server_needs_are_named(tmp_path):
+    (tmp_path / "00_corpus").mkdir()
+    (tmp_path / "00_corpus" / "done.json").touch()
+    with pytest.raises(deployment.DeploymentError, match="needs 01_partition/done.json, 01_partition/clients.parquet"):
+        deployment.check_records(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- Slurm

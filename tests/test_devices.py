@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedhubert_lib import audio, batching, features, hubert, kernels, objectives, seeds, teaching, training
-from fedhubert_lib.federated import local
+from fedhubert_lib import weights as named
+from fedhubert_lib.federated import fedprox
 
 FRONT_ENDS = ("waveform", "logmel")
 
@@ -98,12 +99,12 @@ def test_a_training_step_never_waits_for_the_device(monkeypatch):
             module,
             [batch] * 4,
             objective,
-            training.Settings(learning_rate=1e-3, warmup_steps=2, accumulate=2, proximal=0.1),
+            training.Settings(learning_rate=1e-3, warmup_steps=2, accumulate=2),
             first_step=0,
             total_steps=10,
             seed=0,
             optimiser=SimpleNamespace(param_groups=[{}], step=lambda: None, zero_grad=module.zero_grad),
-            control={name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()},
+            adjust=[fedprox.pull(list(module.parameters()), 0.1)],
         )
         assert measured["steps"] == 2
         assert measured["count"] in (4 * int(mask.sum()), 4 * mask.numel())
@@ -153,13 +154,13 @@ def test_a_gpu_is_told_to_compute_reproducibly():
 def test_a_gpu_is_given_a_cohorts_weights_once():
     """The device meta stands for it: what moves there is counted by identity."""
     weights = {"a": torch.ones(3), "b": torch.ones(2, 2)}
-    first = local.placed(weights, torch.device("meta"))
+    first = named.placed(weights, torch.device("meta"))
     assert {tensor.device.type for tensor in first.values()} == {"meta"}
-    assert local.placed(dict(weights), torch.device("meta")) is first
+    assert named.placed(dict(weights), torch.device("meta")) is first
     weights["a"].add_(1)  # the server's step may be in place
-    assert local.placed(weights, torch.device("meta")) is not first
-    assert local.placed({**weights, "a": torch.ones(3)}, torch.device("meta"))["a"].shape == (3,)
-    assert local.placed(weights, torch.device("cpu")) is weights
+    assert named.placed(weights, torch.device("meta")) is not first
+    assert named.placed({**weights, "a": torch.ones(3)}, torch.device("meta"))["a"].shape == (3,)
+    assert named.placed(weights, torch.device("cpu")) is weights
 
 
 def test_a_clients_change_comes_back_in_one_copy(monkeypatch):
@@ -171,7 +172,7 @@ def test_a_clients_change_comes_back_in_one_copy(monkeypatch):
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda shape, pin_memory: real(shape))
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7.0), "c": torch.arange(4.0)}
-    moved = local.to_host({name: tensor.as_subclass(OnGpu) for name, tensor in tensors.items()})
+    moved = named.to_host({name: tensor.as_subclass(OnGpu) for name, tensor in tensors.items()})
     assert moved.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(moved[name], tensor) and moved[name].shape == tensor.shape

@@ -7,7 +7,7 @@ import federation
 import pytest
 import torch
 
-from fedhubert_lib import distillation, federated, files, hubert, params, pretraining, seeds
+from fedhubert_lib import distillation, federated, files, hubert, params, recipes, seeds
 from fedhubert_lib.teaching import TeacherError
 
 TEACHER = hubert.preset(
@@ -154,11 +154,11 @@ def test_teacher_is_sent_once_and_kept_by_its_digest(run, monkeypatch):
         assert distillation.digest(distillation.Teacher(*hubert.load(kept))) == kept.name
     # With its own copy a client needs the public folder no more.
     shutil.move(run / "03_pretrain", run / "elsewhere")
-    config = distillation._message(run, p, teacher, pretraining.model_config(p))
-    home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
+    config = distillation._message(run, p, teacher, recipes.model_config(p))
+    home = distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")["client-000"]
     distillation._load.cache_clear()
     assert distillation._teacher(home, config).model.config == TEACHER
-    lacking = next(iter(distillation.pooled.homes(run, ["client-000"], run / "nowhere", "cpu")))
+    lacking = distillation.pooled.homes(run, ["client-000"], run / "nowhere", "cpu")["client-000"]
     with pytest.raises(TeacherError, match="cannot read the teacher.*send_teacher: true"):
         distillation._teacher(lacking, config)
 
@@ -171,9 +171,9 @@ def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):
 def test_a_teacher_that_was_replaced_is_noticed(run):
     p = distill()
     teacher = distillation.read_teacher(run, p)
-    config = distillation._message(run, p, teacher, pretraining.model_config(p))
+    config = distillation._message(run, p, teacher, recipes.model_config(p))
     save_teacher(run / "03_pretrain" / "checkpoint", seed=1)
-    home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
+    home = distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")["client-000"]
     distillation._load.cache_clear()
     with pytest.raises(TeacherError, match="not the announced"):
         distillation._teacher(home, config)
@@ -181,7 +181,7 @@ def test_a_teacher_that_was_replaced_is_noticed(run):
 
 def test_a_teacher_that_was_tampered_with_on_the_way_is_refused(run):
     teacher = distillation.read_teacher(run, distill())
-    home = next(iter(distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")))
+    home = distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")["client-000"]
     arrays = {name: parameter + 1e-3 for name, parameter in distillation._modules_of(teacher).named_parameters()}
     config = {"digest": distillation.digest(teacher), "clusters": federation.TONES}
     config["model"] = json.loads(json.dumps(hubert.asdict(TEACHER)))
@@ -229,11 +229,9 @@ def test_a_teacher_of_another_architecture_is_refused_before_any_round(run):
 def test_student_of_another_width_starts_at_random(run):
     config, arrays = distillation.initial(run, distill(hidden_size=96), distillation.read_teacher(run, distill()))
     assert config.hidden_size == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)
-    heads = {
-        width: pretraining.model_config(distill(hidden_size=width)).num_attention_heads for width in (96, 128, 176)
-    }
+    heads = {width: recipes.model_config(distill(hidden_size=width)).num_attention_heads for width in (96, 128, 176)}
     assert heads == {96: 3, 128: 2, 176: 2}
-    assert pretraining.model_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7
+    assert recipes.model_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7
 
 
 def test_hubert_predicts_clusters_that_are_not_those_of_kmeans(run):

@@ -24,8 +24,12 @@ from fedhubert_lib.federated.protocol import Failure, Reply
 
 pytestmark = pytest.mark.slow
 
-STUDY = {"rounds": 2, "cohort": 4, "local_steps": 1, "validate_every": 2}
+STUDY = {"rounds": 2, "cohort": 3, "local_steps": 1, "validate_every": 2, "layers": 1, "hidden_size": 64}
 STUDY |= {"server": "nesterov", "server_schedule": "clients", "server_rate": 0.7}
+
+
+def make(folder: Path) -> Path:
+    return federation.make(folder, clients=3)
 
 
 @pytest.fixture(autouse=True)
@@ -58,34 +62,41 @@ def digest(checkpoint: Path) -> str:
 def expected(tmp_path_factory) -> str:
     """The weights of the in-process engine."""
     torch.set_num_threads(1)
-    run = federation.make(tmp_path_factory.mktemp("inprocess"))
+    run = make(tmp_path_factory.mktemp("inprocess"))
     return digest(pretraining.run(run, federation.pretrain(**STUDY)))
 
 
 def test_the_seed_matters(tmp_path, expected):
     """Else the tests below would hold for any engine."""
-    run = federation.make(tmp_path)
+    run = make(tmp_path)
     assert digest(pretraining.run(run, federation.pretrain(**STUDY, seed=1))) != expected
 
 
 def test_pool_gives_the_weights_of_inprocess(tmp_path, expected, no_children_left):
-    run = federation.make(tmp_path)
+    run = make(tmp_path)
     assert digest(pretraining.run(run, federation.pretrain(**STUDY, engine="pool"))) == expected
     assert no_children_left()
 
 
 def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
     ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    run = federation.make(tmp_path)
+    run = make(tmp_path)
     assert digest(pretraining.run(run, federation.pretrain(**STUDY, engine="ray"))) == expected
     assert not ray.is_initialized()
 
 
+def messages(tmp_path: Path) -> Path:
+    """A folder for messages, outside of the run."""
+    folder = tmp_path / "messages"
+    folder.mkdir()
+    return folder
+
+
 def test_a_killed_worker_costs_one_clients_answer(tmp_path, no_children_left):
-    run = federation.make(tmp_path)
+    run = make(tmp_path)
     ids, rows = client_ids(run), []
-    clients = pool.PoolClients(run, ids, ["cpu", "cpu"])
-    first = clients.processes
+    clients = pool.PoolClients(run, ids, ["cpu", "cpu"], messages(tmp_path))
+    first = [worker.process.pid for worker in clients.workers]
 
     def on_row(row: dict) -> None:
         rows.append(row)
@@ -94,28 +105,28 @@ def test_a_killed_worker_costs_one_clients_answer(tmp_path, no_children_left):
 
     try:
         p = federation.pretrain(**STUDY | {"rounds": 3, "validate_every": 3})
-        pretraining.federate(run, p, clients, on_row)
-        assert first[0] not in clients.processes
-        assert first[1] in clients.processes
+        pretraining.run(run, p, on_row, clients)
+        assert [worker.process.pid == pid for worker, pid in zip(clients.workers, first, strict=True)] == [False, True]
     finally:
         clients.close()
-    assert [row["clients"] for row in rows if row["kind"] == "round"] == [4, 3, 4]
+    assert [row["clients"] for row in rows if row["kind"] == "round"] == [3, 2, 3]
     (failure,) = [row for row in rows if row["kind"] == "failure"]
-    assert (failure["round"], failure["client"]) == (2, "client-000")
+    assert failure["round"] == 2
     assert "SIGKILL" in failure["reason"]
     assert no_children_left()
 
 
 def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
-    run = federation.make(tmp_path)
-    clients = pool.PoolClients(run, client_ids(run), ["cpu", "cpu"])
+    run = make(tmp_path)
+    clients = pool.PoolClients(run, client_ids(run), ["cpu", "cpu"], messages(tmp_path))
     try:
-        assert len(list(clients.ask("identify"))) == 4  # both workers are up
-        hung = clients.processes[0]
+        assert len(list(clients.ask("identify"))) == 3  # both workers are up
+        hung = clients.workers[0].process.pid
         os.kill(hung, signal.SIGSTOP)
-        late, other = clients.ask("identify", timeout=10.0, clients=["client-000", "client-001"])
-        assert late == Failure("client-000", "no answer before the deadline of 10.0 s")
-        assert other == Reply("client-001")
+        answers = list(clients.ask("identify", timeout=10.0, clients=["client-000", "client-001"]))
+        (late,) = [answer for answer in answers if isinstance(answer, Failure)]
+        assert late.reason == "no answer before the deadline of 10.0 s"
+        assert sum(isinstance(answer, Reply) for answer in answers) == 1
         assert not psutil.pid_exists(hung)
         assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
     finally:
@@ -127,8 +138,8 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory, no_children_left) -> Iterator[Path]:
-    """The run folder of a federation of four that is up: TLS, authenticated nodes, loopback only."""
-    run = federation.make(tmp_path_factory.mktemp("deployment"))
+    """The run folder of a federation that is up: TLS, authenticated nodes, loopback only."""
+    run = make(tmp_path_factory.mktemp("deployment"))
     folder = run / deployment.FOLDER
     deployment.prepare(folder, client_ids(run), port=deployment.free_port())
     before = os.environ.get("OMP_NUM_THREADS")
@@ -202,16 +213,16 @@ def test_an_unregistered_node_is_refused(deployed):
     folder = deployed / deployment.FOLDER
     node = folder.parent / "stranger"
     node.mkdir()
-    for name in ("ca.pem", "node.json"):
+    for name in ("server.pem", "node.json"):
         (node / name).write_bytes((folder / "nodes" / "client-000" / name).read_bytes())
     keys.node(node)
     assert "Failed to activate SuperNode" in refused(node, deployed)
 
 
-def test_a_wrong_authority_is_refused(deployed, tmp_path):
-    keys.authority(tmp_path / "other")
+def test_another_servers_certificate_is_refused(deployed, tmp_path):
+    keys.server(tmp_path, ["127.0.0.1"])
     node = deployed / deployment.FOLDER / "nodes" / "client-000"
-    said = refused(node, deployed, ("--root-certificates", str(tmp_path / "other" / "ca.pem")))
+    said = refused(node, deployed, ("--root-certificates", str(tmp_path / "server.pem")))
     assert "CERTIFICATE_VERIFY_FAILED" in said
 
 
@@ -223,7 +234,7 @@ def test_plain_text_is_refused(deployed):
         with contextlib.suppress(ConnectionError):
             assert not connection.recv(1000).startswith(b"HTTP/1.1 200")
     # The same words are answered inside TLS, so what was refused was the plain text.
-    context = ssl.create_default_context(cafile=deployed / deployment.FOLDER / "ca" / "ca.pem")
+    context = ssl.create_default_context(cafile=deployed / deployment.FOLDER / "server" / "server.pem")
     with (
         socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,

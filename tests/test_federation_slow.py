@@ -20,8 +20,8 @@ import pytest
 import torch
 from federation import NARROW, make, pretrain, rows, train_narrow
 
-from fedhubert_lib import federated, files, hubert, params, pretraining
-from fedhubert_lib.federated import checkpoints, deployment
+from fedhubert_lib import checkpoints, federated, files, hubert, params, pretraining
+from fedhubert_lib.federated import deployment
 
 pytestmark = pytest.mark.slow
 
@@ -123,16 +123,16 @@ def test_all_speakers_of_librispeech_in_one_process(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- deployment
 
 SHORT = shlex.split(
-    "--set kmeans.codebooks=[federated] --set kmeans.lloyd_rounds=1 --set pretrain.rounds=1 --set distill.rounds=1"
-    " --set evaluate.seeds=1"
+    "--set kmeans.codebooks=[federated] --set kmeans.lloyd_rounds=1 --set pretrain.rounds=1 --set pretrain.cohort=2"
+    " --set distill.rounds=1 --set distill.cohort=2 --set evaluate.seeds=1"
 )
 
 
 @pytest.fixture(scope="module")
 def partitioned(tmp_path_factory) -> Path:
-    """The run folder ``toy`` as the first command of docs/deployment.md leaves it."""
+    """The run folder ``toy`` as the first command of docs/deployment.md leaves it, with two clients."""
     outputs = tmp_path_factory.mktemp("outputs")
-    assert code(outputs, "run params/toy.yaml --until partition") == 0
+    assert code(outputs, "run params/toy.yaml --until partition --set partition.clients=2") == 0
     return outputs / "toy"
 
 
@@ -159,24 +159,25 @@ def done(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("*/done.json"))
 
 
-@pytest.mark.timeout(3600)  # a busy machine takes its time
-def test_three_nodes_on_one_machine_by_the_commands_of_the_documentation(partitioned, tmp_path):
-    """From k-means to the evaluation's table, with the records that the other engines leave."""
+@pytest.mark.timeout(1800)  # a busy machine takes its time
+def test_nodes_on_one_machine_by_the_commands_of_the_documentation(partitioned, tmp_path):
+    """With the records that the other engines leave; here the first stage alone."""
     shutil.copytree(partitioned, tmp_path / "toy")
     text = (params.ROOT / "docs/deployment.md").read_text(encoding="utf-8")
     text = text[text.index("## Three nodes") :]
     lines = re.findall(r"^    fedhubert (.*)$", text[: text.index("The last command")], re.MULTILINE)
     assert [line.split("#")[0].split()[:2] for line in lines][1:] == [["deploy", "prepare"], ["deploy", "local"]]
     assert code(tmp_path, lines[1].split("#")[0], "--port", str(deployment.free_port())) == 0
-    assert code(tmp_path, lines[2].split("#")[0], *SHORT) == 0
-    run = tmp_path / "toy"
-    assert done(run) == list(params.FOLDERS.values())
-    assert {"teacher", "student"} <= set(pd.read_csv(run / "05_evaluate" / "report.csv")["system_name"])
-    assert all((run / f"{name}.ipynb").exists() for name in params.FOLDERS.values())
+    (tmp_path / "toy/01_partition/done.json").rename(tmp_path / "done.json")
+    assert code(tmp_path, lines[2].split("#")[0], "kmeans", *SHORT) == 1  # said before anything starts
+    (tmp_path / "done.json").rename(tmp_path / "toy/01_partition/done.json")
+    assert code(tmp_path, lines[2].split("#")[0], "kmeans", *SHORT) == 0
+    assert done(tmp_path / "toy") == list(params.FOLDERS.values())[:3]
+    assert (tmp_path / "toy/02_kmeans.ipynb").exists()
 
 
 @pytest.mark.timeout(3600)
-def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp_path):
+def test_a_server_without_a_file_of_a_client_goes_from_kmeans_to_the_table(partitioned, tmp_path):
     """Server and clients in folders of their own; stopped in the middle, the same command resumes."""
     server = tmp_path / "toy"
     shutil.copytree(partitioned, server)
@@ -193,10 +194,10 @@ def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp
         for client in clients:
             node = server / deployment.FOLDER / "nodes" / client
             running.append(fedhubert(tmp_path, f"deploy client {tmp_path / client} {node}"))
-        stages = "deploy run outputs/toy params/toy.yaml kmeans pretrain"
-        assert code(tmp_path, stages, *SHORT) == 1  # pooled training needs the clients' folders
-        alone = [*SHORT, "--set", "pretrain.centralised=false", "--set", "pretrain.rounds=2"]
-        running.append(stopped := fedhubert(tmp_path, stages, *alone))
+        stages = "deploy run outputs/toy params/toy.yaml"
+        changes = "--set pretrain.centralised=false --set distill.centralised=false --set pretrain.rounds=2"
+        alone = [*SHORT, *shlex.split(changes)]
+        running.append(stopped := fedhubert(tmp_path, f"{stages} kmeans pretrain", *alone))
         while not checkpoints.rounds(server / "03_pretrain"):
             assert stopped.poll() is None
             time.sleep(0.1)
@@ -208,5 +209,14 @@ def test_the_server_of_several_machines_has_no_file_of_a_client(partitioned, tmp
             process.terminate()
         assert all(process.wait(timeout=600) is not None for process in running)
     assert [row["round"] for row in rows(server / "03_pretrain/metrics.jsonl") if row["kind"] == "round"] == [1, 2]
-    assert done(server) == list(params.FOLDERS.values())[:4]
-    assert not list(server.glob("0[123]_*/clients"))
+    assert done(server) == list(params.FOLDERS.values())
+    assert {"teacher", "student"} <= set(pd.read_csv(server / "05_evaluate" / "report.csv")["system_name"])
+    assert not list(server.glob("0[1234]_*/clients"))
+
+
+def test_pooled_training_on_a_server_without_the_clients_folders_is_refused(tmp_path):
+    """Before a round begins, and before anybody is asked."""
+    run = make(tmp_path)
+    shutil.rmtree(run / "01_partition" / "clients" / "client-000")
+    with pytest.raises(FileNotFoundError, match="centralised: false"):
+        pretraining.run(run, pretrain(engine="deployment"))

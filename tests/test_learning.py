@@ -75,16 +75,8 @@ def train(
 
     rows, part = [], steps // 10
     for number in range(10):
-        stream = batching.batches(
-            table,
-            labels,
-            seed=0,
-            round=number,
-            client="all",
-            steps=part,
-            batch_seconds=batch_seconds,
-            crop_seconds=crop_seconds,
-        )
+        recipe = batching.Recipe(batch_seconds, crop_seconds)
+        stream = batching.batches(table, labels, recipe, (0, number, "all"), part)
         schedule = {"first_step": part * number, "total_steps": steps, "seed": number}
         sums = training.local_update(module, stream, objective, settings, **schedule, optimiser=optimiser)
         rows.append(objectives.averages(sums))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fedhubert_lib import federated, hubert, planning, resources
-from fedhubert_lib.federated import pool
 
 CONFIG = hubert.preset("tiny", num_hidden_layers=1)
 GIB = 2**30
@@ -66,7 +65,7 @@ def plan(engine: str, device: str, batch_seconds: float = 16.0) -> planning.Plan
 
 def test_eight_gpus(monkeypatch):
     pretend(monkeypatch, 8, 80 * GIB)
-    assert pool.devices("cuda") == [f"cuda:{index}" for index in range(8)]
+    assert federated.devices("cuda") == [f"cuda:{index}" for index in range(8)]
     assert plan("pool", "auto").seconds == 800 * 0.5 / 8
     assert "by 8 workers" in str(plan("pool", "cuda"))
     assert plan("inprocess", "auto").seconds == plan("pool", "cuda:7").seconds == 400.0
@@ -85,7 +84,7 @@ def test_two_gpus_of_eight_gib(monkeypatch):
 def test_one_visible_gpu_or_part_of_one_is_the_first(monkeypatch, visible):
     pretend(monkeypatch, 1, 10 * GIB, visible)
     assert federated.resolve("auto") == "cuda"
-    assert pool.devices("cuda") == ["cuda:0"]
+    assert federated.devices("cuda") == ["cuda:0"]
     assert plan("pool", "auto").workers == 1
     with pytest.raises(ValueError, match=rf"sees 1 GPUs .CUDA_VISIBLE_DEVICES={visible}."):
         federated.resolve("cuda:3")
@@ -98,7 +97,7 @@ def test_no_gpu(monkeypatch):
         federated.resolve("cuda")
     with pytest.raises(ValueError, match="torch knows none of that name"):
         federated.resolve("gpu")
-    monkeypatch.setattr(pool, "devices", lambda device: ["cpu"] * 4)
+    monkeypatch.setattr(federated, "devices", lambda device: ["cpu"] * 4)
     with pytest.raises(MemoryError, match=r"4 workers' steps need 16.0 GiB, and 10.0 are free"):
         plan("pool", "cpu")
     assert plan("pool", "cpu", 8.0).workers == 4

@@ -4,22 +4,32 @@ import itertools
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Listener
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from federation import CODEBOOK, TONES, digest, make, pretrain, rows
-from flwr.app import Context, RecordDict
 from grid import InProcessGrid
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import distillation, federated, files, hubert, params, pooled, pretraining, training
-from fedhubert_lib.federated import checkpoints, handlers, local, relay, rounds, server_app
+from fedhubert_lib import (
+    checkpoints,
+    distillation,
+    federated,
+    files,
+    hubert,
+    params,
+    pooled,
+    pretraining,
+    training,
+    weights,
+)
+from fedhubert_lib.federated import flower, handlers, relay, rounds, wire
 from fedhubert_lib.federated.protocol import ClientHome
 
 
@@ -156,20 +166,22 @@ def test_pooled_training_stops_where_the_federation_did(run):
     assert done[-1] < 6 and pooled == done
 
 
-def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start():
+def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start(tmp_path):
+    """And can be saved: safetensors refuses tensors that share memory."""
     module = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "dropped": torch.nn.Linear(2, 2)})
     names = dict(module.named_parameters())
     optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
     module["used"](torch.ones(1, 2)).sum().backward()
     optimiser.step()
-    kept = local.moments(optimiser, names)
+    kept = weights.moments(optimiser, names)
     assert {name.split("/")[0] for name in kept} == set(names)
     assert kept["dropped.weight/step"] == 0 and kept["used.weight/step"] == 1
+    save_file(kept, tmp_path / "moments.safetensors")
     again = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
-    local.restore_moments(again, names, kept)
+    weights.restore_moments(again, names, kept)
     module["dropped"](module["used"](torch.ones(1, 2))).sum().backward()
     again.step()
-    assert local.moments(again, names)["dropped.weight/step"] == 1
+    assert weights.moments(again, names)["dropped.weight/step"] == 1
 
 
 @pytest.mark.slow
@@ -236,11 +248,11 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
     """Without momentum c_i - c + (x - y) / (K eta) is what the client keeps."""
     rate = 0.05
     monkeypatch.setattr(
-        local.training,
+        training,
         "adamw",
         lambda module, settings: torch.optim.SGD(module.parameters(), lr=settings.learning_rate),
     )
-    monkeypatch.setattr(local.training, "rate", lambda settings, step, total: rate)
+    monkeypatch.setattr(training, "rate", lambda settings, step, total: rate)
     config, weights = pretraining.initial(
         run, p := pretrain(server="scaffold", local_state="reset", clip_norm=1e9, learning_rate=rate)
     )
@@ -252,7 +264,7 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         labels=run / "02_kmeans/clients" / client,
         state=run / "03_pretrain/clients" / client,
     )
-    message = pretraining._client_config(run, p, config)
+    message = pretraining._message(run, p, config)
     message |= {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 100}
     change, measured = pretraining.update(home, arrays, message)
     kept = load_file(home.state / "session-a/control-000001.safetensors")
@@ -266,7 +278,7 @@ def test_clients_leave_the_servers_tensors_alone(run):
     p = pretrain()
     config, weights = pretraining.initial(run, p)
     before = digest(weights)
-    message = pretraining._client_config(run, p, config)
+    message = pretraining._message(run, p, config)
     message |= {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 6}
     with federated.connect(run) as clients:
         answers = list(clients.ask("pretrain.update", arrays=weights, config=message))
@@ -274,7 +286,7 @@ def test_clients_leave_the_servers_tensors_alone(run):
     assert len({digest(answer.arrays) for answer in answers}) == 4
 
 
-def test_centralised_training_goes_on_and_ends_with_the_same_bits(run, tmp_path, tones):
+def test_centralised_training_resumes_and_ends_with_the_same_bits(run, tmp_path, tones):
     p = pretrain()
     whole = digest(weights_of(pretraining.centralised(run, p)))
     other = tmp_path / "other"
@@ -288,16 +300,16 @@ def test_centralised_training_goes_on_and_ends_with_the_same_bits(run, tmp_path,
     assert [row["round"] for row in ledger if row["kind"] == "round"] == [1, 2, 3]
 
 
-def test_the_yardstick_has_the_federations_start_updates_and_audio(run, monkeypatch):
+def test_the_baseline_has_the_federations_start_updates_and_audio(run, monkeypatch):
     steps = []
-    original = local.training.local_update
+    original = training.local_update
 
     def counted(*arguments, **options):
         measured = original(*arguments, **options)
         steps.append((measured["steps"], measured["audio_seconds"], measured["learning_rate"]))
         return measured
 
-    monkeypatch.setattr(local.training, "local_update", counted)
+    monkeypatch.setattr(training, "local_update", counted)
     p = pretrain(batch_seconds=1.6, crop_seconds=1.6)  # one clip in each batch
     pretraining.run(run, p)
     federated_steps, steps[:] = steps[:], []
@@ -398,22 +410,22 @@ class Gathering(InProcessGrid):
 
 
 @contextmanager
-def through_the_server_app(grid: InProcessGrid) -> Iterator[relay.RelayClients]:
-    """The clients of ``grid`` over Flower's ServerApp, which a SuperLink would start."""
+def through_the_server_app(grid: InProcessGrid, ids: list[str]) -> Iterator[relay.RelayClients]:
+    """The clients of ``grid`` over the ServerApp's function, which Flower would call in a process of its own."""
     with (
-        tempfile.TemporaryDirectory() as folder,
+        wire.folder() as folder,
         Listener(f"{folder}/relay", family="AF_UNIX") as listener,
         ThreadPoolExecutor(1) as pool,
     ):
-        ended = pool.submit(server_app.app, grid, Context(1, 1, {}, RecordDict(), {"socket": listener.address}))
+        ended = pool.submit(flower.main, grid, SimpleNamespace(run_config={"socket": listener.address}))
         with listener.accept() as pipe:
-            clients = relay.RelayClients(pipe, list(grid.nodes))
+            clients = relay.RelayClients(pipe, ids, folder)
             yield clients
             clients.end()
-            ended.result(timeout=600)
+            ended.result(timeout=60)
 
 
-def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path):
+def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path, monkeypatch):
     p = pretrain()
     small = {"rounds": 1, "cohort": 2, "local_steps": 1, "batch_seconds": 4.0, "crop_seconds": 1.5, "layers": 1}
     student = params.Distill(**small, hidden_size=96, device="cpu", precision="float32", send_teacher=True)
@@ -423,15 +435,17 @@ def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path):
     other.mkdir()
     for name in ("01_partition", "02_kmeans"):
         (other / name).symlink_to(tones / name)
-    with through_the_server_app(InProcessGrid(other, federated.client_ids(other), "cpu")) as clients:
-        assert digest(weights_of(pretraining.federate(other, p, clients))) == expected
+    ids = federated.client_ids(other)
+    with through_the_server_app(InProcessGrid(other, ids, monkeypatch), ids) as clients:
+        assert digest(weights_of(pretraining.run(other, p, clients=clients))) == expected
         assert digest(weights_of(distillation.federate(other, student, clients))) == distilled
 
 
-def test_the_server_app_goes_on_without_a_late_client_and_welcomes_it(run, monkeypatch):
-    monkeypatch.setattr(server_app, "WAIT_SECONDS", 0.03)
-    with through_the_server_app(Gathering(run, federated.client_ids(run), "cpu")) as clients:
-        pretraining.federate(run, pretrain(cohort=4, rounds=4), clients)
+def test_the_server_app_resumes_without_a_late_client_and_welcomes_it(run, monkeypatch):
+    monkeypatch.setattr(flower, "WAIT_SECONDS", 0.03)
+    ids = federated.client_ids(run)
+    with through_the_server_app(Gathering(run, ids, monkeypatch), ids) as clients:
+        pretraining.run(run, pretrain(cohort=4, rounds=4), clients=clients)
     ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
     absent = {row["round"] for row in ledger if row["kind"] == "failure" and row["reason"] == "not connected"}
     present = {row["round"] for row in ledger if row["kind"] == "client" and row["client"] == "client-003"}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedhubert_lib import params, pretraining, privacy, secure, seeds
-from fedhubert_lib.federated import client_ids, handlers
+from fedhubert_lib import params, pretraining, seeds
+from fedhubert_lib.federated import accounting, client_ids, handlers, privacy, secure
 from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import ClientHome, Failure
 
@@ -43,7 +43,7 @@ def test_the_mean_is_that_of_the_updates(tmp_path):
     sent = masked(tmp_path, public_keys(tmp_path))
     collector = secure.Sum(update(CLIENTS[0]), secure.scale(P, 1.0, 4))
     for client in reversed(CLIENTS):  # any order gives the same integers
-        secure.check(sent[client], update(client))
+        collector.norm(sent[client], update(client))
         collector.add(sent[client], 1.0)
     mean = collector.result()
     for name, value in mean.items():
@@ -93,7 +93,7 @@ def test_malformed_answers_are_refused():
     like = {"weight": torch.zeros(3)}
     for wrong in ({}, {"weight": torch.zeros(3)}, {"weight": torch.zeros(4, dtype=torch.int32)}):
         with pytest.raises(UpdateError):
-            secure.check(wrong, like)
+            secure.Sum(like, 1.0).norm(wrong, like)
 
 
 def final(run: Path, rows: list[dict], **changes) -> dict[str, torch.Tensor]:
@@ -123,10 +123,10 @@ def test_private_rounds_of_too_few_for_a_sum_are_rounds_of_noise(tmp_path):
     final(run, rows, secure_aggregation=True, rounds=8, validate_every=8, **private)
     done = [row for row in rows if row["kind"] == "round"]
     drawn = [privacy.poisson_cohort(client_ids(run), 3, 0, number, 0) for number in range(1, 9)]
-    assert min(map(len, drawn)) < secure.FEWEST <= max(map(len, drawn))
-    assert [row["clients"] for row in done] == [len(c) if len(c) >= secure.FEWEST else 0 for c in drawn]
+    assert min(map(len, drawn)) < privacy.SMALLEST_SUM <= max(map(len, drawn))
+    assert [row["clients"] for row in done] == [len(c) if len(c) >= privacy.SMALLEST_SUM else 0 for c in drawn]
     assert not [row for row in rows if row["kind"] == "failure"]
-    assert done[-1]["epsilon"] == privacy.epsilon([(3 / 4, 0.5, 8)], 1e-5)
+    assert done[-1]["epsilon"] == accounting.epsilon([(3 / 4, 0.5, 8)], 1e-5)
 
 
 def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
-"""The worker engines' hand-over: tensors in shared memory."""
+"""The worker engines' hand-over, and how many workers a machine has."""
 
 import pytest
 import torch
 
-from fedhubert_lib.federated import pool
+from fedhubert_lib import federated
+from fedhubert_lib.federated import wire
+from fedhubert_lib.federated.protocol import Failure, Reply
 
 
 def arrays() -> dict[str, torch.Tensor]:
@@ -20,28 +22,36 @@ def arrays() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("content", [{}, arrays()], ids=["empty", "all dtypes"])
-def test_a_parcel_arrives_as_it_was(content):
-    parcel = pool.Parcel(content)
-    received = pool.read(parcel.address)
+def test_a_message_arrives_as_it_was(content, tmp_path):
+    wire.write(tmp_path / "message", {"action": "identify", "config": {"a": [1, None]}}, content)
+    header, received = wire.read(tmp_path / "message")
+    assert header == {"action": "identify", "config": {"a": [1, None]}}
     assert list(received) == list(content)
     for name, tensor in content.items():
         assert received[name].dtype == tensor.dtype
         assert torch.equal(received[name], tensor)
 
 
-def test_readers_cannot_change_each_others_tensors_and_outlive_the_parcel():
-    parcel = pool.Parcel({"weight": torch.ones(1000)})
-    first, second = pool.read(parcel.address), pool.read(parcel.address)
+def test_readers_cannot_change_each_others_tensors_which_outlive_the_file(tmp_path):
+    path = tmp_path / "message"
+    wire.write(path, {}, {"weight": torch.ones(1000)})
+    (_, first), (_, second) = wire.read(path), wire.read(path)
+    path.unlink()
     first["weight"].zero_()
     assert second["weight"].sum() == 1000
-    del parcel
-    assert second["weight"].sum() == 1000
+
+
+@pytest.mark.parametrize("answer", [Failure("a", "gone"), Reply("a", {}, {"seconds": 1.0})])
+def test_an_answer_is_read_once(answer, tmp_path):
+    wire.write_answer(tmp_path / "answer", answer)
+    assert wire.read_answer(tmp_path / "answer") == answer
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_worker_per_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert pool.devices("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
-    assert pool.devices("cuda:1") == ["cuda:1"]
-    assert pool.devices("cpu") == ["cpu"] * 4
+    assert federated.devices("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert federated.devices("cuda:1") == ["cuda:1"]
+    assert federated.devices("cpu") == ["cpu"] * 4

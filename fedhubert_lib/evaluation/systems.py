@@ -9,10 +9,9 @@ import numpy as np
 import torch
 import yaml
 
-from fedhubert_lib import files, hubert
+from fedhubert_lib import checkpoints, files, hubert
 from fedhubert_lib.evaluation import encoders
 from fedhubert_lib.evaluation.encoders import Encoder
-from fedhubert_lib.federated import checkpoints
 
 CHECKPOINTS = {
     "teacher": ("federated teacher", "03_pretrain/checkpoint"),

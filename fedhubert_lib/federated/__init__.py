@@ -1,5 +1,6 @@
-"""Federated training and clustering over clients that never share audio: one client app, one server app, engines."""
+"""Federated training and clustering over clients that never share audio: rounds, hooks, engines."""
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ import pandas as pd
 import torch
 
 from fedhubert_lib.federated.protocol import Clients
+from fedhubert_lib.threads import cores
+
+ENGINES = ("inprocess", "pool", "ray", "deployment")
+"""Modules that deliver messages, each with a ``connect``."""
 
 
 def client_ids(run: Path, codebook: str = "") -> list[str]:
@@ -42,13 +47,23 @@ def resolve(device: str) -> str:
     return device
 
 
-def side_by_side(engine: str, device: str) -> int:
-    """How many clients train side by side: one on each device or share of the cores with engine ``pool``, else one."""
-    if engine != "pool":
-        return 1
-    from fedhubert_lib.federated import pool
+def devices(device: str) -> list[str]:
+    """The device of each worker of engine ``pool``: every GPU for ``cuda``, one for ``cuda:N``, and ``cpu`` as often as
+    the cores hold.
 
-    return len(pool.devices(resolve(device)))
+    On a CPU each worker takes as many threads as this process (torch.get_num_threads), since sums split over another
+    number round differently: set OMP_NUM_THREADS=1 for as many workers as cores.
+    """
+    if device == "cuda":
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "cpu":
+        return ["cpu"] * max(1, cores() // torch.get_num_threads())
+    return [device]
+
+
+def side_by_side(engine: str, device: str) -> int:
+    """Clients that train side by side on this machine: with engine ``pool`` one on each of ``devices``, else one."""
+    return len(devices(resolve(device))) if engine == "pool" else 1
 
 
 @contextmanager
@@ -58,28 +73,11 @@ def connect(run: Path, engine: str = "inprocess", device: str = "cpu", codebook:
     ``device`` is where clients compute (``auto``, ``cpu``, ``cuda:0`` ...). Raises FileNotFoundError when 01_partition
     has not been written.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r}: not one of {', '.join(ENGINES)}")
     ids = client_ids(run, codebook)
     if engine != "ray" or device == "auto":  # a Ray cluster may have other devices than this machine
         device = resolve(device)
-    if engine == "inprocess":
-        from fedhubert_lib.federated import inprocess
-
-        with inprocess.connect(run, ids, device) as clients:
-            yield clients
-    elif engine == "pool":
-        from fedhubert_lib.federated import pool
-
-        with pool.connect(run, ids, device) as clients:
-            yield clients
-    elif engine == "ray":
-        from fedhubert_lib.federated import ray
-
-        with ray.connect(run, ids, device) as clients:
-            yield clients
-    elif engine == "deployment":
-        from fedhubert_lib.federated import deployment
-
-        with deployment.connect(run, ids) as clients:
-            yield clients
-    else:
-        raise ValueError(f"engine {engine!r}: not one of inprocess, pool, ray, deployment")
+    chosen = importlib.import_module(f"fedhubert_lib.federated.{engine}")  # Ray, and Flower, only where chosen
+    with chosen.connect(run, ids, device) as clients:
+        yield clients

@@ -1,15 +1,14 @@
 """The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to connect a stage to them.
 
-``prepare`` writes all that the machines need into one folder: a certificate authority of the federation's own, the
-server's certificate, a key per client, Flower's configuration, and a Flower app that only imports this library. Nodes
-check the server's certificate; the server lets in only nodes whose keys were registered.
+``prepare`` writes all that the machines need into one folder: the server's certificate, a key per client, Flower's
+configuration, and a Flower app that only imports this library. Nodes trust the server's certificate and no other; the
+server lets in only nodes whose keys were registered.
 
-    federation/federation.json, ca/ca.key (stays offline), app/, flower/config.toml
-    federation/server/    ca.pem server.pem server.key         the server's machine
-    federation/nodes/CID/ ca.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
+    federation/federation.json, app/, flower/config.toml, server/server.pem, server/server.key
+    federation/nodes/CID/ server.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
 
 The SuperLink keeps its state in memory. Its database option is not used: in Flower 1.41, clients that answer together
-meet a locked SQLite file, and the answers are lost. Keys are registered anew at each start, checkpoints hold the rest.
+meet a locked SQLite file, and the answers are lost. Keys are registered anew at each start; checkpoints hold the rest.
 """
 
 import contextlib
@@ -19,7 +18,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +28,11 @@ from typing import Any, NoReturn
 import psutil
 
 from fedhubert_lib import files
-from fedhubert_lib.federated import keys, relay
+from fedhubert_lib.federated import keys, relay, wire
 from fedhubert_lib.federated.protocol import Clients
 
 FOLDER = "federation"
-"""Where a run keeps it."""
+"""Its place in a run folder."""
 CONNECTION = "fedhubert"
 PORT = 9092
 REGISTERED = "flower/registered.jsonl"
@@ -42,8 +40,11 @@ REGISTERED = "flower/registered.jsonl"
 START_SECONDS = 180
 AGAIN_SECONDS = 10
 
+RECORDS = ("00_corpus/done.json", "01_partition/done.json", "01_partition/clients.parquet")
+"""The parts of 00 and 01 that a server needs, beside the public speech and keywords that 05 reads."""
+
 LOOPBACK = "localhost,127.0.0.1,::1"
-"""What no proxy is asked for, whatever the environment says of proxies."""
+"""Addresses that no proxy is asked for, whatever the environment says of proxies."""
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -52,43 +53,32 @@ QUIET = {
 }
 
 _PROJECT = """\
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
 [project]
 name = "fedhubert-app"
-description = "The shim that Flower carries"
 version = "1.0.0"
+description = "The shim that Flower carries"
 license = "Apache-2.0"
-dependencies = []
 
 [tool.flwr.app]
 publisher = "fedhubert"
-
-[tool.flwr.app.components]
-serverapp = "fedhubert_app:server"
-clientapp = "fedhubert_app:client"
-
-[tool.flwr.app.config]
-socket = ""
+components = {serverapp = "fedhubert_app:server", clientapp = "fedhubert_app:client"}
+config = {socket = ""}
 """
 
 _APP = '''\
 """What Flower carries to every machine; the code itself is the library that is installed there."""
 
-from fedhubert_lib.federated.client_app import app as client
-from fedhubert_lib.federated.server_app import app as server
+from fedhubert_lib.federated.flower import client, server
 
 __all__ = ["client", "server"]
 '''
 
 
 class DeploymentError(ChildProcessError):
-    """A SuperLink, SuperNode or run that did not do its work; the text ends with what it said."""
+    """A SuperLink, SuperNode or run that failed; the text ends with its output."""
 
 
-# --------------------------------------------------------------------------------------------------- what machines need
+# -------------------------------------------------------------------------------------------------- files for machines
 
 
 def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port: int = PORT) -> None:
@@ -100,13 +90,15 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
     folder = folder.resolve()
     if (folder / "federation.json").exists():
         raise FileExistsError(f"{folder}: has keys already; add a client with add_client, or delete the folder")
-    ca, ca_key = keys.authority(folder / "ca")
     # Flower's own processes on the server's machine come by its loopback address.
-    keys.server(folder / "server", ca, ca_key, list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
+    keys.server(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
+    certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
+    config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:{port}"\n'
+    config += f"root-certificates = {certificate}\n"
     for path, content in {
         "app/pyproject.toml": _PROJECT,
         "app/fedhubert_app.py": _APP,
-        "flower/config.toml": _flower_config(folder, host, port),
+        "flower/config.toml": config,
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(content, encoding="utf-8")
@@ -121,16 +113,8 @@ def add_client(folder: Path, client: str) -> None:
     if node.exists():
         raise FileExistsError(f"{node}: this client has its key already")
     keys.node(node)
-    shutil.copy(folder / "ca" / "ca.pem", node / "ca.pem")
+    shutil.copy(folder / "server" / "server.pem", node)
     files.write_json(node / "node.json", {"client": client, **_address(folder)})
-
-
-def _flower_config(folder: Path, host: str, port: int) -> str:
-    certificate = json.dumps(str(folder / "ca" / "ca.pem"))  # a JSON string is a TOML string
-    return (
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-        f'[superlink.{CONNECTION}]\naddress = "{host}:{port}"\nroot-certificates = {certificate}\n'
-    )
 
 
 def _address(folder: Path) -> dict[str, Any]:
@@ -144,12 +128,12 @@ def _address(folder: Path) -> dict[str, Any]:
 
 
 def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
-    """The command of the server's SuperLink. ``bind`` is the address to listen on; default: the host's own, or all
+    """The command of the server's SuperLink. ``bind`` is the address to listen on; default: the host's, or all
     where nodes reach it by name."""
     where, server = _address(folder), folder / "server"
     return [
         *_program("flower-superlink"),
-        *("--ssl-ca-certfile", str(server / "ca.pem")),
+        *("--ssl-ca-certfile", str(server / "server.pem")),
         *("--ssl-certfile", str(server / "server.pem")),
         *("--ssl-keyfile", str(server / "server.key")),
         "--enable-supernode-auth",
@@ -166,7 +150,7 @@ def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0)
     settings = {"client": about["client"], "run": str(run.resolve()), "device": device}
     return [
         *_program("flower-supernode"),
-        *("--root-certificates", str(node / "ca.pem")),
+        *("--root-certificates", str(node / "server.pem")),
         *("--superlink", f"{about['host']}:{about['port']}"),
         *("--auth-supernode-private-key", str(node / "node.key")),
         *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
@@ -177,14 +161,39 @@ def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0)
 
 def serve(folder: Path, bind: str | None = None) -> int:
     """Run the SuperLink, all prepared keys registered, until it or this process is stopped; return its exit code."""
+    with _superlink(folder, bind) as process:
+        return process.wait()
+
+
+@contextlib.contextmanager
+def local(folder: Path, run: Path, device: str = "cpu") -> Iterator[None]:
+    """The whole federation on this machine: a SuperLink and a SuperNode per client, until the ``with`` block ends."""
+    nodes: list[subprocess.Popen] = []
+    with _superlink(folder, log=folder / "logs" / "superlink.log"):
+        try:
+            for node in sorted((folder / "nodes").iterdir()):
+                log = folder / "logs" / f"{node.name}.log"
+                nodes.append(_start(supernode_command(node, run, device), node, log))
+            yield
+        finally:
+            _end(nodes)
+
+
+@contextlib.contextmanager
+def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -> Iterator[subprocess.Popen]:
+    """A SuperLink that listens, with all prepared keys registered. Raises DeploymentError when it does not start."""
     (folder / REGISTERED).unlink(missing_ok=True)
-    superlink = subprocess.Popen(superlink_command(folder, bind), env=environment(folder))
+    process = _start(superlink_command(folder, bind), folder, log)
     try:
-        wait_listening(folder, superlink)
+        address, deadline = _address(folder), time.monotonic() + START_SECONDS
+        while not _listens(address):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise DeploymentError(f"the SuperLink did not start.{_tail(log)}")
+            time.sleep(0.2)
         register(folder)
-        return superlink.wait()
+        yield process
     finally:
-        _end([superlink])
+        _end([process])
 
 
 def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
@@ -193,7 +202,7 @@ def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
     A server that was restarted knows its key, not its session.
     """
     while True:
-        supernode = subprocess.Popen(supernode_command(node, run, device), env=environment(node))
+        supernode = _start(supernode_command(node, run, device), node)
         try:
             code = supernode.wait()
         finally:
@@ -245,46 +254,62 @@ def flwr(folder: Path, *arguments: str) -> str:
     command = [*_program("flwr"), *arguments]
     done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DeploymentError(f"flwr {' '.join(arguments)}: failed. It said:\n{done.stdout}{done.stderr}")
+        raise DeploymentError(f"flwr {' '.join(arguments)}: failed:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
 @contextlib.contextmanager
-def connect(run: Path, clients: Sequence[str]) -> Iterator[Clients]:
+def connect(run: Path, clients: Sequence[str], device: str = "") -> Iterator[Clients]:
     """The ``clients`` of the federation that was prepared in ``run``, over its running SuperLink: ``flwr run``.
 
-    Raises DeploymentError where no SuperLink listens, no client connects, or Flower's part ends too early.
+    Their nodes choose the device. Raises DeploymentError where no SuperLink listens, no client connects, or Flower's
+    part ends too early.
     """
     folder = run / FOLDER
     check(run)
     log = folder / "logs" / "flwr-run.log"
-    with tempfile.TemporaryDirectory(prefix="fedhubert-") as scratch, socket.socket(socket.AF_UNIX) as listener:
-        address = f"{scratch}/relay"  # not in the run folder: such addresses have 107 characters at most
+    with wire.folder() as scratch, socket.socket(socket.AF_UNIX) as listener:
+        address = str(scratch / "relay")  # not in the run folder: such addresses have 107 characters at most
         listener.bind(address)
         listener.listen()
         command = ["run", str(folder / "app"), CONNECTION, "--stream", "--run-config", f"socket={json.dumps(address)}"]
         process = _start([*_program("flwr"), *command], folder, log)
         try:
             with _accept(listener, process, log) as pipe:
-                relayed = relay.RelayClients(pipe, clients)
+                relayed = relay.RelayClients(pipe, clients, scratch)
                 yield relayed
                 relayed.end()
         except ConnectionError as error:
-            raise DeploymentError(f"{error}; the same command resumes. {log} ends:\n{_tail(log)}") from error
+            raise DeploymentError(f"{error}; the same command resumes.{_tail(log)}") from error
         finally:
             _end([process])
 
 
 def check(run: Path) -> None:
     """Raise DeploymentError, or FileNotFoundError, unless a SuperLink of the federation of ``run`` listens."""
-    where = _address(run / FOLDER)
-    try:
-        socket.create_connection((where["host"], where["port"]), timeout=10).close()
-    except OSError as error:
+    address = _address(run / FOLDER)
+    if not _listens(address):
         raise DeploymentError(
-            f"{where['host']}:{where['port']}: no SuperLink answers ({error}); start it with `fedhubert deploy server "
-            f"{run}`, and the clients with `fedhubert deploy client`"
-        ) from error
+            f"{address['host']}:{address['port']}: no SuperLink answers; start it with `fedhubert deploy server {run}`,"
+            " and the clients with `fedhubert deploy client`"
+        )
+
+
+def check_records(run: Path) -> None:
+    """Raise DeploymentError unless ``run`` has what a server needs of 00_corpus and 01_partition."""
+    if missing := [name for name in RECORDS if not (run / name).exists()]:
+        raise DeploymentError(
+            f"{run}: a server needs {', '.join(missing)}; run `fedhubert run STUDY --until partition` there, or copy"
+            " 00_corpus and 01_partition (without its clients/) from the site that made the partition"
+        )
+
+
+def _listens(address: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((address["host"], address["port"]), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _accept(listener: socket.socket, process: subprocess.Popen, log: Path) -> Connection:
@@ -297,39 +322,13 @@ def _accept(listener: socket.socket, process: subprocess.Popen, log: Path) -> Co
             accepted.setblocking(True)
             return Connection(accepted.detach())
         if process.poll() is not None or time.monotonic() > deadline:
-            raise DeploymentError(f"flwr run did not start the ServerApp. It said:\n{_tail(log)}")
+            raise DeploymentError(f"flwr run did not start the ServerApp.{_tail(log)}")
 
 
-@contextlib.contextmanager
-def local(folder: Path, run: Path, device: str = "cpu") -> Iterator[None]:
-    """The whole federation on this machine: a SuperLink and a SuperNode per client, until the ``with`` block ends."""
-    logs, processes = folder / "logs", []
-    (folder / REGISTERED).unlink(missing_ok=True)
-    try:
-        processes.append(superlink := _start(superlink_command(folder), folder, logs / "superlink.log"))
-        wait_listening(folder, superlink)
-        register(folder)
-        for node in sorted((folder / "nodes").iterdir()):
-            command = supernode_command(node, run, device)
-            processes.append(_start(command, node, logs / f"{node.name}.log"))
-        yield
-    finally:
-        _end(processes)
-
-
-def wait_listening(folder: Path, superlink: subprocess.Popen, seconds: float = START_SECONDS) -> None:
-    """Wait until the SuperLink takes connections. Raises DeploymentError when it ends or is not there in time."""
-    where, deadline = _address(folder), time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection((where["host"], where["port"]), timeout=1):
-            return
-        if superlink.poll() is not None or time.monotonic() > deadline:
-            raise DeploymentError("the SuperLink did not start; what it said (or logs/superlink.log) says why")
-        time.sleep(0.2)
-
-
-def _start(command: Sequence[str], home: Path, log: Path) -> subprocess.Popen:
-    """Start a Flower program; Ctrl-C is for this process, which then ends it."""
+def _start(command: Sequence[str], home: Path, log: Path | None = None) -> subprocess.Popen:
+    """Start a Flower program; its output goes to ``log``, and Ctrl-C is for this process, which then ends it."""
+    if log is None:
+        return subprocess.Popen(command, env=environment(home))
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as stream:
         return subprocess.Popen(
@@ -359,5 +358,5 @@ def _end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
         process.wait()
 
 
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")[-3000:]
+def _tail(log: Path | None) -> str:
+    return f" {log} ends:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}" if log else ""

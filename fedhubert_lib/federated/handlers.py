@@ -60,7 +60,7 @@ def home(run: Path, client: str, action: str, device: str, simulated: bool) -> C
 
 
 def answer(home: ClientHome, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Reply | Failure:
-    """What the handler of ``action`` answers. What it raises becomes a Failure: the round goes on."""
+    """The answer of the handler of ``action``. What it raises becomes a Failure: the round continues."""
     try:
         if action not in HANDLERS and (module := MODULES.get(action.partition(".")[0])):
             importlib.import_module(f"fedhubert_lib.{module}")

@@ -1,14 +1,16 @@
-"""What a client and the server say to each other, whatever carries it.
+"""Messages between a client and the server, whatever carries them.
 
 Client code is a set of handlers, ``handler(home, arrays, config) -> (arrays, metrics)``: it reads its own folder and
 the message, nothing else. Server code is a set of algorithms over ``Clients``: it sees replies, never a file of a
 client.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -16,9 +18,14 @@ Arrays = dict[str, Tensor]
 """Named CPU tensors: model parameters, cluster sums and counts. Never audio, features, labels or file names."""
 
 
+def size(arrays: Mapping[str, Tensor]) -> int:
+    """Bytes of ``arrays``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
+
+
 @dataclass(frozen=True)
 class ClientHome:
-    """Where one client keeps what is its own."""
+    """The folders of one client, and where it computes."""
 
     client: str
     data: Path
@@ -35,7 +42,7 @@ class ClientHome:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sends back: tensors, and scalars for the ledger."""
+    """A client's answer: tensors, and scalars for the ledger."""
 
     client: str
     arrays: Arrays = field(default_factory=dict)
@@ -50,11 +57,29 @@ class Failure:
     reason: str
 
 
-class Clients(Protocol):
-    """The clients of a federation, as the server's algorithms see them. Engines implement it."""
+@dataclass(frozen=True)
+class Request:
+    """One message to some clients."""
 
-    ids: Sequence[str]
-    """Client ids, sorted."""
+    action: str
+    arrays: Arrays
+    config: dict[str, Any]
+    clients: Sequence[str]
+    """Sorted."""
+    timeout: float | None
+
+
+class Clients(ABC):
+    """The clients of a federation, as the server's algorithms see them. Engines say how answers come about."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids: Sequence[str] = sorted(ids)
+        """Client ids, sorted."""
+        self._last: Generator[Reply | Failure] = (answer for answer in ())
+
+    @abstractmethod
+    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+        """The answers of ``request.clients``, all of them among ``ids``, in their order."""
 
     def ask(
         self,
@@ -68,6 +93,16 @@ class Clients(Protocol):
         """Send one message to ``clients`` (default: all) and yield one answer each, in sorted order of client id.
 
         Yields as soon as the next in order is there, so that the server holds few replies at a time. ``config`` is
-        JSON-like. An answer later than ``timeout`` seconds is a Failure.
+        JSON-like. An answer later than ``timeout`` seconds is a Failure. A new request ends the last one.
         """
-        ...
+        self._last.close()
+        tensors = {name: tensor.detach() for name, tensor in (arrays or {}).items()}
+        asked = sorted(self.ids if clients is None else clients)
+        self._last = self._in_order(Request(action, tensors, dict(config or {}), asked, timeout))
+        return self._last
+
+    def _in_order(self, request: Request) -> Generator[Reply | Failure]:
+        known = [client for client in request.clients if client in self.ids]
+        with contextlib.closing(iter(self.answers(replace(request, clients=known)))) as answers:
+            for client in request.clients:
+                yield next(answers) if client in self.ids else Failure(client, "not connected")

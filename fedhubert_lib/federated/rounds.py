@@ -1,11 +1,21 @@
-"""Federated training, round by round: draw a cohort, ask, collect, step, save. Pretraining and distillation share it.
+"""Federated training, round by round. Pretraining and distillation share it; ``run`` is all of it:
+
+    with serving(clients, p, task, weights, out) as server:
+        for round in server.rounds():
+            cohort = round.draw()
+            replies = round.ask(cohort)
+            update = round.collect(replies)
+            if update is not None:  # enough clients gave a usable update
+                round.step(update)
+                round.save()
 
 The server knows clients through ``protocol.Clients`` only. Every draw comes from (seed, round), updates are added in
-the order of client ids, and each round ends with a checkpoint: a run that is killed goes on and ends with the same
-weights.
+the order of client ids, and each round ends with a checkpoint: a run that is killed resumes and ends with the same
+weights. What a study adds to this (SCAFFOLD, privacy, secure aggregation, compression, robust means) are ``hooks``.
 """
 
-import functools
+import itertools
+import logging
 import math
 import statistics
 import time
@@ -13,27 +23,39 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from fedhubert_lib import identity, params, privacy, resources, secure, seeds
-from fedhubert_lib.federated import checkpoints, optimisers
-from fedhubert_lib.federated.collecting import Collected, fail, size
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure
+from fedhubert_lib import checkpoints, resources, seeds
+from fedhubert_lib.audio import HOP, SAMPLE_RATE
+from fedhubert_lib.federated import compression, optimisers, privacy, robust, scaffold, secure
+from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
 from fedhubert_lib.params import Federation
 
 ATTEMPTS = 3
-"""Times that a round below its quorum is tried before the run stops."""
-ACCOUNT = "privacy.jsonl"
-"""What a private run has spent: ``privacy.Account``."""
+"""Attempts at a round below its quorum before the run stops."""
+METRICS = frozenset({"objective_count", "audio_seconds", "seconds", "learning_rate"})
+"""Metrics of every client's update, unless the server is not trusted with them."""
+
+HOOKS: list[tuple[type[Hook], Callable[[Federation], bool]]] = [
+    (compression.Decoding, lambda p: p.compression != "none"),
+    (secure.Summing, lambda p: p.secure_aggregation),
+    (privacy.Bounding, lambda p: p.privacy != "none"),
+    (scaffold.Control, lambda p: p.server == "scaffold"),
+    (robust.SortedUpdates, lambda p: p.server in ("trimmed-mean", "median")),
+]
+"""The server's half of each hook, and whether a study chooses it."""
+
+logger = logging.getLogger(__name__)
 
 
 class QuorumError(RuntimeError):
-    """Too few clients gave a usable update, several times over. The same command goes on from there."""
+    """Too few clients gave a usable update, several times over. The same command tries again."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +65,29 @@ class Task:
     name: str
     """Clients are asked for NAME.update and NAME.validate, and NAME.keys for secure aggregation."""
     config: Mapping[str, Any]
-    """Sent with each message, JSON-like; the loop adds round, session, durable and clip."""
+    """Sent with each message, JSON-like; the loop adds round, session and durable."""
     averages: Callable[[Mapping[str, float]], dict[str, float]]
-    """From added-up metrics of clients to what a row shows: loss (lower is better) and others."""
+    """From added-up metrics of clients to the columns of a row: loss (lower is better) and others."""
     documents: Mapping[str, str] = field(default_factory=dict)
     """Small files that belong beside the weights, by name."""
 
 
 def sized(p: Federation, clients: int) -> Federation:
-    """``p`` with the cohort that its share of ``clients`` clients is, within cohort_minimum and cohort."""
+    """``p`` with ``cohort_share`` of ``clients`` clients as its cohort, within cohort_minimum and cohort."""
     if p.cohort_share == 1:
         return p
-    size = max(p.cohort_minimum, min(p.cohort, round(p.cohort_share * clients)))
-    return p.model_copy(update={"cohort": size, "cohort_share": 1.0})
+    count = max(p.cohort_minimum, min(p.cohort, round(p.cohort_share * clients)))
+    return p.model_copy(update={"cohort": count, "cohort_share": 1.0})
 
 
-def cohort(ids: Sequence[str], size: int, seed: int, number: int, attempt: int = 0) -> list[str]:
+def cohort(ids: Sequence[str], count: int, seed: int, number: int, attempt: int = 0) -> list[str]:
     """The clients of round ``number``, sorted: drawn by client id without replacement, again for each attempt."""
-    if size > len(ids):
+    if count > len(ids):
         raise ValueError(
-            f"a cohort of {size} cannot be drawn from {len(ids)} clients; set cohort to {len(ids)} or less"
+            f"a cohort of {count} cannot be drawn from {len(ids)} clients; set cohort to {len(ids)} or less"
         )
     generator = seeds.numpy_generator(seed, number, "cohort", attempt)
-    return sorted(generator.choice(sorted(ids), size, replace=False).tolist())
-
-
-def decisive(p: Federation) -> dict[str, Any]:
-    """The parameters that must not change when training resumes: not where it runs, nor where a checkpoint lies."""
-    return p.model_dump(mode="json", exclude={*identity.HOW, *identity.ADDITIONS, *params.places(p)})
+    return sorted(generator.choice(sorted(ids), count, replace=False).tolist())
 
 
 def panel(ids: Sequence[str], p: Federation) -> list[str]:
@@ -78,25 +95,35 @@ def panel(ids: Sequence[str], p: Federation) -> list[str]:
     return cohort(ids, p.cohort, p.seed, 0)
 
 
-def train(
-    clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None = None
-) -> tuple[Arrays, Path]:
-    """Train ``weights`` (float32 CPU, changed in place) for ``p.rounds`` rounds, or resume where ``out`` stands.
+def run(server: "Server") -> None:
+    """All rounds that are left."""
+    for round in server.rounds():
+        cohort = round.draw()
+        replies = round.ask(cohort)
+        update = round.collect(replies)
+        if update is not None:
+            round.step(update)
+            round.save()
 
-    Writes ``out/metrics.jsonl`` and ``out/checkpoints``; returns the last weights and the folder of the best round.
-    ``on_row`` sees each row as it is written. Raises QuorumError when a round fails ``ATTEMPTS`` times; ValueError when
-    ``out`` holds a run with other parameters. A KeyboardInterrupt at any moment leaves a state to resume from.
+
+@contextmanager
+def serving(
+    clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None = None
+) -> Iterator["Server"]:
+    """The server of a training of ``weights`` (float32 CPU, changed in place), or of the one that ``out`` holds.
+
+    Writes ``out/metrics.jsonl``, of which ``on_row`` sees each row as it is written, and ``out/checkpoints``. Raises
+    CheckpointError when ``out`` holds a run with other parameters, RuntimeError when another process trains there. A
+    KeyboardInterrupt at any moment leaves a state to resume from.
     """
     with checkpoints.sole(out), ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
-        server = _Server(clients, p, task, weights, out, on_row, writer)
-        for _ in server.rounds():
-            pass
+        server = Server(clients, p, task, weights, out, on_row, writer)
+        yield server
         server.settle()
-        return server.weights, checkpoints.path(out, server.state["best_round"])
 
 
-class _Server:
-    """One run of ``train``: what the server holds between its rounds."""
+class Server:
+    """What the server holds between rounds: the weights, the tensors of its optimiser and hooks, and the ledger."""
 
     def __init__(
         self,
@@ -109,270 +136,272 @@ class _Server:
         writer: ThreadPoolExecutor,
     ) -> None:
         self.clients, self.p, self.task, self.out, self.writer = clients, p, task, out, writer
-        self.weights = weights
-        self.control = (
-            {optimisers.CONTROL + n: torch.zeros_like(w) for n, w in weights.items()} if self.scaffold else {}
-        )
+        self.weights, self.tensors = weights, optimisers.moments(p, weights)
+        settings = {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}
         self.state: dict[str, Any] = {
             "round": 0,
             "session": uuid.uuid4().hex,
             "reference_norm": None,
-            "clip": p.privacy_clip,
-            "settings": _settings(clients, p, task),
+            "settings": checkpoints.decisive(p) | settings,
             **checkpoints.UNJUDGED,
         }
-        if (saved := checkpoints.resume(out, self.state["settings"], self.scaffold)) is not None:
-            # In the order of a fresh start, which a file does not keep: sums over tensors then round alike.
-            self.weights = {name: saved[0][name] for name in self.weights}
-            self.control = {name: saved[1][name] for name in self.control}
-            self.state |= saved[2]
-        self.meter = resources.Meter(p.device)
-        self.saving: Future[None] | None = None
+        plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
+        self.plan = plan | {"parameters": sum(tensor.numel() for tensor in weights.values())}
+        # What hooks may change:
+        self.bounded = False
+        """Whether the norm of every update is bounded: outliers are then not left out."""
+        self.trusted = True
+        """Whether clients send metrics, and validate."""
+        self.judging = True
+        """Whether the best round, by its loss, is kept beside the last."""
+        self.metrics = METRICS
+        self.hooks = [hook(self) for hook, chosen in HOOKS if chosen(p)]
+        saved = checkpoints.resume(out, self.state["settings"], self.weights, self.tensors)
+        if saved is not None:
+            self.weights, self.tensors, state = saved
+            self.state |= state
         self.durable = self.state["round"]
         """The last round that is on disk."""
-        self.moments = self.saved_moments()
-        plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
-        plan["parameters"] = sum(tensor.numel() for tensor in self.weights.values())
-        if self.private:
-            plan["privacy"] = privacy.label(p)
-        self.ledger = checkpoints.Ledger(out, self.durable, plan, on_row)
-        self.attempt = self.ledger.failed_attempts
-        """Draws of the next round that gave no quorum, in earlier starts, too: none is made twice."""
-        if self.private:
-            self.account = privacy.Account(p, out / ACCOUNT, (self.durable + 1, self.attempt))
+        self.ledger = checkpoints.Ledger(out, self.durable, self.plan, on_row)
+        self.meter = resources.Meter(p.device)
+        self.saving: Future[None] | None = None
+
+    def rounds(self) -> Iterator["Round"]:
+        """The rounds that are left, until all are done or none was better for too long.
+
+        A round that was not saved comes again, with another cohort. Raises QuorumError after ``ATTEMPTS`` of them.
+        """
+        while not self.finished():
+            number, began = self.state["round"] + 1, time.perf_counter()
+            for _ in range(ATTEMPTS):
+                yield Round(self, number, began)
+                if self.state["round"] == number:
+                    break
+            else:
+                self.settle()
+                raise QuorumError(
+                    f"round {number}: {ATTEMPTS} times too few usable updates; {self.out / 'metrics.jsonl'} has the"
+                    f" reasons (kind: failure). The state after round {number - 1} is saved: the same command resumes"
+                    " from it, with another cohort"
+                )
 
     def finished(self) -> bool:
-        """All rounds done, or none better for too long."""
+        """Whether all rounds are done, or ``patience`` validations passed without a better loss."""
         exhausted = 0 < self.p.patience <= self.state["validations_since_best"]
         return self.state["round"] >= self.p.rounds or exhausted
 
-    def rounds(self) -> Iterator[dict[str, Any]]:
-        """The rounds that are left, one at a time, as their rows of the ledger."""
-        while not self.finished():
-            number, began = self.state["round"] + 1, time.perf_counter()
-            collected = self.collect(number)  # draws a cohort and asks it
-            update, stepped = self.step(collected)
-            row = {"round": number, **self.averages(collected.sums), **stepped, **self.validate(number)}
-            row |= self.spent(collected, time.perf_counter() - began)
-            self.close(collected, row)
-            self.save(number, update)  # written while the next round's clients work
-            yield row
-
-    def step(self, collected: Collected) -> tuple[Arrays, dict[str, Any]]:
-        """Move the weights along what is collected; return the update, and what a row tells of it."""
-        number, working = collected.number, time.perf_counter()
-        update = collected.collector.result() or {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        change = {name: update.pop(optimisers.CONTROL + name) for name in self.weights} if self.scaffold else {}
-        self.settle()  # the last checkpoint still reads the weights and the state that are about to change
-        row: dict[str, Any] = {}
-        if self.private:
-            row = {"clip": self.state["clip"], "epsilon": self.account.epsilon(), "privacy": privacy.label(self.p)}
-            self.state["clip"] = privacy.release(
-                update, self.p, self.state["clip"], number, collected.clients, collected.within_bound, self.fewest
-            )
-        row |= {"update_norm": optimisers.checked_norm(update, self.weights)}
-        self.moments.step(self.weights, update, number)
-        if self.scaffold:
-            optimisers.step_control(self.control, change, collected.clients / len(self.clients.ids))
-        collected.server_seconds += time.perf_counter() - working
-        return update, row | {"learning_rate": collected.learning_rate, "server_rate": optimisers.rate(self.p, number)}
-
-    def spent(self, collected: Collected, seconds: float) -> dict[str, Any]:
-        """What a row tells of the cost of a round that took ``seconds``."""
-        row = self.meter.used() | {
-            "bytes_up": collected.bytes_up,
-            "bytes_down": collected.bytes_down,
-            "clients": collected.clients,
-            "server_seconds": collected.server_seconds,
-            "seconds": seconds,
-        }
-        told = {
-            "steps": collected.sums["steps"],
-            "client_seconds": collected.sums["seconds"],
-            "audio_seconds": collected.sums["audio_seconds"],
-            "audio_seconds_per_second": collected.sums["audio_seconds"] / seconds,
-        }
-        return row | (dict.fromkeys(told) if self.p.privacy == "client" else told)
-
-    def close(self, collected: Collected, row: Mapping[str, Any]) -> None:
-        """Judge the round, and write its row."""
-        number = collected.number
-        if self.private:  # to keep the best of several models by a loss without noise would tell of that loss
-            self.state["best_round"] = number
-        else:
-            checkpoints.judge(self.state, number, row)
-            self.state["reference_norm"] = statistics.median(collected.norms)
-        self.state["round"], self.attempt = number, 0
-        self.ledger.row("round", row)
-
-    @property
-    def scaffold(self) -> bool:
-        """Whether control variates travel beside the weights."""
-        return self.p.server == "scaffold"
-
-    @property
-    def private(self) -> bool:
-        """Whether updates are bounded and hidden in noise."""
-        return self.p.privacy != "none"
-
-    @property
-    def fewest(self) -> int:
-        """Clients below which none is asked for an update."""
-        return secure.FEWEST if self.p.secure_aggregation else 1
-
-    def averages(self, sums: Mapping[str, float]) -> dict[str, float | None]:
-        """What a row shows of the clients' metrics; no loss where nobody answered, or told any."""
-        return self.task.averages(sums) if "objective_count" in sums else {"loss": None}
-
     def message(self, number: int) -> dict[str, Any]:
         """The configuration of a message of round ``number``."""
-        return {
-            **self.task.config,
-            "round": number,
-            "session": self.state["session"],
-            "durable": self.durable,
-            "clip": self.state["clip"],
-        }
+        stand = {"round": number, "session": self.state["session"], "durable": self.durable}
+        return {**self.task.config, **stand}
 
-    def collect(self, number: int) -> Collected:
-        """Draw cohorts until one gives a quorum of usable updates."""
-        for _ in range(ATTEMPTS):
-            drawn = self.draw(number)
-            # By chance a Poisson cohort is small, or empty: to draw again would draw its clients more often than is
-            # accounted for.
-            fewest = 0 if self.p.privacy == "server" else self.fewest
-            quorum = max(fewest, math.ceil(self.p.quorum * len(drawn)))
-            message = self.message(number)
-            if self.p.secure_aggregation:
-                message["peers"] = self.public_keys(number, message, drawn)
-            asked = sorted(message.get("peers", drawn))
-            if quorum <= len(asked) < self.fewest:
-                return self.nothing(number)
-            collected = self.nothing(number)
-            if len(asked) >= quorum:
-                collected = self.ask(number, message, asked)
-                if self.p.secure_aggregation:  # a sum is of all or of nobody: without one, the masks do not cancel
-                    quorum = len(asked)
-            if collected.clients >= quorum:
-                return collected
-            count = f"{collected.clients} of {len(drawn)}"
-            fail(self.ledger, number, "", f"{count} clients gave a usable update; {quorum} needed")
-            self.attempt += 1
-        self.settle()
-        raise QuorumError(
-            f"round {number}: {ATTEMPTS} times too few usable updates; the reasons are in {self.out / 'metrics.jsonl'} "
-            f"(kind: failure). The state after round {number - 1} is saved: the same command goes on from it, with "
-            "another cohort"
-        )
+    def ask(self, action: str, config: Mapping[str, Any], clients: Sequence[str], arrays: Arrays | None = None):
+        """``Clients.ask`` for an action of the task, with the study's deadline."""
+        deadline = self.p.deadline_seconds or None
+        action = f"{self.task.name}.{action}"
+        return self.clients.ask(action, arrays=arrays, config=config, clients=clients, timeout=deadline)
 
-    def draw(self, number: int) -> list[str]:
-        """The cohort that is asked next."""
-        ids, p = self.clients.ids, self.p
-        if p.privacy != "server":
-            return cohort(ids, p.cohort, p.seed, number, self.attempt)
-        drawn = privacy.poisson_cohort(ids, p.cohort, p.seed if p.privacy_seeded else None, number, self.attempt)
-        self.account.charge((number, self.attempt), len(ids), drawn)
-        return drawn
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float | None]:
+        """The clients' metrics for a row; no loss where nobody answered, or sent any."""
+        return self.task.averages(sums) if "objective_count" in sums else {"loss": None}
 
-    def ask(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> Collected:
-        """Ask for updates, and collect those that can be used."""
-        if self.p.privacy == "client":
-            peers = len(asked) if self.p.secure_aggregation else 1
-            self.account.charge((number, self.attempt), len(self.clients.ids), asked, peers)
-        collected = self.nothing(number)
-        collected.collector = self.collector(message, len(asked))
-        payload = {**self.weights, **self.control}
-        collected.bytes_down = size(payload) * len(asked)
-        answers = self.clients.ask(
-            f"{self.task.name}.update",
-            arrays=payload,
-            config=message,
-            clients=asked,
-            timeout=self.p.deadline_seconds or None,
-        )
-        for reply, norm in collected.usable(answers, payload):
-            if not collected.clients:
-                self.settle()  # the writer still holds the last update: there are never two besides a client's
-            collected.add(reply, norm)
-            reply.arrays.clear()  # several loops still know this reply while the next client works
-        return collected
+    def fail(self, number: int, client: str, reason: str, **more: float) -> None:
+        """Record who was left out of round ``number``, and why; no client: the whole cohort."""
+        logger.warning("round %d: %s left out: %s", number, client or "cohort", reason)
+        self.ledger.row("failure", {"round": number, "client": client, "reason": reason, **more})
 
-    def nothing(self, number: int) -> Collected:
-        """What is collected before the first answer."""
-        state = self.state
-        return Collected(self.p, number, state["clip"], state["reference_norm"], self.averages, self.ledger)
-
-    def collector(self, message: Mapping[str, Any], clients: int) -> optimisers.Collector:
-        """What takes the updates of one cohort."""
-        if self.p.secure_aggregation:
-            return secure.Sum(self.weights, secure.scale(self.p, message["clip"], clients))
-        return optimisers.collector(self.p, self.out / "updates")
-
-    def public_keys(self, number: int, message: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str]:
-        """The public keys of those of ``asked`` that are there, by client."""
-        found = {}
-        for answer in self.clients.ask(
-            f"{self.task.name}.keys", config=message, clients=asked, timeout=self.p.deadline_seconds or None
-        ):
-            try:
-                if isinstance(answer, Failure):
-                    raise optimisers.UpdateError(answer.reason)
-                found[answer.client] = secure.public_key(answer.arrays)
-            except optimisers.UpdateError as error:
-                fail(self.ledger, number, answer.client, str(error))
-        return found
-
-    def validate(self, number: int) -> dict[str, float]:
-        """Loss and accuracy of the new weights on validation utterances of a panel of clients, the same every round."""
-        if self.p.privacy == "client" or number % self.p.validate_every and number != self.p.rounds:
-            return {}
-        sums: Counter[str] = Counter()
-        answers = self.clients.ask(
-            f"{self.task.name}.validate",
-            arrays=self.weights,
-            config=self.message(number),
-            clients=panel(self.clients.ids, self.p),
-            timeout=self.p.deadline_seconds or None,
-        )
-        for answer in answers:
-            if isinstance(answer, Failure):
-                fail(self.ledger, number, answer.client, f"validation: {answer.reason}")
-            else:
-                sums.update(answer.metrics)
-        if not sums:  # nobody on the panel has validation utterances
-            return {}
-        return {f"validation_{name}": value for name, value in self.task.averages(sums).items()}
-
-    def save(self, number: int, update: Arrays) -> None:
-        """Start to write the checkpoint of round ``number``, with the moments after its ``update``: in a second thread,
-        since disks are slow and nothing changes the tensors before the next step, which waits for it."""
-        if self.scaffold:
-            server = functools.partial(save_file, self.control)
-        else:
-            # Where there are no moments nothing of the update is kept alive.
-            kept = update if self.moments.names else {}
-            server = functools.partial(self.moments.write, update=kept, number=number)
-        state = dict(self.state)
-        arguments = (self.out, number, self.weights, server, state, self.task.documents)
+    def save(self, number: int) -> None:
+        """Start to write the checkpoint of round ``number``, in a second thread while the next round's clients work."""
+        arguments = (self.out, number, self.weights, self.tensors, dict(self.state), self.task.documents)
         self.saving = self.writer.submit(checkpoints.write, *arguments)
 
     def settle(self) -> None:
-        """Wait until the last checkpoint is on disk."""
+        """Wait until the last checkpoint is on disk: before the weights and tensors change that it is written from."""
         if self.saving is not None:
             self.saving.result()
             self.saving = None
             self.durable = self.state["round"]
-            self.moments = self.saved_moments()
-
-    def saved_moments(self) -> optimisers.Moments:
-        """The moments in the last checkpoint; before the first, those to begin with."""
-        if not self.durable or self.scaffold:
-            return optimisers.Moments(self.p, None, self.weights)
-        folder = checkpoints.path(self.out, self.durable)
-        with checkpoints.reading(folder):
-            return optimisers.Moments(self.p, folder / checkpoints.SERVER, self.weights)
 
 
-def _settings(clients: Clients, p: Federation, task: Task) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
-    return decisive(p) | {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}
+class Round:
+    """One attempt at a round: its cohort, the message, and what came back."""
+
+    def __init__(self, server: Server, number: int, began: float) -> None:
+        self.server, self.p, self.number, self.began = server, server.p, number, began
+        self.attempt = len(server.ledger.failed)
+        """Attempts at this round that failed before, in earlier starts, too: no cohort is drawn twice."""
+        self.bytes_up = self.bytes_down = 0
+        self.fewest = 1
+        """Usable updates below which the round is no round, whatever the quorum."""
+        self.clients = 0
+        self.norms: list[float] = []
+        self.sums: Counter[str] = Counter()
+        self.learning_rate: float | None = None
+        self.server_seconds = 0.0
+        self.row: dict[str, Any] = {}
+        """Columns of the ledger that are known so far."""
+
+    def draw(self) -> list[str]:
+        """The clients of this round, sorted."""
+        drawn = [hook.draw(self) for hook in self.server.hooks]
+        chosen = next((ids for ids in drawn if ids is not None), None)
+        if chosen is None:
+            chosen = cohort(self.server.clients.ids, self.p.cohort, self.p.seed, self.number, self.attempt)
+        return chosen
+
+    def ask(self, cohort: Sequence[str]) -> Iterator[Reply | Failure]:
+        """Send the weights to ``cohort``; the clients' updates, as they arrive, in the order of client ids."""
+        self.cohort = self.asked = list(cohort)
+        self.quorum = max(self.fewest, math.ceil(self.p.quorum * len(self.cohort)))
+        self.message, self.payload = self.server.message(self.number), dict(self.server.weights)
+        for hook in self.server.hooks:
+            hook.message(self)
+        collectors = [hook.collector(self) for hook in self.server.hooks]
+        self.collector = next(filter(None, collectors), None) or optimisers.Mean()
+        self.bytes_down += size(self.payload) * len(self.asked)
+        return self.server.ask("update", self.message, self.asked, self.payload) if self.asked else iter(())
+
+    def collect(self, replies: Iterator[Reply | Failure]) -> Arrays | None:
+        """The mean of the usable updates, or what stands in its place; None below the quorum.
+
+        A row of the ledger for each client.
+        """
+        for reply, norm in self._without_outliers(self._usable(replies)):
+            self._add(reply, norm)
+            reply.arrays.clear()  # several loops still hold this reply while the next client works
+        if self.clients < self.quorum:
+            reason = f"{self.clients} of {len(self.cohort)} clients gave a usable update; {self.quorum} needed"
+            self.server.fail(self.number, "", reason, bytes_up=self.bytes_up, bytes_down=self.bytes_down)
+            return None
+        return self.collector.result() or {name: torch.zeros_like(w) for name, w in self.server.weights.items()}
+
+    def step(self, update: Arrays) -> None:
+        """Move the weights along ``update``."""
+        server, working = self.server, time.perf_counter()
+        server.settle()
+        for hook in server.hooks:
+            hook.step(self, update)
+        self.row["update_norm"] = optimisers.checked_norm(update, server.weights)
+        optimisers.step(self.p, self.number, server.weights, update, server.tensors)
+        self.server_seconds += time.perf_counter() - working
+
+    def save(self) -> None:
+        """Validate, write the round's row, and begin to write its checkpoint."""
+        server, number = self.server, self.number
+        row = {"round": number, **server.averages(self.sums), **self.row, **self._validated()} | self._cost()
+        if server.judging:
+            checkpoints.judge(server.state, number, row)
+        else:
+            server.state["best_round"] = number
+        if not server.bounded:
+            server.state["reference_norm"] = statistics.median(self.norms)
+        server.state["round"] = number
+        server.ledger.row("round", row)
+        server.save(number)
+
+    def _usable(self, replies: Iterator[Reply | Failure]) -> Iterator[tuple[Reply, float | None]]:
+        """Replies whose updates fit, with their norms; others are recorded."""
+        for reply in replies:
+            if isinstance(reply, Failure):
+                self.server.fail(self.number, reply.client, reply.reason)
+                continue
+            began = time.perf_counter()
+            self.bytes_up += size(reply.arrays)
+            try:
+                update = reply.arrays
+                for hook in self.server.hooks:
+                    update = hook.received(self, update)
+                norm = self.collector.norm(update, self.payload)
+                check_metrics(reply.metrics, self.server.metrics, self.p)
+            except optimisers.UpdateError as error:
+                self.server.fail(self.number, reply.client, str(error))
+                continue
+            self.server_seconds += time.perf_counter() - began
+            yield replace(reply, arrays=update), norm
+
+    def _without_outliers(self, replies: Iterator[tuple[Reply, float | None]]) -> Iterator[tuple[Reply, float | None]]:
+        """Replies whose updates are not ``outlier`` times as large as usual.
+
+        Bounded updates need no such test, and must have none: whether one client counts would depend on others.
+        """
+        if self.server.bounded:
+            yield from replies
+            return
+        usual = self.server.state["reference_norm"]
+        if usual is None:
+            # No earlier round says how large an update is. The first two do, or the first three if these disagree.
+            first = list(itertools.islice(replies, 2))
+            norms = [norm for _, norm in first]
+            if first and max(norms) > self.p.outlier * min(norms):
+                first += itertools.islice(replies, 1)
+            usual = statistics.median_low(norm for _, norm in first) if first else 0.0
+            replies = itertools.chain(first, replies)
+            del first
+        for reply, norm in replies:
+            if norm > self.p.outlier * usual > 0:
+                reason = f"its update is {norm / usual:.3g} times as large as is usual"
+                self.server.fail(self.number, reply.client, reason)
+            else:
+                yield reply, norm
+
+    def _add(self, reply: Reply, norm: float | None) -> None:
+        began, metrics = time.perf_counter(), reply.metrics
+        self.collector.add(reply.arrays, metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0)
+        self.clients += 1
+        self.learning_rate = metrics["learning_rate"]
+        self.sums.update(metrics)
+        self.server_seconds += time.perf_counter() - began
+        row = {"round": self.number, "client": reply.client, **self.server.averages(metrics)}
+        row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
+        if "objective_count" in metrics:
+            row["masked_frames"] = metrics["objective_count"]
+        if norm is not None:
+            self.norms.append(norm)
+            row["update_norm"] = norm
+        self.server.ledger.row("client", row)
+
+    def _validated(self) -> dict[str, float]:
+        """Loss and accuracy of the new weights on validation utterances of a panel of clients, the same every round."""
+        server, number = self.server, self.number
+        if not server.trusted or (number % self.p.validate_every and number != self.p.rounds):
+            return {}
+        sums: Counter[str] = Counter()
+        clients = panel(server.clients.ids, self.p)
+        for reply in server.ask("validate", server.message(number), clients, server.weights):
+            if isinstance(reply, Failure):
+                server.fail(number, reply.client, f"validation: {reply.reason}")
+            else:
+                sums.update(reply.metrics)
+        if not sums:  # nobody on the panel has validation utterances
+            return {}
+        return {f"validation_{name}": value for name, value in server.task.averages(sums).items()}
+
+    def _cost(self) -> dict[str, Any]:
+        """Rates, bytes and times of the round; None where clients do not say."""
+        seconds, sums = time.perf_counter() - self.began, self.sums if self.server.trusted else {}
+        audio_seconds = sums.get("audio_seconds")
+        sent = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
+        failed = self.server.ledger.failed  # attempts cost bytes, too
+        return self.server.meter.used() | {
+            "learning_rate": self.learning_rate,
+            "server_rate": optimisers.rate(self.p, self.number),
+            **{name: count + sum(row.get(name, 0) for row in failed) for name, count in sent.items()},
+            "clients": self.clients,
+            "server_seconds": self.server_seconds,
+            "seconds": seconds,
+            "steps": sums.get("steps"),
+            "client_seconds": sums.get("seconds"),
+            "audio_seconds": audio_seconds,
+            "audio_seconds_per_second": audio_seconds and audio_seconds / seconds,
+        }
+
+
+def check_metrics(metrics: Mapping[str, float], needed: frozenset[str], p: Federation) -> None:
+    """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
+    if missing := needed - metrics.keys():
+        raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
+    if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
+    possible = p.local_steps * p.batch_seconds * SAMPLE_RATE / HOP
+    if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
+        raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")

@@ -22,9 +22,9 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from fedhubert_lib import files, labels, privacy, seeds
+from fedhubert_lib import files, labels, seeds
 from fedhubert_lib.evaluation import units
-from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated import handlers, noise
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.kmeans import clustering, layers, reading
 
@@ -86,7 +86,7 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     if private(config):
         # Sums are bounded in units of sqrt(D), the length of a frame whose dimensions have variance 1.
         released = {"sums": sums / width**0.5, "counts": counts}
-        privacy.clip(released, config["noise_clip"])
+        noise.clip(released, config["noise_clip"])
         normal = _noise(home, config)
         deviation = config["noise_multiplier"] * config["noise_clip"]
         sums = (released["sums"] + deviation * normal(*sums.shape)) * width**0.5
@@ -105,10 +105,10 @@ def private(config: Mapping[str, Any]) -> bool:
 
 def _noise(home: ClientHome, config: Mapping[str, Any]) -> Callable[..., Tensor]:
     if not config["noise_seeded"]:
-        return privacy.noise(None)
+        return noise.generator(None)
     if not home.simulated:
         raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
-    return privacy.noise(config["seed"], config["round"], home.client, "kmeans")
+    return noise.generator(config["seed"], config["round"], home.client, "kmeans")
 
 
 def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import features, files, hubert, params, privacy, seeds
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
+from fedhubert_lib import features, files, hubert, params, seeds
+from fedhubert_lib.federated import accounting
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
 from fedhubert_lib.kmeans import clustering, reading
 
 LOCAL_POINTS = 50
@@ -91,11 +92,6 @@ def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None,
         if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
             return f"{name} is {list(found)}, not {list(shape)}"
     return "; ".join(f"{name} holds a NaN or an infinity" for name, a in arrays.items() if not a.isfinite().all())
-
-
-def size(arrays: Mapping[str, Tensor]) -> int:
-    """Bytes of ``arrays``."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
 
 
 SETTINGS = {
@@ -269,7 +265,7 @@ def random_projection(config: Mapping[str, Any]) -> Arrays:
 
 def epsilon(rounds: int, noise_multiplier: float) -> float:
     """Epsilon at delta 1e-5 of ``rounds`` noised Lloyd rounds, for all speech of one client against everybody else."""
-    return privacy.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
+    return accounting.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
 
 
 def phone_counts(reply: Reply) -> tuple[list[str], np.ndarray] | None:

@@ -5,14 +5,20 @@ Karimireddy et al. 2019, arXiv 1901.09847): the client adds what earlier rounds 
 sum of what the server decodes stays within one round's loss of the sum of the true updates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedhubert_lib.federated import client_state
+from fedhubert_lib.federated.hooks import Hook
 from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import Arrays
 from fedhubert_lib.params import Compression
+
+if TYPE_CHECKING:
+    from fedhubert_lib.federated.local import Update
 
 WITH_FEEDBACK = ("int8", "top-k")
 """Kinds that lose enough for the loss to be worth a file of the model's size on the client's disk."""
@@ -24,38 +30,54 @@ _SCALES = "/scales"
 _INDICES, _VALUES = "indices", "values"
 
 
-def encode(update: Mapping[str, Tensor], kind: Compression, *, share: float = 0.01) -> Arrays:
+def encoded(update: "Update") -> Iterator[None]:
+    """The client: encode its update; what is lost of it waits on its disk for its next part in a round."""
+    yield
+    p = update.p
+    if p.compression not in WITH_FEEDBACK:
+        update.change = encode(update.change, p.compression)
+        return
+    lost = client_state.load(update.home, update.config, "lost")
+    update.change, lost = with_feedback(update.change, p.compression, lost, fraction=p.top_k_share)
+    client_state.save(update.home, update.config, "lost", lost)
+
+
+class Decoding(Hook):
+    """The server: decode what arrives."""
+
+    def received(self, round, update: Arrays) -> Arrays:
+        return decode(update, self.p.compression, round.payload)
+
+
+def encode(update: Mapping[str, Tensor], kind: Compression, *, fraction: float = 0.01) -> Arrays:
     """The tensors that travel for ``update`` (float32, CPU).
 
     float16: each value rounded. int8: blocks of ``BLOCK`` values of a tensor share a float32 scale, the largest of
-    them over 127, values rounded to the nearest. top-k: the ``share`` of all values largest in magnitude, as int32
-    positions in the tensors laid end to end in sorted order of names, and float32 values. Non-finite values are errors.
+    them over 127, values rounded to the nearest. top-k: the ``fraction`` of all values that is largest in
+    magnitude, as int32 positions in the tensors laid end to end in sorted order of names, and float32 values.
+    Non-finite values are errors.
     """
     for name, value in update.items():
         if value.dtype != torch.float32:
             raise ValueError(f"{name} is {value.dtype}: an update is float32 parameters only")
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} has NaN or infinite values; the local training diverged, nothing is sent")
-    if kind == "none":
-        return dict(update)
     if kind == "float16":
         for name, value in update.items():
             if value.numel() and float(value.abs().max()) > torch.finfo(torch.float16).max:
                 raise ValueError(f"{name} has values beyond float16; the local training diverged, or use int8")
         return {name: value.half() for name, value in update.items()}
     if kind == "int8":
-        encoded = {}
+        quantised = {}
         for name, value in update.items():
-            encoded[name], encoded[name + _SCALES] = _quantise(value)
-        return encoded
-    if kind == "top-k":
-        flat = torch.cat([update[name].reshape(-1) for name in sorted(update)])
-        if flat.numel() > torch.iinfo(torch.int32).max:
-            raise ValueError(f"{flat.numel()} parameters do not fit int32 positions; use int8")
-        count = max(1, round(share * flat.numel()))
-        indices = flat.abs().topk(count, sorted=False).indices.sort().values
-        return {_INDICES: indices.to(torch.int32), _VALUES: flat[indices]}
-    raise ValueError(f"unknown compression {kind!r}; take none, float16, int8 or top-k")
+            quantised[name], quantised[name + _SCALES] = _quantise(value)
+        return quantised
+    flat = torch.cat([update[name].reshape(-1) for name in sorted(update)])
+    if flat.numel() > torch.iinfo(torch.int32).max:
+        raise ValueError(f"{flat.numel()} parameters do not fit int32 positions; use int8")
+    count = max(1, round(fraction * flat.numel()))
+    indices = flat.abs().topk(count, sorted=False).indices.sort().values
+    return {_INDICES: indices.to(torch.int32), _VALUES: flat[indices]}
 
 
 def decode(encoded: Mapping[str, Tensor], kind: Compression, like: Mapping[str, Tensor]) -> Arrays:
@@ -64,36 +86,33 @@ def decode(encoded: Mapping[str, Tensor], kind: Compression, like: Mapping[str, 
     Whatever does not fit ``like`` exactly (a name, shape, dtype, non-finite value or position) is an UpdateError
     that names it: the sender may be broken or hostile.
     """
-    if kind in ("none", "float16"):
+    if kind == "float16":
         _check_names(encoded, like)
-        dtype = torch.float32 if kind == "none" else torch.float16
-        return {name: _checked(encoded, name, dtype, like[name].shape).float() for name in like}
+        return {name: _checked(encoded, name, torch.float16, like[name].shape).float() for name in like}
     if kind == "int8":
         _check_names(encoded, [*like, *(name + _SCALES for name in like)])
         return {name: _dequantise(encoded, name, like[name].shape) for name in like}
-    if kind == "top-k":
-        _check_names(encoded, (_INDICES, _VALUES))
-        total = sum(value.numel() for value in like.values())
-        shape = encoded[_VALUES].shape
-        indices = _checked(encoded, _INDICES, torch.int32, torch.Size([shape.numel()])).long()
-        if len(indices) and not (indices[0] >= 0 and indices[-1] < total and (indices.diff() > 0).all()):
-            raise UpdateError(f"top-k positions are not increasing within 0..{total - 1}")
-        flat = torch.zeros(total)
-        flat[indices] = _checked(encoded, _VALUES, torch.float32, shape)
-        names = sorted(like)
-        pieces = flat.split([like[name].numel() for name in names])
-        return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}
-    raise ValueError(f"unknown compression {kind!r}; take none, float16, int8 or top-k")
+    _check_names(encoded, (_INDICES, _VALUES))
+    total = sum(value.numel() for value in like.values())
+    shape = encoded[_VALUES].shape
+    indices = _checked(encoded, _INDICES, torch.int32, torch.Size([shape.numel()])).long()
+    if len(indices) and not (indices[0] >= 0 and indices[-1] < total and (indices.diff() > 0).all()):
+        raise UpdateError(f"top-k positions are not increasing within 0..{total - 1}")
+    flat = torch.zeros(total)
+    flat[indices] = _checked(encoded, _VALUES, torch.float32, shape)
+    names = sorted(like)
+    pieces = flat.split([like[name].numel() for name in names])
+    return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}
 
 
 def with_feedback(
-    update: Mapping[str, Tensor], kind: Compression, lost: Mapping[str, Tensor] | None, *, share: float = 0.01
+    update: Mapping[str, Tensor], kind: Compression, lost: Mapping[str, Tensor] | None, *, fraction: float = 0.01
 ) -> tuple[Arrays, Arrays]:
     """Encode ``update`` plus what earlier rounds ``lost``; return what travels, and what is now lost (float32)."""
-    wanted = {name: value + lost[name] if lost else value for name, value in update.items()}
-    encoded = encode(wanted, kind, share=share)
-    decoded = decode(encoded, kind, update)
-    return encoded, {name: wanted[name] - decoded[name] for name in wanted}
+    due = {name: value + lost[name] if lost else value for name, value in update.items()}
+    sent = encode(due, kind, fraction=fraction)
+    arrived = decode(sent, kind, update)
+    return sent, {name: due[name] - arrived[name] for name in due}
 
 
 def _quantise(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +146,8 @@ def _check_names(encoded: Mapping[str, Tensor], expected: Mapping[str, Tensor] |
 def _checked(encoded: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     value = encoded[name]
     if value.dtype != dtype or value.shape != shape:
-        found, wanted = f"{value.dtype} {tuple(value.shape)}", f"{dtype} {tuple(shape)}"
-        raise UpdateError(f"{name} of the update is {found}, not {wanted}")
+        actual, expected = f"{value.dtype} {tuple(value.shape)}", f"{dtype} {tuple(shape)}"
+        raise UpdateError(f"{name} of the update is {actual}, not {expected}")
     if dtype.is_floating_point and not torch.isfinite(value).all():
         raise UpdateError(f"{name} of the update has NaN or infinite values")
     return value

@@ -1,9 +1,9 @@
-"""A training run on disk: a folder per round that is whole or absent, so that the same command goes on after any kill.
+"""A training run on disk: a folder per round, written atomically, so that the same command resumes after any kill.
 
 ``checkpoints/round-00012/`` holds the weights (``model.safetensors``, ``head.safetensors``: a file per first part of
 the tensors' names), the optimiser's tensors (``server.safetensors``), ``state.json`` (counters, and the settings they
 belong to), and the documents that make it a model folder. The last and the best are kept. ``checkpoints/model-00004/``
-is the model folder alone; those of rounds 1, 2, 4, 8 … stay, so that quality can be told over hours of speech heard.
+is the model folder alone; those of rounds 1, 2, 4, 8 … stay, so that quality can be plotted over hours of speech heard.
 """
 
 import contextlib
@@ -16,10 +16,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from fedhubert_lib import files
-from fedhubert_lib.federated.protocol import Arrays
+from fedhubert_lib import files, identity, params
+from fedhubert_lib.weights import Arrays
 
 OnRow = Callable[[dict[str, Any]], None]
 
@@ -32,15 +31,9 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or belongs to another study."""
 
 
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong inside into a CheckpointError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read ({error}); move it away to resume from an earlier round, or from the start"
-        ) from error
+def decisive(p: params.Federation) -> dict[str, Any]:
+    """The parameters that must not change when training resumes: not where it runs, nor where a checkpoint lies."""
+    return p.model_dump(mode="json", exclude={*identity.HOW, *identity.ADDITIONS, *params.places(p)})
 
 
 @contextlib.contextmanager
@@ -63,17 +56,12 @@ def path(out: Path, number: int) -> Path:
 
 
 def write(
-    out: Path,
-    number: int,
-    weights: Mapping[str, Tensor],
-    server: Callable[[Path], None],
-    state: Mapping[str, Any],
-    documents: Mapping[str, str],
+    out: Path, number: int, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]
 ) -> None:
     """Write round ``number`` and remove all earlier ones but ``state["best_round"]``.
 
-    ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors. ``server``
-    writes the optimiser's tensors to the file that it is given. ``documents`` are small text files by name.
+    ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors; ``server`` are
+    the tensors that the optimiser keeps; ``documents`` are small text files by name.
     """
     groups: dict[str, Arrays] = {}
     for name, tensor in weights.items():
@@ -82,12 +70,9 @@ def write(
     if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
         with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:
             _write_folder(temporary, {"model": groups["model"]}, documents)
+    state_text = json.dumps(dict(state), indent=2, allow_nan=False) + "\n"
     with files.atomic(path(out, number)) as temporary:
-        _write_folder(temporary, groups, documents)
-        server(temporary / SERVER)
-        (temporary / "state.json").write_text(
-            json.dumps(dict(state), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        _write_folder(temporary, groups | {"server": server}, {**documents, "state.json": state_text})
     for earlier in rounds(out):
         if earlier < number and earlier != state["best_round"]:
             shutil.rmtree(path(out, earlier))
@@ -112,62 +97,67 @@ def rounds(out: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("round-")) for folder in (out / "checkpoints").glob("round-*"))
 
 
-def read(out: Path, number: int, server_tensors: bool = True) -> tuple[Arrays, Arrays, dict[str, Any]]:
-    """Weights, server tensors (if wanted) and state of round ``number``.
-
-    Raises CheckpointError when a file does not read.
-    """
+def read(out: Path, number: int) -> tuple[Arrays, Arrays, dict[str, Any]]:
+    """Weights, server tensors and state of round ``number``. Raises CheckpointError when a file does not read."""
     folder = path(out, number)
     weights: Arrays = {}
     server: Arrays = {}
-    with reading(folder):
+    try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for file in sorted(folder.glob("*.safetensors")):
-            if file.name == SERVER and not server_tensors:
-                continue
-            # A copy: what is read may be a view of the file, and the server writes into its tensors.
+            # A copy: what is read may be a view of the file, and training writes into its tensors.
             tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
             if file.name == SERVER:
                 server = tensors
             else:
                 weights |= {f"{file.stem}.{name}": tensor for name, tensor in tensors.items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error}); move it away to resume from an earlier round, or from the start"
+        ) from error
     return weights, server, state
 
 
 def resume(
-    out: Path, settings: Mapping[str, Any], server_tensors: bool = True
+    out: Path, settings: Mapping[str, Any], weights: Arrays, server: Arrays
 ) -> tuple[Arrays, Arrays, dict[str, Any]] | None:
-    """The last checkpoint (see ``read``), or None where there is none yet.
+    """The last checkpoint (see ``read``), its tensors in the order of ``weights`` and ``server``, which is that of a
+    fresh start: sums over tensors then round alike. None where there is no checkpoint yet.
 
     Raises CheckpointError when it was made with other ``settings`` (JSON-like): they would not give what a run that was
-    never stopped gives.
+    never stopped gives; or when it does not hold tensors of those names, shapes and dtypes.
     """
     if not (done := rounds(out)):
         return None
-    weights, server, state = read(out, done[-1], server_tensors)
+    saved_weights, saved_server, state = read(out, done[-1])
     then = state["settings"]
-    # What only one of them knows is a parameter that another version of the bench has not.
+    # Settings in one of them alone are parameters that another version of the bench does not have.
     changed = sorted(name for name in then.keys() & settings.keys() if then[name] != settings[name])
     if changed:
         listed = ", ".join(f"{name}: {then[name]} -> {settings[name]}" for name in changed)
         raise CheckpointError(
             f"{out} holds a run with other parameters ({listed}); name another, or move that folder away"
         )
-    return weights, server, state
+    for saved, like in (saved_weights, weights), (saved_server, server):
+        kinds = [{(name, tensor.dtype, tensor.shape) for name, tensor in group.items()} for group in (saved, like)]
+        if differing := sorted({name for name, *_ in kinds[0] ^ kinds[1]}):
+            raise CheckpointError(f"{path(out, done[-1])}: does not hold this model's tensors: {differing[:3]}")
+    return {name: saved_weights[name] for name in weights}, {name: saved_server[name] for name in server}, state
 
 
 class Ledger:
     """metrics.jsonl: a row for each round, client and failure; ``on_row`` sees them as they are written."""
 
     def __init__(self, out: Path, done: int, plan: Mapping[str, Any], on_row: OnRow | None) -> None:
-        """Begin with the row ``plan``, or go on after round ``done``: rows of later rounds go, but for the failures of
-        attempts at the next one that failed as a whole (``failed_attempts``)."""
+        """Begin with the row ``plan``, or resume after round ``done``: rows of later rounds go, but for the failures of
+        attempts at the next one that failed as a whole (``failed``)."""
         self._path, self._on_row = out / "metrics.jsonl", on_row
         rows = files.read_rows(self._path)
         next_failures = [row for row in rows if row["kind"] == "failure" and row["round"] == done + 1]
         while next_failures and next_failures[-1]["client"]:  # of an attempt that was not finished
             next_failures.pop()
-        self.failed_attempts = sum(not row["client"] for row in next_failures)
+        self.failed: list[dict[str, Any]] = [row for row in next_failures if not row["client"]]
+        """The rows of the next round's attempts that failed as a whole."""
         rows = [row for row in rows if row.get("round", 0) <= done] + next_failures
         with files.atomic(self._path) as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
@@ -178,6 +168,10 @@ class Ledger:
         """Append one row."""
         row = {"kind": kind, **values, "time": time.time()}
         files.append_row(self._path, row)
+        if kind == "round":
+            self.failed = []
+        elif kind == "failure" and not row["client"]:
+            self.failed.append(row)
         if self._on_row is not None:
             self._on_row(row)
 

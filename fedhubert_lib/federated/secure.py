@@ -6,15 +6,15 @@ et al. 2017, the protocol without dropout recovery). Two messages per round: a p
 masked update to all keys.
 
 What it does not do. It is made for a server that is curious but honest: one that forges keys of peers can unmask a
-client, and Flower gives clients no way to know each other's keys but through the server. If one client is lost between
+client, and Flower gives clients no way to learn each other's keys but through the server. If one client is lost between
 the two messages, the masks do not cancel and the round is repeated; recovering them takes two more messages, and Flower
-1.41 has that only in its older workflow API, which its Message API cannot call. Metrics travel in the clear, except
-under ``privacy: client``, which tells none.
+has that only in its older workflow API, which its Message API cannot call. Metrics travel in the clear, except under
+``privacy: client``, which sends none.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,16 +24,18 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
-from fedhubert_lib import privacy
-from fedhubert_lib.federated import client_state
+from fedhubert_lib.federated import client_state, noise, privacy
+from fedhubert_lib.federated.hooks import Hook
 from fedhubert_lib.federated.optimisers import UpdateError
-from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.federated.privacy import SMALLEST_SUM
+from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure
 from fedhubert_lib.params import Federation
 
-FEWEST = 3
-"""Clients below which a sum tells too much: with two, each could subtract its own."""
-DEVIATIONS = 10
-"""Room for a client's own noise, in its standard deviations."""
+if TYPE_CHECKING:
+    from fedhubert_lib.federated.local import Update
+
+NOISE_ROOM = 10
+"""Room in a sum's range for a client's noise, in its standard deviations."""
 _KEY = "secure-key"
 
 
@@ -41,22 +43,30 @@ _KEY = "secure-key"
 
 
 def keys(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
-    """Make a key pair for this round; keep the private one, send the public one (uint8 [32])."""
+    """Handler: make a key pair for this round; keep the private one, send the public one (uint8 [32])."""
     private = X25519PrivateKey.generate()
     client_state.save(home, config, _KEY, {"private": _tensor(private.private_bytes_raw())})
     return {"public": _tensor(private.public_key().public_bytes_raw())}, {}
+
+
+def masked(update: "Update") -> Iterator[None]:
+    """Bound the update, if privacy has not done so, and mask it."""
+    yield
+    if update.p.privacy == "none":
+        noise.clip(update.change, update.config["clip"])
+    update.change = mask(update.change, update.home, update.config, update.p)
 
 
 def mask(update: Mapping[str, Tensor], home: ClientHome, config: Mapping[str, Any], p: Federation) -> Arrays:
     """``update`` (norm at most ``config["clip"]``) in fixed point, int32 modulo 2^32, under the masks shared with
     ``config["peers"]`` (public keys in hex by client, this one among them).
 
-    Raises ValueError when the peers are too few, or the key was used before: two sums that differ in one client tell
+    Raises ValueError when the peers are too few, or the key was used before: two sums that differ in one client reveal
     that client's update.
     """
     peers = dict(config["peers"])
-    if len(peers) < FEWEST:
-        raise ValueError(f"asked for a sum with {len(peers) - 1} others; fewer than {FEWEST} clients hide nobody")
+    if len(peers) < SMALLEST_SUM:
+        raise ValueError(f"asked for a sum with {len(peers) - 1} others; fewer than {SMALLEST_SUM} clients hide nobody")
     private = _take_key(home, config)
     if peers.pop(home.client, None) != private.public_key().public_bytes_raw().hex():
         raise ValueError("the peers hold another key in this client's name")
@@ -66,18 +76,18 @@ def mask(update: Mapping[str, Tensor], home: ClientHome, config: Mapping[str, An
     for peer, public in sorted(peers.items()):
         stream = _stream(private, public)
         for values in masked.values():
-            noise = np.frombuffer(stream.update(bytes(values.nbytes)), np.uint32).reshape(values.shape)
-            np.add(values, noise, out=values) if home.client < peer else np.subtract(values, noise, out=values)
+            pad = np.frombuffer(stream.update(bytes(values.nbytes)), np.uint32).reshape(values.shape)
+            np.add(values, pad, out=values) if home.client < peer else np.subtract(values, pad, out=values)
     return {name: torch.from_numpy(values.view(np.int32)) for name, values in masked.items()}
 
 
 def _take_key(home: ClientHome, config: Mapping[str, Any]) -> X25519PrivateKey:
     """This round's private key, which is then forgotten."""
-    kept = client_state.load(home, {**config, "round": config["round"] + 1}, _KEY)
-    if kept is None or not len(kept["private"]):
+    saved = client_state.load(home, {**config, "round": config["round"] + 1}, _KEY)
+    if saved is None or not len(saved["private"]):
         raise ValueError("no unused key of this round; ask for keys first")
     client_state.save(home, config, _KEY, {"private": _tensor(b"")})
-    return X25519PrivateKey.from_private_bytes(kept["private"].numpy().tobytes())
+    return X25519PrivateKey.from_private_bytes(saved["private"].numpy().tobytes())
 
 
 def _fixed(name: str, values: Tensor, factor: float, limit: float) -> np.ndarray:
@@ -101,20 +111,68 @@ def _tensor(content: bytes) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- at the server
 
 
+class Summing(Hook):
+    """Exchange the cohort's keys, then add up masked updates of all who sent one."""
+
+    def __init__(self, server) -> None:
+        super().__init__(server)
+        server.bounded = True
+
+    def message(self, round) -> None:
+        """Ask for public keys, and only those for updates who sent one: a sum is of all of them or of nobody.
+
+        With too few keys nobody is asked. In a private study that is a round like any other.
+        """
+        round.message["clip"] = self.p.privacy_clip  # unless privacy has another one
+        peers = self._public_keys(round)
+        if self.p.privacy != "server":
+            round.quorum = max(round.quorum, SMALLEST_SUM)
+        round.asked = sorted(peers) if len(peers) >= max(round.quorum, SMALLEST_SUM) else []
+        if len(peers) >= round.quorum:
+            round.quorum = len(round.asked)
+        round.message["peers"] = peers
+
+    def _public_keys(self, round) -> dict[str, str]:
+        """The public keys of those of the cohort that are there, by client."""
+        peers = {}
+        for reply in self.server.ask("keys", round.message, round.cohort):
+            try:
+                if isinstance(reply, Failure):
+                    raise UpdateError(reply.reason)
+                peers[reply.client] = public_key(reply.arrays)
+            except UpdateError as error:
+                self.server.fail(round.number, reply.client, str(error))
+        return peers
+
+    def collector(self, round) -> "Sum | None":
+        if not round.asked:
+            return None
+        return Sum(self.server.weights, scale(self.p, round.message["clip"], len(round.asked)))
+
+
 def scale(p: Federation, clip: float, clients: int) -> float:
     """Fixed-point steps per unit: as fine as lets a sum of ``clients`` values of the largest size fit 32 bits."""
     bound = clip
     if p.privacy == "client":
-        bound *= 1 + DEVIATIONS * privacy.update_multiplier(p) / math.sqrt(p.cohort)
+        bound *= 1 + NOISE_ROOM * privacy.update_multiplier(p) / math.sqrt(p.cohort)
     return (2**31 - clients) / (bound * clients)
 
 
 class Sum:
-    """Collects masked updates, whatever their order: ``optimisers.Collector``. The result is the mean, float32."""
+    """Adds up masked updates, whatever their order: ``optimisers.Collector``. The result is the mean, float32."""
 
     def __init__(self, like: Mapping[str, Tensor], factor: float) -> None:
         self._sums = {name: np.zeros(tuple(tensor.shape), np.uint32) for name, tensor in like.items()}
         self._factor, self._count = factor, 0
+
+    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+        """None: the values of a masked update say nothing. Raises UpdateError unless it has the names and shapes of
+        ``like``, int32."""
+        if update.keys() != like.keys():
+            raise UpdateError(f"the masked update differs from the model in {sorted(update.keys() ^ like.keys())[:3]}")
+        for name, tensor in update.items():
+            if tensor.dtype != torch.int32 or tensor.shape != like[name].shape:
+                raise UpdateError(f"{name} of the masked update is {tensor.dtype} {tuple(tensor.shape)}")
 
     def add(self, update: Arrays, weight: float) -> None:
         """Add one client's; ``weight`` must be 1."""
@@ -123,19 +181,10 @@ class Sum:
         self._count += 1
 
     def result(self) -> Arrays:
-        """The mean, once every client that was given the same peers has been added: else it is noise."""
+        """The mean, once every client that had the same peers has been added: before that it is noise."""
         steps = self._factor * self._count
         means = {name: np.asarray(total.view(np.int32) / steps) for name, total in self._sums.items()}
         return {name: torch.from_numpy(mean).float() for name, mean in means.items()}
-
-
-def check(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise UpdateError unless ``update`` has the names and shapes of ``like``, int32. Its values tell nothing."""
-    if update.keys() != like.keys():
-        raise UpdateError(f"the masked update differs from the model in {sorted(update.keys() ^ like.keys())[:3]}")
-    for name, tensor in update.items():
-        if tensor.dtype != torch.int32 or tensor.shape != like[name].shape:
-            raise UpdateError(f"{name} of the masked update is {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def public_key(arrays: Mapping[str, Tensor]) -> str:

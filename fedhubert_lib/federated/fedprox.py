@@ -1,0 +1,28 @@
+"""FedProx (Li et al. 2020, arXiv 1812.06127): clients are held near the global weights."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fedhubert_lib import training
+
+if TYPE_CHECKING:
+    from fedhubert_lib.federated.local import Update
+
+
+def proximal(update: "Update") -> Iterator[None]:
+    """Add ``proximal`` / 2 times the squared distance to the weights at the start to the loss."""
+    update.adjust.append(pull(list(update.names.values()), update.p.proximal))
+    yield
+
+
+def pull(parameters: Sequence[Tensor], strength: float) -> training.Adjust:
+    """The gradient of ``strength`` / 2 times the squared distance to what ``parameters`` are now."""
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    def add(factor: float) -> None:
+        for parameter, origin in zip(parameters, start, strict=True):
+            training.gradient(parameter).add_(parameter.detach() - origin, alpha=strength * factor)
+
+    return add

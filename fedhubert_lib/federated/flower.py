@@ -1,0 +1,184 @@
+"""The protocol over Flower's Message API: the ClientApp and the ServerApp, which Flower starts in processes of its own.
+
+A request holds an ArrayRecord ``arrays`` and a ConfigRecord ``request`` (the action, and its configuration as JSON). A
+reply holds ``arrays``, a MetricRecord ``metrics`` and a ConfigRecord ``client`` (the client's id, and the reason where
+it failed). Nothing else travels.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fedhubert_lib.federated import handlers, relay, wire
+from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
+
+POLL_SECONDS = 0.05
+IDENTIFY_SECONDS = 120.0
+"""Deadline of a node's first answer: its process has to import PyTorch."""
+WAIT_SECONDS = 120
+"""Time to wait for all clients at the start; those still missing then are left out until they come."""
+
+logger = logging.getLogger(__name__)
+
+client = ClientApp()
+server = ServerApp()
+
+
+def content(action: str, arrays: ArrayRecord, config: Mapping[str, Any]) -> RecordDict:
+    """The content of a request. Each message has its own records, since a Flower mod may change them; the arrays in
+    them are shared, so that a model is packed once for a whole cohort.
+    """
+    record = ConfigRecord({"action": action, "config": json.dumps(dict(config))})
+    return RecordDict({"arrays": arrays.copy(), "request": record})
+
+
+def packed(arrays: Mapping[str, Tensor]) -> ArrayRecord:
+    """``arrays`` as Flower's record."""
+    record = ArrayRecord()
+    for name, tensor in arrays.items():
+        record[name] = Array(tensor.detach())
+    return record
+
+
+def unpacked(record: ArrayRecord) -> dict[str, Tensor]:
+    """The inverse of ``packed``."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- at a client
+
+
+@client.train()
+def answer(message: Message, context: Context) -> Message:
+    """Every request comes as Flower's message type ``train``; the action inside says what is asked.
+
+    The node's configuration names the client, the ``run`` folder on its machine, and its device.
+    """
+    node, asked = context.node_config, message.content["request"]
+    home = handlers.home(
+        Path(str(node["run"])), str(node["client"]), asked["action"], str(node.get("device", "cpu")), simulated=False
+    )
+    answer = handlers.answer(home, asked["action"], unpacked(message.content["arrays"]), json.loads(asked["config"]))
+    if isinstance(answer, Failure):
+        reply = RecordDict({"client": ConfigRecord({"id": answer.client, "failure": answer.reason})})
+    else:
+        records = {"arrays": packed(answer.arrays), "metrics": MetricRecord(dict(answer.metrics))}
+        reply = RecordDict({**records, "client": ConfigRecord({"id": answer.client})})
+    return Message(reply, reply_to=message)
+
+
+# -------------------------------------------------------------------------------------------------------- at the server
+
+
+class GridClients(Clients):
+    """Clients over Flower's Grid.
+
+    Replies are pulled one by one in sorted order of client id: those that came early wait where Flower keeps them, so
+    the server holds one at a time, and sums do not depend on the order of arrival. ``ids`` are all clients. A node is
+    asked who it is before the first message after it connected.
+    """
+
+    def __init__(self, grid: Grid, ids: Sequence[str]) -> None:
+        super().__init__(ids)
+        self._grid = grid
+        self._nodes: dict[str, int] = {}
+        self._strangers: set[int] = set()
+        """Nodes that did not say who they are, or are not among ``ids``."""
+
+    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+        """A client that is not connected is a Failure, not an exception."""
+        record, nodes = packed(request.arrays), self.connected()
+        messages = {
+            name: Message(
+                content(request.action, record, request.config), nodes[name], MessageType.TRAIN, ttl=request.timeout
+            )
+            for name in request.clients
+            if name in nodes
+        }
+        identifiers = dict(zip(messages, self._grid.push_messages(messages.values()), strict=True))
+        del messages, record
+        for name in request.clients:
+            if name not in identifiers:
+                yield Failure(name, "not connected")
+            elif identifiers[name] is None:
+                yield Failure(name, "Flower could not take its message")
+            else:
+                yield self._answer(name, identifiers[name])
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all clients are connected, or ``seconds`` have passed. Nodes appear as they activate."""
+        deadline = time.monotonic() + seconds
+        while missing := sorted(set(self.ids) - set(self.connected())):
+            if time.monotonic() > deadline:
+                logger.warning("%s: not connected within %.0f s; left out until they come", ", ".join(missing), seconds)
+                return
+            time.sleep(0.5)
+
+    def connected(self) -> dict[str, int]:
+        """Nodes by client, of those that are connected now."""
+        nodes = set(self._grid.get_node_ids())
+        if unknown := nodes - set(self._nodes.values()) - self._strangers:
+            named = identify(self._grid, unknown)
+            self._nodes |= {name: node for name, node in named.items() if name in self.ids}
+            self._strangers |= unknown - set(self._nodes.values())
+        return {name: node for name, node in self._nodes.items() if node in nodes}
+
+    def _answer(self, name: str, identifier: str) -> Reply | Failure:
+        while True:  # ends: past a message's time to live Flower answers with an error
+            for message in self._grid.pull_messages([identifier]):
+                return read_reply(name, message)
+            time.sleep(POLL_SECONDS)
+
+
+def identify(grid: Grid, nodes: Iterable[int]) -> dict[str, int]:
+    """Ask ``nodes`` which client each is: node by client. Those that do not answer in time are left out.
+
+    Raises ValueError when two say that they are the same client.
+    """
+    named: dict[str, int] = {}
+    asked = [Message(content("identify", ArrayRecord(), {}), node, MessageType.TRAIN) for node in sorted(nodes)]
+    for message in grid.send_and_receive(asked, timeout=IDENTIFY_SECONDS):
+        if message.has_error():
+            continue
+        name, node = str(message.content["client"]["id"]), message.metadata.src_node_id
+        if named.setdefault(name, node) != node:
+            raise ValueError(f"two connected nodes say that they are {name!r}; give each its own in --node-config")
+    return named
+
+
+def read_reply(name: str, message: Message) -> Reply | Failure:
+    """The answer of client ``name``. An error of Flower's, an answer in another client's name, and one that does not
+    hold what a reply holds are Failures."""
+    if message.has_error():
+        return Failure(name, message.error.reason or f"Flower's error {message.error.code}")
+    record = message.content.get("client", {})
+    if record.get("id") != name:
+        return Failure(name, f"answered in the name of {record.get('id')!r}")
+    if "failure" in record:
+        return Failure(name, str(record["failure"]))
+    try:
+        metrics = {key: float(value) for key, value in message.content["metrics"].items()}
+        return Reply(name, unpacked(message.content["arrays"]), metrics)
+    except (KeyError, TypeError, ValueError) as error:
+        return Failure(name, f"its answer is not understood: {type(error).__name__}: {error}")
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Wait for the clients that the stage names, then pass its requests on until it ends."""
+    with Client(str(context.run_config["socket"]), family="AF_UNIX") as pipe:
+        clients = GridClients(grid, wire.receive(pipe))
+        clients.wait(WAIT_SECONDS)
+        wire.send(pipe, connected := sorted(clients.connected()))
+        if connected:
+            relay.serve(pipe, clients)

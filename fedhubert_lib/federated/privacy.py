@@ -1,0 +1,213 @@
+"""Client-level differential privacy: what one client adds to a round is bounded, and noise hides what it added.
+
+A client scales its update down to norm C. The noise is added by the party that is trusted, and nobody can draw it
+again: it comes from the system's entropy.
+
+``privacy: server``. The server is trusted with updates, metrics and validation losses; whoever sees a model is not. It
+draws a secret Poisson cohort (a client joins with probability q), sums the updates, adds noise of standard deviation
+z C and divides by the expected cohort q N, not by the number of answers, which depends on who is there (McMahan et al.
+2018, arXiv 1710.06963). A small or empty cohort is a round like any other. Epsilon, of the sampled Gaussian, holds for
+adding or removing one client, against all who see models of this run but not its ledger: its losses have no noise.
+
+``privacy: client``. The server is not trusted. It knows who takes part, so that sampling hides nobody, and it would see
+each update: every client adds noise of standard deviation z C / sqrt(cohort) itself and sends no metrics. Epsilon is
+that of the client which took part most often, for what its speech changes in its updates, against the server and all
+others. With secure aggregation the server sees sums alone, and the noise of all k in a sum hides each: a multiplier of
+z sqrt(k / cohort) instead of z / sqrt(cohort). Clients that pool what they know with the server take their noise out.
+
+C is fixed, or follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871). Every draw of a cohort is charged
+before its first message goes out, whatever becomes of it. Not covered: cluster statistics of 02_kmeans, how long a
+client takes, and the last bits of floating point (Mironov 2012).
+
+``privacy_seeded: true`` draws cohorts and noise from the seed, so that a simulation can be repeated. Whoever knows the
+seed can subtract such noise: ledger and card say "not private".
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fedhubert_lib import seeds
+from fedhubert_lib.federated import accounting, noise, optimisers
+from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.params import Federation
+
+if TYPE_CHECKING:
+    from fedhubert_lib.federated.local import Update
+
+ACCOUNT = "privacy.jsonl"
+"""File of a private run: ``accounting.Account``."""
+SMALLEST_SUM = 3
+"""Clients below which a sum reveals too much: with two, each could subtract its own update."""
+
+
+def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *keys: int | str) -> list[str]:
+    """Clients that join with probability ``expected / len(clients)`` each, independently: what the accountant assumes.
+
+    The cohort's size varies from round to round; it may be empty. It is drawn from the system's entropy, or by (seed,
+    keys): sampling does not hide a client from those who know the cohort.
+    """
+    if not 0 < expected <= len(clients):
+        raise ValueError(
+            f"a cohort of {expected} cannot be drawn from {len(clients)} clients; set cohort to 1..clients"
+        )
+    generator = random.SystemRandom() if seed is None else seeds.numpy_generator(seed, *keys, "poisson-cohort")
+    return [client for client in sorted(clients) if generator.random() < expected / len(clients)]
+
+
+def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> float:
+    """The next round's clipping norm, from the (noisy) fraction of updates that were ``within`` the present one.
+
+    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2).
+    """
+    return bound * math.exp(-rate * (within - quantile))
+
+
+def count_std(p: Federation) -> float:
+    """Standard deviation of the noise on the number of clients within the bound: a twentieth of the cohort, as in
+    Andrew et al., but enough for half of the privacy to remain where cohorts are small."""
+    return max(p.cohort / 20, p.privacy_noise)
+
+
+def update_multiplier(p: Federation) -> float:
+    """The noise multiplier of the updates. With adaptive clipping the count takes its part of the privacy: both
+    releases together cost what one of ``privacy_noise`` costs (Andrew et al. 2021, theorem 1; a client's bit, centred
+    to -1/2 or 1/2, has sensitivity 1/2)."""
+    if p.privacy_quantile == 0 or p.privacy_noise == 0:
+        return p.privacy_noise
+    return (p.privacy_noise**-2 - (2 * count_std(p)) ** -2) ** -0.5
+
+
+def label(p: Federation) -> str:
+    """The name of a study's privacy in ledger and card."""
+    return p.privacy if p.privacy == "none" or not p.privacy_seeded else "not private: noise drawn from the seed"
+
+
+def _seed(p: Federation) -> int | None:
+    return p.seed if p.privacy_seeded else None
+
+
+def _add_noise(arrays: Mapping[str, Tensor], std: float, normal: Callable[..., Tensor]) -> None:
+    for name in sorted(arrays):
+        arrays[name].add_(normal(*arrays[name].shape), alpha=std)
+
+
+# ---------------------------------------------------------------------------------------------------------- at a client
+
+
+def protected(update: "Update") -> Iterator[None]:
+    """Bound the update, add the client's part of the noise, and keep back the metrics, as the study asks."""
+    yield
+    p = update.p
+    if p.privacy == "client":  # nothing else is for a server that is not trusted
+        update.measured = {"learning_rate": update.measured["learning_rate"]}
+    update.measured |= protect(update.change, p, update.config["clip"], update.home, update.config["round"])
+
+
+def protect(
+    update: Mapping[str, Tensor], p: Federation, bound: float, home: ClientHome, number: int
+) -> dict[str, float]:
+    """Make what a client sends in round ``number`` private, in place; return the metric that adaptive clipping needs.
+
+    ``privacy: server`` clips; ``privacy: client`` adds the client's part of the noise, too: the parts of a cohort of
+    the size asked for add up to what a trusted server would add. Raises ValueError when a real server asks for noise
+    from its seed.
+    """
+    if p.privacy_seeded and not home.simulated:
+        raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
+    within = float(noise.clip(update, bound) <= bound) - 0.5
+    if p.privacy == "client":
+        part, normal = 1 / math.sqrt(p.cohort), noise.generator(_seed(p), number, home.client)
+        _add_noise(update, update_multiplier(p) * bound * part, normal)
+        within += count_std(p) * part * float(normal(1))
+    return {"within_bound": within} if p.privacy_quantile > 0 else {}
+
+
+# -------------------------------------------------------------------------------------------------------- at the server
+
+
+class Bounding(Hook):
+    """Draw secret cohorts, charge the account, add the server's noise, move the clipping norm."""
+
+    def __init__(self, server) -> None:
+        super().__init__(server)
+        p = self.p
+        self._opened: accounting.Account | None = None
+        server.state["clip"] = p.privacy_clip
+        server.plan["privacy"] = label(p)
+        server.bounded, server.judging = True, False  # the choice of the best model would reveal losses
+        if p.privacy == "client":
+            server.trusted, server.metrics = False, frozenset({"learning_rate"})
+        if p.privacy_quantile > 0:
+            server.metrics |= {"within_bound"}
+
+    def draw(self, round) -> list[str] | None:
+        """With a trusted server a Poisson cohort, which may be small, or empty: to draw again would draw its clients
+        more often than is accounted for."""
+        p, ids = self.p, self.server.clients.ids
+        if p.privacy == "client":
+            return None
+        round.fewest = 0
+        self._charge(round, probability=p.cohort / len(ids), multiplier=p.privacy_noise)
+        return poisson_cohort(ids, p.cohort, _seed(p), round.number, round.attempt)
+
+    def message(self, round) -> None:
+        """Send the bound. A server that is not trusted sees who is asked, and each update, or their sum."""
+        p, round.message["clip"] = self.p, self.server.state["clip"]
+        if p.privacy == "client" and round.asked:
+            peers = len(round.asked) if p.secure_aggregation else 1
+            cost = p.cohort / peers * accounting.inverse_square(update_multiplier(p))
+            if p.privacy_quantile > 0:  # a bit of sensitivity 1/2, which each client sends by itself
+                cost += p.cohort * accounting.inverse_square(2 * count_std(p))
+            self._charge(round, clients=list(round.asked), multiplier=cost**-0.5)
+
+    def received(self, round, update: Arrays) -> Arrays:
+        """Clip again: rounding may have carried an update beyond the bound, and clients need not have clipped."""
+        if self.p.privacy == "server" and not self.p.secure_aggregation:
+            optimisers.checked_norm(update, round.payload)
+            noise.clip(update, self.server.state["clip"])
+        return update
+
+    def step(self, round, update: Arrays) -> None:
+        """Add the noise; the ledger says what the run has spent."""
+        state, p = self.server.state, self.p
+        round.row |= {"clip": state["clip"], "epsilon": self._account(round).epsilon(), "privacy": label(p)}
+        fewest = SMALLEST_SUM if p.secure_aggregation else 1
+        within = round.sums["within_bound"]
+        state["clip"] = release(update, p, state["clip"], round.number, round.clients, within, fewest)
+
+    def _charge(self, round, **row) -> None:
+        self._account(round).charge({"round": round.number, "attempt": round.attempt, **row})
+
+    def _account(self, round) -> accounting.Account:
+        """The account of the run, opened at its first draw."""
+        if self._opened is None:
+            path, following = self.server.out / ACCOUNT, (round.number, round.attempt)
+            self._opened = accounting.Account(path, self.p.privacy_delta, following, self.p.privacy_seeded)
+        return self._opened
+
+
+def release(
+    mean: Mapping[str, Tensor], p: Federation, bound: float, number: int, answered: int, within: float, fewest: int = 1
+) -> float:
+    """Make the ``mean`` of the updates of ``answered`` clients private in place; return the next clipping norm.
+
+    ``within`` sums the clients' ``within_bound``. Below ``fewest`` clients nothing was asked for, and the mean is zero:
+    then one client more or less could change the sum by ``fewest`` updates at once. So the sum of s clients is scaled
+    by (s - fewest + 1) / s, which grows from zero at ``fewest`` - 1 clients by one update for each client.
+    """
+    if p.privacy == "client":  # who took part is public, and all noise is in
+        return adapt(bound, within / max(answered, 1) + 0.5, p.privacy_quantile) if p.privacy_quantile else bound
+    counted = max(answered - fewest + 1, 0)
+    normal = noise.generator(_seed(p), number)
+    for value in mean.values():
+        value.mul_(counted / p.cohort)
+    _add_noise(mean, update_multiplier(p) * bound / p.cohort, normal)
+    if p.privacy_quantile == 0:
+        return bound
+    within = within * counted / max(answered, 1) + count_std(p) * float(normal(1))
+    return adapt(bound, within / p.cohort + 0.5, p.privacy_quantile)

@@ -1,0 +1,52 @@
+"""Trimmed mean and median of the updates: one hostile client cannot move them. They need a cohort's updates at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedhubert_lib import resources
+from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.optimisers import checked_norm
+from fedhubert_lib.federated.protocol import Arrays, size
+
+
+class Sorted:
+    """Coordinate-wise trimmed mean, or median, of the updates (Yin et al. 2018, arXiv 1803.01498), without weights.
+
+    ``trim`` is the fraction left out at each end, rounded down to whole clients but at least one where three or more
+    answered; 0.5 is the median.
+    """
+
+    def __init__(self, trim: float) -> None:
+        self._trim = trim
+        self._updates: list[Arrays] = []
+        self.norm = checked_norm
+
+    def add(self, update: Arrays, weight: float) -> None:
+        """Keep ``update``."""
+        self._updates.append(dict(update))
+
+    def result(self) -> Arrays:
+        """The trimmed mean or median of all, a tensor at a time."""
+        names = sorted(self._updates[0])
+        return {name: self._reduced([update.pop(name) for update in self._updates]) for name in names}
+
+    def _reduced(self, tensors: Sequence[Tensor]) -> Tensor:
+        count = len(tensors)
+        lowest = (count - 1) // 2 if self._trim == 0.5 else min(max(int(self._trim * count), 1), (count - 1) // 2)
+        return torch.stack(list(tensors)).sort(0).values[lowest : count - lowest].mean(0)
+
+
+class SortedUpdates(Hook):
+    """``server: trimmed-mean`` and ``median``."""
+
+    def collector(self, round) -> Sorted:
+        """Raises MemoryError, before anybody is asked, where the cohort's updates do not fit into free memory."""
+        needed, free = size(round.payload) * len(round.asked), resources.free_memory(torch.device("cpu"))
+        if needed > free:
+            raise MemoryError(
+                f"server: {self.p.server} holds the updates of {len(round.asked)} clients at once,"
+                f" {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; lower cohort, or take server: fedavg"
+            )
+        return Sorted(0.5 if self.p.server == "median" else self.p.server_trim)

@@ -1,0 +1,72 @@
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378): control variates take the clients' drift out of the gradients.
+
+The server's variate c travels with the weights, as tensors ``control/NAME``; a client adds c - c_i to each gradient and
+sends the change of its own c_i with its update. Personal parameters have none.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedhubert_lib import training
+from fedhubert_lib.federated import client_state
+from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.protocol import Arrays
+
+if TYPE_CHECKING:
+    from fedhubert_lib.federated.local import Update
+
+CONTROL = "control/"
+
+
+def corrected(update: "Update") -> Iterator[None]:
+    """The client: correct its gradients by c - c_i; send the change of c_i.
+
+    Option II: c_i+ = c_i - c + (x - y) / (K eta). For plain SGD (x - y) / (K eta) is the mean of the gradients stepped
+    along; under AdamW that mean is taken itself.
+    """
+    common = {name: update.arrays[CONTROL + name] for name in update.names if CONTROL + name in update.arrays}
+    local = client_state.load(update.home, update.config, "control")
+    gradients: Arrays = {}
+    update.optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, update.names))
+    offsets = {name: (c - local[name] if local else c).to(update.names[name].device) for name, c in common.items()}
+
+    def correct(factor: float) -> None:
+        for name, parameter in update.names.items():
+            gradient = training.gradient(parameter)
+            if name in offsets:
+                gradient.add_(offsets[name], alpha=factor)
+
+    update.adjust.append(correct)
+    yield
+    change = {name: (gradients[name] / update.measured["steps"]).cpu() - c for name, c in common.items()}
+    new = {name: value + local[name] if local else value.clone() for name, value in change.items()}
+    client_state.save(update.home, update.config, "control", new)
+    update.change |= {CONTROL + name: value for name, value in change.items()}
+
+
+def _add_gradients(total: Arrays, names: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in names.items():
+        gradient = parameter.grad.detach()
+        total[name] = total[name].add_(gradient) if name in total else gradient.clone()
+
+
+class Control(Hook):
+    """The server: send c, and move it by the mean change of the c_i times the fraction of clients that answered."""
+
+    def __init__(self, server) -> None:
+        super().__init__(server)
+        server.tensors |= {CONTROL + name: torch.zeros_like(weight) for name, weight in server.weights.items()}
+
+    def message(self, round) -> None:
+        round.payload |= self._control()
+
+    def step(self, round, update: dict[str, Tensor]) -> None:
+        fraction = round.clients / len(self.server.clients.ids)
+        for name, control in self._control().items():
+            control.add_(update.pop(name), alpha=fraction)
+
+    def _control(self) -> Arrays:
+        return {name: tensor for name, tensor in self.server.tensors.items() if name.startswith(CONTROL)}

@@ -1,0 +1,113 @@
+"""What a study's parameters mean to the stages that train: the model, its steps, and batches of a client's speech."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from fedhubert_lib import audio, batching, hubert, params, training, weights
+from fedhubert_lib.federated.protocol import ClientHome
+
+VALIDATION_BATCHES = 4
+"""Batches of a client's validation utterances, at most, that its validation loss is measured on."""
+
+
+def clusters(run: Path, codebook: str) -> int:
+    """K of a codebook. Raises FileNotFoundError when 02_kmeans has not made it."""
+    path = run / "02_kmeans" / "codebooks" / codebook / "codebook.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such codebook; name it in codebooks of 02_kmeans and run that first")
+    return int(json.loads(path.read_text(encoding="utf-8"))["clusters"])
+
+
+def model_config(p: params.Federation) -> hubert.HubertConfig:
+    """Preset ``p.model`` with the sizes that ``p`` gives in place of its.
+
+    Where only ``hidden_size`` is given, the feed-forward layers are four times as wide, and there are as many attention
+    heads as in the preset or the next smaller number that divides the size. Raises ValueError when sizes do not fit.
+    """
+    chosen = {
+        "hidden_size": p.hidden_size,
+        "num_hidden_layers": p.layers,
+        "num_attention_heads": p.attention_heads,
+        "intermediate_size": p.feed_forward_size,
+        "conv_dim": p.conv_width and (p.conv_width,) * 7,
+    }
+    if p.hidden_size and not p.feed_forward_size:
+        chosen["intermediate_size"] = 4 * p.hidden_size
+    if p.hidden_size and not p.attention_heads:
+        heads = hubert.preset(p.model).num_attention_heads
+        chosen["num_attention_heads"] = next(n for n in range(heads, 0, -1) if p.hidden_size % n == 0)
+    changes = {name: value for name, value in chosen.items() if value}
+    return hubert.preset(p.model, p.front_end, position_embedding=p.position_embedding, **changes)
+
+
+def hubert_config(values: Mapping[str, Any]) -> hubert.HubertConfig:
+    """The configuration that came as JSON, which has lists for tuples."""
+    return hubert.HubertConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def save(folder: Path, config: hubert.HubertConfig, arrays: Mapping[str, Tensor]) -> Path:
+    """Write ``arrays``, named model.NAME and head.NAME, as a model folder (``hubert.save``)."""
+    model, head = hubert.Hubert(config), None
+    modules = nn.ModuleDict({"model": model})
+    if "head.label_embeddings" in arrays:
+        modules["head"] = head = hubert.Head(config, len(arrays["head.label_embeddings"]))
+    weights.fill(modules, arrays)
+    hubert.save(folder, model, head)
+    return folder
+
+
+def settings(p: params.Federation, total_steps: int, accumulate: int = 1) -> training.Settings:
+    """Settings of training steps, at clients and on pooled data, in a study of ``total_steps`` global steps."""
+    return training.Settings(
+        learning_rate=p.learning_rate,
+        warmup_steps=round(p.warmup_share * total_steps),
+        weight_decay=p.weight_decay,
+        clip_norm=p.clip_norm,
+        accumulate=accumulate,
+        precision=p.precision,
+    )
+
+
+def steps(home: ClientHome, p: params.Federation, number: int) -> int:
+    """Optimiser steps of a client in round ``number``: ``local_steps``, or ``local_epochs`` passes if those are
+    fewer."""
+    if not p.local_epochs:
+        return p.local_steps
+    samples = pd.read_parquet(home.data / "train.parquet", columns=["samples"])["samples"].to_numpy(dtype=np.int64)
+    return min(p.local_steps, batching.steps_of(samples, p.local_epochs, _recipe(p), (p.seed, number, home.client)))
+
+
+def validation_steps(home: ClientHome, p: params.Federation) -> int:
+    """Batches that this client's validation utterances fill, at most VALIDATION_BATCHES; 0 where it has none to use."""
+    samples = pd.read_parquet(home.data / "validation.parquet", columns=["samples"])["samples"]
+    samples = samples[samples >= batching.SHORTEST_SECONDS * audio.SAMPLE_RATE]
+    if samples.empty:
+        return 0
+    seconds = samples.clip(upper=int(p.crop_seconds * audio.SAMPLE_RATE)).sum() / audio.SAMPLE_RATE
+    return int(np.clip(seconds // p.batch_seconds, 1, VALIDATION_BATCHES))
+
+
+def batches(
+    table: pd.DataFrame,
+    labels: Mapping[str, np.ndarray],
+    p: params.Federation,
+    number: int,
+    client: str,
+    steps: int,
+    *,
+    normalise: bool = False,
+    device: str = "cpu",
+) -> Iterator[batching.Batch]:
+    """``steps`` batches of ``table`` for round ``number``, with the study's sizes and masks."""
+    keys = (p.seed, number, client)
+    return batching.batches(table, labels, _recipe(p), keys, steps, device=device, normalise=normalise)
+
+
+def _recipe(p: params.Federation) -> batching.Recipe:
+    return batching.Recipe(p.batch_seconds, p.crop_seconds, p.mask_probability, p.mask_length)

@@ -1,0 +1,68 @@
+"""Weights and optimiser moments by name, into a module and out of it, to a device and back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+Arrays = dict[str, Tensor]
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""The tensors that AdamW keeps for each parameter."""
+
+
+@torch.no_grad()
+def fill(module: nn.Module, arrays: Mapping[str, Tensor], personal: Mapping[str, Tensor] | None = None) -> None:
+    """Write the global weights, and the client's ``personal`` parameters where it kept some, into ``module``."""
+    arrays = placed(arrays, next(module.parameters()).device)
+    for name, parameter in module.named_parameters():
+        if name in arrays:
+            parameter.copy_(arrays[name])
+        elif personal is not None:
+            parameter.copy_(personal[name])
+
+
+_placed: dict[str, tuple[list[Tensor], list[int], Arrays]] = {}
+"""By device, the last weights that were put on it: themselves, their versions then, their copies there."""
+
+
+def placed(arrays: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """``arrays`` on ``device``. A GPU keeps the last ones: a cohort's clients in one process get the same."""
+    if device.type == "cpu":
+        return arrays
+    tensors = list(arrays.values())
+    kept, versions, copies = _placed.get(str(device), ([], [], {}))
+    same = len(kept) == len(tensors) and all(a is b for a, b in zip(kept, tensors, strict=True))
+    if not same or versions != [tensor._version for tensor in tensors]:
+        copies = {name: tensor.to(device) for name, tensor in arrays.items()}
+        _placed[str(device)] = tensors, [tensor._version for tensor in tensors], copies
+    return copies
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> Arrays:
+    """float32 ``tensors`` of one device on the CPU: from a GPU in one copy, into pinned memory, which is used again."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return dict(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    host = torch.empty(flat.shape, pin_memory=True).copy_(flat)
+    parts = host.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+def restore_moments(
+    optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor] | None
+) -> None:
+    """Give AdamW the moments that ``moments`` read from it; None: it starts anew."""
+    for name, parameter in names.items() if kept else ():
+        optimiser.state[parameter] = {key: kept[f"{name}/{key}"].to(parameter.device) for key in MOMENTS}
+
+
+def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> Arrays:
+    """AdamW's moments of each parameter, NAME/MOMENT, as tensors that can be saved."""
+    kept = {}
+    for name, parameter in names.items():
+        if not (state := optimiser.state.get(parameter)):  # layerdrop left its layer out of every step so far
+            state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            state["step"] = torch.zeros((), device=parameter.device)
+        kept |= {f"{name}/{key}": state[key].detach() for key in MOMENTS}
+    return to_host(kept)
