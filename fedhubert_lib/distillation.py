@@ -253,7 +253,7 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
         alone, out = _alone(p, name, seed), folder / name / str(seed)
         with threads.limited(p.threads), federated.connect(run, p.engine, p.device, p.codebook) as clients:
             federate(run, alone, clients, out=out)
-        if p.centralised and p.engine == "deployment":
+        if p.centralised:
             centralised(run, alone, out=out)
     for seed in range(p.seed, p.seed + p.compare_seeds):
         # Of all objectives the student begins alike; this one's needs no clusters to be drawn.
