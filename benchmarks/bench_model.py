@@ -9,7 +9,7 @@ are medians of the per-repetition ratios. transformers has no HuBERT pretraining
 runs with `skip_nomask` and, as published, draws its mask inside the step. Training keeps freed memory in the process
 (`training.keep_freed_memory`); peers marked "kept" do, too, the others are as installed.
 
-Then, for ours alone: what share of the step loss and masks take, what share it waits for data, and what gradient
+Then, for ours alone: the fractions of a step that loss and masks take and that it waits for data, and what gradient
 checkpointing saves and costs.
 """
 
@@ -38,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fedhubert_lib import audio, batching, hubert, masking, objectives, resources, seeds, training
 from fedhubert_lib.evaluation import cost
+from fedhubert_lib.export import formats
 
 CLUSTERS = 100
 PUBLISHED_BATCH = 87.5
@@ -53,7 +54,7 @@ TARGETS = {  # times ours
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender is given."""
+    """Model, batch and device of every contender."""
 
     preset: str
     front_end: str
@@ -104,7 +105,7 @@ class Ours:
         self.update([self.batch])
 
     def tensor_bytes(self) -> int:
-        """The most that a step's tensors take beyond what there is between steps: weights and moments.
+        """Peak bytes of a step's tensors beyond those between steps: weights and moments.
 
         The C library's heap keeps what was freed, so that resident memory says little of it.
         """
@@ -132,19 +133,19 @@ class Ours:
         )
 
     def objective_seconds(self) -> float:
-        """What loss and masks take of a step: everything after the model and its gradient, and drawing the masks."""
+        """Seconds of loss and masks in a step: everything after the model and its gradient, and drawing the masks."""
         batch, size = self.batch, self.work.config.hidden_size
         features = torch.randn(*batch.mask.shape, self.work.config.feature_size, device=self.work.device)
         dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else torch.float32
 
         def once() -> float:
             last = torch.randn(*batch.mask.shape, size, device=self.work.device).requires_grad_()
-            given = features.to(dtype).requires_grad_()
+            convolved = features.to(dtype).requires_grad_()
             _synchronise(self.work.device)
             began = time.perf_counter()
             self.work.masks(batch.mask.shape[1])
             with training.autocast(self.work.device, self.settings.precision):
-                model = lambda *_, **__: hubert.HubertOutput(last, None, given)  # noqa: E731
+                model = lambda *_, **__: hubert.HubertOutput(last, None, convolved)  # noqa: E731
                 sums = objectives.masked_prediction(model, self.head, batch)
             sums.loss.backward()
             _synchronise(self.work.device)
@@ -154,7 +155,7 @@ class Ours:
         return statistics.median(once() for _ in range(5))
 
     def waiting(self, steps: int = 5) -> float:
-        """Share of an update of ``steps`` steps that waits for clips to be decoded from FLAC."""
+        """Fraction of an update of ``steps`` steps that waits for clips to be decoded from FLAC."""
         rng = np.random.default_rng(0)
         samples = int((self.work.seconds + 1) * audio.SAMPLE_RATE)
         with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +178,7 @@ class Ours:
 
 
 class Peer:
-    """Another's model in the usual loop. ``loss`` is a function of the batch."""
+    """A peer's model in the usual loop. ``loss`` is a function of the batch."""
 
     def __init__(self, work: Work, precision: str, module: nn.Module, loss: Callable) -> None:
         self.work, self.precision, self.module, self.loss = work, precision, module.to(work.device).train(), loss
@@ -197,8 +198,8 @@ class Peer:
 def of_transformers(work: Work, precision: str) -> Peer:
     config = work.config
     names = {f: getattr(config, f) for f in config.__dataclass_fields__ if f in transformers.HubertConfig().to_dict()}
-    theirs = transformers.HubertConfig(**names | {"conv_dim": list(config.conv_dim)}, attn_implementation="sdpa")
-    model, head = transformers.HubertModel(theirs), hubert.Head(config, CLUSTERS)
+    settings = transformers.HubertConfig(**names | {"conv_dim": list(config.conv_dim)}, attn_implementation="sdpa")
+    model, head = transformers.HubertModel(settings), hubert.Head(config, CLUSTERS)
 
     def loss(batch: batching.Batch) -> torch.Tensor:
         last = model(batch.waveforms, mask_time_indices=batch.mask).last_hidden_state
@@ -207,42 +208,28 @@ def of_transformers(work: Work, precision: str) -> Peer:
     return Peer(work, precision, nn.ModuleList([model, head]), loss)
 
 
-def of_torchaudio(work: Work, precision: str) -> Peer:
-    config = work.config
-    model = torchaudio.models.hubert_pretrain_model(
-        extractor_mode="group_norm" if config.feat_extract_norm == "group" else "layer_norm",
-        extractor_conv_layer_config=list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
-        extractor_conv_bias=config.conv_bias,
-        encoder_embed_dim=config.hidden_size,
-        encoder_projection_dropout=config.feat_proj_dropout,
-        encoder_pos_conv_kernel=config.num_conv_pos_embeddings,
-        encoder_pos_conv_groups=config.num_conv_pos_embedding_groups,
-        encoder_num_layers=config.num_hidden_layers,
-        encoder_num_heads=config.num_attention_heads,
-        encoder_attention_dropout=config.attention_dropout,
-        encoder_ff_interm_features=config.intermediate_size,
-        encoder_ff_interm_dropout=config.activation_dropout,
-        encoder_dropout=config.hidden_dropout,
-        encoder_layer_norm_first=config.do_stable_layer_norm,
-        encoder_layer_drop=config.layerdrop,
-        mask_prob=0.8,
-        mask_selection="static",
-        mask_other=0.0,
-        mask_length=10,
+def torchaudio_model(config: hubert.HubertConfig, clusters: int) -> torchaudio.models.HuBERTPretrainModel:
+    """torchaudio's pretraining model of the same architecture, with the published masks."""
+    arguments = formats.torchaudio_arguments(config)
+    del arguments["aux_num_out"]
+    masking = {"mask_prob": 0.8, "mask_length": 10, "mask_channel_prob": 0.0, "mask_channel_length": 10}
+    for kind in ("mask", "mask_channel"):
+        masking |= {f"{kind}_selection": "static", f"{kind}_other": 0.0, f"{kind}_min_space": 1}
+    return torchaudio.models.hubert_pretrain_model(
+        **arguments,
+        **masking,
         no_mask_overlap=False,
-        mask_min_space=1,
-        mask_channel_prob=0.0,
-        mask_channel_selection="static",
-        mask_channel_other=0.0,
-        mask_channel_length=10,
         no_mask_channel_overlap=False,
-        mask_channel_min_space=1,
         skip_masked=False,
         skip_nomask=True,
-        num_classes=CLUSTERS,
+        num_classes=clusters,
         final_dim=config.classifier_proj_size,
         feature_grad_mult=None if config.feature_grad_mult == 1 else config.feature_grad_mult,
     )
+
+
+def of_torchaudio(work: Work, precision: str) -> Peer:
+    model = torchaudio_model(work.config, CLUSTERS)
 
     def loss(batch: batching.Batch) -> torch.Tensor:
         logits, _, penalty = model(batch.waveforms, batch.labels)
@@ -349,7 +336,7 @@ def ceiling(precision: str, device: str) -> float:
 
 
 def compare(work: Work, repeats: int, only: list[str]) -> dict:
-    """Median seconds of a step of every contender, and the ratios to ours."""
+    """Median seconds of a step of every contender, and their ratios to ours."""
     rows = {}
     flops = 6 * cost.macs(work.config, work.seconds) * work.clips  # forward once, backward twice
     for precision in PRECISIONS:
@@ -365,16 +352,16 @@ def compare(work: Work, repeats: int, only: list[str]) -> dict:
                     "flops_per_second": flops / median,
                     "utilisation": flops / median / limit,
                 }
-            own = rows[f"ours {precision}"]
-            own["objective_share"] = processes.ask("ours", "objective_seconds") / own["seconds"]
+            ours = rows[f"ours {precision}"]
+            ours["objective_fraction"] = processes.ask("ours", "objective_seconds") / ours["seconds"]
             if precision == "bfloat16":  # the faster step, which data have to keep up with
-                own["waiting_share"] = processes.ask("ours", "waiting")
+                ours["waiting_fraction"] = processes.ask("ours", "waiting")
     best = {name: min(rows[f"{name} {precision}"]["seconds"] for precision in PRECISIONS) for name in only}
     return {"rows": rows, "best": {name: seconds / best["ours"] for name, seconds in best.items() if name != "ours"}}
 
 
 def checkpointing(work: Work, precision: str, repeats: int) -> dict:
-    """Memory and time of a step with gradient checkpointing, as shares of those without."""
+    """Memory and time of a step with gradient checkpointing, as fractions of those without."""
     names = ["ours", "ours, checkpointed"]
     with Processes(names, work, precision) as processes:
         times = turns(processes, repeats)
@@ -382,9 +369,9 @@ def checkpointing(work: Work, precision: str, repeats: int) -> dict:
         tensors, tensors_saved = (processes.ask(name, "tensor_bytes") for name in names)
     return {
         "resident": resident,
-        "share_of_resident": resident_saved / resident,
+        "fraction_of_resident": resident_saved / resident,
         "tensors": tensors,
-        "share_of_tensors": tensors_saved / tensors,
+        "fraction_of_tensors": tensors_saved / tensors,
         "times": statistics.median(s / p for p, s in zip(*times.values(), strict=True)),
     }
 
@@ -402,8 +389,8 @@ def show(work: Work, result: dict) -> None:
     for precision in PRECISIONS:
         row = result["rows"][f"ours {precision}"]
         print(
-            f"  {precision}: loss and masks {row['objective_share']:.1%} of the step (under 5 %)"
-            + (f", waiting for data {row['waiting_share']:.1%} (under 2 %)" if "waiting_share" in row else "")
+            f"  {precision}: loss and masks {row['objective_fraction']:.1%} of the step (under 5 %)"
+            + (f", waiting for data {row['waiting_fraction']:.1%} (under 2 %)" if "waiting_fraction" in row else "")
         )
 
 
@@ -436,8 +423,8 @@ def main() -> None:
         result = checkpointing(work, "bfloat16", options.repeats)
         print(
             f"\ngradient checkpointing, {work.preset}, bfloat16, {work.clips} x {work.seconds} s:"
-            f" {result['share_of_tensors']:.0%} of {result['tensors'] / 2**30:.2f} GiB of a step's tensors, weights and"
-            f" moments apart (at most 40 %); {result['share_of_resident']:.0%} of"
+            f" {result['fraction_of_tensors']:.0%} of {result['tensors'] / 2**30:.2f} GiB of a step's tensors, without"
+            f" weights and moments (at most 40 %); {result['fraction_of_resident']:.0%} of"
             f" {result['resident'] / 2**30:.2f} GiB of resident memory; time {result['times']:.2f} x (at most 1.35)"
         )
         results.append({"preset": options.checkpointing, "checkpointing": result})

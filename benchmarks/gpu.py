@@ -239,7 +239,7 @@ def learning(at: Setting) -> None:
     import numpy as np
     import torch
 
-    from fedhubert_lib import corpora, federated, files, hubert, kmeans, params, partition, pretraining
+    from fedhubert_lib import corpora, federated, files, kmeans, params, partition, pretrained, pretraining
     from fedhubert_lib.evaluation import encoders, layers, probes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -277,7 +277,7 @@ def learning(at: Setting) -> None:
         row("federated training", rounds=p.rounds, hours_heard=heard, seconds=time.perf_counter() - began, **figures)
 
         table, phones = layers.held_out(run, 0.5 if at.tiny else 4.0, 0)
-        model, _ = hubert.load(checkpoint)
+        model, _ = pretrained.load(checkpoint)
         for name, network in {"trained": model, "random weights": encoders.untrained(model.config, 0)}.items():
             encoder = encoders.of_model(network, torch.device(at.device))
             frames = layers.frames(encoder, table, run / f"{name.split()[0]}.npy")
@@ -311,12 +311,12 @@ def compiled(work: object, precision: str) -> object:
 @contextlib.contextmanager
 def on_device(kernels: object, device: str, form: str) -> Iterator[None]:
     """Front end and positions as PyTorch's convolutions or as products of matrices."""
-    before = kernels.FASTER_ON
-    kernels.FASTER_ON = dict.fromkeys(before, {device.split(":")[0]} if form == "products" else set())
+    before = kernels.DEVICES
+    kernels.DEVICES = {device.split(":")[0]} if form == "products" else set()
     try:
         yield
     finally:
-        kernels.FASTER_ON = before
+        kernels.DEVICES = before
 
 
 @contextlib.contextmanager

@@ -28,11 +28,11 @@ from fedhubert_lib import (
     corpora,
     federated,
     files,
-    hubert,
     kmeans,
     objectives,
     params,
     partition,
+    pretrained,
     pretraining,
     recipes,
     training,
@@ -112,7 +112,7 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
     handlers.HANDLERS["kmeans.features"](home, {}, settings)
     handlers.HANDLERS["kmeans.label"](home, {"centroids": torch.from_numpy(np.load(book / "centroids.npy"))}, settings)
     labels = Labels(home.labels / p.codebook)
-    model, head = hubert.load(checkpoint)
+    model, head = pretrained.load(checkpoint)
     module = torch.nn.ModuleList([model, head])
     steps = int(heldout.samples.sum() / 16_000 / p.batch_seconds)
     sums = training.evaluate(
@@ -165,7 +165,7 @@ def arm(study: str, name: str, seed: int, out: Path, librispeech: str) -> dict[s
     for client in federated.client_ids(base):
         own = Labels(base / "02_kmeans" / "clients" / client / p.codebook)
         counts.append(np.bincount(np.concatenate([own[name] for name in own.utterances]), minlength=CLUSTERS))
-    model, _ = hubert.load(checkpoint)
+    model, _ = pretrained.load(checkpoint)
     result |= unigram(counts)
     cache = base / f"frames-{name}.npy"
     result["probe"] = phone_probe(base, encoders.of_model(model, torch.device("cpu")), cache, seed)

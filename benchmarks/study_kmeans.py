@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fedhubert_lib import corpora, federated, hubert, kmeans, params, partition
+from fedhubert_lib import corpora, federated, hubert, kmeans, params, partition, pretrained
 
 KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
 NORMALISATIONS = ("none", "global", "speaker")
@@ -65,10 +65,10 @@ def kinds(options: argparse.Namespace) -> None:
 
 def layers(options: argparse.Namespace) -> None:
     """Federated codebooks of MFCCs, of random weights and of the checkpoint."""
-    model, _ = hubert.load(options.checkpoint)
+    model, _ = pretrained.load(options.checkpoint)
     for seed in options.seeds:
         torch.manual_seed(seed)
-        hubert.save(options.out / f"random-{seed}", hubert.Hubert(model.config))
+        pretrained.save(options.out / f"random-{seed}", hubert.Hubert(model.config))
         random = str(options.out / f"random-{seed}")
         for name, folder in {"MFCC": "mfcc", "random weights": random, "trained": options.checkpoint}.items():
             for clusters in options.clusters:

@@ -28,6 +28,7 @@ from fedhubert_lib import (
     objectives,
     params,
     pooled,
+    pretrained,
     recipes,
     seeds,
     teaching,
@@ -92,7 +93,7 @@ def receive(
         named.fill(_modules_of(teacher), arrays)
         if (found := digest(teacher)) != config["digest"]:
             raise TeacherError(f"{home.client}: received a teacher {found} where {config['digest']} was announced")
-        hubert.save(folder, teacher.model, teacher.head)
+        pretrained.save(folder, teacher.model, teacher.head)
     return {}, {"held": float(folder.exists())}
 
 
@@ -123,7 +124,7 @@ def _teacher(home: ClientHome, config: Mapping[str, Any]) -> Teacher:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: str, expected: str, device: str) -> Teacher:
-    teacher = Teacher(*hubert.load(folder))
+    teacher = Teacher(*pretrained.load(folder))
     if (found := digest(teacher)) != expected:
         raise TeacherError(f"{folder}: holds teacher {found}, not the announced {expected}; it was changed or replaced")
     _modules_of(teacher).to(device)
@@ -146,7 +147,7 @@ def _modules_of(teacher: Teacher) -> nn.ModuleDict:
 
 
 def _build(model: Mapping[str, Any], clusters: int) -> tuple[hubert.Hubert, hubert.Head | None]:
-    config = recipes.hubert_config(model)
+    config = hubert.HubertConfig(**model)
     return hubert.Hubert(config), hubert.Head(config, clusters) if clusters else None
 
 
@@ -231,7 +232,7 @@ def federate(
     config, weights = initial(run, p, teacher)
     if p.send_teacher or p.engine == "deployment":  # whose clients read no folder of the server's
         send(clients, teacher)
-    task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, hubert.documents(config))
+    task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, pretrained.documents(config))
     with rounds.serving(clients, p, task, weights, out, on_row) as server:
         rounds.run(server)
         return save(out / "checkpoint", config, server.weights)
@@ -279,7 +280,7 @@ def teacher_folder(run: Path, p: params.Distill) -> Path:
 
 def read_teacher(run: Path, p: params.Distill) -> Teacher:
     """The teacher, after a look at whether it can teach what ``p`` asks. Raises TeacherError."""
-    teacher = Teacher(*hubert.load(teacher_folder(run, p)))
+    teacher = Teacher(*pretrained.load(teacher_folder(run, p)))
     check_teacher(run, p, teacher)
     return teacher
 
@@ -383,7 +384,7 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
     exchange = kmeans_server.Exchange(
         clients, lambda row: files.append_row(folder / "clusters.jsonl", row), stage="distill"
     )
-    depth = hubert.read_config(teacher_folder(run, p)).num_hidden_layers
+    depth = pretrained.read_config(teacher_folder(run, p)).num_hidden_layers
     layer = p.teacher_layer or max(1, depth // 2)
     config, weights = kmeans_server.describe(chosen, layer)
     config |= {"kind": TEACHER_LABELS}
@@ -441,7 +442,7 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
         objective=_objective(module, teacher, p),
         validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=teaching.averages,
-        documents=hubert.documents(config),
+        documents=pretrained.documents(config),
     )
     weights = pooled.train(p, homes, rounds.panel(ids, p), out, task, on_row)
     return save(out / "checkpoint", config, weights)

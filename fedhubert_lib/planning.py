@@ -167,7 +167,7 @@ def _measure_here(order: str) -> None:
     """Child of ``measure_step``: prints [seconds, bytes]."""
     values, clusters, clips, seconds, *chosen, threads = json.loads(order)
     torch.set_num_threads(threads)
-    config = hubert.HubertConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    config = hubert.HubertConfig(**values)
     process = psutil.Process()
     before = process.memory_info().rss
     duration = _two_steps(config, clusters, clips, seconds, torch.device("cpu"), *chosen)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedhubert_lib import distillation, federated, hubert, params, recipes, runs
+from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, runs
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords
 from fedhubert_lib.federated import rounds
@@ -101,14 +101,14 @@ def _cohort(p: params.Federation, run: Path) -> Iterator[str]:
 
 def _features(p: params.Kmeans) -> Iterator[str]:
     if p.features != "mfcc":
-        depth = hubert.load(p.features, weights=False)[0].config.num_hidden_layers
+        depth = pretrained.load(p.features, weights=False)[0].config.num_hidden_layers
         if (p.layer or 1) > depth:
             yield f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them"
 
 
 def _model(folder: str) -> Iterator[str]:
     if folder:
-        hubert.load(folder, weights=False)
+        pretrained.load(folder, weights=False)
     yield from ()
 
 
@@ -117,10 +117,10 @@ def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> Iterat
     clusters = study.kmeans.clusters if study else None
     with torch.device("meta"):
         if p.teacher or study is None:
-            teacher = Teacher(*hubert.load(distillation.teacher_folder(run, p), weights=False))
+            teacher = Teacher(*pretrained.load(distillation.teacher_folder(run, p), weights=False))
         else:
             first = study.pretrain.initial
-            model = hubert.load(first, weights=False)[0] if first else None
+            model = pretrained.load(first, weights=False)[0] if first else None
             model = model or hubert.Hubert(recipes.model_config(study.pretrain))
             teacher = Teacher(model, hubert.Head(model.config, clusters))
         distillation.check_teacher(run, p, teacher, clusters)

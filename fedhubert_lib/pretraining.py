@@ -25,6 +25,7 @@ from fedhubert_lib import (
     params,
     planning,
     pooled,
+    pretrained,
     recipes,
     seeds,
     threads,
@@ -83,7 +84,7 @@ def _filled(
 @functools.lru_cache(maxsize=1)
 def _modules(model: str, clusters: int, device: str) -> nn.ModuleDict:
     """Model and head on ``device``, kept from one client to the next: one model in a process, filled anew for each."""
-    config = recipes.hubert_config(json.loads(model))
+    config = hubert.HubertConfig(**json.loads(model))
     return nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, clusters)}).to(device)
 
 
@@ -127,14 +128,14 @@ def serving(
         config, weights = initial(run, p)
         if p.head == "personal":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        task = rounds.Task("pretrain", _message(run, p, config), objectives.averages, hubert.documents(config))
+        task = rounds.Task("pretrain", _message(run, p, config), objectives.averages, pretrained.documents(config))
         with rounds.serving(connected, p, task, weights, run / STAGE, on_row) as server:
             yield server
 
 
 def save(run: Path, server: rounds.Server) -> Path:
     """Write the trained model as a model folder, 03_pretrain/checkpoint."""
-    config = recipes.hubert_config(server.task.config["model"])
+    config = hubert.HubertConfig(**server.task.config["model"])
     return recipes.save(run / STAGE / "checkpoint", config, server.weights)
 
 
@@ -151,7 +152,7 @@ def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]
     count = recipes.clusters(run, p.codebook)
     head = None
     if p.initial:
-        model, head = hubert.load(p.initial)
+        model, head = pretrained.load(p.initial)
         if head is not None and len(head.label_embeddings) != count:
             head = None
     else:
@@ -209,7 +210,7 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
         objective=functools.partial(_objective, module, p),
         validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=objectives.averages,
-        documents=hubert.documents(config),
+        documents=pretrained.documents(config),
     )
     weights = pooled.train(p, homes, rounds.panel(ids, p), out, task, on_row)
     return recipes.save(out / "checkpoint", config, weights)

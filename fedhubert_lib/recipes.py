@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fedhubert_lib import audio, batching, hubert, params, training, weights
+from fedhubert_lib import audio, batching, hubert, params, pretrained, training, weights
 from fedhubert_lib.federated.protocol import ClientHome
 
 VALIDATION_BATCHES = 4
@@ -46,19 +45,14 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
     return hubert.preset(p.model, p.front_end, position_embedding=p.position_embedding, **changes)
 
 
-def hubert_config(values: Mapping[str, Any]) -> hubert.HubertConfig:
-    """The configuration that came as JSON, which has lists for tuples."""
-    return hubert.HubertConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-
-
 def save(folder: Path, config: hubert.HubertConfig, arrays: Mapping[str, Tensor]) -> Path:
-    """Write ``arrays``, named model.NAME and head.NAME, as a model folder (``hubert.save``)."""
+    """Write ``arrays``, named model.NAME and head.NAME, as a model folder (``pretrained.save``)."""
     model, head = hubert.Hubert(config), None
     modules = nn.ModuleDict({"model": model})
     if "head.label_embeddings" in arrays:
         modules["head"] = head = hubert.Head(config, len(arrays["head.label_embeddings"]))
     weights.fill(modules, arrays)
-    hubert.save(folder, model, head)
+    pretrained.save(folder, model, head)
     return folder
 
 

@@ -41,7 +41,8 @@ CEILINGS = {
 
 LAYERS = (
     "audio files seeds threads params studies identity provenance records resources plots",
-    "corpora labels features kernels hubert masking batching objectives teaching training planning partition skew",
+    "corpora labels features kernels hubert pretrained masking batching objectives teaching training planning partition"
+    " skew",
     "weights checkpoints",
     "recipes federated",
     "kmeans pooled pretraining distillation",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import checkpoints, files, hubert, pretraining
+from fedhubert_lib import checkpoints, files, pretrained, pretraining
 from fedhubert_lib.evaluation import systems
 
 CPU = torch.device("cpu")
@@ -66,4 +66,5 @@ def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path):
         digests = [each.system.digest for each in found if each.of == name]
         assert digests[-1] == systems._digest(folder / "checkpoint") and len(set(digests)) == 3
     last = found[2].system.model.state_dict()
-    assert federation.digest(last) == federation.digest(hubert.load(run / "03_pretrain" / "checkpoint")[0].state_dict())
+    model, _ = pretrained.load(run / "03_pretrain" / "checkpoint")
+    assert federation.digest(last) == federation.digest(model.state_dict())

@@ -1,4 +1,7 @@
-"""What a GPU will be asked to do, as far as a machine without one can tell: fake and meta tensors hold no numbers."""
+"""Kernels against the plain model; operations of a GPU as far as a machine without one can test them.
+
+Fake and meta tensors hold no numbers: code that asks for one fails on them, as it would make a GPU wait.
+"""
 
 import contextlib
 import os
@@ -28,9 +31,9 @@ def pretended_gpu(monkeypatch):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("preset", hubert.PRESETS)
-@pytest.mark.parametrize("faster_on", [{"cpu"}, {"cpu", "cuda"}])
-def test_every_preset_runs_on_a_gpu(pretended_gpu, monkeypatch, preset, front_end, precision, faster_on):
-    monkeypatch.setattr(kernels, "FASTER_ON", dict.fromkeys(kernels.FASTER_ON, faster_on))
+@pytest.mark.parametrize("devices", [{"cpu"}, {"cuda"}])
+def test_every_preset_runs_on_a_gpu(pretended_gpu, monkeypatch, preset, front_end, precision, devices):
+    monkeypatch.setattr(kernels, "DEVICES", devices)
     config = hubert.preset(preset, front_end, num_hidden_layers=2, layerdrop=0.0)  # drawn on the CPU
     model, head = hubert.Hubert(config), hubert.Head(config, 100)
     frames = audio.frame_count(32_000)
@@ -53,28 +56,59 @@ def test_mfccs_are_computed_on_a_gpu_in_large_pieces(pretended_gpu, monkeypatch)
 
 @pytest.mark.parametrize("norm", ["group", "layer"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_own_kernels_give_what_pytorchs_give(monkeypatch, request, norm, checkpointing):
-    """In float64: the plain modules, which a GPU runs, and the forms that a CPU is faster with."""
+def test_kernels_equal_the_plain_model(monkeypatch, norm, checkpointing):
+    """Hidden states and gradients in float64."""
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
     torch.set_default_dtype(torch.float64)
-    request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "conv_dim": (16,) * 7, "num_attention_heads": 2}
-    config = hubert.preset("large", **sizes, feat_extract_norm=norm, conv_bias=norm == "layer")
-    model = hubert.Hubert(config)
-    hubert.initialise(model, seeds.torch_generator(0))
-    model.gradient_checkpointing(checkpointing)
-    waveforms = torch.randn(2, 9_000, generator=seeds.torch_generator(1))
+    try:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "conv_dim": (16,) * 7, "num_attention_heads": 2}
+        config = hubert.preset("large", **sizes, feat_extract_norm=norm, conv_bias=norm == "layer")
+        model = hubert.Hubert(config)
+        hubert.initialise(model, seeds.torch_generator(0))
+        model.gradient_checkpointing(checkpointing)
+        waveforms = torch.randn(2, 9_000, generator=seeds.torch_generator(1))
+        results = []
+        for devices in ({"cpu"}, set()):
+            monkeypatch.setattr(kernels, "DEVICES", devices)
+            model.zero_grad()
+            last = model(waveforms).last
+            last.square().sum().backward()
+            results.append([last.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for kernel, plain in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_kernel_equals_pytorchs(dtype):
+    """Output and gradients; with dropout, each weight is zero or scaled by the same number."""
+    q, k, v = torch.randn(3, 2, 4, 50, 16, generator=seeds.torch_generator(0)).to(dtype).requires_grad_().unbind(0)
     results = []
-    for faster_on in ({"cpu"}, set()):
-        monkeypatch.setattr(kernels, "FASTER_ON", dict.fromkeys(kernels.FASTER_ON, faster_on))
-        model.zero_grad()
-        last = model(waveforms).last
-        last.square().sum().backward()
-        results.append([last.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for ours, plain in zip(*results, strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-9)
+    for attention in (partial(kernels.attention, dropout=0.0), torch.nn.functional.scaled_dot_product_attention):
+        y = attention(q, k, v)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
+    absolute, relative = (1e-5, 1e-5) if dtype == torch.float32 else (5e-2, 2e-2)
+    for kernel, plain in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=0, atol=absolute)
+    weights, dropped = (kernels.attention(q, k, torch.eye(50, dtype=dtype).expand(2, 4, 50, 50), p) for p in (0.0, 0.2))
+    kept = dropped != 0
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.02)
+    torch.testing.assert_close(dropped[kept], weights[kept] * 1.25, rtol=relative, atol=0)
 
 
-def test_a_training_step_never_waits_for_the_device(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_kernel_keeps_the_expectation_and_its_gradient_is_its_noise(dtype):
+    x = torch.ones(100_000, dtype=dtype).requires_grad_()
+    y = kernels.Dropout(0.1).train()(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+    assert y.float().mean().item() == pytest.approx(1, abs=0.005)
+    assert torch.equal(kernels.Dropout(0.1).eval()(x), x)
+
+
+def test_training_step_never_waits_for_the_device(monkeypatch):
     """On meta tensors ``.item()`` and boolean indexing raise: a step that runs asks the device for no number.
 
     Fake tensors of a GPU go forward alone: the autograd engine wants its driver. The optimiser's part follows on them.
@@ -121,7 +155,7 @@ def test_clipping_and_the_fused_optimiser_never_wait_for_a_gpu(pretended_gpu):
     assert {state["step"].device.type for state in optimiser.state.values()} == {"cuda"}
 
 
-def test_a_step_that_is_not_finite_leaves_the_weights():
+def test_optimiser_skips_a_step_that_is_not_finite():
     module = torch.nn.Linear(4, 1)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
@@ -133,7 +167,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights():
     assert {state["step"].item() for state in optimiser.state.values()} == {0.0}
 
 
-def test_norms_are_fetched_once_in_many_steps():
+def test_tally_fetches_norms_once_in_many_steps():
     batch = SimpleNamespace(utterances=("a", "b"))
     tally = training._Tally(3)
     for number, norm in enumerate((1.0, torch.nan)):
@@ -142,7 +176,7 @@ def test_norms_are_fetched_once_in_many_steps():
         tally.step(2, torch.tensor(1.0), [SimpleNamespace(utterances=("c",))])
 
 
-def test_a_gpu_is_told_to_compute_reproducibly():
+def test_cuda_computes_reproducibly():
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with training.reproducible(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
@@ -151,7 +185,7 @@ def test_a_gpu_is_told_to_compute_reproducibly():
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_gpu_is_given_a_cohorts_weights_once():
+def test_placed_moves_a_cohorts_weights_once():
     """The device meta stands for it: what moves there is counted by identity."""
     weights = {"a": torch.ones(3), "b": torch.ones(2, 2)}
     first = named.placed(weights, torch.device("meta"))
@@ -163,7 +197,7 @@ def test_a_gpu_is_given_a_cohorts_weights_once():
     assert named.placed(weights, torch.device("cpu")) is weights
 
 
-def test_a_clients_change_comes_back_in_one_copy(monkeypatch):
+def test_to_host_copies_a_clients_change_at_once(monkeypatch):
     """With a tensor that says it lies on a GPU; only pinning needs one."""
 
     class OnGpu(torch.Tensor):

@@ -7,7 +7,7 @@ import federation
 import pytest
 import torch
 
-from fedhubert_lib import distillation, federated, files, hubert, params, recipes, seeds
+from fedhubert_lib import distillation, federated, files, hubert, params, pretrained, recipes, seeds
 from fedhubert_lib.teaching import TeacherError
 
 TEACHER = hubert.preset(
@@ -39,11 +39,11 @@ def save_teacher(folder, config=TEACHER, clusters=federation.TONES, seed=0):
     model, head = hubert.Hubert(config), hubert.Head(config, clusters) if clusters else None
     for module in (model, head) if clusters else (model,):
         hubert.initialise(module, seeds.torch_generator(seed))
-    hubert.save(folder, model, head)
+    pretrained.save(folder, model, head)
 
 
 def weights(folder):
-    model, _ = hubert.load(folder)
+    model, _ = pretrained.load(folder)
     return federation.digest(model.state_dict())
 
 
@@ -58,7 +58,7 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
     p = distill(objectives=objectives)
     checkpoint = distillation.run(run, p)
     assert checkpoint == run / "04_distill" / "checkpoint"
-    student, head = hubert.load(checkpoint)
+    student, head = pretrained.load(checkpoint)
     assert student.config.num_hidden_layers == 1 and student.config.hidden_size == 48
     clusters = {"soft-targets": federation.TONES, "hubert": 5}.get(objectives[0])
     assert (head is None) if clusters is None else len(head.label_embeddings) == clusters
@@ -66,7 +66,7 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
         ["config.json", "model.safetensors", "preprocessor_config.json", *(["head.safetensors"] if head else [])]
     )
     pooled = distillation.centralised(run, p)
-    assert hubert.load(pooled)[0].config == student.config
+    assert pretrained.load(pooled)[0].config == student.config
     for folder in (run / "04_distill", run / "04_distill" / "centralised"):
         rows = rounds_of(folder)
         assert [row["round"] for row in rows] == [1, 2] and all(row["loss"] > 0 for row in rows)
@@ -110,7 +110,7 @@ def test_labels_need_no_teacher_with_a_head(run):
     save_teacher(run / "03_pretrain" / "checkpoint", clusters=0)
     p = distill(objectives=["distilhubert"], compare=["labels"], compare_seeds=1, rounds=1)
     folder = distillation.compare(run, p)
-    assert len(hubert.load(folder / "labels/0/checkpoint")[1].label_embeddings) == federation.TONES
+    assert len(pretrained.load(folder / "labels/0/checkpoint")[1].label_embeddings) == federation.TONES
 
 
 def test_student_learns_from_its_teacher(run):
@@ -151,7 +151,7 @@ def test_teacher_is_sent_once_and_kept_by_its_digest(run, monkeypatch):
         assert distillation.send(clients, teacher) == 3
         assert distillation.send(clients, teacher) == 0
         kept = run / "04_distill" / "clients" / "client-000" / "teacher" / distillation.digest(teacher)
-        assert distillation.digest(distillation.Teacher(*hubert.load(kept))) == kept.name
+        assert distillation.digest(distillation.Teacher(*pretrained.load(kept))) == kept.name
     # With its own copy a client needs the public folder no more.
     shutil.move(run / "03_pretrain", run / "elsewhere")
     config = distillation._message(run, p, teacher, recipes.model_config(p))

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import cli, hubert, seeds, studies
+from fedhubert_lib import cli, hubert, pretrained, seeds, studies
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"params/study.yaml": "params/toy.yaml", "FORMAT": "onnx"}
@@ -114,7 +114,7 @@ def test_make_export_and_ray_install_what_is_tested_and_leave_the_bench_alone():
 def test_the_exports_that_are_shown_are_made(form, tmp_path, capsys):
     model = hubert.Hubert(hubert.preset("tiny", num_hidden_layers=2))
     hubert.initialise(model, seeds.torch_generator(0))
-    hubert.save(tmp_path / "checkpoint", model)
+    pretrained.save(tmp_path / "checkpoint", model)
     assert cli.main(["export", form, str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out").is_dir() and "difference" in capsys.readouterr().out
 

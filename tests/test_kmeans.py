@@ -12,7 +12,19 @@ import torch
 from federation import pretrain
 from sklearn.cluster import KMeans
 
-from fedhubert_lib import audio, features, federated, files, hubert, kmeans, labels, params, pooled, pretraining
+from fedhubert_lib import (
+    audio,
+    features,
+    federated,
+    files,
+    hubert,
+    kmeans,
+    labels,
+    params,
+    pooled,
+    pretrained,
+    pretraining,
+)
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
 from fedhubert_lib.kmeans import client, clustering, reading, server
@@ -342,7 +354,7 @@ def test_killed_between_lloyd_rounds_goes_on(run):
 def test_features_are_computed_once_and_gone_at_the_end(run, first, monkeypatch):
     """Audio is read in one message of each client, the checkpoint travels with it alone, and no features stay."""
     if first == "hidden":
-        hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
+        pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
         first = str(run / "first")
     clients, read, during = Direct(run), [], []
     original = audio.read
@@ -366,12 +378,12 @@ def test_features_are_computed_once_and_gone_at_the_end(run, first, monkeypatch)
 
 
 def test_weights_travel_up_to_the_layer_that_is_used(run):
-    hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
+    pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
     for layer, normed in ((1, False), (4, False), (1, True)):
         if normed:
             config = hubert.preset("tiny", front_end="logmel", do_stable_layer_norm=True)
-            hubert.save(run / "first", hubert.Hubert(config))
-        model, _ = hubert.load(run / "first")
+            pretrained.save(run / "first", hubert.Hubert(config))
+        model, _ = pretrained.load(run / "first")
         config, weights = server.describe(settings(features=str(run / "first")), layer)
         sent = reading.model_of(weights, config, "cpu")
         assert len(sent.encoder.layers) == layer + normed
@@ -673,11 +685,11 @@ def test_changed_audio_is_noticed(run):
 def test_second_iteration(run, layer):
     """Clusters of a hidden layer by changing one parameter; clients read no file of the server's."""
     torch.manual_seed(0)
-    hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
+    pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
     p = settings(features=str(run / "first"), layer=layer, normalisation="global", lloyd_rounds=2)
     table = kmeans.run(run, p, Direct(run))
     assert table.loc["federated", "pnmi"] > 0.4
-    model, _ = hubert.load(run / "first")
+    model, _ = pretrained.load(run / "first")
     path = run / "01_partition" / "clients" / "client-002" / "train.parquet"
     utterance, waveform = pandas.read_parquet(path).loc[0, ["utterance", "path"]]
     stored = {
@@ -692,14 +704,14 @@ def test_second_iteration(run, layer):
 
 
 def test_layer_too_deep(run):
-    hubert.save(run / "first", hubert.Hubert(hubert.preset("tiny")))
+    pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny")))
     with pytest.raises(kmeans.KmeansError, match="set layer to 1.."):
         kmeans.run(run, settings(features=str(run / "first"), layer=99), Direct(run))
 
 
 def test_second_iteration_does_not_rest_on_what_it_overwrites(run):
     for later in ("03_pretrain", "04_distill"):
-        hubert.save(run / later / "checkpoint", hubert.Hubert(hubert.preset("tiny")))
+        pretrained.save(run / later / "checkpoint", hubert.Hubert(hubert.preset("tiny")))
         with pytest.raises(kmeans.KmeansError, match="give the second iteration a run of its own"):
             kmeans.run(run, settings(features=str(run / later / "checkpoint")), Direct(run))
 
@@ -742,5 +754,5 @@ def test_second_iteration_goes_on_to_pretraining(run):
     for stage in ("02_kmeans", "03_pretrain"):
         shutil.rmtree(run / stage)
     kmeans.run(run, settings(features=str(first), clusters=12, normalisation="global", lloyd_rounds=3), Direct(run))
-    _, head = hubert.load(pretraining.run(run, pretrain(**SHORT)))
+    _, head = pretrained.load(pretraining.run(run, pretrain(**SHORT)))
     assert len(head.label_embeddings) == 12

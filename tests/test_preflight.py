@@ -10,7 +10,7 @@ import soundfile
 import torch
 from conftest import ROOT
 
-from fedhubert_lib import cli, hubert, params, preflight, runner, runs, studies
+from fedhubert_lib import cli, hubert, params, preflight, pretrained, runner, runs, studies
 from fedhubert_lib.evaluation import keywords
 
 
@@ -29,7 +29,7 @@ def problems(run: Path, *settings: str, first: str = "corpus") -> str:
 def checkpoint(tmp_path: Path) -> Path:
     """A small HuBERT of three layers without a head, as public ones are."""
     folder = tmp_path / "checkpoint"
-    hubert.save(folder, hubert.Hubert(hubert.preset("tiny", num_hidden_layers=3)))
+    pretrained.save(folder, hubert.Hubert(hubert.preset("tiny", num_hidden_layers=3)))
     return folder
 
 

@@ -25,6 +25,7 @@ from fedhubert_lib import (
     hubert,
     params,
     pooled,
+    pretrained,
     pretraining,
     training,
     weights,
@@ -77,7 +78,7 @@ def test_federated_pretraining_learns_and_writes_a_model_folder(run):
     losses = [row["validation_loss"] for row in ledger if row["kind"] == "round"]
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.1
-    model, head = hubert.load(folder)
+    model, head = pretrained.load(folder)
     assert head.label_embeddings.shape[0] == TONES
     assert digest(weights_of(folder)) == digest(weights_of(checkpoints.path(run / "03_pretrain", 6)))
     assert model(torch.zeros(1, 16_000)).last.shape == (1, 49, model.config.hidden_size)

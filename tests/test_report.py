@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from fedhubert_lib import cli, files, hubert, params, seeds
+from fedhubert_lib import cli, files, hubert, params, pretrained, seeds
 from fedhubert_lib.evaluation import encoders, keywords, layers, measures, report, systems, tables
 
 WORDS = ("yes", "no", "up")
@@ -65,7 +65,7 @@ def made(tmp_path_factory):
         config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=seed)
         model = hubert.Hubert(config)
         hubert.initialise(model, seeds.torch_generator(seed))
-        hubert.save(folder / place, model)
+        pretrained.save(folder / place, model)
     return folder
 
 
@@ -82,7 +82,7 @@ def evaluated(made, tmp_path_factory):
     config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=1)
     for seed, place in itertools.product((9, 10), ("hubert/{}", "hubert/{}/centralised", "untrained/{}")):
         student = encoders.untrained(config, len(place) + seed)
-        hubert.save(run / "04_distill" / "compared" / place.format(seed) / "checkpoint", student)
+        pretrained.save(run / "04_distill" / "compared" / place.format(seed) / "checkpoint", student)
     teacher = systems.of_run(run, 0, torch.device("cpu"))[0][0]
     for fine_tuned in (False, True):
         said_by_s3prl(run, teacher.digest, fine_tuned=fine_tuned)
@@ -104,7 +104,7 @@ P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes
 
 def test_a_student_stands_beside_the_teacher_that_it_had(run, made):
     given = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=1)
-    hubert.save(run / "public", encoders.untrained(given, 5))
+    pretrained.save(run / "public", encoders.untrained(given, 5))
     (run / "04_distill" / "params.yaml").write_text(f"teacher: {run / 'public'}\n")
     found, _ = systems.of_run(run, 0, torch.device("cpu"))
     names = [each.name for each in found]
@@ -170,14 +170,14 @@ def test_equal_runs_give_equal_reports(evaluated, run):
 
 def trained(run, rounds=(1, 2, 3)):
     """Give the teacher of ``run`` rounds and models on the way: the first is another model, the last is the teacher."""
-    config = hubert.load(run / "03_pretrain" / "checkpoint")[0].config
+    config = pretrained.load(run / "03_pretrain" / "checkpoint")[0].config
     for number in rounds:
         files.append_row(run / "03_pretrain" / "metrics.jsonl", {"kind": "client", "round": number})
         row = {"kind": "round", "round": number, "audio_seconds": 1800.0}
         files.append_row(run / "03_pretrain" / "metrics.jsonl", row)
         if number & (number - 1) == 0:
             place = run / "03_pretrain" / "checkpoints" / f"model-{number:05d}"
-            hubert.save(place, encoders.untrained(config, number))
+            pretrained.save(place, encoders.untrained(config, number))
 
 
 def test_checkpoints_on_the_way_tell_quality_over_hours(run):
@@ -325,7 +325,7 @@ def test_a_teacher_alone_is_evaluated(run):
 
 def test_a_checkpoint_is_evaluated_without_any_training(run):
     public = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=2)
-    hubert.save(run / "public", encoders.untrained(public, 5))
+    pretrained.save(run / "public", encoders.untrained(public, 5))
     p = P.model_copy(update={"checkpoint": str(run / "public")})
     beside, _ = systems.of_run(run, 0, torch.device("cpu"), p.checkpoint)
     assert [each.name for each in beside][:4] == ["teacher", "student", "checkpoint", "random"]

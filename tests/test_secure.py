@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedhubert_lib import params, pretraining, seeds
+from fedhubert_lib import params, pretrained, pretraining, seeds
 from fedhubert_lib.federated import accounting, client_ids, handlers, privacy, secure
 from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import ClientHome, Failure
@@ -100,7 +100,7 @@ def final(run: Path, rows: list[dict], **changes) -> dict[str, torch.Tensor]:
     chosen = {"rounds": 2, "cohort": 4, "weighting": "clients", "privacy_clip": 100.0, "server": "fedavg", **changes}
     p = federation.pretrain(**chosen, server_rate=1.0)
     pretraining.run(run, p, rows.append)
-    model, head = pretraining.hubert.load(run / "03_pretrain" / "checkpoint")
+    model, head = pretrained.load(run / "03_pretrain" / "checkpoint")
     return dict(model.named_parameters())
 
 

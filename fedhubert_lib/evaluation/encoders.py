@@ -1,7 +1,4 @@
-"""What is evaluated, reduced to one function: waveforms in, the frames of every layer out.
-
-Trained models, untrained ones and MFCC are then measured by the same code.
-"""
+"""Encoders: trained models, untrained ones and MFCC as one kind of function, so that the same code measures them."""
 
 from collections.abc import Callable
 
@@ -11,7 +8,7 @@ from torch import Tensor
 from fedhubert_lib import features, hubert, seeds
 
 Encoder = Callable[[Tensor], tuple[Tensor, ...]]
-"""Waveforms [clips, samples] of one length to the states of each layer, equally shaped [clips, frames, width]."""
+"""Waveforms [B, S] to the states of each layer, equally shaped [B, T, D]."""
 
 
 def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
@@ -26,18 +23,18 @@ def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
 
 
 def untrained(config: hubert.HubertConfig, seed: int) -> hubert.Hubert:
-    """The floor that training must leave: the architecture of ``config`` with random weights."""
+    """The baseline of training: the architecture of ``config`` with random weights drawn from ``seed``."""
     model = hubert.Hubert(config)
     hubert.initialise(model, seeds.torch_generator(seed, "untrained"))
     return model
 
 
 def mfcc(waveforms: Tensor) -> tuple[Tensor, ...]:
-    """Kaldi's 39 MFCC as an encoder of a single layer, at 50 Hz: the frames whose clusters are the first targets."""
+    """Kaldi's 39 MFCC as a single layer [B, T, 39] at 50 Hz: the frames whose clusters are the first targets."""
     return (torch.stack(features.mfcc(list(waveforms)))[:, ::2],)
 
 
 def mfcc_moments(waveforms: Tensor) -> tuple[Tensor, ...]:
-    """``mfcc`` at 100 Hz as one frame of mean and deviation over time, 78 wide: a stronger floor than models get."""
+    """MFCC at 100 Hz as one frame of mean and standard deviation over time, [B, 1, 78]: a stronger baseline."""
     frames = torch.stack(features.mfcc(list(waveforms)))
     return (torch.cat([frames.mean(1), frames.std(1)], dim=1)[:, None],)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import yaml
 
-from fedhubert_lib import checkpoints, files, hubert
+from fedhubert_lib import checkpoints, files, hubert, pretrained
 from fedhubert_lib.evaluation import encoders
 from fedhubert_lib.evaluation.encoders import Encoder
 
@@ -78,7 +78,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
 
 
 def _of_folder(name: str, title: str, folder: Path, device: torch.device) -> System:
-    model, _ = hubert.load(folder)
+    model, _ = pretrained.load(folder)
     return System(name, title, encoders.of_model(model, device), _digest(folder), model, folder)
 
 

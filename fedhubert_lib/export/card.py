@@ -1,6 +1,6 @@
-"""A model card: what the model is, on whose speech it was trained and how, what it is worth, and its limits.
+"""A model card: the model, on whose speech it was trained and how, its results, and its limits.
 
-All of it is read from the run's own files; what the run does not say is said to be unknown.
+All of it is read from the run's own files; a setting that they do not hold is called unknown.
 """
 
 import json
@@ -10,16 +10,26 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from fedhubert_lib import files, hubert
+from fedhubert_lib import files, pretrained
 from fedhubert_lib.evaluation import cost
-from fedhubert_lib.export.checks import ExportError
+from fedhubert_lib.export.formats import ExportError
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
-"""Folders of a run whose ``checkpoint`` can have a card, and the system it is in report.json."""
+"""Stages whose ``checkpoint`` can have a card, and its system's name in report.json."""
+TRAINING = ("objectives", "codebook", "head", "rounds", "cohort", "local_steps", "batch_seconds", "crop_seconds")
+TRAINING += ("learning_rate", "server", "server_rate", "compression", "seed")
+"""Parameters of the training that the card shows."""
+MEASURES = ("keyword-accuracy", "moments-accuracy", "s3prl-accuracy", "s3prl-fine-tuned-accuracy")
+MEASURES += ("unseen-speaker-accuracy", "nearest-accuracy", "abx-error", "speaker-accuracy")
+"""Measures of the report that the card shows."""
+LIMITS = """\
+Trained on the speech named above alone; other languages, accents, channels and noise are untested. Features of speech
+also identify the speaker: see the speaker probe among the results.
+"""
 
 
 def export(checkpoint: Path, path: Path) -> dict[str, float]:
-    """Write the card of ``checkpoint``, which lies in a run, to ``path`` (README.md); returns how many results it has.
+    """Write the card of ``checkpoint``, which lies in a run, to ``path``; returns how many results it has.
 
     Raises ExportError when ``checkpoint`` is not RUN/03_pretrain/checkpoint or RUN/04_distill/checkpoint.
     """
@@ -27,24 +37,25 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     run = stage.parent
     if stage.name not in STAGES or not (run / "00_corpus" / "manifest.parquet").is_file():
         raise ExportError(
-            f"{checkpoint}: not the checkpoint of a run's 03_pretrain or 04_distill, of which a card tells"
+            f"{checkpoint}: not the checkpoint of a run's 03_pretrain or 04_distill; a card needs the run"
         )
-    results = _results(run, STAGES[stage.name])
+    corpus, results = _params(run / "00_corpus"), _results(run, STAGES[stage.name])
+    header = {"license": "cc-by-4.0" if corpus.get("kind") == "librispeech" else "apache-2.0", "language": "en"}
+    header["tags"] = ["speech", "hubert", "federated-learning", "self-supervised-learning"]
+    table = f"{_markdown(results)}\n\nMean and 95 % interval, beside the baselines of the same run."
     parts = [
-        _header(run),
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# {run.name}: {STAGES[stage.name]}\n",
         "HuBERT, trained by federated learning: clients trained on their own speech and shared model updates only.\n",
         _section("Model", _model(checkpoint)),
-        _section("Data", _data(run)),
+        _section("Data", _data(run, corpus)),
         _section("Training", _training(stage)),
-        _section("Privacy", _privacy(stage)),
-        f"## Results\n\n{_markdown(results) if len(results) else 'Not evaluated.'}\n",
-        "Mean and 95 % interval over evaluation seeds, beside the baselines of the same run.\n" if len(results) else "",
-        "## Limits\n\nTrained on the speech named above alone; other languages, accents, channels and noise are"
-        " untested. Features of speech tell who speaks, too: see the speaker probe among the results.\n",
+        _section("Privacy", _privacy(stage) | _kmeans_privacy(run, _params(stage).get("codebook", "federated"))),
+        f"## Results\n\n{'Not evaluated.' if results.empty else table}\n",
+        f"## Limits\n\n{LIMITS}",
     ]
     with files.atomic(path) as temporary:
-        temporary.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+        temporary.write_text("\n".join(parts), encoding="utf-8")
     return {"results": float(len(results))}
 
 
@@ -52,14 +63,8 @@ def _section(title: str, facts: dict[str, Any]) -> str:
     return f"## {title}\n\n" + "".join(f"* {name}: {value}\n" for name, value in facts.items())
 
 
-def _header(run: Path) -> str:
-    licence = "cc-by-4.0" if _params(run / "00_corpus").get("kind") == "librispeech" else "apache-2.0"
-    tags = ["speech", "hubert", "federated-learning", "self-supervised-learning"]
-    return f"---\n{yaml.safe_dump({'license': licence, 'language': 'en', 'tags': tags}, sort_keys=False)}---\n"
-
-
 def _model(checkpoint: Path) -> dict[str, Any]:
-    model, _ = hubert.load(checkpoint)
+    model, _ = pretrained.load(checkpoint, weights=False)
     config = model.config
     return {
         "layers x width": f"{config.num_hidden_layers} x {config.hidden_size}",
@@ -71,41 +76,57 @@ def _model(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _data(run: Path) -> dict[str, Any]:
+def _data(run: Path, corpus: dict[str, Any]) -> dict[str, Any]:
     manifest = pd.read_parquet(run / "00_corpus" / "manifest.parquet")
     train = manifest[manifest.split == "train"]
-    seconds = float((train.samples / train.sample_rate).sum())
-    corpus, partition = _params(run / "00_corpus"), _params(run / "01_partition")
+    hours = float((train.samples / train.sample_rate).sum()) / 3600
     clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
-    made = "made by eSpeak NG" if corpus.get("kind") == "synthetic" else "LibriSpeech (CC BY 4.0)"
+    source = "made by eSpeak NG" if corpus.get("kind") == "synthetic" else "LibriSpeech (CC BY 4.0)"
     return {
-        "speech": f"{made}: {', '.join(sorted(train.subset.unique()))}",
-        "training part": f"{seconds / 3600:.2f} h, {len(train)} utterances, {train.speaker.nunique()} speakers",
-        "clients": f"{len(clients)}, partition scheme {partition.get('scheme', 'unknown')}",
+        "speech": f"{source}: {', '.join(sorted(train.subset.unique()))}",
+        "training part": f"{hours:.2f} h, {len(train)} utterances, {train.speaker.nunique()} speakers",
+        "clients": f"{len(clients)}, partition scheme {_params(run / '01_partition').get('scheme', 'unknown')}",
     }
 
 
 def _training(stage: Path) -> dict[str, Any]:
-    names = ("objectives", "codebook", "head", "rounds", "cohort", "local_steps", "batch_seconds", "crop_seconds")
-    names += ("learning_rate", "server", "server_rate", "compression", "seed")
-    known = _params(stage)
+    parameters = _params(stage)
     rows = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
-    facts = {name.replace("_", " "): known[name] for name in names if name in known}
-    losses = [row["loss"] for row in rows if row["loss"] is not None]  # a private round may tell none
+    losses = [row["loss"] for row in rows if row["loss"] is not None]  # a private round may have none
+    facts = {name.replace("_", " "): parameters[name] for name in TRAINING if name in parameters}
     return facts | {"rounds done": len(rows), "last loss": f"{losses[-1]:.4f}" if losses else "unknown"}
 
 
 def _privacy(stage: Path) -> dict[str, Any]:
-    known = _params(stage)
-    facts: dict[str, Any] = {"differential privacy": known.get("privacy", "unknown")}
+    parameters = _params(stage)
     rows = [row for row in files.read_rows(stage / "metrics.jsonl") if "epsilon" in row]
+    facts: dict[str, Any] = {"audio, features and labels": "never left their client"}
+    facts["differential privacy of updates"] = rows[-1]["privacy"] if rows else parameters.get("privacy", "unknown")
     if rows:
-        spent, kind = rows[-1]["epsilon"], rows[-1]["privacy"]
-        facts["differential privacy"] = kind
-        simulated = ", had the noise been secret" if kind.startswith("not private") else ""
-        facts["epsilon"] = ("infinite" if spent is None else f"{spent:.3g}") + simulated
-        facts |= {"delta": known.get("privacy_delta"), "epsilon covers": "updates of this stage; no cluster statistics"}
-    return facts | {"audio, features and labels": "never left their client"}
+        facts["epsilon of updates"] = _epsilon(rows[-1]) + f" at delta {parameters.get('privacy_delta')}"
+    return facts
+
+
+def _kmeans_privacy(run: Path, codebook: str) -> dict[str, Any]:
+    """The noise on cluster statistics that clients sent in 02_kmeans, and its epsilon or why there is none."""
+    p = _params(run / "02_kmeans")
+    if not p.get("noise_multiplier"):
+        why = "sums and counts of each client's clusters reached the server without noise" if p else "unknown"
+        return {"differential privacy of cluster statistics": f"none: {why}" if p else why}
+    noise = f"Gaussian noise of {p['noise_multiplier']} x norm {p['noise_clip']} on each client's sums and counts"
+    path = run / "02_kmeans" / "quality.json"
+    spent = json.loads(path.read_text(encoding="utf-8"))["codebooks"].get(codebook, {}) if path.is_file() else {}
+    if "epsilon" not in spent:
+        return {"differential privacy of cluster statistics": f"no statistics of codebook {codebook} left a client"}
+    facts = {"differential privacy of cluster statistics": f"{spent['privacy']}; {noise}"}
+    return facts | {
+        "epsilon of cluster statistics": f"{_epsilon(spent)} at delta {spent['delta']}; add it to the other"
+    }
+
+
+def _epsilon(spent: dict[str, Any]) -> str:
+    epsilon = "infinite" if spent["epsilon"] is None else f"{spent['epsilon']:.3g}"
+    return epsilon + (", had the noise been secret," if spent["privacy"].startswith("not private") else "")
 
 
 def _results(run: Path, system: str) -> pd.DataFrame:
@@ -114,30 +135,18 @@ def _results(run: Path, system: str) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame()
     report = json.loads(path.read_text(encoding="utf-8"))
-    titles = {each["measure"]: each["title"] for each in report["measures"]}
-    wanted = {"keyword-accuracy", "moments-accuracy", "s3prl-accuracy", "s3prl-fine-tuned-accuracy"}
-    wanted |= {"unseen-speaker-accuracy", "nearest-accuracy", "abx-error", "speaker-accuracy"}
-    columns: dict[str, dict[str, str]] = {}
-    others = [each["system"] for each in report["systems"] if each["system"] != system]
-    for name in [system, *others]:
-        own = [figure for figure in report["figures"] if figure["system"] == name and figure["measure"] in wanted]
-        columns[name] = {titles[figure["measure"]]: _text(figure) for figure in own}
+    titles = {row["measure"]: row["title"] for row in report["measures"]}
+    columns = {name: {} for name in [system, *(row["system"] for row in report["systems"])]}
+    for figure in report["figures"]:
+        if figure["measure"] in MEASURES:
+            interval = "" if figure["high"] is None else f" ± {figure['high'] - figure['value']:.3f}"
+            columns[figure["system"]][titles[figure["measure"]]] = f"{figure['value']:.3f}{interval}"
     return pd.DataFrame(columns, dtype=object).fillna("")
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    lines = [
-        ["measure", *table.columns],
-        ["---"] * (len(table.columns) + 1),
-        *(list(row) for row in table.itertuples()),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(figure: dict[str, Any]) -> str:
-    if figure["high"] is None:
-        return f"{figure['value']:.3f}"
-    return f"{figure['value']:.3f} ± {figure['high'] - figure['value']:.3f}"
+    rows = [["measure", *table.columns], ["---"] * (len(table.columns) + 1), *map(list, table.itertuples())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _params(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``fedhubert export``: a checkpoint for other software, or s3prl's benchmark on it."""
+"""``fedhubert export``: a checkpoint for other software; ``fedhubert s3prl``: its benchmark on a run's model."""
 
 import argparse
 import importlib.util
@@ -12,7 +12,6 @@ FORMATS = {
     "onnx": "a folder with float32 and int8 ONNX, for any number of clips of any length",
     "card": "a model card (README.md): data, partition, privacy, results and licence of a run's checkpoint",
 }
-
 NEEDS = {"huggingface": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
 """Packages that `make export` installs."""
 
@@ -34,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "s3prl",
         help="train and evaluate s3prl's speech_commands on a model of a run, and add its accuracy to the report",
         description="Run s3prl's own run_downstream, train and evaluate, on the run's keywords (needs: make s3prl)."
-        " Its accuracy goes into the run's report.json, report.csv and report.html.",
+        " Its accuracy goes into the run's report.",
     )
     parser.add_argument("run", type=Path, help="folder of an evaluated run, such as outputs/quickstart")
     parser.add_argument("--system", default="teacher", help="teacher (default), student, random: as report.json says")
@@ -46,49 +45,44 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(function=_s3prl)
 
 
-def _export(given: argparse.Namespace) -> int:
-    if absent := [name for name in NEEDS.get(given.format, []) if importlib.util.find_spec(name) is None]:
-        return _fail(f"export {given.format} needs {', '.join(absent)}, which is not installed; run: make export")
-    from fedhubert_lib.export import card, huggingface, onnx, s3prl, torchaudio
+def _export(options: argparse.Namespace) -> int:
+    if missing := [name for name in NEEDS.get(options.format, []) if importlib.util.find_spec(name) is None]:
+        return _fail(f"export {options.format} needs {', '.join(missing)}, not installed; run: make export")
+    if options.out.exists():
+        return _fail(f"{options.out} is there already; name another, or remove it")
+    from fedhubert_lib.export import card, formats, onnx, s3prl
 
     exporters = {
-        "huggingface": huggingface.export,
-        "torchaudio": torchaudio.export,
-        "hubert-local": s3prl.export,
+        "huggingface": formats.to_huggingface,
+        "torchaudio": formats.to_torchaudio,
+        "hubert-local": s3prl.to_hubert_local,
         "onnx": onnx.export,
         "card": card.export,
     }
-    if given.out.exists():
-        return _fail(f"{given.out} is there already; name another, or remove it")
     try:
-        found = exporters[given.format](given.checkpoint, given.out)
-    except (
-        RuntimeError,
-        ValueError,
-        FileNotFoundError,
-    ) as error:  # an export that differs, a checkpoint that does not read
+        result = exporters[options.format](options.checkpoint, options.out)
+    except (formats.ExportError, ValueError, FileNotFoundError) as error:  # also of a checkpoint that cannot be read
         return _fail(error)
-    facts = found if isinstance(found, dict) else {"difference": found}
-    print(f"{given.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
+    facts = result if isinstance(result, dict) else {"difference": result}
+    print(f"{options.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
     return 0
 
 
-def _s3prl(given: argparse.Namespace) -> int:
+def _s3prl(options: argparse.Namespace) -> int:
     from fedhubert_lib import runs
     from fedhubert_lib.evaluation import report
-    from fedhubert_lib.export import s3prl
+    from fedhubert_lib.export import formats, s3prl
 
-    with runs.holding(given.run / ".lock", "fedhubert s3prl"):
+    chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
+    with runs.holding(options.run / ".lock", "fedhubert s3prl"):
         try:
-            evaluated = report.read(given.run)
-            options = {name: getattr(given, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
-            results = s3prl.of_run(given.run, given.system, evaluated, **options)
-            report.add_s3prl(given.run)
-        except (RuntimeError, ValueError) as error:
+            results = s3prl.of_run(options.run, options.system, report.read(options.run), **chosen)
+            report.add_s3prl(options.run)
+        except (formats.ExportError, runs.RunError, ValueError) as error:
             return _fail(error)
     for result in results:
         print(f"seed {result.seed}: dev {result.dev:.4f}, test {result.test:.4f}")
-    print(given.run / report.STAGE / "report.html")
+    print(options.run / report.STAGE)
     return 0
 
 

@@ -7,7 +7,6 @@ s3prl 0.4.18 needs an older torch, so it lives in an environment of its own, ``.
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -25,42 +24,39 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import audio, files, hubert, params, seeds
+from fedhubert_lib import audio, files, params, pretrained, seeds
 from fedhubert_lib.evaluation import keywords, systems
-from fedhubert_lib.export import checks
+from fedhubert_lib.export import formats
+from fedhubert_lib.hubert import Head, Hubert
 
 PYTHON = params.ROOT / ".venv-s3prl" / "bin" / "python"
 FOLDER = "s3prl"
-"""Of a run: what s3prl wrote of its systems. It outlives the stage that evaluates, since it rests on weights alone."""
+"""Folder of a run with what s3prl wrote of its systems. Rerunning 05_evaluate keeps it: it depends on weights alone."""
 FIRST_SEED = 1337
-"""s3prl's own."""
-CONFIG: dict[str, Any] = {
-    # s3prl/downstream/speech_commands/config.yaml, which the package on PyPI lacks.
-    "runner": {
-        "total_steps": 200_000,
-        "gradient_clipping": 1,
-        "gradient_accumulate_steps": 1,
-        "log_step": 1000,
-        "eval_step": 5000,
-        "save_step": 1000,
-        "max_keep": 1,
-        "eval_dataloaders": ["dev"],
-    },
-    "optimizer": {"name": "Adam", "lr": 1.0e-4},
-    "downstream_expert": {
-        "datarc": {"num_workers": 0, "batch_size": 32},
-        "modelrc": {
-            "projector_dim": 256,
-            "select": "UtteranceLevel",
-            "UtteranceLevel": {"pooling": "MeanPooling"},
-        },
-    },
-}
+"""s3prl's default."""
+RUNNER = {"gradient_clipping": 1, "gradient_accumulate_steps": 1, "max_keep": 1, "eval_dataloaders": ["dev"]}
+MODEL = {"projector_dim": 256, "select": "UtteranceLevel", "UtteranceLevel": {"pooling": "MeanPooling"}}
+"""Constants of s3prl/downstream/speech_commands/config.yaml, which the package on PyPI lacks."""
+FAIRSEQ_NAMES = (
+    (r"^masked_spec_embed$", "mask_emb"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", r"\1.2."),
+    (r"^feature_projection\.layer_norm\.", "layer_norm."),
+    (r"^feature_projection\.projection\.", "post_extract_proj."),
+    (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0$", "encoder.pos_conv.0.weight_g"),
+    (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1$", "encoder.pos_conv.0.weight_v"),
+    (r"^encoder\.pos_conv_embed\.conv\.bias$", "encoder.pos_conv.0.bias"),
+    (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
+    (r"(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+    (r"(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.", r"\1.fc1."),
+    (r"(encoder\.layers\.\d+)\.feed_forward\.output_dense\.", r"\1.fc2."),
+)
+"""Patterns of our parameter names and their replacements in fairseq's."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What s3prl reported."""
+    """Accuracies that s3prl reported."""
 
     dev: float
     """Best accuracy on its validation clips, which it draws with replacement and balanced: not comparable to test."""
@@ -75,63 +71,63 @@ class Result:
 
 
 def call(arguments: list[str], log: Path | None = None) -> str:
-    """Run ``export.s3prl_entry`` in s3prl's environment; returns what it printed, which also goes to ``log``.
+    """Run ``export.s3prl_entry`` in s3prl's environment; returns its output, which also goes to ``log``.
 
-    Raises ExportError when the environment is not there, or when it fails: with the last lines of what it said.
+    Raises ExportError when the environment is missing, or when it fails: with the last lines of its output.
     """
     if not PYTHON.is_file():
-        raise checks.ExportError(f"{PYTHON} is missing: s3prl has an environment of its own; run: make s3prl")
-    done = subprocess.run(
+        raise formats.ExportError(f"{PYTHON} is missing: s3prl has an environment of its own; run: make s3prl")
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.run(
         [PYTHON, "-m", "fedhubert_lib.export.s3prl_entry", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=os.environ | {"PYTHONPATH": str(params.ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | offline | {"PYTHONPATH": str(params.ROOT)},
     )
     if log is not None:
-        log.write_text(done.stdout, encoding="utf-8")
-    if done.returncode:
-        last = "\n".join(done.stdout.splitlines()[-15:])
-        raise checks.ExportError(f"s3prl {arguments[0]} failed with exit code {done.returncode}:\n{last}")
-    return done.stdout
+        log.write_text(process.stdout, encoding="utf-8")
+    if process.returncode:
+        last = "\n".join(process.stdout.splitlines()[-15:])
+        raise formats.ExportError(f"s3prl {arguments[0]} failed with exit code {process.returncode}:\n{last}")
+    return process.stdout
 
 
-# ------------------------------------------------------------------------------------------------------- hubert_local
-
-
-def export(checkpoint: Path, path: Path) -> float:
+def to_hubert_local(checkpoint: Path, path: Path) -> float:
     """Write the model of ``checkpoint`` as the file that ``-u hubert_local -k PATH`` loads; the largest difference.
 
     s3prl's format is a pickle of plain dictionaries and tensors; nothing here reads one. Raises ExportError for an
     architecture that s3prl does not know, or where it gives other numbers.
     """
-    model, head = hubert.load(checkpoint)
-    checks.require_published(model, "s3prl's hubert_local")
+    model = formats.load_published(checkpoint, "s3prl's hubert_local")
     with files.atomic(path) as temporary:
-        torch.save(converted(model, head), temporary)
+        torch.save(converted(model, pretrained.load(checkpoint)[1]), temporary)
         return check(model, "hubert_local", temporary)
 
 
-def check(model: hubert.Hubert, upstream: str, checkpoint: Path) -> float:
+def check(model: Hubert, upstream: str, checkpoint: Path) -> float:
     """Largest difference between ``model`` and what s3prl's ``upstream`` gives from ``checkpoint``."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "waveforms.safetensors"), Path(scratch, "states.safetensors")
-        save_file({f"{clips}x{samples}": checks.noise(clips, samples) for clips, samples in checks.SHAPES}, inputs)
+        save_file({f"{clips}x{samples}": formats.noise(clips, samples) for clips, samples in formats.SHAPES}, inputs)
         call(["states", upstream, str(checkpoint), str(inputs), str(outputs)])
-        given = load_file(outputs)
-    return checks.compare(model, lambda waveforms: given[f"{len(waveforms)}x{waveforms.shape[1]}"])
+        states = load_file(outputs)
+    return formats.compare(model, lambda waveforms: states[f"{len(waveforms)}x{waveforms.shape[1]}"])
 
 
-def converted(model: hubert.Hubert, head: hubert.Head | None) -> dict[str, Any]:
+def converted(model: Hubert, head: Head | None) -> dict[str, Any]:
     """The four entries of s3prl's converted fairseq checkpoints. Without a head there is one class, never used."""
     config = model.config
-    embeddings = torch.zeros(1, config.classifier_proj_size) if head is None else head.label_embeddings.detach()
-    weights = fairseq_names(model)
-    weights["label_embs_concat"] = embeddings
-    projection = torch.nn.Linear(config.hidden_size, config.classifier_proj_size) if head is None else head.final_proj
-    weights |= {f"final_proj.{name}": tensor.detach() for name, tensor in projection.named_parameters()}
-    layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
+    head = head or Head(config, clusters=1)
+    weights: dict[str, Tensor] = {"label_embs_concat": head.label_embeddings}
+    weights |= {f"final_proj.{name}": tensor for name, tensor in head.final_proj.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        for pattern, replacement in FAIRSEQ_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if config.feat_extract_norm == "layer":  # fairseq wraps it in two transpositions
+            name = re.sub(r"^(feature_extractor\.conv_layers\.\d+\.2)\.", r"\1.1.", name)
+        weights[name] = tensor
     return {
         "task_cfg": {"label_rate": 50.0, "sample_rate": audio.SAMPLE_RATE, "normalize": config.do_normalize},
         "model_cfg": {
@@ -143,46 +139,17 @@ def converted(model: hubert.Hubert, head: hubert.Head | None) -> dict[str, Any]:
             "encoder_attention_heads": config.num_attention_heads,
             "final_dim": config.classifier_proj_size,
             "layer_norm_first": config.do_stable_layer_norm,
-            "conv_feature_layers": repr(layers),
+            "conv_feature_layers": repr(
+                list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
+            ),
             "conv_bias": config.conv_bias,
             "conv_pos": config.num_conv_pos_embeddings,
             "conv_pos_groups": config.num_conv_pos_embedding_groups,
             "feature_grad_mult": config.feature_grad_mult,
         },
         "model_weight": {name: tensor.detach().clone() for name, tensor in weights.items()},
-        "dictionaries_symbols": [[str(index) for index in range(len(embeddings))]],
+        "dictionaries_symbols": [[str(index) for index in range(len(head.label_embeddings))]],
     }
-
-
-def fairseq_names(model: hubert.Hubert) -> dict[str, Tensor]:
-    """The weights of ``model`` under fairseq's names."""
-    layer_mode = model.config.feat_extract_norm == "layer"
-    rules = [
-        (r"^masked_spec_embed$", "mask_emb"),
-        (r"^feature_extractor\.conv_layers\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.0."),
-        (
-            r"^feature_extractor\.conv_layers\.(\d+)\.layer_norm\.",
-            r"feature_extractor.conv_layers.\1.2." + ("1." if layer_mode else ""),
-        ),
-        (r"^feature_projection\.layer_norm\.", "layer_norm."),
-        (r"^feature_projection\.projection\.", "post_extract_proj."),
-        (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0$", "encoder.pos_conv.0.weight_g"),
-        (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1$", "encoder.pos_conv.0.weight_v"),
-        (r"^encoder\.pos_conv_embed\.conv\.bias$", "encoder.pos_conv.0.bias"),
-        (r"(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
-        (r"(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
-        (r"(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.", r"\1.fc1."),
-        (r"(encoder\.layers\.\d+)\.feed_forward\.output_dense\.", r"\1.fc2."),
-    ]
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        for pattern, new in rules:
-            name = re.sub(pattern, new, name)
-        renamed[name] = tensor
-    return renamed
-
-
-# ------------------------------------------------------------------------------------------------------ its benchmark
 
 
 def benchmark(
@@ -199,82 +166,65 @@ def benchmark(
     """s3prl's ``run_downstream`` on speech_commands with ``checkpoint`` as its upstream: train, then evaluate.
 
     ``data`` holds ``train`` and ``test`` as ``lay_out`` makes them, or as the official archives unpack. ``fine_tune``
-    trains the whole model on its last layer (``-f -s last_hidden_state``), else it is frozen and its layers are summed.
-    Everything that s3prl writes lies in ``out``.
+    trains the whole model on its last layer (``-f -s last_hidden_state``); otherwise it is frozen and its layers are
+    summed. Everything that s3prl writes lies in ``out``. Raises ExportError where it fails.
     """
-    hubert.load(checkpoint)  # a broken checkpoint is told here, not after s3prl has started
+    pretrained.load(checkpoint, weights=False)  # a broken checkpoint is reported here, not after s3prl has started
     out.mkdir(parents=True, exist_ok=True)
-    config = json.loads(json.dumps(CONFIG))
     every = max(1, steps // 10)
-    config["runner"] |= {"total_steps": steps, "log_step": every, "eval_step": every, "save_step": steps}
-    config["optimizer"]["lr"] = rate
-    config["downstream_expert"]["datarc"] |= {
-        "speech_commands_root": str((data / "train").resolve()),
-        "speech_commands_test_root": str((data / "test").resolve()),
+    roots = {"speech_commands_root": str((data / "train").resolve())}
+    roots["speech_commands_test_root"] = str((data / "test").resolve())
+    config = {
+        "runner": RUNNER | {"total_steps": steps, "log_step": every, "eval_step": every, "save_step": steps},
+        "optimizer": {"name": "Adam", "lr": rate},
+        "downstream_expert": {"datarc": {"num_workers": 0, "batch_size": 32, **roots}, "modelrc": MODEL},
     }
     (out / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     common = ["--device", device, "--seed", str(seed)]
-    trained = ["-f", "-s", "last_hidden_state"] if fine_tune else []
-    call(
-        ["run", "-m", "train", "-d", "speech_commands", "-u", "fedhubert", "-k", str(checkpoint.resolve())]
-        + ["-p", str(out), "-c", str(out / "config.yaml"), *common, *trained],
-        out / "train.log",
-    )
-    said = call(["run", "-m", "evaluate", "-e", str(out / "dev-best.ckpt"), *common], out / "evaluate.log")
-    dev = [
-        float(found)
-        for found in re.findall(r"^dev acc: (\S+)$", (out / "train.log").read_text(encoding="utf-8"), re.MULTILINE)
-    ]
-    test = re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)
+    chosen = ["-f", "-s", "last_hidden_state"] if fine_tune else []
+    train = ["-d", "speech_commands", "-u", "fedhubert", "-k", str(checkpoint.resolve()), *chosen]
+    train += ["-p", str(out), "-c", str(out / "config.yaml")]
+    trained = call(["run", "-m", "train", *train, *common], out / "train.log")
+    evaluated = call(["run", "-m", "evaluate", "-e", str(out / "dev-best.ckpt"), *common], out / "evaluate.log")
+    dev = re.findall(r"^dev acc: (\S+)$", trained, re.MULTILINE)
+    test = re.findall(r"^test acc: (\S+)$", evaluated, re.MULTILINE)
     if not dev or not test:
-        raise checks.ExportError(f"s3prl ended without an accuracy; see {out / 'train.log'} and {out / 'evaluate.log'}")
+        raise formats.ExportError(f"s3prl ended without an accuracy; see train.log and evaluate.log in {out}")
     classes = sum(folder.is_dir() for folder in (data / "test").iterdir())
-    return Result(max(dev), float(test[-1]), classes, steps, rate, seed, fine_tune)
+    return Result(max(map(float, dev)), float(test[-1]), classes, steps, rate, seed, fine_tune)
 
 
 def of_run(
-    run: Path,
-    name: str,
-    evaluated: Mapping[str, Any],
-    *,
-    seeds: int = 1,
-    fine_tune: bool = False,
-    steps: int = 200_000,
-    rate: float = 1e-4,
-    device: str = "cpu",
+    run: Path, name: str, evaluated: Mapping[str, Any], *, seeds: int = 1, fine_tune: bool = False, **options: Any
 ) -> list[Result]:
-    """``benchmark`` of system ``name`` of a run, on the run's own keyword clips, with ``seeds`` seeds.
+    """``benchmark`` of system ``name`` of a run, on the run's own keyword clips, with ``seeds`` seeds and ``options``.
 
     ``evaluated`` is the run's report.json: a system that has changed since, or that s3prl has no use for (MFCC), raises
-    ExportError. What s3prl writes lies in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; earlier ones are
-    removed. Silence is cut from ``_background_noise_`` beside the words, where there is one.
+    ExportError. Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; earlier ones are removed.
     """
-    compared, absent = systems.of_run(
-        run, evaluated["seed"], torch.device("cpu"), evaluated["parameters"].get("checkpoint", "")
-    )
-    system = next((each for each in compared if each.name == name and each.model is not None), None)
-    if system is None:
-        known = ", ".join(each.name for each in compared if each.model is not None)
-        raise checks.ExportError(f"{name}: {absent.get(name, 'not a model of this run')}; there are {known}")
-    if {"system": name, "digest": system.digest} not in [
-        {key: each[key] for key in ("system", "digest")} for each in evaluated["systems"]
-    ]:
-        raise checks.ExportError(f"{name}: is not what report.json tells of; run 05_evaluate again first")
+    checkpoint = evaluated["parameters"].get("checkpoint", "")
+    present, absent = systems.of_run(run, evaluated["seed"], torch.device("cpu"), checkpoint)
+    models = {system.name: system for system in present if system.model is not None}
+    if name not in models:
+        raise formats.ExportError(
+            f"{name}: {absent.get(name, 'not a model of this run')}; there are {', '.join(models)}"
+        )
+    system = models[name]
+    if (name, system.digest) not in [(row["system"], row["digest"]) for row in evaluated["systems"]]:
+        raise formats.ExportError(f"{name}: has changed since report.json was written; run 05_evaluate again first")
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
     noise = Path(clips.path.iloc[0]).parents[1] / "_background_noise_"
     data = lay_out(clips, run / FOLDER / "data", background=noise if noise.is_dir() else None)
     folder = run / FOLDER / f"{name}-{'fine-tuned' if fine_tune else 'frozen'}"
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = system.folder
-    if checkpoint is None:  # random weights are nowhere on disk
-        checkpoint = folder / "checkpoint"
-        hubert.save(checkpoint, system.model)
+    if system.folder is None:  # random weights are nowhere on disk
+        pretrained.save(folder / "checkpoint", system.model)
     results = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         out = folder / f"seed-{seed}"
-        result = benchmark(checkpoint, data, out, steps=steps, rate=rate, fine_tune=fine_tune, seed=seed, device=device)
-        files.write_json(out / "result.json", {"system": name, "digest": system.digest, **asdict(result)})
-        results.append(result)
+        source = system.folder or folder / "checkpoint"
+        results.append(benchmark(source, data, out, fine_tune=fine_tune, seed=seed, **options))
+        files.write_json(out / "result.json", {"system": name, "digest": system.digest, **asdict(results[-1])})
     return results
 
 
@@ -290,7 +240,7 @@ def lay_out(clips: pd.DataFrame, out: Path, *, background: Path | None = None, s
     """
     own = clips[clips.word.isin(keywords.COMMANDS) & (clips.split == "test")]
     if missing := sorted(set(keywords.COMMANDS) - set(own.word)):
-        raise checks.ExportError(f"no test clip of {', '.join(missing)}; s3prl's speech_commands tests ten commands")
+        raise formats.ExportError(f"no test clip of {', '.join(missing)}; s3prl's speech_commands tests ten commands")
     per_class = round(own.groupby("word").size().mean())
     with files.atomic(out) as temporary:
         for row in clips[clips.split != "test"].itertuples():
@@ -327,7 +277,7 @@ def _percentage(name: str) -> float:
 def _silence(background: Path, out: Path, count: int) -> None:
     sounds = sorted(background.glob("*.wav"))
     if not sounds:
-        raise checks.ExportError(f"{background}: holds no WAV file; give the _background_noise_ of Speech Commands")
+        raise formats.ExportError(f"{background}: holds no WAV file; give the _background_noise_ of Speech Commands")
     seconds = []
     for folder in ("train/_background_noise_", "test/_silence_"):
         (out / folder).mkdir(parents=True)

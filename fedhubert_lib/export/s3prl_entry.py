@@ -1,7 +1,7 @@
 """Our models inside s3prl: an upstream that is registered when s3prl starts, no fork and no copied folder.
 
 This module runs in s3prl's own environment (``make s3prl``), whose Python has s3prl 0.4.18 and the torch that it needs;
-``export.s3prl`` starts it there. Of this project it needs ``hubert`` alone. As a program,
+``export.s3prl`` starts it there. Of this project it needs ``pretrained`` and the model alone. As a program,
 
     python -m fedhubert_lib.export.s3prl_entry run ARGUMENTS OF s3prl.run_downstream ... -u fedhubert -k CHECKPOINT
     python -m fedhubert_lib.export.s3prl_entry states UPSTREAM CHECKPOINT WAVEFORMS STATES
@@ -20,9 +20,8 @@ import torch
 import torchaudio
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fedhubert_lib import hubert
+from fedhubert_lib import pretrained
 from fedhubert_lib.audio import HOP
 
 NAME = "fedhubert"
@@ -37,7 +36,7 @@ class Upstream(nn.Module):
 
     def __init__(self, ckpt: str, model_config: str | None = None, refresh: bool = False, **options: object) -> None:
         super().__init__()
-        self.model, _ = hubert.load(ckpt)
+        self.model, _ = pretrained.load(ckpt)
         self.model.encoder.layerdrop = 0.0  # s3prl asserts a constant number of states, and skipped layers repeat one
 
     def get_downsample_rates(self, key: str) -> int:
@@ -53,9 +52,8 @@ class Upstream(nn.Module):
         for indices in groups.values():
             states = self.model(torch.stack([wavs[index] for index in indices]), hidden_states=True).hidden
             encoded |= dict(zip(indices, torch.stack(states, dim=1), strict=True))
-        longest = max(each.shape[1] for each in encoded.values())
-        padded = [functional.pad(encoded[i], (0, 0, 0, longest - encoded[i].shape[1])) for i in range(len(wavs))]
-        hidden = torch.stack(padded, dim=1).unbind(0)
+        frames_first = [encoded[index].transpose(0, 1) for index in range(len(wavs))]
+        hidden = nn.utils.rnn.pad_sequence(frames_first, batch_first=True).unbind(2)
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}
 
 
@@ -68,7 +66,7 @@ def register() -> None:
 
 
 def apply_effects_file(path: str, effects: Sequence[Sequence[str]]) -> tuple[Tensor, int]:
-    """What s3prl's speech_commands asks of libsox, which few machines have: mono at 16 kHz, and a gain.
+    """The effects that s3prl's speech_commands asks of libsox, which few machines have: mono at 16 kHz, and a gain.
 
     Equal to libsox's (3e-8) on 16 kHz mono files. Raises ValueError for any other file or effect.
     """
@@ -89,15 +87,15 @@ def states(upstream: str, checkpoint: str, waveforms: Path, out: Path) -> None:
     from s3prl import hub
 
     entry = getattr(hub, upstream)(ckpt=checkpoint).eval()
-    found = {}
+    states_of = {}
     with torch.no_grad():
         for name, clips in load_file(waveforms).items():
-            found[name] = torch.stack(list(entry(list(clips))["hidden_states"])).contiguous()
-    save_file(found, out)
+            states_of[name] = torch.stack(list(entry(list(clips))["hidden_states"])).contiguous()
+    save_file(states_of, out)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """See above."""
+    """The program described above."""
     register()
     if arguments[0] == "states":
         states(*arguments[1:3], *map(Path, arguments[3:5]))

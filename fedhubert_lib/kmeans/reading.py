@@ -210,8 +210,7 @@ def model_of(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: st
     if key in _MODELS:
         return _MODELS[key]
     _MODELS.clear()
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in config["model"].items()}
-    model = Hubert(HubertConfig(**values))
+    model = Hubert(HubertConfig(**config["model"]))
     prefix = "model/"
     weights = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
     model.load_state_dict(weights)

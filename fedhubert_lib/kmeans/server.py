@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import features, files, hubert, params, seeds
+from fedhubert_lib import features, files, params, pretrained, seeds
 from fedhubert_lib.federated import accounting
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
 from fedhubert_lib.kmeans import clustering, reading
@@ -136,7 +136,7 @@ def describe(p: params.Kmeans, layer: int | None) -> tuple[dict[str, Any], Array
     config |= {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
     if p.features == "mfcc":
         return config, {}
-    model, _ = hubert.load(p.features)
+    model, _ = pretrained.load(p.features)
     depth = model.config.num_hidden_layers
     layer = depth if layer is None else layer
     if layer > depth:

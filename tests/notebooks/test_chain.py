@@ -11,7 +11,7 @@ import papermill
 import pytest
 from chapters import INJECTED, NOTEBOOKS
 
-from fedhubert_lib import audio, files, hubert, params
+from fedhubert_lib import audio, files, params, pretrained
 from fedhubert_lib.labels import Labels
 
 pytestmark = pytest.mark.timeout(1800)  # the chain takes a minute or two; a busy machine takes its time
@@ -98,7 +98,7 @@ def test_training_wrote_a_row_per_round_and_models_that_load(chain):
         for folder in (chain.folder(stage), chain.folder(stage) / "centralised"):
             rows = files.read_rows(folder / "metrics.jsonl")
             assert [row["round"] for row in rows if row["kind"] == "round"] == list(range(1, rounds + 1))
-            model, _ = hubert.load(folder / "checkpoint")
+            model, _ = pretrained.load(folder / "checkpoint")
             assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 

@@ -1,0 +1,193 @@
+"""Model folders in the layout of Hugging Face: ours, and public HuBERT checkpoints. Pickled weights are never read.
+
+A folder holds ``config.json``, ``preprocessor_config.json`` and ``model.safetensors`` (float32, transformers' names);
+ours have the head in ``head.safetensors`` beside them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fedhubert_lib import files
+from fedhubert_lib.audio import SAMPLE_RATE
+from fedhubert_lib.hubert import Head, Hubert, HubertConfig
+
+FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_pos_batch_norm": False}
+"""Settings of transformers' ``HubertConfig`` that have one supported value."""
+TASK_HEADS = ("lm_head.", "projector.", "classifier.", "layer_weights")
+"""Weights of transformers' fine-tuned models that are left out."""
+
+
+def published(config: HubertConfig) -> bool:
+    """Whether this is the paper's architecture, which other software knows."""
+    return config.front_end == "waveform" and config.position_embedding == "conv"
+
+
+def documents(config: HubertConfig) -> dict[str, str]:
+    """The JSON files that make a folder with ``model.safetensors`` a Hugging Face one: text by name.
+
+    transformers loads it if the architecture is the published one; otherwise its ``model_type`` says no.
+    """
+    values = asdict(config) | FIXED | {"model_type": "hubert" if published(config) else "fedhubert"}
+    values |= {"architectures": ["HubertModel"], "num_feat_extract_layers": len(config.conv_dim)}
+    preprocessor = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": SAMPLE_RATE,
+        "padding_value": 0.0,
+        "padding_side": "right",
+        "do_normalize": config.do_normalize,
+        "return_attention_mask": config.feat_extract_norm == "layer",
+    }
+    texts = {"config.json": values, "preprocessor_config.json": preprocessor}
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
+
+
+def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
+    """Write a model folder, atomically; an existing one is replaced."""
+    with files.atomic(folder) as temporary:
+        temporary.mkdir()
+        for name, text in documents(model.config).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        _write(temporary / "model.safetensors", model)
+        if head is not None:
+            _write(temporary / "head.safetensors", head)
+
+
+def _write(path: Path, module: nn.Module) -> None:
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in module.state_dict().items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]:
+    """Read a model folder, ours or public, in eval mode; with the head if ``head.safetensors`` is there.
+
+    Reads one file or shards, the older ``weight_g``/``weight_v`` names, and fine-tuned checkpoints (prefix ``hubert.``)
+    without their task head. A checkpoint fine-tuned without masking has no mask embedding: it gets a random one, always
+    the same, uniform as in transformers; nothing but masked training from this checkpoint uses it. Without ``weights``
+    everything is checked but no weight is read: the modules are on the device ``meta``. Raises ValueError or
+    FileNotFoundError that says what does not fit.
+    """
+    folder, device = Path(folder), "cpu" if weights else "meta"
+    config = read_config(folder)
+    paths = _weight_files(folder)
+    embedding = torch.rand(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
+    tensors = {"masked_spec_embed": embedding}
+    for name, tensor in _read_tensors(paths, weights).items():
+        name = name.removeprefix("hubert.")
+        for old, new in (("conv.weight_g", "original0"), ("conv.weight_v", "original1")):
+            name = name.replace(old, f"conv.parametrizations.weight.{new}")
+        if not name.startswith(TASK_HEADS):
+            tensors[name] = tensor
+    head: Head | None = None
+    with torch.device(device):
+        model = Hubert(config)
+        _fill(model, tensors, paths[0])
+        path = folder / "head.safetensors"
+        if path.is_file():
+            tensors = _read_tensors([path], weights)
+            if "label_embeddings" not in tensors:
+                raise ValueError(f"{path}: holds no label_embeddings; it is not a HuBERT head")
+            clusters, size = tensors["label_embeddings"].shape
+            head = Head(replace(config, classifier_proj_size=size), clusters)
+            _fill(head, tensors, path)
+            head.eval()
+    return model.eval(), head
+
+
+def read_config(folder: Path) -> HubertConfig:
+    """The configuration of the model in ``folder``, from its JSON files. Raises as ``load`` does.
+
+    Whether the model expects normalised waveforms stands in ``processor_config.json`` (transformers 5), in
+    ``preprocessor_config.json``, or, in ours, in ``config.json``. It must stand there for a model with layer norm
+    in its convolutions, which gives other numbers without; group norm removes scale and offset but for rounding.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: holds no config.json; give the folder of a Hugging Face HuBERT checkpoint")
+    values = _read_json(path)
+    if values.get("model_type") not in ("hubert", "fedhubert"):
+        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}; only HuBERT checkpoints can be read")
+    for name, value in FIXED.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {values[name]!r}; only {value!r} is supported")
+    processor = _read_json(folder / "processor_config.json").get("feature_extractor")
+    processor = processor or _read_json(folder / "preprocessor_config.json")
+    if (rate := processor.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        raise ValueError(f"{folder}: its model is for {rate} Hz; only {SAMPLE_RATE} Hz is supported")
+    if processor:
+        values["do_normalize"] = processor.get("do_normalize", True)  # the default of Wav2Vec2FeatureExtractor
+    elif "do_normalize" not in values and values.get("feat_extract_norm") == "layer":
+        raise ValueError(
+            f"{folder}: neither processor_config.json nor preprocessor_config.json says whether the model was trained"
+            " on normalised waveforms; copy one from where the checkpoint comes from, or write"
+            ' preprocessor_config.json with {"do_normalize": true}, as for the published large and xlarge models'
+        )
+    names = {field.name for field in fields(HubertConfig)}
+    try:
+        return HubertConfig(**{name: value for name, value in values.items() if name in names})
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: is not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no JSON object; copy it again")
+    return values
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors``, or the shards that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _read_json(index).get("weight_map") or {}
+        shards = [folder / name for name in sorted(set(map(str, names.values())))]
+        if not shards or any(path.parent != folder for path in shards):
+            raise ValueError(f"{index}: has no weight_map of files beside it; copy the checkpoint again")
+        if missing := [path.name for path in shards if not path.is_file()]:
+            raise FileNotFoundError(f"{folder}: {', '.join(missing)} missing, which {index.name} names; copy it again")
+        return shards
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder}: holds {pickles[0]} but no model.safetensors. Pickled weights are never read; convert them once:"
+            f" transformers.HubertModel.from_pretrained({str(folder)!r}).save_pretrained(ANOTHER_FOLDER)"
+        )
+    raise FileNotFoundError(f"{folder}: holds no weights (model.safetensors); copy the checkpoint again, whole")
+
+
+def _read_tensors(paths: list[Path], weights: bool) -> dict[str, Tensor]:
+    """The tensors of safetensors files, or, without ``weights``, tensors of their shapes on the device ``meta``."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in list(file.keys()):  # it is no dictionary
+                    shape = file.get_slice(name).get_shape()
+                    tensors[name] = file.get_tensor(name) if weights else torch.empty(shape, device="meta")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read ({error}); copy it again, or make it anew") from error
+    return tensors
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        reasons = " ".join(str(error).split())[:1000]  # one line
+        raise ValueError(f"{path}: does not fit its config.json. {reasons}") from error
