@@ -28,9 +28,10 @@ class HiddenStates(nn.Module):
 
     def __init__(self, model: Hubert) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.requires_grad_(False)
         if isinstance(model.feature_extractor, LogMel):
             self.model.feature_extractor = ConvLogMel()
+        self.eval()
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Waveforms [B, S]."""
