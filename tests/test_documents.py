@@ -110,7 +110,7 @@ def test_make_export_and_ray_install_what_is_tested_and_leave_the_bench_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["huggingface", "torchaudio", "onnx"])
+@pytest.mark.parametrize("form", ["huggingface", "onnx"])
 def test_the_exports_that_are_shown_are_made(form, tmp_path, capsys):
     model = hubert.Hubert(hubert.preset("tiny", num_hidden_layers=2))
     hubert.initialise(model, seeds.torch_generator(0))

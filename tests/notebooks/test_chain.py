@@ -2,12 +2,10 @@
 
 import json
 import re
-import shutil
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 from chapters import INJECTED, NOTEBOOKS
 
@@ -108,20 +106,3 @@ def test_report_has_every_system_beside_its_baselines(chain):
     assert not report["absent"]
     for name in ("report.csv", "report.html"):
         assert (chain.folder("evaluate") / name).stat().st_size > 1000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objectives", [["distilhubert"], ["hubert"], ["soft-targets", "distilhubert"]])
-def test_every_objective_goes_through_the_notebooks(chain, tmp_path, monkeypatch, objectives):
-    """A student of distilhubert alone names no clusters: it has no accuracy to draw, and no head."""
-    monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(tmp_path))
-    last = ("distill", "evaluate")
-    folders = [params.FOLDERS[stage] for stage in last]
-    shutil.copytree(chain.run, tmp_path / "other", ignore=lambda *_: folders)
-    for stage, given in zip(last, ({"objectives": objectives}, INJECTED["evaluate"]), strict=True):
-        executed = papermill.execute_notebook(
-            NOTEBOOKS[stage], tmp_path / f"{stage}.ipynb", {"run": "other", **given}, progress_bar=False, cwd=tmp_path
-        )
-        assert sum("image/png" in data for data in bundles(executed)) >= 3
-    report = json.loads((tmp_path / "other/05_evaluate/report.json").read_text())
-    assert {"student", "centralised-student"} <= {row["system"] for row in report["systems"]}

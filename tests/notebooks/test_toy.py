@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import golden
+import papermill
 import pytest
 from chapters import NOTEBOOKS, ROOT
+
+from fedhubert_lib import params
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a minute or two; a busy machine takes its time
 
@@ -34,3 +38,20 @@ def test_toy_reaches_its_golden_figures(toy, name):
     """On any processor: digests of weights differ between processors, these figures by less than the tolerance."""
     expected = json.loads(golden.GOLDEN.read_text())[name]
     assert golden.figures(toy)[name] == pytest.approx(expected["figures"], abs=expected["tolerance"])
+
+
+@pytest.mark.parametrize("objective", ["distilhubert", "hubert"])
+def test_every_objective_goes_through_the_notebooks(toy, tmp_path, monkeypatch, objective):
+    """A student of distilhubert alone names no clusters: it has no accuracy to draw, and no head."""
+    monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(tmp_path))
+    last = ("distill", "evaluate")
+    folders = [params.FOLDERS[stage] for stage in last]
+    shutil.copytree(toy, tmp_path / "other", ignore=lambda *_: folders)
+    for stage, chosen in zip(last, ({"objectives": [objective]}, {"seeds": 1, "probe_steps": 10}), strict=True):
+        executed = papermill.execute_notebook(
+            NOTEBOOKS[stage], tmp_path / f"{stage}.ipynb", {"run": "other", **chosen}, progress_bar=False, cwd=tmp_path
+        )
+        outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    report = json.loads((tmp_path / "other/05_evaluate/report.json").read_text())
+    assert {"student", "centralised-student"} <= {row["system"] for row in report["systems"]}
