@@ -145,7 +145,7 @@ def test_nearest_with_large_means():
 @pytest.mark.parametrize("width", [13, 192])
 def test_nearest_does_not_depend_on_the_batch(width, monkeypatch):
     """Not even where float32 cannot tell: centroids a few of its steps apart. What decides there is float64."""
-    frames = blobs(5_000, width)
+    frames = blobs(1_200, width)
     centroids = torch.cat([frames[:30] * (1 + 2e-7 * step) for step in range(4)] + [frames[:3]])
     distances = (frames.double()[:, None] - centroids.double()[None]).square().sum(-1)
     chosen = clustering.nearest(frames, centroids)
@@ -154,7 +154,7 @@ def test_nearest_does_not_depend_on_the_batch(width, monkeypatch):
     assert chosen.max() < 120  # the last three centroids are the first three: of equals the first is taken
     for size in (1, 37, 512, 1_000):
         assert (torch.cat([clustering.nearest(part, centroids) for part in frames.split(size)]) == chosen).all()
-    order = torch.randperm(5_000, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(1_200, generator=torch.Generator().manual_seed(0))
     assert (clustering.nearest(frames[order], centroids) == chosen[order]).all()
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -731,7 +731,7 @@ def narrow(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = {"rounds": 3, "cohort": 3, "local_steps": 4, "crop_seconds": 1.0, "front_end": "logmel", "learning_rate": 3e-3}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["federated", "client"])
 @pytest.mark.usefixtures("narrow")
 def test_pretraining_takes_every_kind_with_either_head(run, kind):
     kmeans.run(run, settings(codebooks=[kind]), Direct(run))
