@@ -271,5 +271,5 @@ def evaluate(module: nn.Module, batches: Iterable[Batch], objective: Objective, 
     return {name: float(value) for name, value in totals.items()}
 
 
-def _names(group: list[Batch]) -> str:
+def _names(group: Sequence[Batch]) -> str:
     return "; ".join(", ".join(batch.utterances) for batch in group)

@@ -53,13 +53,15 @@ def restore_moments(
     optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor] | None
 ) -> None:
     """Give AdamW the moments that ``moments`` read from it; None: it starts anew."""
-    for name, parameter in names.items() if kept else ():
+    if kept is None:
+        return
+    for name, parameter in names.items():
         optimiser.state[parameter] = {key: kept[f"{name}/{key}"].to(parameter.device) for key in MOMENTS}
 
 
 def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> Arrays:
     """AdamW's moments of each parameter, NAME/MOMENT, as tensors that can be saved."""
-    kept = {}
+    kept: Arrays = {}
     for name, parameter in names.items():
         if not (state := optimiser.state.get(parameter)):  # layerdrop left its layer out of every step so far
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

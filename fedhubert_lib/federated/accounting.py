@@ -1,7 +1,7 @@
 """The privacy that a training run has spent: Renyi accounting of sampled Gaussians, and the account of its draws."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -64,7 +64,7 @@ class Account:
         """The account of a run whose next draw is that of ``following``: round and attempt."""
         self._path, self._delta = path, delta
         self._draws: Counter[tuple[float, float]] = Counter()
-        self._clients: Counter[str] = Counter()
+        self._clients: defaultdict[str, float] = defaultdict(float)
         rows = files.read_rows(path)
         self._charged = {(row["round"], row["attempt"]) for row in rows} if repeatable else set()
         for row in rows:

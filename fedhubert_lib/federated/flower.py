@@ -8,7 +8,7 @@ it failed). Nothing else travels.
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fedhubert_lib.federated import handlers, relay, wire
-from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
+from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 POLL_SECONDS = 0.05
 IDENTIFY_SECONDS = 120.0
@@ -64,16 +64,21 @@ def answer(message: Message, context: Context) -> Message:
 
     The node's configuration names the client, the ``run`` folder on its machine, and its device.
     """
-    node, asked = context.node_config, message.content["request"]
-    home = handlers.home(
-        Path(str(node["run"])), str(node["client"]), asked["action"], str(node.get("device", "cpu")), simulated=False
-    )
-    answer = handlers.answer(home, asked["action"], unpacked(message.content["arrays"]), json.loads(asked["config"]))
+    records: Mapping[str, Any] = message.content
+    node, asked = context.node_config, records["request"]
+    run, device = Path(str(node["run"])), str(node.get("device", "cpu"))
+    home = handlers.home(run, str(node["client"]), asked["action"], device, simulated=False)
+    answer = handlers.answer(home, asked["action"], unpacked(records["arrays"]), json.loads(asked["config"]))
     if isinstance(answer, Failure):
         reply = RecordDict({"client": ConfigRecord({"id": answer.client, "failure": answer.reason})})
     else:
-        records = {"arrays": packed(answer.arrays), "metrics": MetricRecord(dict(answer.metrics))}
-        reply = RecordDict({**records, "client": ConfigRecord({"id": answer.client})})
+        reply = RecordDict(
+            {
+                "arrays": packed(answer.arrays),
+                "metrics": MetricRecord(dict(answer.metrics)),
+                "client": ConfigRecord({"id": answer.client}),
+            }
+        )
     return Message(reply, reply_to=message)
 
 
@@ -95,7 +100,7 @@ class GridClients(Clients):
         self._strangers: set[int] = set()
         """Nodes that did not say who they are, or are not among ``ids``."""
 
-    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+    def answers(self, request: Request) -> Answers:
         """A client that is not connected is a Failure, not an exception."""
         record, nodes = packed(request.arrays), self.connected()
         messages = {
@@ -161,14 +166,15 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
     hold what a reply holds are Failures."""
     if message.has_error():
         return Failure(name, message.error.reason or f"Flower's error {message.error.code}")
-    record = message.content.get("client", {})
+    records: Mapping[str, Any] = message.content
+    record = records.get("client", {})
     if record.get("id") != name:
         return Failure(name, f"answered in the name of {record.get('id')!r}")
     if "failure" in record:
         return Failure(name, str(record["failure"]))
     try:
-        metrics = {key: float(value) for key, value in message.content["metrics"].items()}
-        return Reply(name, unpacked(message.content["arrays"]), metrics)
+        metrics = {key: float(value) for key, value in records["metrics"].items()}
+        return Reply(name, unpacked(records["arrays"]), metrics)
     except (KeyError, TypeError, ValueError) as error:
         return Failure(name, f"its answer is not understood: {type(error).__name__}: {error}")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedhubert_lib.federated import handlers
-from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
+from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Request
 
 
 class InProcess(Clients):
@@ -21,7 +21,7 @@ class InProcess(Clients):
         super().__init__(clients)
         self._run, self._device = run, device
 
-    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+    def answers(self, request: Request) -> Answers:
         """Each client has ``timeout`` for itself, as if all worked side by side. A late one cannot be interrupted here:
         the other engines stop waiting.
         """

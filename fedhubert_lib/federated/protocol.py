@@ -69,16 +69,20 @@ class Request:
     timeout: float | None
 
 
+Answers = Generator[Reply | Failure, None, None]
+"""One of each client asked, in the order of client ids."""
+
+
 class Clients(ABC):
     """The clients of a federation, as the server's algorithms see them. Engines say how answers come about."""
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids: Sequence[str] = sorted(ids)
         """Client ids, sorted."""
-        self._last: Generator[Reply | Failure] = (answer for answer in ())
+        self._last: Answers = (answer for answer in list[Reply | Failure]())
 
     @abstractmethod
-    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+    def answers(self, request: Request) -> Answers:
         """The answers of ``request.clients``, all of them among ``ids``, in their order."""
 
     def ask(
@@ -101,8 +105,8 @@ class Clients(ABC):
         self._last = self._in_order(Request(action, tensors, dict(config or {}), asked, timeout))
         return self._last
 
-    def _in_order(self, request: Request) -> Generator[Reply | Failure]:
+    def _in_order(self, request: Request) -> Answers:
         known = [client for client in request.clients if client in self.ids]
-        with contextlib.closing(iter(self.answers(replace(request, clients=known)))) as answers:
+        with contextlib.closing(self.answers(replace(request, clients=known))) as answers:
             for client in request.clients:
                 yield next(answers) if client in self.ids else Failure(client, "not connected")

@@ -9,14 +9,14 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from fedhubert_lib.federated import wire
-from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
+from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 NEXT, END = "next", "end"
 """Requests of a stage beside files: the next answer; nothing more."""
@@ -33,7 +33,7 @@ class RelayClients(Clients):
         if not self._receive():
             raise ConnectionError("no client is connected; start them with `fedhubert deploy client`")
 
-    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+    def answers(self, request: Request) -> Answers:
         """Raises ConnectionError when the ServerApp has ended."""
         path = self._folder / f"request-{next(self._requests)}"
         header = {"action": request.action, "config": request.config, "clients": request.clients}
@@ -71,7 +71,7 @@ def serve(pipe: Connection, clients: Clients) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=listen, daemon=True).start()
-    path, answers = Path(), iter(())
+    path, answers = Path(), iter(list[Reply | Failure]())
     while (asked := requests.get()) != END:
         if asked == NEXT:
             wire.write_answer(path.with_name("answer"), next(answers))

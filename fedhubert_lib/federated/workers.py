@@ -6,12 +6,12 @@ nothing else: another takes its place.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
-from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
+from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 
 class Worker(ABC):
@@ -51,7 +51,7 @@ class WorkerClients(Clients):
         for worker in self.workers:
             worker.stop()
 
-    def answers(self, request: Request) -> Iterator[Reply | Failure]:
+    def answers(self, request: Request) -> Answers:
         """When they are not read to the end, workers that are busy with them are replaced."""
         packed = self.packed(request)
         idle: SimpleQueue[int] = SimpleQueue()
