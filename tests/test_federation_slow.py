@@ -122,9 +122,10 @@ def test_all_speakers_of_librispeech_in_one_process(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- deployment
 
-SHORT = shlex.split(
-    "--set kmeans.codebooks=[federated] --set kmeans.lloyd_rounds=1 --set pretrain.rounds=1 --set pretrain.cohort=2"
-    " --set distill.rounds=1 --set distill.cohort=2 --set evaluate.seeds=1"
+TWO = shlex.split("--set partition.clients=2 --set pretrain.cohort=2 --set distill.cohort=2")
+SHORT = TWO + shlex.split(
+    "--set kmeans.codebooks=[federated] --set kmeans.lloyd_rounds=1 --set pretrain.rounds=1 --set distill.rounds=1"
+    " --set evaluate.seeds=1"
 )
 
 
@@ -132,7 +133,7 @@ SHORT = shlex.split(
 def partitioned(tmp_path_factory) -> Path:
     """The run folder ``toy`` as the first command of docs/deployment.md leaves it, with two clients."""
     outputs = tmp_path_factory.mktemp("outputs")
-    assert code(outputs, "run params/toy.yaml --until partition --set partition.clients=2") == 0
+    assert code(outputs, "run params/toy.yaml --until partition", *TWO) == 0
     return outputs / "toy"
 
 
