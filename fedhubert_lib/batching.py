@@ -16,10 +16,11 @@ decoded stays in memory as long as there is room: later rounds and passes decode
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,12 @@ SHORTEST_SECONDS = 1.0
 
 Keys = tuple[int, int, str]
 """Seed, round and client, from which every draw derives."""
+
+
+class LabelsByUtterance(Protocol):
+    """``labels.Labels``, or a dict: integers [frames] at 50 Hz."""
+
+    def __getitem__(self, utterance: str, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ def _cut(order: np.ndarray, samples: np.ndarray, lengths: list[int], budget: int
 
 def batches(
     table: pd.DataFrame,
-    labels: Mapping[str, np.ndarray],
+    labels: LabelsByUtterance,
     recipe: Recipe,
     keys: Keys,
     steps: int,
@@ -171,7 +178,6 @@ def batches(
 
     Args:
         table: columns utterance, path, samples (the client's ``train.parquet``).
-        labels: utterance to its 50 Hz labels, ``labels.Labels`` or a dict.
         keys: equal keys give equal batches, whatever else ran before.
         device: where they will be used. A GPU trains faster than one core decodes: for it as many threads as torch
             takes decode, and batches lie in pinned memory. A CPU's cores train.
@@ -245,7 +251,7 @@ def _read(path: str, start: int, stop: int) -> Tensor:
     return whole[start:stop] if whole.dtype == torch.float32 else whole[start:stop].float().div_(32_768)
 
 
-def _crop_labels(labels: Mapping[str, np.ndarray], utterance: str, samples: int, start: int, frames: int) -> np.ndarray:
+def _crop_labels(labels: LabelsByUtterance, utterance: str, samples: int, start: int, frames: int) -> np.ndarray:
     """The labels of ``frames`` frames from sample ``start`` (a multiple of 320) on."""
     try:
         whole = labels[utterance]

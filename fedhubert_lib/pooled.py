@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,7 @@ def train(
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
     meter = resources.Meter(p.device)
     with checkpoints.sole(out):
-        state = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
+        state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"], weights, named.moments(optimiser, names))) is not None:
             weights, moments, state = saved
             named.restore_moments(optimiser, names, moments)

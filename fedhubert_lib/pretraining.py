@@ -202,11 +202,12 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
     table = pooled.utterances(homes)
     labels = pooled.labels(home.labels / p.codebook for home in homes.values())
     message = {**_message(run, p, config), "session": "centralised"}
-    options = {"normalise": config.do_normalize, "device": device}
     task = pooled.Task(
         module=module,
         weights=weights,
-        batches=lambda number, count: recipes.batches(table, labels, pooled.merged(p), number, "all", count, **options),
+        batches=lambda number, count: recipes.batches(
+            table, labels, pooled.merged(p), number, "all", count, normalise=config.do_normalize, device=device
+        ),
         objective=functools.partial(_objective, module, p),
         validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
         averages=objectives.averages,

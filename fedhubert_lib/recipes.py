@@ -89,7 +89,7 @@ def validation_steps(home: ClientHome, p: params.Federation) -> int:
 
 def batches(
     table: pd.DataFrame,
-    labels: Mapping[str, np.ndarray],
+    labels: batching.LabelsByUtterance,
     p: params.Federation,
     number: int,
     client: str,

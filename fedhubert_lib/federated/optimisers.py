@@ -24,8 +24,8 @@ class UpdateError(ValueError):
 class Collector(Protocol):
     """Takes one update at a time and returns what the server steps along."""
 
-    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float | None:
-        """The norm of ``update``; None where it cannot be seen. Raises UpdateError where it does not fit ``like``."""
+    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
+        """The norm of ``update``; NaN where it cannot be seen. Raises UpdateError where it does not fit ``like``."""
 
     def add(self, update: Arrays, weight: float) -> None:
         """Take ``update``: its tensors may be kept and overwritten. ``weight`` is above 0."""

@@ -26,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,6 +51,8 @@ HOOKS: list[tuple[type[Hook], Callable[[Federation], bool]]] = [
 ]
 """The server's half of each hook, and whether a study chooses it."""
 
+F = TypeVar("F", bound=Federation)
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +74,7 @@ class Task:
     """Small files that belong beside the weights, by name."""
 
 
-def sized(p: Federation, clients: int) -> Federation:
+def sized(p: F, clients: int) -> F:
     """``p`` with ``cohort_share`` of ``clients`` clients as its cohort, within cohort_minimum and cohort."""
     if p.cohort_share == 1:
         return p
@@ -201,7 +203,7 @@ class Server:
         action = f"{self.task.name}.{action}"
         return self.clients.ask(action, arrays=arrays, config=config, clients=clients, timeout=deadline)
 
-    def averages(self, sums: Mapping[str, float]) -> dict[str, float | None]:
+    def averages(self, sums: Mapping[str, float]) -> Mapping[str, float | None]:
         """The clients' metrics for a row; no loss where nobody answered, or sent any."""
         return self.task.averages(sums) if "objective_count" in sums else {"loss": None}
 
@@ -299,7 +301,7 @@ class Round:
         server.ledger.row("round", row)
         server.save(number)
 
-    def _usable(self, replies: Iterator[Reply | Failure]) -> Iterator[tuple[Reply, float | None]]:
+    def _usable(self, replies: Iterator[Reply | Failure]) -> Iterator[tuple[Reply, float]]:
         """Replies whose updates fit, with their norms; others are recorded."""
         for reply in replies:
             if isinstance(reply, Failure):
@@ -319,7 +321,7 @@ class Round:
             self.server_seconds += time.perf_counter() - began
             yield replace(reply, arrays=update), norm
 
-    def _without_outliers(self, replies: Iterator[tuple[Reply, float | None]]) -> Iterator[tuple[Reply, float | None]]:
+    def _without_outliers(self, replies: Iterator[tuple[Reply, float]]) -> Iterator[tuple[Reply, float]]:
         """Replies whose updates are not ``outlier`` times as large as usual.
 
         Bounded updates need no such test, and must have none: whether one client counts would depend on others.
@@ -344,7 +346,7 @@ class Round:
             else:
                 yield reply, norm
 
-    def _add(self, reply: Reply, norm: float | None) -> None:
+    def _add(self, reply: Reply, norm: float) -> None:
         began, metrics = time.perf_counter(), reply.metrics
         self.collector.add(reply.arrays, metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0)
         self.clients += 1
@@ -355,7 +357,7 @@ class Round:
         row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
         if "objective_count" in metrics:
             row["masked_frames"] = metrics["objective_count"]
-        if norm is not None:
+        if not math.isnan(norm):
             self.norms.append(norm)
             row["update_norm"] = norm
         self.server.ledger.row("client", row)

@@ -165,14 +165,15 @@ class Sum:
         self._sums = {name: np.zeros(tuple(tensor.shape), np.uint32) for name, tensor in like.items()}
         self._factor, self._count = factor, 0
 
-    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-        """None: the values of a masked update say nothing. Raises UpdateError unless it has the names and shapes of
+    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
+        """NaN: the values of a masked update say nothing. Raises UpdateError unless it has the names and shapes of
         ``like``, int32."""
         if update.keys() != like.keys():
             raise UpdateError(f"the masked update differs from the model in {sorted(update.keys() ^ like.keys())[:3]}")
         for name, tensor in update.items():
             if tensor.dtype != torch.int32 or tensor.shape != like[name].shape:
                 raise UpdateError(f"{name} of the masked update is {tensor.dtype} {tuple(tensor.shape)}")
+        return math.nan
 
     def add(self, update: Arrays, weight: float) -> None:
         """Add one client's; ``weight`` must be 1."""
