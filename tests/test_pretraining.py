@@ -46,12 +46,17 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **narrow})
 
 
+def fresh(tones: Path, folder: Path) -> Path:
+    """A run over the clients of ``tones``, before pretraining."""
+    folder.mkdir(exist_ok=True)
+    for name in ("01_partition", "02_kmeans"):
+        (folder / name).symlink_to(tones / name)
+    return folder
+
+
 @pytest.fixture
 def run(tones: Path, tmp_path: Path) -> Path:
-    """A run of the test's own over the same clients."""
-    for name in ("01_partition", "02_kmeans"):
-        (tmp_path / name).symlink_to(tones / name)
-    return tmp_path
+    return fresh(tones, tmp_path)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -96,10 +101,7 @@ def test_federated_pretraining_learns_and_writes_a_model_folder(run):
 def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, changes):
     p = pretrain(**changes)
     whole = digest(weights_of(pretraining.run(run, p)))
-    other = tmp_path / "other"
-    other.mkdir()
-    for name in ("01_partition", "02_kmeans"):
-        (other / name).symlink_to(tones / name)
+    other = fresh(tones, tmp_path / "other")
     for row in (2, 4):
         interrupt(pretraining.run, other, p, row)
     assert digest(weights_of(pretraining.run(other, p))) == whole
@@ -290,10 +292,7 @@ def test_clients_leave_the_servers_tensors_alone(run):
 def test_centralised_training_resumes_and_ends_with_the_same_bits(run, tmp_path, tones):
     p = pretrain()
     whole = digest(weights_of(pretraining.centralised(run, p)))
-    other = tmp_path / "other"
-    other.mkdir()
-    for name in ("01_partition", "02_kmeans"):
-        (other / name).symlink_to(tones / name)
+    other = fresh(tones, tmp_path / "other")
     interrupt(pretraining.centralised, other, p, 2)
     assert digest(weights_of(pretraining.centralised(other, p))) == whole
     ledger = rows(other / "03_pretrain/centralised/metrics.jsonl")
@@ -432,10 +431,7 @@ def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path, monkeyp
     student = params.Distill(**small, hidden_size=96, device="cpu", precision="float32", send_teacher=True)
     expected = digest(weights_of(pretraining.run(run, p)))
     distilled = digest(weights_of(distillation.run(run, student)))
-    other = tmp_path / "other"
-    other.mkdir()
-    for name in ("01_partition", "02_kmeans"):
-        (other / name).symlink_to(tones / name)
+    other = fresh(tones, tmp_path / "other")
     ids = federated.client_ids(other)
     with through_the_server_app(InProcessGrid(other, ids, monkeypatch), ids) as clients:
         assert digest(weights_of(pretraining.run(other, p, clients=clients))) == expected

@@ -190,6 +190,10 @@ def test_weights_do_not_depend_on_node_ids_or_on_who_answers_first(run, monkeypa
         assert digest(train(run, name, clients=clients)) == expected
 
 
+def failures(run: Path) -> list[dict]:
+    return [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
+
+
 def spoilt(how):
     """The client 002 answers with ``how(change, metrics)`` instead."""
 
@@ -222,9 +226,8 @@ def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
     """The others' mean is what would have come without the bad client."""
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", spoilt(how))
     weights = train(run, server="fedavg", server_rate=1.0, cohort=6, rounds=1)
-    failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
-    assert [row["client"] for row in failures] == ["client-002"]
-    assert reason in failures[0]["reason"]
+    (failure,) = failures(run)
+    assert failure["client"] == "client-002" and reason in failure["reason"]
     expected, total = initial(), sum(100.0 + number for number in range(6) if number != 2)
     for name in expected:
         for number in (0, 1, 3, 4, 5):
@@ -242,8 +245,7 @@ def test_an_outlier_is_recognised_in_the_first_round_wherever_it_stands(run, mon
 
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", handler)
     train(run, cohort=6, rounds=1)
-    failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
-    assert [row["client"] for row in failures] == [hostile]
+    assert [row["client"] for row in failures(run)] == [hostile]
 
 
 def test_clients_can_have_equal_weights(run):
@@ -267,7 +269,7 @@ def test_a_late_answer_is_left_out(run, monkeypatch):
 
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", spoilt(slow))
     train(run, cohort=6, rounds=1, deadline_seconds=100.0)
-    (failure,) = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
+    (failure,) = failures(run)
     assert failure["client"] == "client-002"
     assert "later than the deadline of 100.0 s" in failure["reason"]
 
@@ -281,15 +283,14 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_resumes_with_other_dr
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", broken)
     with pytest.raises(rounds.QuorumError, match="round 4: 3 times"):
         train(run)
-    failures = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "failure"]
-    assert [row["reason"] for row in failures].count("0 of 4 clients gave a usable update; 2 needed") == 3
+    assert [row["reason"] for row in failures(run)].count("0 of 4 clients gave a usable update; 2 needed") == 3
     assert checkpoints.rounds(run / "toy")[-1] == 3
     with pytest.raises(rounds.QuorumError, match="round 4: 3 times"):
         train(run)
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", pull)
     train(run)
     ledger = files.read_rows(run / "toy/metrics.jsonl")
-    assert len([row for row in ledger if row["kind"] == "failure" and not row["client"]]) == 6
+    assert len([row for row in failures(run) if not row["client"]]) == 6
     (fourth,) = [row for row in ledger if row["kind"] == "round" and row["round"] == 4]
     size = 4 * (12 + 5)
     assert (fourth["bytes_down"], fourth["bytes_up"]) == ((6 + 1) * 4 * size, 4 * size)  # nothing came back six times
