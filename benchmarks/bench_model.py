@@ -144,7 +144,7 @@ class Ours:
             _synchronise(self.work.device)
             began = time.perf_counter()
             self.work.masks(batch.mask.shape[1])
-            with training.autocast(self.work.device, self.settings.precision):
+            with resources.autocast(self.work.device, self.settings.precision):
                 model = lambda *_, **__: hubert.HubertOutput(last, None, convolved)  # noqa: E731
                 sums = objectives.masked_prediction(model, self.head, batch)
             sums.loss.backward()
@@ -186,7 +186,7 @@ class Peer:
         self.batch = work.batch()
 
     def step(self) -> None:
-        with training.autocast(self.work.device, self.precision):
+        with resources.autocast(self.work.device, self.precision):
             value = self.loss(self.batch)
         value.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 10.0)

@@ -70,14 +70,14 @@ def parity(at: Setting) -> None:
     from bench_model import Work
     from torch import nn
 
-    from fedhubert_lib import hubert, kernels, objectives, seeds, training
+    from fedhubert_lib import hubert, kernels, objectives, resources, seeds
 
     def gradients(config: hubert.HubertConfig, work: Work, device: str, precision: str) -> tuple[float, torch.Tensor]:
         module = nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, 100)})
         for part in module.values():
             hubert.initialise(part, seeds.torch_generator(0))
         module.to(device)
-        with training.autocast(device, precision):
+        with resources.autocast(device, precision):
             sums = objectives.masked_prediction(*module.values(), work.batch().to(device), unmasked_weight=0.5)
         (sums.loss / sums.count).backward()
         return sums.loss.item() / sums.count, torch.cat([p.grad.double().cpu().flatten() for p in module.parameters()])
@@ -239,7 +239,7 @@ def learning(at: Setting) -> None:
     import numpy as np
     import torch
 
-    from fedhubert_lib import corpora, federated, files, kmeans, params, partition, pretrained, pretraining
+    from fedhubert_lib import corpora, federated, files, kmeans, params, partition, preflight, pretrained, pretraining
     from fedhubert_lib.evaluation import encoders, layers, probes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +263,7 @@ def learning(at: Setting) -> None:
             "local_steps": 2 if at.tiny else 10,
         }
         p = params.Pretrain(**sizes, learning_rate=4e-3, validate_every=5, centralised=False, device=at.device)
-        step = pretraining.plan(run, p.model_copy(update={"rounds": 1})).step.seconds
+        step = preflight.plan(run, p.model_copy(update={"rounds": 1})).step.seconds
         seconds = at.left - 45
         p = p.model_copy(
             update={"rounds": 2 if at.tiny else max(2, int(0.8 * seconds / (step * clients * p.local_steps)))}

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import files, identity, params
+from fedhubert_lib import files, params
 from fedhubert_lib.weights import Arrays
 
 OnRow = Callable[[dict[str, Any]], None]
@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
 
 def decisive(p: params.Federation) -> dict[str, Any]:
     """The parameters that must not change when training resumes: not where it runs, nor where a checkpoint lies."""
-    return p.model_dump(mode="json", exclude={*identity.HOW, *identity.ADDITIONS, *params.places(p)})
+    return p.model_dump(mode="json", exclude={*params.HOW, *params.ADDITIONS, *params.places(p)})
 
 
 @contextlib.contextmanager

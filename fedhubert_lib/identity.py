@@ -16,11 +16,6 @@ from typing import Any, NamedTuple
 
 from fedhubert_lib import files, params
 
-HOW = frozenset({"run", "engine", "threads", "device", "deadline_seconds", "cache_features", "download"})
-HOW |= {"mirror", "keywords_mirror"}
-"""Parameters that say where and how a stage runs, not what comes out."""
-ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})
-"""Parameters that add to what is there and change nothing of it (patience: when it is raised)."""
 OPTIONAL = {False: frozenset({"pretrain", "distill"}), True: frozenset({"partition", "kmeans", "pretrain", "distill"})}
 """Stages without which an evaluation runs, too, without or with a checkpoint to measure: it measures what is there."""
 
@@ -112,7 +107,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
 
     # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
     by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}
-    settings = [name for name in differing("parameters") if name not in HOW | by_content]
+    settings = [name for name in differing("parameters") if name not in params.HOW | by_content]
     fields = params.SECTIONS[new["stage"]].model_fields
     # What only one version of the bench knows is a change of its code, unless somebody has set it.
     other = [
@@ -123,7 +118,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         and new["parameters"][name] == fields[name].default
     ]
     settings = [name for name in settings if name not in other]
-    additions = [name for name in settings if name in ADDITIONS and (name != "patience" or _longer(old, new))]
+    additions = [name for name in settings if name in params.ADDITIONS and (name != "patience" or _longer(old, new))]
     inputs, sources = differing("inputs"), differing("library")
     results = [told("parameters", [name for name in settings if name not in additions])]
     results.append(f"inputs changed: {_few(inputs)}" if inputs else "")

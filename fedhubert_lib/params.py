@@ -434,14 +434,15 @@ class Study(BaseModel):
             yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
 
 
+HOW = frozenset({"run", "engine", "threads", "device", "deadline_seconds", "cache_features", "download"})
+HOW |= {"mirror", "keywords_mirror"}
+"""Parameters that say where and how a stage runs, not what comes out."""
+ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})
+"""Parameters that add to what is there and change nothing of it (patience: when it is raised)."""
+
+
 def places(section: Section) -> dict[str, str]:
     """The parameters that point to a file or folder, with where they point."""
     fields = type(section).model_fields
     names = [n for n, field in fields.items() if any(getattr(m, "func", None) is _from_root for m in field.metadata)]
     return {name: value for name in names if (value := getattr(section, name)) not in ("", "mfcc")}
-
-
-def absent(section: Section) -> dict[str, str]:
-    """Those of ``places`` that do not exist, but for what the stage may download."""
-    fetched = {"root", "keywords_root"} if isinstance(section, Corpus) and section.download else set()
-    return {n: place for n, place in places(section).items() if n not in fetched and not Path(place).exists()}

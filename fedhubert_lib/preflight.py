@@ -10,7 +10,18 @@ from pathlib import Path
 
 import torch
 
-from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, runs
+from fedhubert_lib import (
+    distillation,
+    federated,
+    hubert,
+    params,
+    planning,
+    pretrained,
+    pretraining,
+    recipes,
+    runs,
+    threads,
+)
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords
 from fedhubert_lib.federated import rounds
@@ -25,6 +36,27 @@ def check(stage: str, p: params.Section, run: Path) -> None:
 def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
     _refuse(text for stage in stages for text in _problems(stage, getattr(study, stage), run, study))
+
+
+def plan(run: Path, p: params.Pretrain) -> planning.Plan:
+    """What pretraining will take on this machine, from a measured training step: see ``planning.plan``.
+
+    Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
+    """
+    p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
+    config, _ = pretraining.initial(run, p)
+    with threads.limited(p.threads):
+        return planning.plan(
+            config,
+            clusters=recipes.clusters(run, p.codebook),
+            batch_seconds=p.batch_seconds,
+            crop_seconds=p.crop_seconds,
+            steps=p.rounds * p.cohort * p.local_steps * (1 + p.centralised),
+            device=federated.resolve(p.device),
+            precision=p.precision,
+            gradient_checkpointing=p.gradient_checkpointing,
+            workers=federated.side_by_side(p.engine, p.device),
+        )
 
 
 def missing_packages(*names: str) -> list[str]:

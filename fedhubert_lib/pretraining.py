@@ -23,7 +23,6 @@ from fedhubert_lib import (
     hubert,
     objectives,
     params,
-    planning,
     pooled,
     pretrained,
     recipes,
@@ -163,27 +162,6 @@ def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]
         hubert.initialise(head, seeds.torch_generator(p.seed, "head"))
     module = nn.ModuleDict({"model": model, "head": head})
     return model.config, {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
-def plan(run: Path, p: params.Pretrain) -> planning.Plan:
-    """What the stage will take on this machine, from a measured training step: see ``planning.plan``.
-
-    Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
-    """
-    p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
-    config, _ = initial(run, p)
-    with threads.limited(p.threads):
-        return planning.plan(
-            config,
-            clusters=recipes.clusters(run, p.codebook),
-            batch_seconds=p.batch_seconds,
-            crop_seconds=p.crop_seconds,
-            steps=p.rounds * p.cohort * p.local_steps * (1 + p.centralised),
-            device=federated.resolve(p.device),
-            precision=p.precision,
-            gradient_checkpointing=p.gradient_checkpointing,
-            workers=federated.side_by_side(p.engine, p.device),
-        )
 
 
 # --------------------------------------------------------------------------------------------------------- on all data

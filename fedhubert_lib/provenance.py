@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from fedhubert_lib import identity, params, threads
+from fedhubert_lib.memory import peak_memory
 
 
 def of(run: Path, seed: int) -> dict[str, Any]:
@@ -57,17 +58,6 @@ def hardware() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
     }
-
-
-def peak_memory() -> int:
-    """Bytes of main memory that this process has held at most so far.
-
-    On Linux from /proc: ``getrusage`` would tell a child no less than what its parent held when it was started.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def since(started: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from fedhubert_lib.provenance import peak_memory
+from fedhubert_lib.memory import peak_memory
 from fedhubert_lib.threads import cores
 
 
@@ -43,6 +43,15 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """bfloat16 autocast where ``precision`` asks for it; a context that does nothing for float32."""
+    device = torch.device(device)
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision is {precision!r}; it must be auto, float32 or bfloat16")
+    enabled = precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def memory_limit() -> int:

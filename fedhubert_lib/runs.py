@@ -279,9 +279,15 @@ def _finish(stage: Stage, headline: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def _absent(section: params.Section) -> dict[str, str]:
+    """Those of ``params.places`` that do not exist, but for what the stage may download."""
+    fetched = {"root", "keywords_root"} if isinstance(section, params.Corpus) and section.download else set()
+    return {n: place for n, place in params.places(section).items() if n not in fetched and not Path(place).exists()}
+
+
 def check_places(stage: str, p: params.Section) -> None:
     """Raise RunError if a file or folder that a parameter points to is not there, or is what the stage will make."""
-    lines = [f"{stage}.{name}: {place}: no such file or folder" for name, place in params.absent(p).items()]
+    lines = [f"{stage}.{name}: {place}: no such file or folder" for name, place in _absent(p).items()]
     for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]:
         made = (outputs() / p.run / folder).resolve()
         lines += [

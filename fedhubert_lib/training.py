@@ -62,15 +62,6 @@ def rate(settings: Settings, step: int, total_steps: int) -> float:
     return settings.learning_rate * (total_steps - step) / max(total_steps - settings.warmup_steps, 1)
 
 
-def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """bfloat16 autocast where ``precision`` asks for it; a context that does nothing for float32."""
-    device = torch.device(device)
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"precision is {precision!r}; it must be auto, float32 or bfloat16")
-    enabled = precision == "bfloat16" or (precision == "auto" and resources.fast_bfloat16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
 @functools.cache
 def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones instead of giving it back to the system.
@@ -156,7 +147,7 @@ def _backward(
     """Add up the gradients of a step's batches, divided by the second number returned; the first is their count."""
     count = unit = 0
     for batch in group:
-        with autocast(device, precision):
+        with resources.autocast(device, precision):
             sums = objective(batch.to(device), progress)
         unit = unit or max(sums.count, 1)
         (sums.loss / unit).backward()
@@ -264,7 +255,7 @@ def evaluate(module: nn.Module, batches: Iterable[Batch], objective: Objective, 
     module.eval()
     totals: dict[str, Tensor] = {}
     for batch in batches:
-        with autocast(device, precision):
+        with resources.autocast(device, precision):
             sums = objective(batch.to(device), 1.0)
         for name, value in sums.measured.items():
             totals[name] = totals.get(name, 0.0) + value.double()

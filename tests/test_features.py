@@ -6,7 +6,7 @@ from torchaudio import transforms
 from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
-from fedhubert_lib import audio, features, hubert, training
+from fedhubert_lib import audio, features, hubert, resources
 from fedhubert_lib.kmeans import reading
 
 
@@ -93,7 +93,7 @@ def test_hidden_layers_frame_by_frame(front_end, monkeypatch):
     """Each as the model alone gives it, on any number of cores."""
     model = hubert.Hubert(hubert.preset("tiny", front_end)).eval()
     waveforms = [speech_like(20_000), speech_like(399), speech_like(12_345)]
-    with torch.inference_mode(), training.autocast("cpu", "auto"):
+    with torch.inference_mode(), resources.autocast("cpu", "auto"):
         expected = model(waveforms[2][None], hidden_states=True).hidden
     first, _, last = reading.hidden(model, waveforms, [1, 3])
     assert first.shape == (2, 62, 192) and last.shape == (2, 38, 192)

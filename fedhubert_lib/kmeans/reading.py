@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import audio, features, files, labels, seeds, threads, training
+from fedhubert_lib import audio, features, files, labels, resources, seeds, threads
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.hubert import Hubert, HubertConfig
 
@@ -166,7 +166,7 @@ def hidden(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
 
     def one(waveform: Tensor) -> Tensor:
         pieces = [torch.zeros(len(layers), 0, model.config.hidden_size)]
-        with torch.inference_mode(), training.autocast(device, "auto"):
+        with torch.inference_mode(), resources.autocast(device, "auto"):
             for start in range(0, audio.frame_count(len(waveform)) * audio.HOP, FORWARD_SAMPLES):
                 piece = waveform[start : start + FORWARD_SAMPLES + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
                 states = model(piece[None], hidden_states=True).hidden
