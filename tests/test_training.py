@@ -381,7 +381,7 @@ def test_a_strong_proximal_term_holds_the_weights_near_the_start(corpus):
     start, distances = torch.nn.utils.parameters_to_vector(make().parameters()), []
     for strength in (0.0, 1e4):
         module, _ = train(corpus, adjust=lambda module, s=strength: [fedprox.pull(list(module.parameters()), s)])
-        distances.append(float((torch.nn.utils.parameters_to_vector(module.parameters()) - start).norm()))
+        distances.append((torch.nn.utils.parameters_to_vector(module.parameters()) - start).norm().item())
     assert distances[1] < 0.8 * distances[0]
 
 
