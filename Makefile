@@ -76,7 +76,7 @@ LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --un
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedhubert needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "uv==0.12.*"
+	$(BIN)/pip install --quiet "uv==0.13.*"
 	touch $@
 
 $(VENV)/.installed: requirements.lock pyproject.toml $(VENV)/.uv
