@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; lists and locks."""
+"""Atomic files: written under a temporary name, flushed to disk, then renamed; JSON Lines; locks."""
 
 import codecs
 import contextlib
@@ -44,29 +44,43 @@ def atomic(path: Path) -> Iterator[Path]:
     # The suffix stays, since some writers (NumPy) choose the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield temporary
-        if temporary.is_dir():  # at once, so that the file system writes its journal for many files together
-            with ThreadPoolExecutor(32) as pool:
-                list(pool.map(_flush, [*temporary.rglob("*"), temporary]))
-        else:
-            _flush(temporary)
-        if path.is_dir():  # rename cannot replace a folder that has content
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
-        _flush(path.parent)
-    except Exception as error:
-        if (number := _system_error(error)) is None:
-            raise
-        raise explained(number, path) from error
+        with naming(path):
+            yield temporary
+            if temporary.is_dir():  # in parallel, so that the file system writes its journal for many files together
+                with ThreadPoolExecutor(32) as pool:
+                    list(pool.map(_flush, [*temporary.rglob("*"), temporary]))
+            else:
+                _flush(temporary)
+            if path.is_dir():  # rename cannot replace a folder that has content
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(path)
+            _flush(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the system that names no file ``path`` and a remedy.
+
+    A write does not say where it failed; safetensors and pyarrow report the number in words.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (match := re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)):
+            number = int(match[1])
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise explained(number, path) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -168,15 +182,6 @@ def explained(number: int, path: str | Path) -> OSError:
     """The system's error ``number`` at ``path``, with a remedy where one is known."""
     remedy = f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
     return OSError(number, os.strerror(number) + remedy, str(path))
-
-
-def _system_error(error: Exception) -> int | None:
-    """The system's number of an error that names no file: a write does not say where it failed, safetensors and pyarrow
-    tell of it in words."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.filename is None else None
-    found = re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
-    return int(found[1]) if found else None
 
 
 @functools.cache

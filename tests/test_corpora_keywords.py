@@ -1,4 +1,4 @@
-"""Speech Commands as people have it: lists of other systems, a part of the corpus, lists that do not fit."""
+"""Speech Commands as found in the field: lists of other systems, parts of the corpus, lists that do not fit."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def splits(clips: pd.DataFrame) -> dict[str, list[str]]:
     ids=["dot-slash", "crlf", "backslash", "byte-order-mark", "absolute"],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_lists_of_other_systems_name_the_same_clips(rewrite, encoding, root):
+def test_clips_from_lists_of_other_systems(rewrite, encoding, root):
     for name in speech_commands.LISTS.values():
         lines = (root / name).read_text().split()
         (root / name).write_text(rewrite(lines), encoding=encoding, newline="")
@@ -67,39 +67,39 @@ def test_lists_of_other_systems_name_the_same_clips(rewrite, encoding, root):
         ("yes/9z_nohash_0.wav\n", r"fewer than two words .*\(clips: train 12, validation 3, test 0; in the lists 4\)"),
     ],
 )
-def test_lists_that_do_not_fit_are_refused(content, words, root):
+def test_clips_refuse_lists_that_do_not_fit(content, words, root):
     (root / "testing_list.txt").write_text(content)
     with pytest.raises(CorpusError, match=words):
         read(root)
 
 
-def test_lists_that_are_no_text_are_refused(root):
+def test_clips_refuse_lists_that_are_not_text(root):
     (root / "testing_list.txt").write_bytes(b"yes/\xff\x00.wav")
-    with pytest.raises(CorpusError, match=r"testing_list\.txt: is no text"):
+    with pytest.raises(CorpusError, match=r"testing_list\.txt is not text"):
         read(root)
 
 
-def test_a_part_of_the_corpus_is_used_and_what_is_not_there_is_noted(root):
+def test_clips_of_a_part_of_the_corpus(root):
     (root / "bed" / "2a_nohash_0.wav").unlink()
     (root / "no" / "1a_nohash_0.wav").unlink()
     clips, excluded = read(root)
     assert sorted(set(clips.word)) == ["no", "yes"] and splits(clips) == VOICES
     reasons = dict(zip(excluded.path.str.removeprefix(f"{root}/"), excluded.reason, strict=True))
-    assert reasons.pop("testing_list.txt") == "1 of its 3 clips are not here, such as bed/2a_nohash_0.wav"
-    assert reasons.pop("validation_list.txt") == "1 of its 3 clips are not here, such as no/1a_nohash_0.wav"
+    assert reasons.pop("testing_list.txt") == "1 of its 3 clips are missing, such as bed/2a_nohash_0.wav"
+    assert reasons.pop("validation_list.txt") == "1 of its 3 clips are missing, such as no/1a_nohash_0.wav"
     assert set(reasons.values()) == {"word bed has no test clip here"} and len(reasons) == 4
     clips.to_parquet(root / "keywords.parquet")
     assert len(keywords.read_clips(root / "keywords.parquet")) == len(clips), "05 takes what 00 found"
 
 
-def test_without_any_validation_clip_some_training_voices_validate(root):
+def test_clips_without_validation_take_some_training_voices(root):
     for word in ("yes", "no", "bed"):
         (root / word / "1a_nohash_0.wav").unlink()
     clips, excluded = read(root)
     voices = splits(clips)
     assert len(voices["validation"]) == 1 and len(voices["train"]) == 2 and voices["test"] == ["2a"]
     assert excluded.reason.tolist() == [
-        "3 of its 3 clips are not here, such as bed/1a_nohash_0.wav",
-        "no clip of it is here: 1 of the 3 training voices are kept for validation",
+        "3 of its 3 clips are missing, such as bed/1a_nohash_0.wav",
+        "all of its clips are missing: 1 of the 3 training voices are kept for validation",
     ]
     pd.testing.assert_frame_equal(read(root)[0], clips)

@@ -1,11 +1,11 @@
-"""Which speech there is: LibriSpeech and Speech Commands folders, or the built-in synthetic corpus, in one manifest.
+"""The speech of a study: LibriSpeech and Speech Commands folders, or the built-in synthetic corpus, in one manifest.
 
 ``prepare`` is what 00_corpus calls. It writes, in the run's folder ``00_corpus``:
 
 * ``manifest.parquet``: a row per usable utterance, in order of utterance
 * ``excluded.parquet``: path and reason of every file or alignment left out
 * ``keywords.parquet``: a row per keyword clip, with its train, validation or test list
-* ``phones.parquet``: phone times, where they are known
+* ``phones.parquet``: phone times, where the corpus has them
 * ``synthetic/``: the generated audio, in the layouts of LibriSpeech and Speech Commands
 """
 
@@ -28,7 +28,7 @@ PHONES = pa.schema(
 def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
     """Find, fetch or generate the speech that ``p`` names and write its manifest below ``run/00_corpus``.
 
-    ``on_progress(what, done, total)`` is called while something is fetched, unpacked, synthesised or read. Raises
+    ``on_progress(task, done, total)`` is called while something is fetched, unpacked, synthesised or read. Raises
     CorpusError when a folder is missing or empty, when nothing in it can be used, when an archive is not the published
     one, or when a speaker is both in a training and in a test subset.
     """
@@ -77,13 +77,13 @@ def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> t
         root = folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
         synthetic.keywords(root, p, on_progress)
     else:
-        place = Path(p.keywords_root)
-        if not speech_commands.is_home(place):
+        root = Path(p.keywords_root)
+        if not speech_commands.is_home(root):
             archives.provide(
-                place, "speech_commands_v0.02", archives.KEYWORDS, p.keywords_mirror,
+                root, "speech_commands_v0.02", archives.KEYWORDS, p.keywords_mirror,
                 download=p.download, inside="", on_progress=on_progress,
             )  # fmt: skip
-        root = speech_commands.home(place)
+        root = speech_commands.home(root)
     words = speech_commands.words(root)
     scanned = scan.scan(words, folder / "scan_keywords.parquet", on_progress, decode=p.decode_check)
     keywords, excluded = speech_commands.clips(root, scanned)
@@ -92,17 +92,16 @@ def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> t
     return keywords, excluded
 
 
-def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame, test: bool) -> None:
+def _check(manifest: pd.DataFrame, root: Path, excluded: pd.DataFrame, tested: bool) -> None:
     speakers = {split: set(manifest.loc[manifest["split"] == split, "speaker"]) for split in ("train", "test")}
-    for split, wanted in (("train", True), ("test", test)):
-        if wanted and not speakers[split]:
+    for split in ("train", "test") if tested else ("train",):
+        if not speakers[split]:
             raise CorpusError(f"{root}: no usable utterance to {split} on; {_reasons(excluded)}")
-    both = speakers["train"] & speakers["test"]
-    if both:
+    if both := speakers["train"] & speakers["test"]:
         raise CorpusError(f"{root}: speakers {sorted(both)} are in a training and in a test subset; choose others")
 
 
 def _reasons(excluded: pd.DataFrame) -> str:
+    """The five most frequent reasons."""
     counts = excluded["reason"].value_counts()
-    more = f"; and {len(counts) - 5} other reasons" if len(counts) > 5 else ""
-    return "; ".join(f"{count} x {reason}" for reason, count in counts[:5].items()) + more or "there is no audio file"
+    return "; ".join(f"{count} x {reason}" for reason, count in counts[:5].items()) or "there is no audio file"

@@ -1,4 +1,4 @@
-"""Phone times from a forced aligner, so that units can be judged on real speech.
+"""Phone times from a forced aligner, against which units are measured on real speech.
 
 Reads what the Montreal Forced Aligner writes, one file per utterance in any folder below the root, as in the published
 LibriSpeech alignments: TextGrids (Praat's text format, long or short, tier ``phones``) or JSON. Also reads one JSON
@@ -7,7 +7,6 @@ are called ``sil``, so that labels agree with those of the synthetic corpus.
 """
 
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
+from praatio import textgrid
+from praatio.utilities.errors import PraatioException
 
 from fedhubert_lib import files
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
@@ -25,10 +26,7 @@ SUFFIXES = (".TextGrid", ".json")
 SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
-Montreal aligner drops the last frames). What comes after its end has no phone."""
-
-_TOKEN = re.compile(r'"(?:[^"]|"")*"|<\w+>|(?<!\S)[+-]?[\d.]\S*')
-"""What counts in Praat's text formats: texts, flags, and numbers that stand alone. The rest (``xmin =``) explains."""
+Montreal aligner drops the last frames). Audio after its end has no phone."""
 
 
 class Alignment(NamedTuple):
@@ -56,17 +54,17 @@ def read(
     phones: dict[str, int] = {}
     codes, starts, ends, names = array("i"), array("q"), array("q"), array("i")
     refused = []
-    for found in _alignments(root, samples, on_progress):
-        if not isinstance(found, Alignment):
-            refused.append(found)
+    for alignment in _alignments(root, samples, on_progress):
+        if not isinstance(alignment, Alignment):
+            refused.append(alignment)
             continue
-        total = samples[found.utterance]
-        again = "was already given by another file" if found.utterance in utterances else ""
-        if reason := again or _reason(found, total):
-            refused.append((str(found.source), f"alignment of {found.utterance}: {reason}"))
+        total = samples[alignment.utterance]
+        reason = "another file has it already" if alignment.utterance in utterances else _reason(alignment, total)
+        if reason:
+            refused.append((str(alignment.source), f"alignment of {alignment.utterance}: {reason}"))
             continue
-        code = utterances.setdefault(found.utterance, len(utterances))
-        for begin, end, phone in found.phones:
+        code = utterances.setdefault(alignment.utterance, len(utterances))
+        for begin, end, phone in alignment.phones:
             start, stop = round(begin * SAMPLE_RATE), min(round(end * SAMPLE_RATE), total)
             if stop > start:
                 codes.append(code)
@@ -74,10 +72,10 @@ def read(
                 ends.append(stop)
                 names.append(phones.setdefault(fold(phone), len(phones)))
     if not codes:
-        why = f"; {len(refused)} are of no use, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
+        example = f"; {len(refused)} are unusable, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
         raise CorpusError(
-            f"corpus.alignments: {root} gives no phone of any of the {len(samples)} utterances (files named UTTERANCE"
-            f".TextGrid or UTTERANCE.json, or one JSON file for all){why}"
+            f"corpus.alignments: {root} has no phone of any of the {len(samples)} utterances (files named UTTERANCE"
+            f".TextGrid or UTTERANCE.json, or one JSON file for all){example}"
         )
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(utterances), pa.string())),
@@ -94,72 +92,47 @@ def fold(phone: str) -> str:
     return "sil" if phone in SILENCES else phone.rstrip("012")
 
 
-def _reason(found: Alignment, samples: int) -> str:
-    if not -SHORTER <= found.seconds * SAMPLE_RATE - samples <= LONGER:
-        return f"is {found.seconds:.3f} s long, the audio {samples / SAMPLE_RATE:.3f} s"
+def _reason(alignment: Alignment, samples: int) -> str:
+    if not -SHORTER <= alignment.seconds * SAMPLE_RATE - samples <= LONGER:
+        return f"is {alignment.seconds:.3f} s long, the audio {samples / SAMPLE_RATE:.3f} s"
     last = 0.0
-    for begin, end, phone in found.phones:
-        if not last - 1e-6 <= begin <= end <= found.seconds + LONGER / SAMPLE_RATE:  # NaN is refused too
+    for begin, end, phone in alignment.phones:
+        if not last - 1e-6 <= begin <= end <= alignment.seconds + LONGER / SAMPLE_RATE:  # NaN is refused too
             return f"{phone or 'silence'} from {begin} to {end} s overlaps another phone or leaves the audio"
         last = end
-    return "" if found.phones else "has no phone"
+    return "" if alignment.phones else "has no phone"
 
 
 def _alignments(
-    root: Path, wanted: dict[str, int], on_progress: Callable[[str, int, int], None] | None
+    root: Path, samples: dict[str, int], on_progress: Callable[[str, int, int], None] | None
 ) -> Iterator[Alignment | tuple[str, str]]:
+    """The alignments of the utterances of ``samples``, in order of path, or (path, reason) of one that is unusable."""
     if root.is_dir():
         paths = sorted(Path(entry.path) for entry in files.walk(root) if entry.name.endswith(SUFFIXES))
-        paths = [path for path in paths if path.stem in wanted]
+        paths = [path for path in paths if path.stem in samples]
         for done, path in enumerate(paths, start=1):
             yield _textgrid(path) if path.suffix == ".TextGrid" else _montreal_json(path)
             if on_progress:
                 on_progress("read alignments", done, len(paths))
     elif root.is_file():
-        yield from _json(root, wanted)
+        yield from _json(root, samples)
     else:
         raise CorpusError(f"corpus.alignments: there is no file or folder {root}")
 
 
 def _textgrid(path: Path) -> Alignment | tuple[str, str]:
+    """One utterance in Praat's format."""
     try:
-        text = files.read_text(path)
-    except (UnicodeDecodeError, OSError) as error:
-        return str(path), f"alignment of {path.stem}: cannot be read ({error})"
-    tokens = _TOKEN.findall(text)
-    if tokens[:2] != ['"ooTextFile"', '"TextGrid"'] or tokens[4:5] != ["<exists>"]:
-        return str(path), f"alignment of {path.stem}: no TextGrid in Praat's text format"
-    try:
-        tiers = dict(_tiers(tokens[5:]))
-        return Alignment(path.stem, path, float(tokens[3]), tiers["phones"])
-    except KeyError:
-        there = ", ".join(tiers) or "none"
-        return str(path), f"alignment of {path.stem}: no tier of intervals named phones; there is {there}"
-    except (ValueError, IndexError):
-        return str(path), f"alignment of {path.stem}: truncated or damaged, its tiers are not as long as they say"
-
-
-def _tiers(tokens: list[str]) -> Iterator[tuple[str, list[tuple[float, float, str]]]]:
-    """Name and intervals of each tier of a TextGrid; those of points are passed over."""
-    at = 1
-    for _ in range(int(tokens[0])):
-        kind, name, count = tokens[at], _unquoted(tokens[at + 1]), int(tokens[at + 4])
-        width = 3 if kind == '"IntervalTier"' else 2
-        at, begin = at + 5 + width * count, at + 5
-        fields = tokens[begin:at]
-        if len(fields) != width * count:
-            raise ValueError(f"{len(fields)} values of {count} intervals or points")
-        if width == 3:
-            spans = zip(map(float, fields[::3]), map(float, fields[1::3]), map(_unquoted, fields[2::3]), strict=True)
-            yield name, list(spans)
-    if tokens[at:]:
-        raise ValueError("more values than tiers")
-
-
-def _unquoted(token: str) -> str:
-    if len(token) < 2 or token[0] != '"':
-        raise ValueError(f"{token} is no text")
-    return token[1:-1].replace('""', '"')
+        grid = textgrid.openTextgrid(str(path), True, reportingMode="silence", duplicateNamesMode="rename")
+        if "phones" not in grid.tierNames:
+            return str(path), f"alignment of {path.stem}: no tier phones; it has {', '.join(grid.tierNames) or 'none'}"
+        spans = [(begin, end, phone) for begin, end, phone in grid.getTier("phones").entries]
+    except (PraatioException, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return str(path), f"alignment of {path.stem}: not a complete TextGrid ({error!r})"
+    # A tier covers its grid. praatio reads one that was cut between two intervals, too.
+    if spans and spans[-1][1] < grid.maxTimestamp - SHORTER / SAMPLE_RATE:
+        return str(path), f"alignment of {path.stem}: truncated at {spans[-1][1]} of {grid.maxTimestamp} s"
+    return Alignment(path.stem, path, grid.maxTimestamp, spans)
 
 
 def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
@@ -168,20 +141,18 @@ def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
         whole = json.loads(files.read_text(path))
         spans = [(float(begin), float(end), str(phone)) for begin, end, phone in whole["tiers"]["phones"]["entries"]]
         return Alignment(path.stem, path, float(whole["end"]), spans)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        return str(
-            path
-        ), f"alignment of {path.stem}: no JSON of the Montreal Forced Aligner with a tier phones ({error!r})"
+    except (ValueError, TypeError, LookupError, RecursionError, OSError) as error:
+        return str(path), f"alignment of {path.stem}: not JSON of the Montreal Aligner with a tier phones ({error!r})"
 
 
-def _json(path: Path, wanted: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:
+def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:
     try:
         table = json.loads(files.read_text(path))
-    except ValueError as error:  # not JSON, or no text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise CorpusError(f"corpus.alignments: {path} is not JSON: {error}") from error
     if not isinstance(table, dict):
-        raise CorpusError(f"corpus.alignments: {path} is no table of utterances")
-    for utterance in sorted(table.keys() & wanted.keys()):
+        raise CorpusError(f"corpus.alignments: {path} is not a table of utterances")
+    for utterance in sorted(table.keys() & samples.keys()):
         try:
             seconds, spans = table[utterance][:2]
             phones = [(float(begin), float(begin) + float(length), str(phone)) for begin, length, phone in spans]

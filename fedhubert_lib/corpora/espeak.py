@@ -1,4 +1,4 @@
-"""The speech synthesiser behind the synthetic corpus: a program of its own, run as ``python -I espeak.py JOB``.
+"""The speech synthesiser behind the synthetic corpus: a separate program, run as ``python -I espeak.py JOB``.
 
 eSpeak NG is GPL-3.0-or-later and keeps its state in globals, so nothing of it is loaded into the process of the
 library. This file imports nothing of fedhubert either: it reads a job (a JSON file, see below), forks one fresh
@@ -10,7 +10,7 @@ A job is ``{"workers": n, "speakers": [...]}``; a speaker is::
     {"folder": where its audio goes,    "notes": path of what else it writes, without suffix,
      "voice": an eSpeak NG voice file,  "seed": 31-bit seed,
      "rate": words per minute,          "noise": RMS of the recording's noise,
-     "peak": of the loudest sample,     "seconds": stop after so much, or null,
+     "peak": of the loudest sample,     "seconds": length to stop at, or null,
      "clip_samples": cut or pad every clip to this, or null,
      "utterances": [{"path": file name below folder, "text": ..., "rate": factor}, ...]}
 
@@ -55,22 +55,17 @@ FOLD = {mnemonic: phone for phone, mnemonics in ARPABET.items() for mnemonic in 
 
 
 class _Id(ctypes.Union):
-    _fields_ = [
-        ("number", ctypes.c_int),
-        ("name", ctypes.c_char_p),
-        ("string", ctypes.c_char * 8),
-    ]
+    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
 
 
 class _Event(ctypes.Structure):
+    """espeak_EVENT: type, identifier, text position, length, audio position, sample, user data, id."""
+
     _fields_ = [
         ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),
+        ("_unused", ctypes.c_int * 4),
         ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
+        ("_user_data", ctypes.c_void_p),
         ("id", _Id),
     ]
 
@@ -143,7 +138,7 @@ def phones(events: list[tuple[int, str]], total: int) -> list[list]:
 
 
 def speak(speaker: dict) -> None:
-    """Synthesise one speaker; runs in a process of its own."""
+    """Synthesise one speaker, in a fresh process."""
     folder = Path(speaker["folder"])
     voice_file = Path(speaker["notes"] + ".txt")
     voice_file.write_text(speaker["voice"], encoding="utf-8")
@@ -164,24 +159,12 @@ def speak(speaker: dict) -> None:
         waveform += rng.normal(0, speaker["noise"], len(waveform))
         path = folder / utterance["path"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(
-            path,
-            (waveform * 32_767).round().astype(np.int16),
-            RATE_OUT,
-            subtype="PCM_16",
-        )
+        soundfile.write(path, (waveform * 32_767).round().astype(np.int16), RATE_OUT, subtype="PCM_16")
         times[utterance["path"]] = [len(waveform), spans]
         total += len(waveform)
     if limit != math.inf and total < limit:
-        raise RuntimeError(
-            f"{folder}: the job held text for {total / RATE_OUT:.0f} of {speaker['seconds']:.0f} seconds"
-        )
+        raise RuntimeError(f"{folder}: text for {total / RATE_OUT:.0f} of {speaker['seconds']:.0f} seconds only")
     Path(speaker["notes"] + ".json").write_text(json.dumps(times), encoding="utf-8")
-    return {
-        "folder": speaker["folder"],
-        "files": len(times),
-        "seconds": total / RATE_OUT,
-    }
 
 
 def _clip(waveform: np.ndarray, spans: list[list], samples: int) -> tuple[np.ndarray, list[list]]:

@@ -1,6 +1,6 @@
 """Reading a LibriSpeech folder: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac, transcripts, SPEAKERS.TXT.
 
-Any subset name will do: train-clean-100 … test-other, Mini LibriSpeech's train-clean-5 and dev-clean-2, one's own.
+Any subset name will do: train-clean-100 … test-other, Mini LibriSpeech's train-clean-5 and dev-clean-2, your own.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ COLUMNS = [
 
 
 class CorpusError(ValueError):
-    """A corpus that is not there or cannot be used as asked."""
+    """A corpus that is missing or cannot be used as asked."""
 
 
 def home(root: Path, subsets: list[str]) -> Path:
     """The folder that holds the subsets: ``root`` or ``root/LibriSpeech``. Missing or empty ones are an error."""
     if not root.is_dir():
-        raise CorpusError(f"corpus.root: there is no folder {root}; give the folder that holds {', '.join(subsets)}")
+        raise CorpusError(f"corpus.root: there is no folder {root}; name the folder that holds {', '.join(subsets)}")
     root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     for subset in subsets:
         if not (root / subset).is_dir():
-            there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folder at all"
-            raise CorpusError(f"{root} has no subset {subset}; it has {there}")
+            folders = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folder at all"
+            raise CorpusError(f"{root} has no subset {subset}; it has {folders}")
         if not any((root / subset).iterdir()):
             raise CorpusError(f"{root / subset} is empty; unpack the subset there, or leave it out")
     return root
@@ -45,11 +45,11 @@ def sexes(speakers_txt: Path) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith(";"):
             continue
-        speaker, sex, *rest = [field.strip() for field in line.split("|")] + [""]
+        speaker, sex, *_ = [field.strip() for field in line.split("|")] + [""]
         if not speaker or sex not in ("F", "M") or table.get(speaker, sex) != sex:
             raise CorpusError(
                 f"{speakers_txt}, line {number}: {line[:60]!r} does not give a speaker's sex (ID | F or M | SUBSET …), "
-                "or another than before; unpack the archive again, or remove the file: then no sex is known"
+                "or another than before; unpack the archive again, or remove the file: then all sexes are unknown"
             )
         table[speaker] = sex
     return table
@@ -58,41 +58,35 @@ def sexes(speakers_txt: Path) -> dict[str, str]:
 def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row per usable utterance below ``root`` (COLUMNS, in order of utterance), and (path, reason) of the others.
 
-    ``scanned`` is what scan.scan found below the subsets. Left out, beside what the scan refused: a file whose name
-    does not fit its folders, and the second copy of an utterance or of a recording. A transcript that is no text is
+    ``scanned`` is what scan.scan returns of the subsets. Left out, beside what the scan refused: a file whose name
+    does not fit its folders, and the second copy of an utterance or of a recording. A transcript that is not text is
     left out, too, and its utterances stay. Every file that was scanned is used or left out.
     """
-    places = scanned["path"].str.slice(len(str(root.absolute())) + 1).str.split("/", expand=True)
-    places = places.reindex(columns=range(max(4, places.shape[1])))
-    table = scanned.assign(subset=places[0], speaker=places[1], chapter=places[2])
-    table["utterance"] = places[3].str.replace(r"(?i)\.(flac|wav)$", "", regex=True)
-    fits = places.iloc[:, 4:].isna().all(axis=1) & places[3].notna()
-    prefix = table["speaker"].fillna("") + "-" + table["chapter"].fillna("") + "-"
-    fits &= np.array(
-        [u.startswith(p) for u, p in zip(table["utterance"].fillna(""), prefix, strict=True)],
-        bool,
+    parts = [path[len(str(root.absolute())) + 1 :].split("/") for path in scanned["path"]]
+    fits = [len(p) == 4 and p[3].startswith(f"{p[1]}-{p[2]}-") for p in parts]
+    names = pd.DataFrame([(p + [""] * 3)[:3] for p in parts], scanned.index, ["subset", "speaker", "chapter"])
+    table = scanned.join(names)
+    table["utterance"] = pd.Series([p[-1] for p in parts], scanned.index).str.replace(
+        r"(?i)\.(flac|wav)$", "", regex=True
     )
-    reason = table["reason"].mask(
-        (table["reason"] == "") & ~fits,
-        "not SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN",
-    )
+    misplaced = (table["reason"] == "") & ~np.array(fits, bool)
+    table.loc[misplaced, "reason"] = "not SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN"
 
     # The first in the order of the subsets stays, so that a smaller subset inside a larger one costs nothing.
-    order = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
-    table = table.assign(reason=reason, order=order).sort_values(["order", "utterance"], kind="stable")
-    good = table["reason"] == ""
+    table["order"] = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
+    table = table.sort_values(["order", "utterance"], kind="stable")
     for column, words in ("utterance", "its utterance is already there:"), ("fingerprint", "same audio as"):
-        known = table[good & (table[column] != "") & (table[column] != "0" * 32)]
-        again = known[known[column].duplicated()]
-        first = known.drop_duplicates(column).set_index(column)["path"]
-        table.loc[again.index, "reason"] = words + " " + again[column].map(first)
-        good &= table["reason"] == ""
+        usable = table[(table["reason"] == "") & ~table[column].isin(["", "0" * 32])]
+        first = usable.drop_duplicates(column).set_index(column)["path"]
+        copies = usable[usable[column].duplicated()]
+        table.loc[copies.index, "reason"] = words + " " + copies[column].map(first)
 
+    good = table["reason"] == ""
     sex = sexes(root / "SPEAKERS.TXT")
     accepted = table[good].sort_values("utterance")
     texts, read, unreadable = transcripts(accepted["path"])
-    known = pd.Series([sex.get(speaker, "") for speaker in accepted["speaker"]], accepted.index, dtype="str")
-    accepted = accepted.assign(sex=known, text=accepted["utterance"].map(texts).astype("str"))
+    accepted["sex"] = pd.Series([sex.get(speaker, "") for speaker in accepted["speaker"]], accepted.index, dtype="str")
+    accepted["text"] = accepted["utterance"].map(texts).astype("str")
     rest = table.loc[~good & ~table["path"].isin(read), ["path", "reason"]]
     excluded = pd.concat([rest, pd.DataFrame(unreadable, columns=["path", "reason"])])
     return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
@@ -101,9 +95,9 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
 def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[str, str]]]:
     """Texts of the .trans.txt files beside the audio files ``paths``.
 
-    Returns utterance to text, the files that were looked at, and (path, reason) of those that cannot be read.
+    Returns utterance to text, the files that were opened, and (path, reason) of those that cannot be read.
     """
-    texts, read, unreadable = {}, set(), []
+    texts, opened, unreadable = {}, set(), []
     for folder in sorted(set(paths.str.rsplit("/", n=1).str[0])):
         speaker, chapter = folder.rsplit("/", 2)[1:]
         file = f"{folder}/{speaker}-{chapter}.trans.txt"
@@ -115,5 +109,5 @@ def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[
             unreadable.append((file, f"transcript cannot be read ({error}); its utterances have no text"))
         else:
             texts |= dict(line.strip().split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
-        read.add(file)
-    return texts, read, unreadable
+        opened.add(file)
+    return texts, opened, unreadable

@@ -1,8 +1,8 @@
 """Reading a Speech Commands v0.02 folder: WORD/SPEAKER_nohash_TAKE.wav, validation_list.txt, testing_list.txt.
 
-Whatever stands in neither list is for training. The lists keep each speaker in one of the three (Warden, "Speech
-Commands: a dataset for limited-vocabulary speech recognition", 2018). A part of the corpus will do: what is not there
-is noted, and a word is used if it has a clip to train and one to test on.
+A clip in neither list is for training. The lists keep each speaker in one of the three (Warden, "Speech Commands: a
+dataset for limited-vocabulary speech recognition", 2018). A part of the corpus will do: what is missing is noted, and a
+word is used if it has a clip to train and one to test on.
 """
 
 import hashlib
@@ -21,37 +21,37 @@ LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 SPLITS = ("train", *LISTS)
 
 
-def _places(root: Path) -> list[Path]:
-    """Where the lists may be: the folder itself, or what the archive and torchaudio make below it."""
+def _homes(root: Path) -> list[Path]:
+    """Folders with both lists: the root itself, or what the archive and torchaudio make below it."""
     places = [root, root / "speech_commands_v0.02", root / "SpeechCommands" / "speech_commands_v0.02"]
     return [place for place in places if all((place / name).is_file() for name in LISTS.values())]
 
 
 def is_home(root: Path) -> bool:
     """Whether Speech Commands lies in or below ``root``."""
-    return bool(_places(root))
+    return bool(_homes(root))
 
 
 def home(root: Path) -> Path:
     """The folder that holds the words and the lists: ``root``, or one below it."""
-    for place in _places(root):
+    for place in _homes(root):
         return place
     raise CorpusError(
         f"corpus.keywords_root: {root} holds no Speech Commands folder "
-        f"(a folder per word, {' and '.join(LISTS.values())}); give its folder or archive, or set corpus.download"
+        f"(a folder per word, {' and '.join(LISTS.values())}); name its folder or its archive's, or set corpus.download"
     )
 
 
 def words(root: Path) -> list[Path]:
     """The folders of the words, without _background_noise_ and the like."""
-    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
-    if not found:
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
+    if not folders:
         raise CorpusError(f"{root} has no folder of a word; unpack the archive again")
-    return found
+    return folders
 
 
 def lists(root: Path) -> dict[str, str]:
-    """Clip (WORD/FILE.wav) to split, of the clips that the two lists name, whether or not they are there.
+    """Clip (WORD/FILE.wav) to split, of the clips that the two lists name, whether or not they exist.
 
     Lists written on other systems are read, too: ``./`` or a folder before the word, backslashes, any line end, a byte
     order mark. Raises CorpusError at a line that names no clip, and at a clip in both lists.
@@ -61,7 +61,7 @@ def lists(root: Path) -> dict[str, str]:
         try:
             lines = files.read_text(root / file).splitlines()
         except UnicodeDecodeError as error:
-            raise CorpusError(f"{root / file}: is no text ({error}); unpack it from the archive again") from error
+            raise CorpusError(f"{root / file} is not text ({error}); unpack it from the archive again") from error
         for number, line in enumerate(lines, start=1):
             clip = "/".join(PurePosixPath(line.strip().replace("\\", "/")).parts[-2:])
             if not clip:
@@ -79,73 +79,69 @@ def usable(root: Path) -> set[str]:
     Raises CorpusError when there are fewer than two.
     """
     split = lists(root)
-    found = set()
+    names = set()
     for folder in words(root):
-        names = [name for name in os.listdir(folder) if _CLIP.fullmatch(f"{folder.name}/{name}")]
-        if {"train", "test"} <= {split.get(f"{folder.name}/{name}", "train") for name in names}:
-            found.add(folder.name)
-    if len(found) < 2:
+        clips = [f"{folder.name}/{name}" for name in os.listdir(folder)]
+        if {"train", "test"} <= {split.get(clip, "train") for clip in clips if _CLIP.fullmatch(clip)}:
+            names.add(folder.name)
+    if len(names) < 2:
         raise CorpusError(
-            f"corpus.keywords_root: {root} has a training and a test clip of {len(found)} words, and its lists name "
+            f"corpus.keywords_root: {root} has a training and a test clip of {len(names)} words, and its lists name "
             f"{len(split):,} clips; unpack whole folders of words, and both lists, from one archive"
         )
-    return found
+    return names
 
 
 def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row per usable clip below ``root`` (COLUMNS, in order of clip), and (path, reason) of all else.
 
-    The reasons also tell what a part of the corpus lacks: entries of the lists, words without a training or test clip,
-    validation clips altogether (then some voices move there from training). Raises CorpusError when no keyword
-    figure could come of what is there.
+    The reasons also list what a part of the corpus lacks: entries of the lists, words without a training or test clip,
+    validation clips altogether (then some voices move from training to validation). Raises CorpusError when fewer than
+    two words are left, or when a voice is in two splits.
     """
     table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
     table = table.join(table["clip"].str.extract(_CLIP))
-    unnamed = table["word"].isna() & (table["reason"] == "")
-    table.loc[unnamed, "reason"] = "not WORD/SPEAKER_nohash_TAKE.wav"
+    table.loc[table["word"].isna() & (table["reason"] == ""), "reason"] = "not WORD/SPEAKER_nohash_TAKE.wav"
     split = lists(root)
     table["split"] = table["clip"].map(split).fillna("train")
-    notes = _absent(root, split, set(table["clip"]))
+    notes = _missing(root, split, set(table["clip"]))
     good = table["reason"] == ""
     if good.any():
-        notes += _validate(root, table, good)
-        usable = table[good]
-        _check_voices(root, usable)
-        for word, rows in usable.groupby("word"):
+        if not (table.loc[good, "split"] == "validation").any():
+            notes.append((str(root / LISTS["validation"]), _choose_validation(table, good)))
+        _check_voices(root, table[good])
+        for word, rows in table[good].groupby("word"):
             if missing := {"train", "test"} - set(rows["split"]):
                 table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
+        counts = ", ".join(f"{name} {(table.loc[good, 'split'] == name).sum():,}" for name in SPLITS)
         good = table["reason"] == ""
         if table.loc[good, "word"].nunique() < 2:
-            clips_of = ", ".join(f"{name} {(usable['split'] == name).sum():,}" for name in SPLITS)
             raise CorpusError(
-                f"{root}: fewer than two words have a training and a test clip (clips: {clips_of}; in the lists "
+                f"{root}: fewer than two words have a training and a test clip (clips: {counts}; in the lists "
                 f"{len(split):,}); unpack whole folders of words beside both lists"
             )
     excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(notes, columns=["path", "reason"])])
     return table.loc[good, COLUMNS].sort_values("clip").reset_index(drop=True), excluded.reset_index(drop=True)
 
 
-def _absent(root: Path, split: dict[str, str], there: set[str]) -> list[tuple[str, str]]:
-    """(list, how many of its entries are no file) where there are any."""
+def _missing(root: Path, split: dict[str, str], clips: set[str]) -> list[tuple[str, str]]:
+    """Each list of which a clip is missing, with their number."""
     notes = []
     for name, file in LISTS.items():
-        entries = [clip for clip, of in split.items() if of == name]
-        if missing := sorted(set(entries) - there):
-            text = f"{len(missing):,} of its {len(entries):,} clips are not here, such as {missing[0]}"
+        entries = {clip for clip, entry in split.items() if entry == name}
+        if missing := sorted(entries - clips):
+            text = f"{len(missing):,} of its {len(entries):,} clips are missing, such as {missing[0]}"
             notes.append((str(root / file), text))
     return notes
 
 
-def _validate(root: Path, table: pd.DataFrame, good: pd.Series) -> list[tuple[str, str]]:
-    """Where no validation clip is there, turn an eighth of the training voices into it, and say so."""
-    if (table.loc[good, "split"] == "validation").any():
-        return []
+def _choose_validation(table: pd.DataFrame, good: pd.Series) -> str:
+    """Move an eighth of the training voices to validation; returns a note of it."""
     train = good & (table["split"] == "train")
     voices = sorted(set(table.loc[train, "speaker"]), key=lambda voice: hashlib.sha256(voice.encode()).digest())
     chosen = voices[: max(1, len(voices) // 8)]
     table.loc[train & table["speaker"].isin(chosen), "split"] = "validation"
-    text = f"no clip of it is here: {len(chosen)} of the {len(voices)} training voices are kept for validation"
-    return [(str(root / LISTS["validation"]), text)]
+    return f"all of its clips are missing: {len(chosen)} of the {len(voices)} training voices are kept for validation"
 
 
 def _check_voices(root: Path, table: pd.DataFrame) -> None:
@@ -153,5 +149,5 @@ def _check_voices(root: Path, table: pd.DataFrame) -> None:
     if len(both := splits[splits.str.len() > 1]):
         raise CorpusError(
             f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a "
-            "figure would not be that of voices never heard. Unpack the official lists again"
+            "metric would not be that of unseen voices. Unpack the official lists again"
         )

@@ -1,4 +1,4 @@
-"""The built-in corpus: as many speakers and minutes as asked for, with true phone times, in the public layouts.
+"""The built-in corpus: any number of speakers and minutes, with true phone times, in the public layouts.
 
 Voices are drawn at random (pitch, formants, roughness, breath, accent, rate), one seed each, so that speakers are
 unlimited and no two corpora of different seeds share one. ``espeak.py`` speaks them, in a process of its own. Training
@@ -40,40 +40,33 @@ ACCENTS = {
 }
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with the task, how much of it is done, and how much there is."""
 
 
 def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
     """Write ``folder``: a LibriSpeech-layout corpus of two subsets, SPEAKERS.TXT and phones.parquet.
 
     ``p.speakers`` train on ``p.minutes``; ``p.test_speakers`` others, of ``p.test_minutes``, are the test subset.
-    An identical corpus that already stands there is kept.
+    An identical corpus that already exists there is kept.
     """
     speakers = []
     for subset, count, minutes, first in (
         (TRAIN_SUBSET, p.speakers, p.minutes, 10_001),
         (TEST_SUBSET, p.test_speakers, p.test_minutes, 90_001),
     ):
-        # Speakers differ in how much they said, by up to a factor of two.
+        # Speakers differ in how much they speak, by up to a factor of two.
         shares = seeds.numpy_generator(p.seed, "corpus", subset, "shares").uniform(0.7, 1.4, count)
         for i, share in enumerate(shares / shares.sum()):
-            speakers.append(
-                _speaker(
-                    p.seed,
-                    str(first + i),
-                    subset,
-                    sex="FM"[i % 2],
-                    seconds=60 * minutes * share,
-                )
-            )
-    _synthesise(folder, speakers, on_progress, _finish_speech)
+            seconds = 60 * minutes * share
+            speakers.append(_speaker(p.seed, str(first + i), subset, sex="FM"[i % 2], seconds=seconds))
+    _synthesise(folder, speakers, on_progress, lambda temporary: _finish_speech(temporary, speakers))
 
 
 def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
     """Write ``folder``: a Speech-Commands-layout corpus of the 35 words, with its validation and testing lists.
 
     A quarter of the voices is for testing only, an eighth for validation only, at least one each. An identical corpus
-    that already stands there is kept.
+    that already exists there is kept.
     """
     voices = []
     for i in range(p.keyword_voices):
@@ -81,12 +74,10 @@ def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None
         voices.append(_keyword_voice(p.seed, name, sex="FM"[i % 2], takes=p.keyword_takes))
     testing = max(1, p.keyword_voices // 4)
     validation = max(1, p.keyword_voices // 8)
+    lists = {"testing_list.txt": voices[:testing], "validation_list.txt": voices[testing : testing + validation]}
 
-    def finish(temporary: Path, speakers: list[dict]) -> None:
-        for name, chosen in (
-            ("testing_list.txt", speakers[:testing]),
-            ("validation_list.txt", speakers[testing : testing + validation]),
-        ):
+    def finish(temporary: Path) -> None:
+        for name, chosen in lists.items():
             lines = sorted(u["path"] for speaker in chosen for u in speaker["utterances"])
             (temporary / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -134,10 +125,8 @@ def _speaker(seed: int, speaker: str, subset: str, sex: str, seconds: float) -> 
     while letters < seconds * 25:  # nobody says 25 letters in a second: the synthesiser stops before the text does
         number = len(utterances)
         if number % CHAPTER_UTTERANCES == 0:
-            chapter, rate = (
-                f"{speaker}{number // CHAPTER_UTTERANCES:03d}",
-                float(rng.uniform(0.92, 1.08)),
-            )
+            chapter = f"{speaker}{number // CHAPTER_UTTERANCES:03d}"
+            rate = float(rng.uniform(0.92, 1.08))
         text = sentences.utterance(rng)
         letters += len(text)
         name = f"{chapter}/{speaker}-{chapter}-{number % CHAPTER_UTTERANCES:04d}.flac"
@@ -158,79 +147,54 @@ def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
         for word in KEYWORDS
         for take in range(takes)
     ]
-    return fields | {
-        "below": "",
-        "seconds": None,
-        "clip_samples": CLIP_SAMPLES,
-        "utterances": utterances,
-        "name": name,
-    }
+    place = {"below": "", "seconds": None, "clip_samples": CLIP_SAMPLES}
+    return fields | place | {"utterances": utterances, "name": name}
 
 
 def _synthesise(
-    folder: Path,
-    speakers: list[dict],
-    on_progress: Progress | None,
-    finish: Callable[[Path, list[dict]], None],
+    folder: Path, speakers: list[dict], on_progress: Progress | None, finish: Callable[[Path], None]
 ) -> None:
-    folder = folder.absolute()
+    """Write the audio of ``speakers`` to ``folder``, unless it was made by the same plan; ``finish`` adds the rest."""
     plan = json.dumps(speakers, indent=1)
     recorded = folder / "plan.json"
     if recorded.exists() and recorded.read_text(encoding="utf-8") == plan:
         return
-    with files.atomic(folder) as temporary:
+    with files.atomic(folder.absolute()) as temporary:
         (temporary / "_voices").mkdir(parents=True)
         _run_synthesiser(temporary, speakers, on_progress)
-        finish(temporary, speakers)
+        finish(temporary)
         (temporary / "plan.json").write_text(plan, encoding="utf-8")
 
 
 def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress | None) -> None:
-    places = [
-        {
-            "folder": str(folder / speaker["below"]),
-            "notes": str(folder / "_voices" / speaker["name"]),
-        }
+    placed = [
+        speaker | {"folder": str(folder / speaker["below"]), "notes": str(folder / "_voices" / speaker["name"])}
         for speaker in speakers
     ]
     job = folder / "job.json"
-    workers = min(len(speakers), threads.cores())
-    job.write_text(
-        json.dumps(
-            {
-                "workers": workers,
-                "speakers": [a | b for a, b in zip(speakers, places, strict=True)],
-            }
-        ),
-        encoding="utf-8",
-    )
-    command = [
-        sys.executable,
-        "-I",
-        str(Path(__file__).with_name("espeak.py")),
-        str(job),
-    ]
+    job.write_text(json.dumps({"workers": min(len(speakers), threads.cores()), "speakers": placed}), encoding="utf-8")
+    command = [sys.executable, "-I", str(Path(__file__).with_name("espeak.py")), str(job)]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             try:
                 for done, _ in enumerate(process.stdout, start=1):
                     if on_progress:
                         on_progress("synthesise", done, len(speakers))
-            except BaseException:  # an interrupt, too: it must not go on writing into a folder that is removed
+            except BaseException:  # an interrupt, too: it must not keep writing into a folder that is removed
                 process.terminate()
                 process.wait()
                 raise
         errors.seek(0)
-        said = errors.read().strip()
+        output = errors.read().strip()
     if process.returncode != 0:
-        missing = "No module named 'espeakng_loader'" in said
-        remedy = "install it: pip install 'fedhubert[synthetic]'" if missing else "what it said follows"
-        raise RuntimeError(f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{said}")
+        missing = "No module named 'espeakng_loader'" in output
+        remedy = "install it: pip install 'fedhubert[synthetic]'" if missing else "its output follows"
+        raise RuntimeError(f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{output}")
     job.unlink()
 
 
 def _finish_speech(folder: Path, speakers: list[dict]) -> None:
-    """What a LibriSpeech folder has beside its audio: SPEAKERS.TXT and the chapters' transcripts; and the phones."""
+    """Write SPEAKERS.TXT, the chapters' transcripts and the phones."""
     rows, phones = [], []
     for speaker in speakers:
         home = folder / speaker["below"]
