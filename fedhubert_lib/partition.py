@@ -1,4 +1,4 @@
-"""Who owns which utterance: the schemes of 01_partition, from speakers kept whole to IID, each drawn from the seed.
+"""Partition schemes of 01_partition: which client owns which utterance, from whole speakers to IID, by the seed.
 
 =========  =========================================================================================================
 scheme     what a client is
@@ -12,20 +12,20 @@ sex        whole speakers of one sex; the clients are divided between the sexes 
 subset     whole speakers of one subset (clean against other: recording quality); divided likewise. Feature skew in the
            taxonomy of Kairouz et al., "Advances and open problems in federated learning" (2021), section 3.1
 chapter    several whole chapters, with equal hours: a reader's books may lie with several clients. Between speakers and
-           iid, for devices that share their users; a scheme of this bench's own
-dirichlet  whole speakers; each group of speakers (subset and sex) is spread over the clients by shares from
+           iid, for devices that share their users; this bench's scheme
+dirichlet  whole speakers; each group of speakers (subset and sex) is spread over the clients by fractions from
            Dir(alpha): label skew as in Yurochkin et al. (ICML 2019) and NIID-Bench (Li et al., ICDE 2022)
 quantity   utterances drawn at random, in amounts falling as rank**-power: pure quantity skew, as the sizes in Li et
            al., "Federated optimization in heterogeneous networks" (MLSys 2020)
 iid        utterances drawn at random, in equal amounts: the control, as in McMahan et al. (AISTATS 2017)
 =========  =========================================================================================================
 
-Held-out speakers are taken out first and given to nobody; the corpus's test subsets are never looked at.
+Held-out speakers are taken out first and belong to no client; the corpus's test subsets are never read.
 """
 
 import heapq
+import itertools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,39 +48,34 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     """Give every training utterance of the run's manifest to one client; write ``run/01_partition``.
 
     Each client's folder holds ``train.parquet`` and ``validation.parquet`` with the manifest's columns: all that it may
-    read; and ``phones.parquet``, the phones of these utterances, where the corpus knows them. Returns the table of
+    read; and ``phones.parquet``, the phones of these utterances, where the corpus has them. Returns the table of
     clients, as written to ``clients.parquet``: client, train_utterances, validation_utterances, speakers, hours (both
     lists together). Raises PartitionError when a client would have less than ``p.minimum_minutes`` and
-    ``p.small_clients`` is "error", or when there are fewer speakers or groups than clients asked for.
+    ``p.small_clients`` is "error", or when there are fewer speakers or groups than clients.
     """
     # Arrow's table: paths and texts of a large corpus are copied for one client at a time.
     manifest = pq.ParquetFile(run / "00_corpus" / "manifest.parquet").read().replace_schema_metadata(None)
-    everyone = manifest.select(["utterance", "speaker", "chapter", "subset", "sex", "samples", "split"]).to_pandas()
-    everyone = everyone[everyone["split"] == "train"]
-    heldout = everyone["speaker"].isin(heldout_speakers(everyone, p))
-    rest = everyone[~heldout].reset_index(drop=True)
+    table = manifest.select(["utterance", "speaker", "chapter", "subset", "sex", "samples", "split"]).to_pandas()
+    table = table[table["split"] == "train"]
+    heldout = table["speaker"].isin(heldout_speakers(table, p))
+    rest = table[~heldout]
     client = owners(rest, p)
     validation = validation_mask(client, p)
-
-    # Sorted by (list, client), every client's list is one slice.
-    order = np.lexsort((rest.index, client, validation))
     count = client.max() + 1
     names = client_names(count)
-    rows = np.bincount(client[order] + count * validation[order], minlength=2 * count)
-    lists = np.split(everyone.index.to_numpy()[~heldout][order], np.cumsum(rows)[:-1])
     with files.atomic(run / "01_partition" / "clients") as folder:
-        for i, mine in enumerate(lists):
-            path = folder / names[i % count] / ("train.parquet", "validation.parquet")[i // count]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(manifest.take(mine), path)
+        for part, mask in ("train", ~validation), ("validation", validation):
+            for name, rows in zip(names, _split(client[mask], rest.index[mask], count), strict=True):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                pq.write_table(manifest.take(rows), folder / name / f"{part}.parquet")
         _write_phones(run, folder, rest["utterance"], client, names)
     with files.atomic(run / "01_partition" / "heldout.parquet") as path:
-        pq.write_table(manifest.take(everyone.index.to_numpy()[heldout]), path)
+        pq.write_table(manifest.take(table.index[heldout].to_numpy()), path)
     clients = pd.DataFrame(
         {
             "client": names,
-            "train_utterances": rows[:count],
-            "validation_utterances": rows[count:],
+            "train_utterances": np.bincount(client[~validation], minlength=count),
+            "validation_utterances": np.bincount(client[validation], minlength=count),
             "speakers": rest.groupby(client)["speaker"].nunique().to_numpy(),
             "hours": np.bincount(client, rest["samples"]) / HOUR,
         }
@@ -90,8 +85,15 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     return clients
 
 
+def _split(owner: np.ndarray, rows: np.ndarray, count: int) -> list[np.ndarray]:
+    """``rows`` of each owner 0 … count-1, in order; those of no owner (-1) are left out."""
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange(count + 1))
+    return [np.asarray(rows)[order[start:end]] for start, end in itertools.pairwise(bounds)]
+
+
 def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.ndarray, names: list[str]) -> None:
-    """Each client's share of ``00_corpus/phones.parquet``, beside its lists; nothing where there is no such file."""
+    """Each client's part of ``00_corpus/phones.parquet``, beside its lists; nothing where there is no such file."""
     path = run / "00_corpus" / "phones.parquet"
     if not path.exists():
         return
@@ -101,14 +103,11 @@ def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.nda
     coded = table["utterance"].chunk(0)
     owner = pd.Series(client, utterances).reindex(coded.dictionary.to_pylist(), fill_value=-1).to_numpy()
     owner = owner[coded.indices.to_numpy()]
-    order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(len(names) + 1))
-    for name, start, end in zip(names, bounds[:-1], bounds[1:], strict=True):
-        mine = table.take(order[start:end])
-        # As plain text: a dictionary would carry the names of everybody's utterances to every client.
-        for column in ("utterance", "phone"):
-            mine = mine.set_column(mine.column_names.index(column), column, mine[column].cast(pa.string()))
-        pq.write_table(mine, folder / name / "phones.parquet")
+    # As plain text: a dictionary would carry the names of everybody's utterances to every client.
+    text = {name: pa.string() for name in ("utterance", "phone")}
+    plain = pa.schema([field.with_type(text.get(field.name, field.type)) for field in table.schema])
+    for name, rows in zip(names, _split(owner, np.arange(len(table)), len(names)), strict=True):
+        pq.write_table(table.take(rows).cast(plain), folder / name / "phones.parquet")
 
 
 def client_names(count: int) -> list[str]:
@@ -136,29 +135,28 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     Every client has at least ``p.minimum_minutes`` of speech; merging leaves fewer clients than asked for. Needs only
     the columns speaker, chapter, subset, sex and samples.
     """
-    schemes: dict[str, Callable[[pd.DataFrame, params.Partition, np.random.Generator], np.ndarray]] = {
-        "speakers": _by_speakers,
-        "speaker": _by_speaker,
-        "sex": _by_sex,
-        "subset": _by_subset,
-        "chapter": _by_chapter,
-        "dirichlet": _by_dirichlet,
-        "quantity": _by_quantity,
-        "iid": _iid,
-    }
     rng = seeds.numpy_generator(p.seed, "partition", p.scheme)
-    return _at_least(schemes[p.scheme](table, p, rng), table, p)
+    samples = table["samples"].to_numpy()
+    match p.scheme:
+        case "speakers":
+            client = _balanced(table, table["speaker"], p.clients, rng)
+        case "chapter":
+            client = _balanced(table, (table["speaker"] + "-" + table["chapter"]).rename("chapter"), p.clients, rng)
+        case "speaker":
+            client = _by_speaker(table, p)
+        case "sex" | "subset":
+            client = _by_group(table, table[p.scheme], p, rng)
+        case "dirichlet":
+            client = _by_dirichlet(table, p, rng)
+        case "quantity":
+            fractions = np.arange(1, p.clients + 1) ** -p.power
+            client = _cut(samples, fractions / fractions.sum(), rng)
+        case "iid":
+            client = _cut(samples, np.full(p.clients, 1 / p.clients), rng)
+    return _at_least(client, table, p)
 
 
-def _by_speakers(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    return _balanced(table, table["speaker"], p.clients, rng)
-
-
-def _by_chapter(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    return _balanced(table, table["speaker"] + "-" + table["chapter"], p.clients, rng)
-
-
-def _by_speaker(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
+def _by_speaker(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     codes, speakers = pd.factorize(table["speaker"], sort=True)
     if p.clients < len(speakers):
         raise PartitionError(
@@ -168,17 +166,9 @@ def _by_speaker(table: pd.DataFrame, p: params.Partition, rng: np.random.Generat
     return codes
 
 
-def _by_sex(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    if not table["sex"].isin(["F", "M"]).all():
-        raise PartitionError("partition.scheme: sex of some speakers is not known; is SPEAKERS.TXT beside the subsets?")
-    return _by_group(table, table["sex"], p, rng)
-
-
-def _by_subset(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    return _by_group(table, table["subset"], p, rng)
-
-
 def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
+    if p.scheme == "sex" and not group.isin(["F", "M"]).all():
+        raise PartitionError("partition.scheme: some speakers have no sex; is SPEAKERS.TXT beside the subsets?")
     codes, groups = pd.factorize(group, sort=True)
     if len(groups) < 2:
         raise PartitionError(f"partition.scheme: all speech is of one {p.scheme}, {groups[0]}; use scheme speakers")
@@ -193,8 +183,8 @@ def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: n
         counts[np.argmax(hours / (counts + 1))] += 1
     client = np.empty(len(table), dtype=np.int64)
     for i, first in enumerate(np.cumsum(counts) - counts):
-        mine = codes == i
-        client[mine] = first + _balanced(table[mine], table.loc[mine, "speaker"], counts[i], rng)
+        rows = codes == i
+        client[rows] = first + _balanced(table[rows], table.loc[rows, "speaker"], counts[i], rng)
     return client
 
 
@@ -205,43 +195,32 @@ def _by_dirichlet(table: pd.DataFrame, p: params.Partition, rng: np.random.Gener
             f"partition.scheme: dirichlet needs two groups of subset and sex; there is {group.iloc[0]!r}"
         )
     client = np.empty(len(table), dtype=np.int64)
-    for _, mine in sorted(table.groupby(group).indices.items()):
-        shares = rng.dirichlet(np.full(p.clients, p.alpha))
-        units, _ = pd.factorize(table["speaker"].to_numpy()[mine], sort=True)
-        samples = np.bincount(units, table["samples"].to_numpy()[mine])
-        client[mine] = _cut(samples, shares, rng)[units]
+    for _, rows in sorted(table.groupby(group).indices.items()):
+        fractions = rng.dirichlet(np.full(p.clients, p.alpha))
+        units, _ = pd.factorize(table["speaker"].to_numpy()[rows], sort=True)
+        samples = np.bincount(units, table["samples"].to_numpy()[rows])
+        client[rows] = _cut(samples, fractions, rng)[units]
     return client
 
 
-def _by_quantity(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    shares = np.arange(1, p.clients + 1) ** -p.power
-    return _cut(table["samples"].to_numpy(), shares / shares.sum(), rng)
-
-
-def _iid(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    return _cut(table["samples"].to_numpy(), np.full(p.clients, 1 / p.clients), rng)
-
-
-def _cut(samples: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Lay the items one after another in random order and cut the line at the cumulated shares of its length."""
+def _cut(samples: np.ndarray, fractions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Lay the items one after another in random order and cut the line at the cumulated fractions of its length."""
     order = rng.permutation(len(samples))
     middle = np.cumsum(samples[order]) - samples[order] / 2
     owner = np.empty(len(samples), dtype=np.int64)
-    owner[order] = np.searchsorted(np.cumsum(shares)[:-1] * samples.sum(), middle)
+    owner[order] = np.searchsorted(np.cumsum(fractions)[:-1] * samples.sum(), middle)
     return owner
 
 
 def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random.Generator) -> np.ndarray:
     """Whole units, longest first, each to the client that has least so far (Graham's LPT rule).
 
-    Lengths are compared in tenths of the longest, in random order within a tenth, so that the seed decides who is with
-    whom; the short ones that come last even out what is left.
+    Lengths are compared in tenths of the longest, in random order within a tenth, so that the seed decides which units
+    a client has; the short ones that come last even out the rest.
     """
     units, names = pd.factorize(unit, sort=True)
     if clients > len(names):
-        raise PartitionError(
-            f"partition.clients: {clients} clients, but {len(names)} {unit.name or 'chapter'}s to give"
-        )
+        raise PartitionError(f"partition.clients: {clients} clients, but only {len(names)} {unit.name}s")
     samples = np.bincount(units, table["samples"])
     tenth = np.floor(10 * samples / samples.max())
     owner = np.empty(len(names), dtype=np.int64)
@@ -263,51 +242,46 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
             f"partition.minimum_minutes: {len(small)} of {len(minutes)} clients have less than {p.minimum_minutes} "
             f"minutes, the smallest {minutes.min():.2f}; ask for fewer clients, lower it, or set small_clients=merge"
         )
-    merged_into = np.arange(len(minutes))
-    heap = [(float(minutes[i]), i) for i in np.flatnonzero(minutes)]
-    heapq.heapify(heap)
-    while len(heap) > 1 and heap[0][0] < p.minimum_minutes:
-        least, i = heapq.heappop(heap)
-        next_least, j = heapq.heappop(heap)
-        merged_into[i] = j
-        heapq.heappush(heap, (least + next_least, j))
-    if heap[0][0] < p.minimum_minutes:
+    owner = np.arange(len(minutes))  # the client that each one is merged into
+    minutes[minutes == 0] = np.inf  # nothing left to merge
+    while np.isfinite(minutes).sum() > 1 and minutes.min() < p.minimum_minutes:
+        smallest, second = np.argsort(minutes, kind="stable")[:2]
+        owner[owner == smallest] = second
+        minutes[second] += minutes[smallest]
+        minutes[smallest] = np.inf
+    if (total := minutes.min()) < p.minimum_minutes:
         raise PartitionError(
-            f"partition.minimum_minutes: all training speech is {heap[0][0]:.2f} minutes, less than {p.minimum_minutes}"
+            f"partition.minimum_minutes: all training speech is {total:.2f} minutes, less than {p.minimum_minutes}"
         )
-    while not np.array_equal(further := merged_into[merged_into], merged_into):  # follow chains to their ends
-        merged_into = further
-    return pd.factorize(merged_into[client], sort=True)[0]
+    return pd.factorize(owner[client], sort=True)[0]
 
 
 def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:
     """Which rows are for validation: ``p.validation_share`` of each client's utterances, rounded; bool [utterances].
 
-    One at least where the share is not zero and the client has two; a client always keeps one to train on.
+    At least one where the fraction is not zero and the client has two; a client always keeps one to train on.
     """
     draw = seeds.numpy_generator(p.seed, "partition", "validation").random(len(client))
     order = np.lexsort((draw, client))
     count = np.bincount(client)
     rank = np.empty(len(client), dtype=np.int64)
     rank[order] = np.arange(len(client)) - np.repeat(np.cumsum(count) - count, count)
-    wanted = np.round(p.validation_share * count).astype(np.int64)
-    if p.validation_share > 0:
-        wanted = np.maximum(wanted, 1)
-    return rank < np.minimum(wanted, count - 1)[client]
+    kept = np.round(p.validation_share * count).clip(int(p.validation_share > 0), count - 1)
+    return rank < kept[client]
 
 
 def export_client(run: Path, client: str, destination: Path, at: Path | None = None) -> Path:
     """Copy what ``client`` owns, its audio and its lists, and nothing of the others, to the new folder ``destination``.
 
-    It is laid out as a run, so that it is what a SuperNode names as its ``run`` folder: ``audio/`` and
-    ``01_partition/clients/CLIENT/``. The lists point into ``destination``, or into ``at`` when that is where the folder
-    will lie on the client's machine. Every copy is checked against the fingerprint in the manifest. Raises
-    PartitionError when there is no such client, the folder already exists, or a file has changed since it was scanned.
+    It is laid out as a run, so that a SuperNode can use it as its ``run`` folder: ``audio/`` and
+    ``01_partition/clients/CLIENT/``. The lists point into ``destination``, or into ``at``, the folder's later place on
+    the client's machine. Every copy is checked against the fingerprint in the manifest. Raises PartitionError when
+    there is no such client, the folder already exists, or a file has changed since it was scanned.
     """
     source = run / "01_partition" / "clients" / client
-    there = sorted(path.name for path in (run / "01_partition" / "clients").glob("*"))
-    if client not in there:
-        remedy = f"it has {there[0]} to {there[-1]}" if there else "run 01_partition first"
+    clients = sorted(path.name for path in (run / "01_partition" / "clients").glob("*"))
+    if client not in clients:
+        remedy = f"it has {clients[0]} to {clients[-1]}" if clients else "run 01_partition first"
         raise PartitionError(f"{run} has no client {client}; {remedy}")
     if destination.exists():
         raise PartitionError(f"{destination} already exists; remove it, or export to a new folder")

@@ -1,10 +1,10 @@
-"""How non-IID is a partition? What each client holds, and how far clients are apart, beside how far one is from itself.
+"""How non-IID a partition is: what each client holds, and the distance of clients, beside that of one from itself.
 
 Clients are compared by a histogram: which of K acoustic clusters (k-means on MFCCs) their frames fall into. Two halves
-of one client differ by chance alone; that distance is the floor. What two clients differ by beyond it is skew, and its
-mean is the one number by which schemes are compared: 0 for IID, towards 1 for clients with no sound in common.
+of one client differ by chance alone; that distance is the baseline. The distance of two clients beyond it is skew, and
+its mean is the one number by which schemes are compared: 0 for IID, towards 1 for clients with no sound in common.
 
-Only a researcher who holds all the audio can draw this; nothing here is sent in a federation.
+Only a researcher who holds all the audio can measure this; nothing here is sent in a federation.
 """
 
 from collections.abc import Callable
@@ -12,49 +12,50 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.spatial.distance import cdist
 
 from fedhubert_lib import audio, seeds
 
 FIT_UTTERANCES, FIT_FRAMES = 1_000, 100_000
 """Utterances, and frames of them, that the acoustic clusters are fitted on, at most."""
 EXCERPT = 4 * audio.SAMPLE_RATE
-"""Samples from the middle of an utterance that are enough to hear who and what it is."""
+"""Samples from the middle of an utterance that stand for it."""
 
 
 def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
     """What each client holds. ``table`` has the manifest's rows, ``owner`` [utterances] their clients 0 … C-1.
 
-    Columns: hours; utterances; speakers; female, the share of its speech (NaN where no sex is known); shortest, median
-    and longest, the 5 %, 50 % and 95 % quantile of its utterances' lengths in seconds; words_per_minute, of what has a
-    transcript.
+    Columns: hours; utterances; speakers; female, the fraction of its speech (NaN where no sex is known); shortest,
+    median and longest, the 5 %, 50 % and 95 % quantile of its utterances' lengths in seconds; words_per_minute, of
+    utterances with a transcript.
     """
-    seconds = table["samples"].to_numpy() / table["sample_rate"].to_numpy()
-    count = owner.max() + 1
-
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.bincount(owner, values, minlength=count)
-
-    sex = table["sex"].to_numpy()
-    words = table["text"].str.count(r"\S+").fillna(0).to_numpy(float)
-    speakers = pd.DataFrame({"owner": owner, "speaker": pd.factorize(table["speaker"])[0]}).drop_duplicates()["owner"]
-    # Quantiles of all clients from one sort; between two utterances the lower counts.
-    order = np.lexsort((seconds, owner))
-    size = np.bincount(owner, minlength=count)
-    first = np.cumsum(size) - size
-    quantile = {q: seconds[order][first + ((size - 1) * q).astype(int)] for q in (0.05, 0.5, 0.95)}
-    with np.errstate(invalid="ignore"):
-        return pd.DataFrame(
-            {
-                "hours": total(seconds) / 3600,
-                "utterances": size,
-                "speakers": np.bincount(speakers, minlength=count),
-                "female": total(seconds * (sex == "F")) / total(seconds * np.isin(sex, ["F", "M"])),
-                "shortest": quantile[0.05],
-                "median": quantile[0.5],
-                "longest": quantile[0.95],
-                "words_per_minute": 60 * total(words) / total(seconds * (words > 0)),
-            }
-        )
+    seconds = table["samples"] / table["sample_rate"]
+    words = table["text"].str.count(r"\S+").fillna(0)
+    rows = pd.DataFrame(
+        {
+            "seconds": seconds,
+            "female": seconds * (table["sex"] == "F"),
+            "sexed": seconds * table["sex"].isin(["F", "M"]),
+            "words": words,
+            "worded": seconds * (words > 0),
+            "speaker": table["speaker"],
+        }
+    )
+    clients = rows.groupby(owner)
+    total = clients[["seconds", "female", "sexed", "words", "worded"]].sum()
+    quantiles = clients["seconds"].quantile([0.05, 0.5, 0.95], interpolation="lower").unstack()
+    return pd.DataFrame(
+        {
+            "hours": total["seconds"] / 3600,
+            "utterances": clients.size(),
+            "speakers": clients["speaker"].nunique(),
+            "female": total["female"] / total["sexed"],
+            "shortest": quantiles[0.05],
+            "median": quantiles[0.5],
+            "longest": quantiles[0.95],
+            "words_per_minute": 60 * total["words"] / total["worded"],
+        }
+    )
 
 
 def acoustic_counts(
@@ -69,10 +70,9 @@ def acoustic_counts(
 
     Four seconds from the middle of ``per_speaker`` utterances of each speaker, drawn from the seed, are read; the rows
     of the others stay zero. The clusters are those of k-means over at most 100,000 frames of 1,000 of them, 39
-    dimensions standardised over all speakers, so that a voice or a recording that is different shows.
+    dimensions standardised over all speakers, so that a different voice or recording shows.
     """
-    import torch  # these here: all else is about tables, and does without the half gigabyte that they take
-    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.cluster import MiniBatchKMeans  # these here: tables do without the half gigabyte that they take
 
     from fedhubert_lib import features
 
@@ -82,7 +82,7 @@ def acoustic_counts(
     rows = np.sort(order[rank < per_speaker])
     samples = table["samples"].to_numpy()
     fitted = rows if len(rows) <= FIT_UTTERANCES else np.sort(rng.choice(rows, FIT_UTTERANCES, replace=False))
-    share = min(1.0, FIT_FRAMES * features.MFCC_HOP / np.minimum(samples[fitted], EXCERPT).sum())
+    fraction = min(1.0, FIT_FRAMES * features.MFCC_HOP / np.minimum(samples[fitted], EXCERPT).sum())
 
     def mfcc(row: int) -> np.ndarray:
         start = max(0, samples[row] - EXCERPT) // 2
@@ -90,17 +90,13 @@ def acoustic_counts(
         return features.mfcc([excerpt])[0].numpy()
 
     # Read a second time below: the frames of all of LibriSpeech's speakers would not fit in memory.
-    fit = [frames[rng.random(len(frames)) < share] for frames in map(mfcc, fitted)]
-    sample = np.concatenate(fit)
-    mean, deviation = sample.mean(0), sample.std(0)
+    sample = np.concatenate([frames[rng.random(len(frames)) < fraction] for frames in map(mfcc, fitted)])
+    mean, std = sample.mean(0), sample.std(0)
     kmeans = MiniBatchKMeans(clusters, n_init=1, random_state=seeds.derive(seed, "skew", "kmeans") % 2**32)
-    kmeans.fit((sample - mean) / deviation)
-    centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+    kmeans.fit((sample - mean) / std)
     counts = np.zeros((len(table), clusters), dtype=np.int32)
     for done, row in enumerate(rows, start=1):
-        scaled = torch.from_numpy((mfcc(row) - mean) / deviation)
-        nearest = (scaled @ centroids.T - centroids.square().sum(1) / 2).argmax(1)
-        counts[row] = np.bincount(nearest.numpy(), minlength=clusters)
+        counts[row] = np.bincount(kmeans.predict((mfcc(row) - mean) / std), minlength=clusters)
         if on_progress:
             on_progress("listen", done, len(rows))
     return counts
@@ -110,8 +106,8 @@ def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray
     """Jensen–Shannon distance (square root of the divergence in bits, 0 … 1) of clients' halves: [clients, clients].
 
     Each client's utterances are dealt to two halves; element [i, j] compares the first half of i with the second of j.
-    So the diagonal is the distance of a client from itself, drawn from as much speech as the others: the floor. NaN
-    where a half holds nothing. ``counts`` [utterances, K], ``owner`` [utterances].
+    So the diagonal is the distance of a client from itself, from as much speech as the others: the baseline. NaN where
+    a half holds nothing. ``counts`` [utterances, K], ``owner`` [utterances].
     """
     count = owner.max() + 1
     used = np.flatnonzero(counts.any(axis=1))
@@ -120,23 +116,9 @@ def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray
     size = np.bincount(owner[order], minlength=count)
     second = (np.arange(len(order)) - np.repeat(np.cumsum(size) - size, size)) % 2
     select = sparse.csr_array((np.ones(len(order)), (2 * owner[order] + second, order)), shape=(2 * count, len(counts)))
-    histograms = select @ counts
-    with np.errstate(invalid="ignore"):
-        histograms = histograms / histograms.sum(axis=1, keepdims=True)
-    return jensen_shannon(histograms[0::2], histograms[1::2])
-
-
-def jensen_shannon(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Jensen–Shannon distance, base 2, of each row of ``first`` from each row of ``second``; rows sum to one."""
-    block = max(1, 2_000_000 // second.size)
-    parts = [first[i : i + block, None] for i in range(0, len(first), block)]
-    mixed = np.concatenate([_entropy((part + second) / 2) for part in parts])
-    divergence = mixed - (_entropy(first)[:, None] + _entropy(second)) / 2
-    return np.sqrt(np.maximum(divergence, 0))  # rounding can leave -1e-17 for equal rows
-
-
-def _entropy(p: np.ndarray) -> np.ndarray:
-    return -np.sum(p * np.log2(p, out=np.zeros_like(p), where=p != 0), axis=-1)
+    halves = select @ counts
+    distance = cdist(halves[0::2], halves[1::2], "jensenshannon") / np.sqrt(np.log(2))
+    return np.where(np.isfinite(distance), distance, np.nan)  # of an empty half it is infinite
 
 
 def summary(table: pd.DataFrame, owner: np.ndarray, counts: np.ndarray, *, seed: int) -> dict[str, float]:

@@ -96,7 +96,7 @@ def test_client_below_the_minimum_is_an_error_or_merged(table):
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [
-        ("speakers", {"clients": 121}, "121 clients, but 120 speakers"),
+        ("speakers", {"clients": 121}, "121 clients, but only 120 speakers"),
         ("speaker", {"clients": 119}, "set clients=120"),
         ("subset", {"clients": 2}, "a client for each of train-clean-100"),
     ],
