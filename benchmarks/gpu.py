@@ -1,4 +1,4 @@
-"""What a GPU does with all this, in one command of at most eight minutes: `make gpu`.
+"""Measurements on a GPU in one command of at most eight minutes: `make gpu`.
 
     python benchmarks/gpu.py [--phases parity speed federation features learning] [--minutes 8] [--device cuda] [--tiny]
 
@@ -44,7 +44,7 @@ def skip(what: str, reason: str) -> None:
 
 
 class Setting:
-    """What a phase is told: device, sizes, and until when."""
+    """Device, sizes and end of a phase."""
 
     def __init__(self, device: str, tiny: bool, seconds: float) -> None:
         self.device, self.tiny, self.until = device, tiny, time.monotonic() + seconds
@@ -108,7 +108,7 @@ def parity(at: Setting) -> None:
 
 
 def speed(at: Setting) -> None:
-    """Training: audio seconds per second, share of the card's operations, peak memory, and the peers'."""
+    """Training: audio seconds per second, fraction of the card's operations, peak memory, and the peers'."""
     import torch
     from bench_model import Work, of_torchaudio, of_transformers
 
@@ -181,7 +181,7 @@ def speed(at: Setting) -> None:
 
 
 def federation(at: Setting) -> None:
-    """What a round adds to its clients' steps, in-process; what of an update waits for FLAC to be decoded."""
+    """Time that a round adds to its clients' steps, in-process; fraction of an update that waits for FLAC."""
     import federation as small  # tests/federation.py
     from bench_model import Work
 
@@ -337,7 +337,7 @@ def memory(at: Setting) -> Iterator[dict[str, int]]:
 
 
 def provide(folder: str) -> str:
-    """What this project imports and the machine lacks, from the wheels; the path to search last."""
+    """Install packages that the machine lacks from the wheels into ``folder``; the path to search last."""
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     wheels = sorted(map(str, WHEELS.glob("*.whl")))
     if lacking and not wheels:
@@ -423,8 +423,8 @@ def main() -> int:
             result["phases"][name] = {"rows": [], "ended": "no time left"}
             print(f"{name} (at most {max(seconds, 0):.0f} s)", flush=True)
             if seconds > 5:
-                told = ["--phase", name, "--seconds", str(seconds)]
-                result["phases"][name]["ended"] = follow(name, command + told, environment, seconds, keep)
+                phase = ["--phase", name, "--seconds", str(seconds)]
+                result["phases"][name]["ended"] = follow(name, command + phase, environment, seconds, keep)
             print(f"  {result['phases'][name]['ended']}", flush=True)
             save()
     print(f"saved: {path}")

@@ -1,15 +1,9 @@
 """Exports to Hugging Face and torchaudio, and the comparison that every export has to pass.
 
 An export is loaded again by the software it is for and compared with the source; one that differs is an error, and
-nothing is left of it. How to load torchaudio's:
-
-    import json, safetensors.torch, torchaudio
-    settings = json.load(open("FOLDER/torchaudio.json"))
-    model = torchaudio.models.wav2vec2_model(**settings["model"])
-    model.load_state_dict(safetensors.torch.load_file("FOLDER/model.safetensors"))
-
-With ``normalize`` true in the file, waveforms must be given zero mean and unit variance first, as for torchaudio's
-large bundles. ``extract_features`` gives the N layers without the input of the first.
+nothing is left of it. torchaudio's is read by ``wav2vec2_model(**json.load(open("torchaudio.json"))["model"])`` and
+``load_state_dict(safetensors.torch.load_file("model.safetensors"))``; with ``normalize`` true in the file, waveforms
+need zero mean and unit variance first. ``extract_features`` gives the N layers without the input of the first.
 """
 
 import json
