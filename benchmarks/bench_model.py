@@ -406,9 +406,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="base", help="preset to measure it on; empty: none")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    facts = resources.describe()
+    facts = resources.hardware()
     gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "no GPU was used"
-    print(f"{facts['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {gpu}")
+    print(f"{facts['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {gpu}")
     results = []
     if len(options.clips) == 1:
         options.clips *= len(options.presets)

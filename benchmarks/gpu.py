@@ -173,7 +173,7 @@ def speed(at: Setting) -> None:
             skip(f"{preset} waveform, largest batch", "no time left")
             continue
         config = hubert.preset(preset, layerdrop=0.0)
-        seconds = planning.largest_batch(config, 100, 15.0, at.device, "bfloat16", at_most=1_000)
+        seconds = planning.largest_batch(planning.Workload(config, 100, 15.0, "bfloat16"), at.device, at_most=1_000)
         work = Work(preset, "waveform", int(seconds / 15), 15.0, at.device)
         measure(f"{preset} waveform {work.clips} x 15 s, ours, largest batch", work, make_ours, update)
     if not at.gpu:

@@ -8,59 +8,46 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from fedhubert_lib import files, index, params, records, runner, runs, studies
+from fedhubert_lib import files, params, runner, runs, studies
 from fedhubert_lib.evaluation import command as evaluation
 from fedhubert_lib.export import command as export
 
 _RUN = f"""\
-A stage is skipped when it is done and its notebook, parameters and inputs have not changed; what changed is said.
+A stage is skipped when it is done and its notebook, parameters and inputs have not changed; the reason is printed.
 Where library source or versions alone changed, its results are kept. Where parameters or inputs changed, it starts
-anew, and what is there moves to RUN/.previous (see fedhubert clean), from where it is taken back when asked for again.
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 let the notebook finish its checkpoint; the same command then goes on from it.
+anew, and its results move to RUN/.previous (see fedhubert clean), from where they are taken back when asked for again.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 let the notebook finish its checkpoint; the same command then resumes from it.
 
 exit codes:
   {runner.OK}   every stage is done
   {runner.FAILED}   a stage failed: an error in a cell, sys.exit in a cell, a disk that is full
-  {runner.USAGE}   nothing was run: wrong parameters, a path that is not there, a run that is in use
+  {runner.USAGE}   nothing was run: wrong parameters, a path that does not exist, a run that is in use
   {runner.DIED}   the kernel of a stage died: killed, or out of memory
-  {runner.INTERRUPTED}  stopped by a signal; the same command goes on where it stopped
+  {runner.INTERRUPTED}  stopped by a signal; the same command resumes
 """
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments; what a subcommand does stands in its ``function``."""
-    parser = argparse.ArgumentParser(prog="fedhubert", description="Federated HuBERT pretraining and distillation.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_ls(commands)
-    _add_clean(commands)
-    _add_params(commands)
-    _add_export_client(commands)
-    _add_deploy(commands)
-    evaluation.add(commands)
-    export.add(commands)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    given = parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot print is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # a character that the locale cannot print is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = given.function(given)
+        code = options.function(options)
         sys.stdout.flush()
-        return code
+        return code or runner.OK
     except runner.StageError as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return error.code
     except (studies.ParameterError, runs.RunError) as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return runner.USAGE
-    except BrokenPipeError:  # whoever read what is printed has seen enough, such as head
-        return _closed()
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough: print to nowhere from now on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno is not None and error.filename is not None:
             error = files.explained(error.errno, error.filename)
@@ -70,215 +57,228 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return runner.INTERRUPTED
 
 
-def _closed() -> int:
-    """Print to nowhere from now on; the exit code of a process that SIGPIPE has ended."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
+def _run(options: argparse.Namespace) -> None:
+    _run_study(studies.load(options.study, options.set, options.run), options.first, options.until, options.force)
 
 
-def _add_run(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="run a study's notebooks, those that have changed",
-        description="Run the notebooks of a study in order into outputs/RUN/.",
-        epilog=_RUN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    stages = list(params.SECTIONS)
-    parser.add_argument("study", type=Path, help="study file, such as params/quickstart.yaml")
-    parser.add_argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)")
-    parser.add_argument("--from", dest="first", choices=stages, default=stages[0], metavar="STAGE", help="first stage")
-    parser.add_argument("--until", choices=stages, default=stages[-1], metavar="STAGE", help="last stage")
-    _add_changes(parser)
-    parser.set_defaults(function=_run)
+def _run_study(study: params.Study, first: str, last: str, force: bool) -> None:
+    from fedhubert_lib import index  # here: pandas takes a second to import, which a wrong parameter need not wait for
 
-
-def _add_changes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="put a value over the file's; repeatable"
-    )
-    parser.add_argument("--force", action="store_true", help="run the stages anew even if nothing has changed")
-
-
-def _run(given: argparse.Namespace) -> int:
-    study = studies.load(given.study, given.set, given.run)
-    runner.run(study, given.first, given.until, given.force)
-    return _shown(study)
-
-
-def _shown(study: params.Study) -> int:
-    index.write(runs.outputs())
+    runner.run(study, first, last, force)
     if results := index.results(runs.outputs() / study.run):
         print(results)
-    return runner.OK
 
 
-def _add_params(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("params", help="print all parameters: defaults, what may stand there, meaning")
-    stages = list(params.SECTIONS)
-    parser.add_argument("stage", nargs="*", choices=[[], *stages], default=[], help="sections (default: all)")
-    parser.set_defaults(function=_params)
+def _params(options: argparse.Namespace) -> None:
+    print("\n\n".join(studies.described(stage) for stage in options.stage or params.SECTIONS))
 
 
-def _params(given: argparse.Namespace) -> int:
-    print("\n\n".join(studies.described(stage) for stage in given.stage or params.SECTIONS))
-    return runner.OK
+def _ls(options: argparse.Namespace) -> None:
+    from fedhubert_lib import index
 
-
-def _add_ls(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("ls", help="list the runs side by side; write outputs/index.html")
-    parser.set_defaults(function=_ls)
-
-
-def _ls(given: argparse.Namespace) -> int:
     print(index.listing(runs.outputs()))
-    print(index.write(runs.outputs()))
-    return runner.OK
 
 
-def _add_clean(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "clean",
-        help="show what a run keeps of earlier work; remove what is named",
-        description="Show the sizes of a run: of its stages and of what has moved aside. Remove what is named.",
-    )
-    parser.add_argument("run", help="the run's name or folder, such as toy or outputs/toy")
-    parser.add_argument("folder", nargs="*", help="what to remove, such as .previous/03_pretrain-1")
-    parser.set_defaults(function=_clean)
+def _clean(options: argparse.Namespace) -> None:
+    from fedhubert_lib import index
 
-
-def _clean(given: argparse.Namespace) -> int:
-    run = runs.outputs() / given.run if (runs.outputs() / given.run).is_dir() else Path(given.run).resolve()
+    run = runs.outputs() / options.run if (runs.outputs() / options.run).is_dir() else Path(options.run).resolve()
     if not (run / "run.json").is_file():
-        raise runs.RunError(f"{given.run}: no run of that name in {runs.outputs()}, and no folder of a run")
-    aside = {path.name: path for path in records.previous(run)}
-    names = [name.rstrip("/").removeprefix(f"{records.PREVIOUS}/") for name in given.folder]
+        raise runs.RunError(f"{options.run}: no run of that name in {runs.outputs()}, and no folder of a run")
+    aside = {path.name: path for path in runs.previous(run)}
+    names = [name.rstrip("/").removeprefix(f"{runs.PREVIOUS}/") for name in options.folder]
     if unknown := [name for name in names if name not in aside]:
-        there = ", ".join(sorted(aside)) or "nothing"
-        raise runs.RunError(f"{', '.join(unknown)}: not in {run / records.PREVIOUS}, where there is {there}")
+        kept = ", ".join(sorted(aside)) or "nothing"
+        raise runs.RunError(f"{', '.join(unknown)}: not in {run / runs.PREVIOUS}, which holds {kept}")
     if not names:
         print(index.previous(run))
-        return runner.OK
+        return
     with runs.holding(run / ".lock", "fedhubert clean"):
         for name in names:
-            taken = index.size(aside[name])
+            size = index.size(aside[name])
             shutil.rmtree(aside[name])
-            print(f"removed: {aside[name]} ({taken})")
-    return runner.OK
+            print(f"removed: {aside[name]} ({size})")
 
 
-def _add_deploy(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "deploy",
-        help="a real federation: keys, server, clients, stages over it",
-        description="A federation over Flower's SuperLink and SuperNodes; see docs/deployment.md.",
-    )
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+def _export_client(options: argparse.Namespace) -> None:
+    from fedhubert_lib import partition
 
-    def add(name: str, function: Callable[[argparse.Namespace], int], text: str, run: str) -> argparse.ArgumentParser:
-        step = steps.add_parser(name, help=text, description=text)
-        step.add_argument("run", type=Path, help=run)
-        step.set_defaults(function=function)
-        return step
-
-    here = "the server's run folder, such as outputs/toy"
-    prepare = add("prepare", _prepare, "write keys, certificates and configuration to RUN/federation", here)
-    prepare.add_argument("--host", default="127.0.0.1", help="name or address by which clients reach the server")
-    prepare.add_argument("--port", type=int, default=9092)
-    server = add("server", _server, "run the SuperLink, until it is stopped", here)
-    server.add_argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")
-    add("register", _register, "let in the clients whose keys the running SuperLink does not know yet", here)
-    client = add("client", _client, "run a client's SuperNode, until it is stopped", "the run folder with its data")
-    client.add_argument("node", type=Path, help="the client's folder that prepare wrote, RUN/federation/nodes/CLIENT")
-    client.add_argument("--device", type=params.device, default="cpu", help="where it computes: cpu, cuda:0 ...")
-    run = add("run", _deploy_run, "run stages of a study over the clients that are connected", here)
-    local = add("local", _local, "server, clients and stages on this machine, then stop them", here)
-    stages = list(params.SECTIONS)[2:]
-    some = f"{', '.join(stages)} (default: all of them)"
-    for step in (run, local):
-        step.epilog = "As fedhubert run, with engine: deployment."
-        step.add_argument("study", type=Path, help="study file with the stages' parameters")
-        step.add_argument("stage", nargs="*", choices=[[], *stages], default=[], metavar="STAGE", help=some)
-        _add_changes(step)
-    local.add_argument("--device", type=params.device, default="cpu", help="where the clients compute: cpu, cuda:0 ...")
+    try:
+        print(partition.export_client(options.run, options.client, options.destination, options.at))
+    except ValueError as error:  # a client or folder that cannot be, a table that cannot be read
+        raise runs.RunError(str(error)) from error
 
 
-def _prepare(given: argparse.Namespace) -> int:
+def _prepare(options: argparse.Namespace) -> None:
     from fedhubert_lib import federated
     from fedhubert_lib.federated import deployment
 
-    folder = given.run / deployment.FOLDER
-    deployment.prepare(folder, federated.client_ids(given.run), given.host, given.port)
+    folder = options.run / deployment.FOLDER
+    deployment.prepare(folder, federated.client_ids(options.run), options.host, options.port)
     print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
-    return runner.OK
 
 
-def _server(given: argparse.Namespace) -> int:
+def _server(options: argparse.Namespace) -> int:
     from fedhubert_lib.federated import deployment
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the SuperLink is ended, too
-    return deployment.serve(given.run / deployment.FOLDER, given.bind)
+    _exit_on_sigterm()
+    return deployment.serve(options.run / deployment.FOLDER, options.bind)
 
 
-def _register(given: argparse.Namespace) -> int:
+def _register(options: argparse.Namespace) -> None:
     from fedhubert_lib.federated import deployment
 
-    added = deployment.register(given.run / deployment.FOLDER)
-    print(f"let in: {', '.join(added) or 'nobody new'}")
-    return runner.OK
+    added = deployment.register(options.run / deployment.FOLDER)
+    print(f"registered: {', '.join(added) or 'no new client'}")
 
 
-def _client(given: argparse.Namespace) -> int:
+def _client(options: argparse.Namespace) -> None:
     from fedhubert_lib.federated import deployment
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    deployment.attend(given.node, given.run, given.device)
+    _exit_on_sigterm()
+    deployment.attend(options.node, options.run, options.device)
 
 
-def _deploy_run(given: argparse.Namespace) -> int:
+def _deploy_run(options: argparse.Namespace) -> None:
     from fedhubert_lib.federated import deployment
 
-    folder = given.run.resolve()
+    folder = options.run.resolve()
     os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
     engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
-    study = studies.load(given.study, [*given.set, *engines], folder.name)
-    deployment.check_records(folder)
+    study = studies.load(options.study, [*options.set, *engines], folder.name)
     deployment.check(folder)
-    for stage in given.stage or list(params.SECTIONS)[2:]:
-        runner.run(study, stage, stage, given.force)
-    return _shown(study)
+    for stage in options.stage or DEPLOYED:
+        _run_study(study, stage, stage, options.force)
 
 
-def _local(given: argparse.Namespace) -> int:
+def _local(options: argparse.Namespace) -> None:
     from fedhubert_lib.federated import deployment
 
+    _exit_on_sigterm()
+    with deployment.local(options.run / deployment.FOLDER, options.run, options.device):
+        _deploy_run(options)
+
+
+def _exit_on_sigterm() -> None:
+    """By an exception, so that Flower's programs are ended, too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    deployment.check_records(given.run)
-    with deployment.local(given.run / deployment.FOLDER, given.run, given.device):
-        return _deploy_run(given)
 
 
-def _add_export_client(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "export-client", help="copy what one client of a run owns to a folder of its own, for a machine of its own"
-    )
-    parser.add_argument("run", type=Path, help="the run's folder, such as outputs/toy")
-    parser.add_argument("client", help="its id, such as client-003")
-    parser.add_argument("destination", type=Path, help="folder to make")
-    parser.add_argument(
-        "--at", type=Path, metavar="FOLDER", help="where it will lie on the client's machine, if elsewhere"
-    )
-    parser.set_defaults(function=_export_client)
+def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return flags, options
 
 
-def _export_client(given: argparse.Namespace) -> int:
-    from fedhubert_lib import partition  # here: pandas takes a second to import, for which other commands need not wait
+class Command(NamedTuple):
+    """A subcommand; one with two words is a step of the first."""
 
-    try:
-        print(partition.export_client(given.run, given.client, given.destination, given.at))
-    except ValueError as error:  # a client or folder that cannot be, a table that cannot be read
-        raise runs.RunError(str(error)) from error
-    return runner.OK
+    function: Callable[[argparse.Namespace], int | None]
+    """Its exit code; none: OK."""
+    help: str
+    arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]] = ()
+    epilog: str = ""
+
+
+STAGES = list(params.SECTIONS)
+DEPLOYED = STAGES[2:]
+STUDY = _argument("study", type=Path, help="study file, such as params/quickstart.yaml")
+CHANGES = (
+    _argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="override a value; repeatable"),
+    _argument("--force", action="store_true", help="run the stages anew even if nothing has changed"),
+)
+FOLDER = _argument("run", type=Path, help="the run's folder, such as outputs/toy; with deploy the server's or client's")
+DEVICE = _argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
+STEPS = _argument("stage", nargs="*", choices=[[], *DEPLOYED], default=[], help=f"of {', '.join(DEPLOYED)}: all")
+COMMANDS = {
+    "run": Command(
+        _run,
+        "run a study's notebooks in order into outputs/RUN, those that have changed",
+        (
+            STUDY,
+            _argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)"),
+            _argument("--from", dest="first", choices=STAGES, default="corpus", metavar="STAGE", help="first stage"),
+            _argument("--until", choices=STAGES, default="evaluate", metavar="STAGE", help="last stage"),
+            *CHANGES,
+        ),
+        _RUN,
+    ),
+    "ls": Command(_ls, "list the runs side by side"),
+    "clean": Command(
+        _clean,
+        "show the sizes of a run's stages and of earlier work that it keeps; remove what is named",
+        (
+            _argument("run", help="the run's name or folder, such as toy or outputs/toy"),
+            _argument("folder", nargs="*", help="earlier work to remove, such as .previous/03_pretrain-1"),
+        ),
+    ),
+    "params": Command(
+        _params,
+        "print all parameters: default, allowed values, meaning",
+        (_argument("stage", nargs="*", choices=[[], *STAGES], default=[], help="sections (default: all)"),),
+    ),
+    "export-client": Command(
+        _export_client,
+        "copy the data of one client of a run to a folder, for the client's machine",
+        (
+            FOLDER,
+            _argument("client", help="its id, such as client-003"),
+            _argument("destination", type=Path, help="folder to make"),
+            _argument("--at", type=Path, metavar="FOLDER", help="its path on the client's machine, if another"),
+        ),
+    ),
+    "deploy prepare": Command(
+        _prepare,
+        "write keys, certificates and configuration to RUN/federation",
+        (
+            FOLDER,
+            _argument("--host", default="127.0.0.1", help="name or address by which clients reach the server"),
+            _argument("--port", type=int, default=9092),
+        ),
+    ),
+    "deploy server": Command(
+        _server,
+        "run the SuperLink, until it is stopped",
+        (FOLDER, _argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")),
+    ),
+    "deploy register": Command(_register, "register clients whose keys the running SuperLink does not know", (FOLDER,)),
+    "deploy client": Command(
+        _client,
+        "run a client's SuperNode, until it is stopped",
+        (FOLDER, _argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT"), DEVICE),
+    ),
+    "deploy run": Command(
+        _deploy_run, "run stages of a study over the connected clients", (FOLDER, STUDY, STEPS, *CHANGES)
+    ),
+    "deploy local": Command(
+        _local,
+        "server, clients and stages on this machine, then stop them",
+        (FOLDER, STUDY, STEPS, *CHANGES, DEVICE),
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments; ``function`` of a parsed command does its work."""
+    parser = argparse.ArgumentParser(prog="fedhubert", description="Federated HuBERT pretraining and distillation.")
+    groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
+    for name, command in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            about = f"a real federation over Flower's SuperLink and SuperNodes: see docs/{group}ment.md"
+            whole = groups[""].add_parser(group, help=about, description=about)
+            groups[group] = whole.add_subparsers(dest="step", required=True, metavar="STEP")
+        sub = groups[group].add_parser(
+            word,
+            help=command.help,
+            description=command.help,
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for flags, options in command.arguments:
+            sub.add_argument(*flags, **options)
+        sub.set_defaults(function=command.function)
+    evaluation.add(groups[""])
+    export.add(groups[""])
+    return parser
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 _LONGEST_ROW = 1 << 16
 """Bytes looked at for the end of the last whole row."""
 _UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -160,6 +162,28 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, seconds: float = 0.0) -> Iterator[bool]:
+    """Hold the lock file ``path`` inside the block; False where another process keeps it for longer than ``seconds``.
+
+    On a file system without locks, True: nothing then keeps two processes apart, which is printed once.
+    """
+    lock = FileLock(path, timeout=seconds, thread_local=False)
+    free = True
+    try:
+        lock.acquire()
+    except Timeout:
+        free = False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_of_no_locks(str(path.parent))
+    try:
+        yield free
+    finally:
+        lock.release()
 
 
 def lock(stream: IO[Any]) -> bool:

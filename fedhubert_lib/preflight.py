@@ -1,11 +1,11 @@
-"""What can be known before a stage starts: whether all that it needs is there and fits, so that nothing is found later.
+"""Checks before a stage starts: whether its inputs, device, packages and parameters fit, so that no hour is lost.
 
 ``check`` is called at the top of each notebook for its stage; ``study`` by ``fedhubert run`` for all stages to come,
-before the first, and again once the corpus and the clients are there.
+before the first, and again once the corpus and the clients exist.
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,11 +30,13 @@ from fedhubert_lib.teaching import Teacher
 
 def check(stage: str, p: params.Section, run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stage`` of the run in folder ``run`` can do its work."""
+    _refuse(_places(stage, p, run))
     _refuse(_problems(stage, p, run, None))
 
 
 def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
+    _refuse(text for stage in stages for text in _places(stage, getattr(study, stage), run))
     _refuse(text for stage in stages for text in _problems(stage, getattr(study, stage), run, study))
 
 
@@ -45,18 +47,13 @@ def plan(run: Path, p: params.Pretrain) -> planning.Plan:
     """
     p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config, _ = pretraining.initial(run, p)
+    work = planning.Workload(
+        config, recipes.clusters(run, p.codebook), p.crop_seconds, p.precision, p.gradient_checkpointing
+    )
+    steps = p.rounds * p.cohort * p.local_steps * (1 + p.centralised)
+    workers = federated.side_by_side(p.engine, p.device)
     with threads.limited(p.threads):
-        return planning.plan(
-            config,
-            clusters=recipes.clusters(run, p.codebook),
-            batch_seconds=p.batch_seconds,
-            crop_seconds=p.crop_seconds,
-            steps=p.rounds * p.cohort * p.local_steps * (1 + p.centralised),
-            device=federated.resolve(p.device),
-            precision=p.precision,
-            gradient_checkpointing=p.gradient_checkpointing,
-            workers=federated.side_by_side(p.engine, p.device),
-        )
+        return planning.plan(work, p.batch_seconds, steps, federated.resolve(p.device), workers)
 
 
 def missing_packages(*names: str) -> list[str]:
@@ -64,13 +61,26 @@ def missing_packages(*names: str) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
-def _refuse(problems: Iterator[str]) -> None:
+def _refuse(problems: Iterable[str]) -> None:
     if lines := list(dict.fromkeys(problems)):
         raise runs.RunError("\n".join(lines))
 
 
+def _places(stage: str, p: params.Section, run: Path) -> Iterator[str]:
+    """Files and folders that parameters point to and that do not exist, or that the stage is going to make."""
+    fetched = {"root", "keywords_root"} if isinstance(p, params.Corpus) and p.download else set()
+    for name, place in params.places(p).items():
+        if name not in fetched and not Path(place).exists():
+            yield f"{stage}.{name}: {place}: no such file or folder"
+    made = [(run / folder).resolve() for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]]
+    for name, place in params.places(p).items():
+        if any(Path(place).resolve().is_relative_to(folder) for folder in made):
+            remedy = "give the run another name, or copy it first"
+            yield f"{stage}.{name}: {place}: lies in what this run makes from it; {remedy}"
+
+
 def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> Iterator[str]:
-    """What keeps ``stage`` from its work; with its ``study``, also what the stages before it are going to make."""
+    """Reasons why ``stage`` cannot work; its ``study`` tells what the stages before it are going to make."""
     checks: list[tuple[str, Iterator[str]]] = []
     if isinstance(p, params.Corpus):
         checks = [("root", _speech(p)), ("keywords_root", _words(p))]
@@ -91,7 +101,7 @@ def _problems(stage: str, p: params.Section, run: Path, study: params.Study | No
     for name, problems in checks:
         try:
             yield from (f"{stage}.{name}: {text}" for text in problems)
-        except (OSError, ValueError) as error:  # what the library itself says of a corpus, a checkpoint, a teacher
+        except (OSError, ValueError) as error:  # the library's own refusal of a corpus, a checkpoint, a teacher
             yield f"{stage}.{name}: {str(error).removeprefix(f'{stage}.{name}: ')}"
 
 
@@ -114,9 +124,9 @@ def _words(p: params.Corpus) -> Iterator[str]:
 def _device(device: str) -> Iterator[str]:
     kind, _, index = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
-        yield f"{device} given, but torch sees no GPU here; give auto or cpu, or mend the driver"
+        yield f"{device} given, but torch sees no GPU here; give auto or cpu, or repair the driver"
     elif kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        yield f"{device} given; there is cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        yield f"{device} given; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}"
 
 
 def _engine(engine: str) -> Iterator[str]:
@@ -169,7 +179,7 @@ def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> Iter
     elif p.task == "superb" and study is not None:
         root = Path(study.corpus.keywords_root)
         if study.corpus.keywords == "synthetic":
-            yield "superb given; it needs background noise, which the synthetic keywords have not: give words"
+            yield "superb given; it needs background noise, which the synthetic keywords lack: give words"
         elif speech_commands.is_home(root):
             root = speech_commands.home(root)
             if missing := sorted(set(keywords.COMMANDS) - speech_commands.usable(root)):

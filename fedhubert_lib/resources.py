@@ -1,52 +1,92 @@
-"""What this machine has, and what was used of it. Found by asking, not by tables of devices."""
+"""What this machine grants to this process, and what the process has used of it."""
 
-import math
+import contextlib
 import os
 import platform
-import subprocess
-import time
+import resource
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
-from fedhubert_lib.memory import peak_memory
-from fedhubert_lib.threads import cores
+if TYPE_CHECKING:  # torch takes seconds to import, which commands that compute nothing need not wait for
+    import torch
 
-
-def describe() -> dict[str, Any]:
-    """Processor, memory (bytes) and GPUs that this process may use, and what decides the speed of training on them."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "memory": memory_limit(),
-        "fast_bfloat16": fast_bfloat16(torch.device("cpu")),
-        "gpus": [
-            {
-                "name": (properties := torch.cuda.get_device_properties(index)).name,
-                "memory": properties.total_memory,
-                "capability": f"{properties.major}.{properties.minor}",
-                "fast_bfloat16": fast_bfloat16(torch.device("cuda", index)),
-            }
-            for index in range(torch.cuda.device_count())
-        ],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def fast_bfloat16(device: torch.device) -> bool:
+def cores() -> int:
+    """Cores granted to this process: the least of its affinity, the quotas of its control groups, and Slurm's number.
+
+    Slurm's number counts because a cluster may not enforce it: ``--cpus-per-task``, else its CPUs on this node.
+    """
+    granted = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    granted += [max(1, int(quota) // int(period)) for quota, period in _quotas() if quota.isdecimal() and int(period)]
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
+    if slurm.isdecimal():
+        granted.append(int(slurm))
+    return max(1, min(granted))
+
+
+def _quotas() -> Iterator[list[str]]:
+    """Quota and period of this process' control groups, of version 2 and 1; quota max or -1: none."""
+    yield from (text.split() for text in _settings("", "cpu.max"))
+    yield from zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=True)
+
+
+def memory_limit() -> int:
+    """Bytes of memory of the machine, or of the smallest limit among this process' control groups if that is less."""
+    limits = [*_settings("", "memory.max"), *_settings("memory", "memory.limit_in_bytes")]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdecimal())])
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that this process could still allocate on ``device``."""
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = [psutil.virtual_memory().available]
+    for controller, limit, used in (("", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes")):
+        pairs = zip(_settings(controller, f"memory.{limit}"), _settings(controller, f"memory.{used}"), strict=False)
+        free += [int(limit) - int(used) for limit, used in pairs if limit.isdecimal()]
+    return max(0, min(free))
+
+
+def _settings(controller: str, name: str) -> Iterator[str]:
+    """The file ``name`` of this process' control group and of each above it, where it exists; version 2: no controller.
+
+    In a container the path may be the host's, and the process' group lies at the root of the mounted tree.
+    """
+    lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            root = CONTROL_GROUPS / controllers
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(root):
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        yield (folder / name).read_text(encoding="utf-8").strip()
+
+
+def fast_bfloat16(device: "torch.device") -> bool:
     """Whether the device has bfloat16 arithmetic in hardware."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+def autocast(device: "torch.device | str", precision: str) -> "torch.autocast":
     """bfloat16 autocast where ``precision`` asks for it; a context that does nothing for float32."""
+    import torch
+
     device = torch.device(device)
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision is {precision!r}; it must be auto, float32 or bfloat16")
@@ -54,83 +94,76 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def memory_limit() -> int:
-    """Bytes of memory of the machine, or of the control group if that is less."""
-    total = psutil.virtual_memory().total
-    limit = _control_group("memory.max")
-    return min(total, int(limit)) if limit and limit != "max" else total
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs. GPUs are listed once torch is loaded: a stage that does without uses none."""
+    torch, cpuinfo = sys.modules.get("torch"), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": models[0] if models else platform.processor(),
+        "cores": cores(),
+        "memory_bytes": memory_limit(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
+    }
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still allocate on ``device``."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    used = _control_group("memory.current")
-    in_group = memory_limit() - int(used) if used else memory_limit()
-    return min(psutil.virtual_memory().available, in_group)
+def peak_memory() -> int:
+    """The largest number of bytes of main memory that this process has held so far.
+
+    On Linux from /proc: ``getrusage`` gives a child no less than what its parent held when it was started.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ------------------------------------------------------------------------------------------------------- what was used
-
-
-USED = ("peak_memory_bytes", "gpu_memory_bytes", "cpu_joules", "gpu_joules")
-"""What a ``Meter`` may tell: columns of a ledger of rounds."""
+USED = ("peak_memory_bytes", "gpu_memory_bytes", "gpu_joules")
+"""Columns that a ``Meter`` adds to a ledger of rounds."""
 
 
 class Meter:
-    """What this process used since it was last asked: one per run, asked after each round.
+    """Memory and energy that a training on ``device`` takes: one per run, asked after each round.
 
-    Children (a pool's workers) count themselves. What a machine does not tell is left out: no meter stops a training.
+    Children (a pool's workers) count their own. A value that the machine does not know is left out: no meter stops a
+    training.
     """
 
     def __init__(self, device: str) -> None:
+        import torch
+
         self.device = "cuda" if device == "auto" else device
         self.has_gpu = self.device.startswith("cuda") and torch.cuda.is_available()  # a server may have none
-        self.last = time.monotonic(), _processor_joules(), self._watts()
+        self.joules = _gpu_joules(self.device) if self.has_gpu else None
 
     def used(self) -> dict[str, float]:
-        """Of ``USED`` what can be read: peak_memory_bytes (of the process, since it began), gpu_memory_bytes (peak of
-        this process), cpu_joules (processor packages' counters), gpu_joules (mean of the power at both times)."""
-        then, joules_then, watts_then = self.last
-        self.last = now, joules, watts = time.monotonic(), _processor_joules(), self._watts()
+        """Of ``USED``, the known: peak_memory_bytes of the process so far, and since the last call gpu_memory_bytes
+        (peak of the process) and gpu_joules (of the whole GPU)."""
+        import torch
+
         row = {"peak_memory_bytes": float(peak_memory())}
-        if joules is not None and joules_then is not None and joules >= joules_then:  # the counters wrap around
-            row["cpu_joules"] = joules - joules_then
-        if watts is not None and watts_then is not None:
-            row["gpu_joules"] = (watts + watts_then) / 2 * (now - then)
+        if self.joules is not None and (joules := _gpu_joules(self.device)) is not None:
+            row["gpu_joules"] = joules - self.joules
+            self.joules = joules
         if self.has_gpu and torch.cuda.is_initialized():
             row["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(self.device))
             torch.cuda.reset_peak_memory_stats(self.device)
         return row
 
-    def _watts(self) -> float | None:
-        """Power of the GPU by nvidia-smi; None without one, and where it does not know (a part of a GPU) or hangs."""
-        if not self.has_gpu or (hasattr(self, "last") and self.last[2] is None):
-            return None  # who did not know before is not asked again: asking takes up to seconds
-        uuid = torch.cuda.get_device_properties(self.device).uuid  # indices are others under CUDA_VISIBLE_DEVICES
-        command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
-        try:
-            watts = float(subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout)
-        except (OSError, subprocess.SubprocessError, ValueError):  # ValueError: [N/A], or an older driver's words
-            return None
-        return watts if math.isfinite(watts) else None
 
+def _gpu_joules(device: str) -> float | None:
+    """Joules that the GPU has used since its driver was loaded; None where it does not count them (a part of a GPU)."""
+    import torch
 
-def _processor_joules() -> float | None:
-    """Joules counted so far by the processor packages, or None where they are not readable (often by root alone)."""
-    counters = list(Path("/sys/class/powercap").glob("*-rapl:?/energy_uj"))
-    if not counters or not all(os.access(counter, os.R_OK) for counter in counters):
+    try:
+        import pynvml
+    except ImportError:
         return None
-    return sum(int(counter.read_text(encoding="utf-8")) for counter in counters) / 1e6
-
-
-def _control_group(name: str) -> str | None:
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    try:
+        pynvml.nvmlInit()
+        # By its UUID: indices are others under CUDA_VISIBLE_DEVICES.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return None

@@ -40,7 +40,7 @@ CEILINGS = {
 }
 
 LAYERS = (
-    "audio files seeds threads memory params studies identity provenance records resources plots",
+    "audio files seeds threads params studies identity resources plots",
     "corpora labels features kernels hubert pretrained masking batching objectives teaching training planning partition"
     " skew",
     "weights checkpoints",

@@ -160,8 +160,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def test_the_command_names_path_and_remedy(outputs, monkeypatch, capsys):
-    monkeypatch.setattr(index, "write", lambda place: (place / "missing" / "x").write_text(""))
-    monkeypatch.setattr(index, "listing", lambda place: "")
+    monkeypatch.setattr(index, "listing", lambda place: (place / "missing" / "x").write_text(""))
     assert cli.main(["ls"]) == 1
     assert f"No such file or directory: '{outputs / 'missing' / 'x'}'" in capsys.readouterr().err
 

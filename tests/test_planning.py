@@ -5,37 +5,35 @@ import torch
 
 from fedhubert_lib import federated, hubert, planning, resources
 
-CONFIG = hubert.preset("tiny", num_hidden_layers=1)
+WORK = planning.Workload(hubert.preset("tiny", num_hidden_layers=1), 10, 4.0, "float32")
 GIB = 2**30
 
 
 @pytest.mark.slow
-def test_a_larger_batch_is_measured_to_need_more():
+def test_measure_step_needs_more_memory_for_a_larger_batch():
     """Whatever this process has held: a child's getrusage begins with its parent's peak."""
     torch.ones(2**29)  # 2 GiB
-    one = planning.measure_step(CONFIG, 10, 1, 4.0, torch.device("cpu"), "float32", False)
-    many = planning.measure_step(CONFIG, 10, 4, 4.0, torch.device("cpu"), "float32", False)
+    one, many = (planning.measure_step(WORK, clips, "cpu") for clips in (1, 4))
     assert 2**30 > many.bytes > one.bytes > 2**20
 
 
 @pytest.mark.parametrize("fits", [1, 2, 3, 7, 16, 29])
 def test_largest_batch_is_the_last_that_fits(monkeypatch, fits):
     """With steps of known memory: measured ones depend on what the system reclaims meanwhile."""
-
-    def step(config, clusters, clips, crop_seconds, device, *chosen):
-        return planning.Step(clips * crop_seconds, 1.0, 2**20 + clips * 2**24)
-
-    monkeypatch.setattr(planning, "measure_step", step)
+    monkeypatch.setattr(
+        planning, "measure_step", lambda work, n, device: planning.Step(n * 4.0, 1.0, (n << 24) + 2**20)
+    )
     monkeypatch.setattr(resources, "free_memory", lambda device: (2**20 + (fits + 0.5) * 2**24) / 0.8)
-    assert planning.largest_batch(CONFIG, 10, 4.0) == 4.0 * fits
+    assert planning.largest_batch(WORK) == 4.0 * fits
+    assert planning.largest_batch(WORK, at_most=10.0) == 4.0 * min(fits, 2)
     monkeypatch.setattr(resources, "free_memory", lambda device: 2**20)
     with pytest.raises(MemoryError, match="does not fit"):
-        planning.largest_batch(CONFIG, 10, 4.0)
+        planning.largest_batch(WORK)
 
 
 @pytest.mark.slow
-def test_plan_says_what_a_run_needs():
-    plan = planning.plan(CONFIG, clusters=10, batch_seconds=8.0, crop_seconds=4.0, steps=50)
+def test_plan_on_this_machine():
+    plan = planning.plan(WORK, batch_seconds=8.0, steps=50)
     assert plan.seconds == pytest.approx(50 * plan.step.seconds)
     assert "M parameters on cpu" in str(plan) and "50 steps" in str(plan)
 
@@ -43,10 +41,10 @@ def test_plan_says_what_a_run_needs():
 def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:
     """A machine with ``gpus`` GPUs of ``free`` bytes, as this process sees them, on which a clip needs 1 GiB."""
 
-    def step(config, clusters, clips, crop_seconds, device, *chosen):
+    def step(work, clips, device):
         if clips * GIB > free:
             raise torch.OutOfMemoryError
-        return planning.Step(clips * crop_seconds, 0.5, clips * GIB)
+        return planning.Step(clips * work.crop_seconds, 0.5, clips * GIB)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -57,10 +55,8 @@ def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:
 
 
 def plan(engine: str, device: str, batch_seconds: float = 16.0) -> planning.Plan:
-    sizes = {"clusters": 10, "batch_seconds": batch_seconds, "crop_seconds": 4.0, "steps": 800}
-    return planning.plan(
-        CONFIG, **sizes, device=federated.resolve(device), workers=federated.side_by_side(engine, device)
-    )
+    workers = federated.side_by_side(engine, device)
+    return planning.plan(WORK, batch_seconds, 800, federated.resolve(device), workers)
 
 
 def test_eight_gpus(monkeypatch):
@@ -76,7 +72,7 @@ def test_eight_gpus(monkeypatch):
 def test_two_gpus_of_eight_gib(monkeypatch):
     pretend(monkeypatch, 2, 8 * GIB)
     assert plan("pool", "cuda").workers == 2
-    with pytest.raises(MemoryError, match=r"batch_seconds 64.0 does not fit on cuda; 24 does"):
+    with pytest.raises(MemoryError, match="64.0 does not fit on cuda; 24 does"):
         plan("pool", "cuda", 64.0)
 
 

@@ -84,7 +84,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     assert "torch sees no GPU" in lines["kmeans.device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "cuda:1 given; there is cuda:0 to cuda:0" in problems(tmp_path, "evaluate.device=cuda:1")
+    assert "cuda:1 given; this machine has cuda:0 to cuda:0" in problems(tmp_path, "evaluate.device=cuda:1")
     assert not problems(tmp_path, "evaluate.device=cuda:0", "kmeans.device=cuda")
 
 
@@ -138,7 +138,7 @@ def test_what_superb_needs_is_looked_at_before_the_corpus_is_read(words, tmp_pat
     assert "_background_noise_: no WAV file" in superb(tmp_path, words)
     (words / "stop" / "0c_nohash_0.wav").unlink()
     assert "has no training or no test clip of stop" in superb(tmp_path, words)
-    assert "the synthetic keywords have not" in problems(tmp_path, "evaluate.task=superb")
+    assert "the synthetic keywords lack" in problems(tmp_path, "evaluate.task=superb")
 
 
 def test_lists_and_folders_of_words_that_do_not_fit_are_refused_at_once(words, tmp_path):
@@ -157,6 +157,22 @@ def test_a_corpus_without_a_subset_is_refused_unless_its_archive_or_a_download_w
     assert not problems(tmp_path, *settings, "corpus.download=true")
     (tmp_path / "test-clean.tar.gz").write_bytes(b"")
     assert not problems(tmp_path, *settings)
+
+
+def test_a_missing_place_and_one_that_the_run_will_make_are_refused(checkpoint, tmp_path):
+    run = tmp_path / "outputs" / "toy"
+    (run / "03_pretrain" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    places = [("initial", run / "03_pretrain/checkpoint"), ("initial", tmp_path / "link/03_pretrain/checkpoint")]
+    for name, place in [*places, ("initial", tmp_path / "nowhere")]:
+        p = params.Pretrain(**{name: str(place)})
+        with pytest.raises(
+            runs.RunError, match=f"pretrain.{name}: {place}: (lies in what this run makes|no such file)"
+        ):
+            preflight.check("pretrain", p, run)
+    told = problems(run, f"kmeans.features={run / '03_pretrain/checkpoint'}")
+    assert told.startswith("kmeans.features: ") and "lies in what this run makes" in told
+    preflight.check("pretrain", params.Pretrain(initial=str(checkpoint)), run)
 
 
 def test_a_notebook_checks_its_stage_alone(checkpoint, tmp_path):

@@ -273,7 +273,6 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, t
     report.add_s3prl(run)
     found = [each for each in report.read(run)["figures"] if each["measure"].startswith("s3prl-")]
     assert [(each["measure"], each["value"]) for each in found] == [("s3prl-accuracy", 0.9)]
-    assert "0.900" in (run / "05_evaluate" / "report.html").read_text()
 
     said_by_s3prl(run, "of other weights", (0.9,))
     report.add_s3prl(run)
@@ -281,15 +280,11 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, t
     assert any("teacher has changed since" in note for note in report.read(run)["notes"])
 
 
-def test_page_opens_offline(evaluated):
-    run, table, _ = evaluated
-    page = (run / "05_evaluate" / "report.html").read_text()
-    assert "http" not in page and "<script" not in page
-    assert "federated student" in page and "data:audio/flac;base64," in page
+def test_tables_hold_every_measure_with_one_line_in_a_cell(evaluated):
+    _, table, _ = evaluated
     wide = tables.headline(table)
     assert list(wide.index) == list(dict.fromkeys(table.system)) and wide.shape[1] == 5
     assert wide.map(len).max().max() <= len("0.500 ± 0.010")  # one line in a cell
-    assert all(cell in page for each in [wide, *tables.below(table)] for cell in each.to_numpy().ravel())
     shown = {title for each in [wide, *tables.below(table)] for title in each.columns}
     of_layers = {"keyword accuracy, one layer", "share of the layer"}
     assert shown | of_layers == set(table.measure)  # what is not in the headline stands below
@@ -301,7 +296,6 @@ def test_without_phones_units_are_noted_not_invented(run):
     assert not {"pnmi", "phone-accuracy"} & set(table.measure_name)
     notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
     assert len(notes) == 1 and notes[0].startswith("units: no utterance")
-    assert "units: no utterance" in (run / "05_evaluate" / "report.html").read_text()
 
 
 def test_units_of_trained_on_speech_are_never_used(run):

@@ -1,48 +1,109 @@
-"""Measured facts about this machine."""
+"""What is granted to this process and what it has used, on this machine and on pretended ones."""
 
-import subprocess
+import os
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
-from fedhubert_lib import resources
+from fedhubert_lib import resources, threads
 
 
-def test_description_and_meter():
-    facts = resources.describe()
-    assert facts["cores"] >= 1 and facts["memory"] > 2**28
-    row = resources.Meter("cpu").used()
-    assert row["peak_memory_bytes"] > 2**26
-    assert "gpu_joules" not in row
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """16 cores and 64 GiB, no quota, no Slurm; returns how to write a file of a pretended /sys/fs/cgroup."""
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    memory = SimpleNamespace(total=64 << 30, available=48 << 30)
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(resources, "CONTROL_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "MEMBERSHIP", tmp_path / "membership")
+
+    def write(place, text):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    return write
+
+
+def test_cores_by_affinity_and_slurm(machine, monkeypatch):
+    assert resources.cores() == threads.count() == 16
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert resources.cores() == 8
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert resources.cores() == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")  # more than the machine has
+    assert resources.cores() == 16
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7})
+    assert resources.cores() == 2
 
 
 @pytest.mark.parametrize(
-    ("answer", "joules"),
-    [("300.50\n", True), ("[N/A]\n", False), ("[Not Supported]\n", False), ("nan", False), (None, False)],
+    ("membership", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "200000 100000\n"}, 2),  # a container
+        ("0::/", {"cpu.max": "max 100000\n"}, 16),
+        ("0::/", {"cpu.max": "50000 100000\n"}, 1),  # half a core is one thread
+        ("0::/slurm/job_1/step_0", {"slurm/job_1/cpu.max": "400000 100000\n", "slurm/cpu.max": "max 100000"}, 4),
+        ("0::/slurm/job_1/step_0", {"slurm/job_1/step_0/cpu.max": "300000 100000\n", "cpu.max": "max 100000"}, 3),
+        ("4:cpu,cpuacct:/a\n1:name=systemd:/", {"cpu,cpuacct/a/cpu.cfs_quota_us": "600000"}, 6),  # version 1
+        ("4:cpu:/docker/of-the-host\n0::/", {"cpu/cpu.cfs_quota_us": "500000"}, 5),
+        ("4:cpu:/\n0::/", {"cpu/cpu.cfs_quota_us": "-1"}, 16),
+        ("5:cpuset:/\n0::/", {"cpuset/cpu.cfs_quota_us": "100000"}, 16),
+    ],
 )
-def test_no_gpu_meter_stops_a_training(monkeypatch, answer, joules):
-    """The device is named by its UUID: under CUDA_VISIBLE_DEVICES nvidia-smi counts otherwise."""
-    asked = []
+def test_cores_by_quotas_of_control_groups(machine, membership, files, cores):
+    machine("membership", membership)
+    for place, text in files.items():
+        machine(f"cgroup/{place}", text)
+        if "quota" in place:
+            machine(f"cgroup/{place.replace('quota', 'period')}", "100000")
+    assert resources.cores() == cores
 
-    def nvidia_smi(command, **_):
-        asked.append(command)
-        if answer is None:
-            raise subprocess.TimeoutExpired(command, 5)
-        return SimpleNamespace(stdout=answer)
 
+@pytest.mark.parametrize(
+    ("membership", "files", "limit", "free"),
+    [
+        ("0::/", {}, 64, 48),
+        ("0::/", {"memory.max": 8, "memory.current": 3}, 8, 5),  # a container
+        ("0::/slurm/job_1/step_0", {"slurm/job_1/memory.max": 16, "slurm/job_1/memory.current": 6}, 16, 10),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/b/memory.current": 1, "a/memory.max": 4, "a/memory.current": 3}, 4, 1),
+        ("0::/a", {"memory.max": 128, "memory.current": 1}, 64, 48),  # more than the machine has
+        ("9:memory:/a", {"memory/a/memory.limit_in_bytes": 2, "memory/a/memory.usage_in_bytes": 1}, 2, 1),  # version 1
+    ],
+)
+def test_memory_by_limits_of_control_groups(machine, membership, files, limit, free):
+    machine("membership", membership)
+    for place, gibibytes in files.items():
+        machine(f"cgroup/{place}", gibibytes if gibibytes == "max" else f"{gibibytes << 30}\n")
+    assert resources.memory_limit() == limit << 30
+    assert resources.free_memory(torch.device("cpu")) == free << 30
+
+
+def test_hardware_and_meter_of_this_machine():
+    facts = resources.hardware()
+    assert facts["cores"] >= 1 and facts["memory_bytes"] > 2**28 and facts["gpus"] == []
+    row = resources.Meter("cpu").used()
+    assert row["peak_memory_bytes"] > 2**26 and row.keys() == {"peak_memory_bytes"}
+    assert "gpu_memory_bytes" not in resources.Meter("cuda:3").used(), "a server without a GPU meters a study on GPUs"
+
+
+def test_the_meter_of_a_gpu_counts_its_joules_and_never_stops_a_training(monkeypatch):
+    counters, handles = [5_000, 12_500], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
-    monkeypatch.setattr(subprocess, "run", nvidia_smi)
-    meter = resources.Meter("cuda")
-    rows = [meter.used(), meter.used()]
-    assert all(("gpu_joules" in row) == joules for row in rows)
-    assert "--id=GPU-1234" in asked[0]
-    assert len(asked) == (3 if joules else 1)  # who does not know is not asked again
-    for error in (FileNotFoundError("nvidia-smi"), subprocess.CalledProcessError(6, "nvidia-smi")):
-        monkeypatch.setattr(subprocess, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handles.append)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: counters.pop(0))
+    assert resources.Meter("cuda").used()["gpu_joules"] == 7.5
+    assert handles == ["GPU-1234"] * 2, "by UUID: under CUDA_VISIBLE_DEVICES the driver counts otherwise"
+
+    def fail(*_):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name in ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetHandleByUUID", "nvmlInit"):
+        monkeypatch.setattr(pynvml, name, fail)
         assert "gpu_joules" not in resources.Meter("cuda:0").used()
-
-
-def test_a_server_without_a_gpu_meters_a_study_on_gpus():
-    assert "gpu_memory_bytes" not in resources.Meter("cuda:3").used()

@@ -1,4 +1,4 @@
-"""The evaluation of a run: every system on every measure, beside its baselines, as JSON, CSV and a page.
+"""The evaluation of a run: every system on every measure, beside its baselines, as JSON and CSV.
 
 ``report.json`` (format ``fedhubert-report``, version 1) holds
 
@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 
 from fedhubert_lib import audio, files, params
-from fedhubert_lib.evaluation import keywords, layers, page, systems, tables
+from fedhubert_lib.evaluation import keywords, layers, systems, tables
 from fedhubert_lib.evaluation.intervals import measure
 from fedhubert_lib.evaluation.measures import ESSENTIALS, MEASURES, Result, Speech, essentials, everything, interval
 
@@ -88,7 +88,8 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress | None = None) ->
         _along(report, run, speech, device, p, on_progress)
     _compared(report, run, speech, device, p, on_progress)
     _s3prl(report, run)
-    return _write(folder, report, speed, speech.clips)
+    files.write_json(folder / "speed.json", speed)
+    return _write(folder, report)
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -105,20 +106,14 @@ def add_s3prl(run: Path) -> pd.DataFrame:
     report["figures"] = [each for each in report["figures"] if not each["measure"].startswith("s3prl-")]
     report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
     _s3prl(report, run)
-    speed = json.loads((run / STAGE / "speed.json").read_text(encoding="utf-8"))
-    return _write(run / STAGE, report, speed, pd.read_parquet(run / "00_corpus" / "keywords.parquet"))
+    return _write(run / STAGE, report)
 
 
-def _write(
-    folder: Path, report: dict[str, Any], speed: dict[str, dict[str, float | None]], clips: pd.DataFrame
-) -> pd.DataFrame:
+def _write(folder: Path, report: dict[str, Any]) -> pd.DataFrame:
     files.write_json(folder / "report.json", report)
     table = tables.figures(report)
     with files.atomic(folder / "report.csv") as temporary:
         table.to_csv(temporary, index=False)
-    files.write_json(folder / "speed.json", speed)
-    with files.atomic(folder / "report.html") as temporary:
-        temporary.write_text(page.render(report, table, speed, clips), encoding="utf-8")
     return table
 
 

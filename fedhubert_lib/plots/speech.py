@@ -1,179 +1,295 @@
-"""What there is: utterances, speakers, phones, and what each client holds of them."""
+"""Speech and its labels: speakers, phones, clients, clusters, and an utterance from sound to label."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
+import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torchaudio.compliance.kaldi import fbank
 
-from fedhubert_lib.audio import HOP, SAMPLE_RATE
+from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE
 from fedhubert_lib.plots import style
-from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, GREY, PURPLE, RED, SKY, styled
 
 
-@styled
-def utterance_lengths(manifest: pd.DataFrame) -> Figure:
-    """Histogram of utterance lengths in seconds, a line per split of the manifest, each as shares of its own."""
-    figure, [axes] = style.panels(width=6)
-    seconds = manifest.samples / manifest.sample_rate
-    bins = np.linspace(0, seconds.max(), 31)
-    for split in sorted(manifest.split.unique(), reverse=True):  # train, test
-        own = seconds[manifest.split == split]
-        label, weights = f"{split}: {len(own):,} utterances", np.full(len(own), 1 / len(own))
-        axes.hist(own, bins, weights=weights, histtype="step", linewidth=1.6, label=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set(xlabel="length of an utterance (s)", ylabel="share of utterances", title="Utterance lengths")
-    axes.legend()
-    return figure
-
-
-@styled
+@style.styled
 def speakers(manifest: pd.DataFrame) -> Figure:
-    """Speech per speaker, longest first, coloured by sex: a bar each, or, of very many, a curve per sex."""
-    table = manifest.assign(hours=manifest.samples / manifest.sample_rate / 3600)
-    table = table.groupby(["speaker", "sex"], as_index=False).hours.sum().sort_values("hours", ascending=False)
-    figure, [axes] = style.panels(width=8)
-    amount, unit = style.duration(table.hours.to_numpy())
-    bars = len(table) <= style.READABLE
-    known = {"F": ("female", RED), "M": ("male", BLUE)}
-    for sex in sorted(table.sex.unique(), reverse=True):
-        name, colour = known.get(sex, ("sex not recorded", GREY))
-        own = (table.sex == sex).to_numpy()
-        label = f"{name}: {own.sum():,} speakers"
-        if bars:
-            axes.bar(np.flatnonzero(own), amount[own], color=colour, label=label)
-        else:
-            axes.step(np.arange(own.sum()), amount[own], where="mid", color=colour, linewidth=1.6, label=label)
+    """Speech per speaker, longest first, coloured by sex."""
+    hours = manifest.samples / manifest.sample_rate / 3600
+    table = hours.groupby([manifest.speaker, manifest.sex]).sum().sort_values(ascending=False).reset_index(name="hours")
+    heights, unit = style.amount(table.hours)
+    figure, [axes] = style.panels()
+    for sex, name, colour in (
+        ("M", "male", style.BLUE),
+        ("F", "female", style.RED),
+        ("", "sex not recorded", style.GREY),
+    ):
+        if (chosen := table.sex == sex).any():
+            label = f"{name}: {chosen.sum():,} speakers"
+            axes.bar(np.flatnonzero(chosen), heights[chosen], color=colour, label=label)
     style.ticks(axes.xaxis, table.speaker)
     axes.grid(axis="x", visible=False)
-    order = "speaker, longest first" if bars else "speakers of each sex, longest first"
-    axes.set(xlabel=order, ylabel=f"speech ({unit})", title="Speech per speaker", ylim=(0, None))
+    axes.set(xlabel="speaker, longest first", ylabel=f"speech ({unit})", title="Speech per speaker", ylim=(0, None))
     axes.legend()
     return figure
 
 
-@styled
+@style.styled
 def phone_lengths(phones: pd.DataFrame) -> Figure:
-    """How often each phone occurs, and how long it lasts (median, and the middle half)."""
+    """Frequency of each phone, and its length (median, and the middle half)."""
     milliseconds = (phones.end_sample - phones.start_sample) * (1000 / SAMPLE_RATE)
     quartiles = milliseconds.groupby(phones.phone).quantile([0.25, 0.5, 0.75]).unstack()
-    share = phones.phone.value_counts(normalize=True)
-    order, place = share.index, np.arange(len(share))
+    fraction = phones.phone.value_counts(normalize=True)
+    place, (low, middle, high) = np.arange(len(fraction)), quartiles.loc[fraction.index].to_numpy().T
     figure, (top, bottom) = style.panels(2, 1, width=9, height=4.2, sharex=True)
-    top.bar(place, share, color=BLUE)
-    top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    top.set(ylabel="share of phones", title="Phones: how often, and how long")
-    low, middle, high = (quartiles.loc[order, q].to_numpy() for q in (0.25, 0.5, 0.75))
-    bottom.errorbar(place, middle, [middle - low, high - middle], fmt="o", color=RED, markersize=3)
-    bottom.axhline(1000 * HOP / SAMPLE_RATE, color=BLACK, linestyle=":", label="one frame, 20 ms")
+    top.bar(place, fraction, color=style.BLUE)
+    style.percent(top)
+    top.set(ylabel="fraction of phones", title="Phones: frequency and length")
+    bottom.errorbar(place, middle, [middle - low, high - middle], fmt="o", color=style.RED, markersize=3)
+    bottom.axhline(1000 * HOP / SAMPLE_RATE, color=style.BLACK, linestyle=":", label="one frame, 20 ms")
     bottom.set(ylabel="length (ms)", xlabel="phone, most frequent first", ylim=(0, 1.25 * high.max()))  # legend above
-    bottom.set_xticks(place, order, fontsize=7)
-    bottom.set_xlim(-0.7, len(order) - 0.3)
+    bottom.set_xticks(place, fraction.index, fontsize=7)
     bottom.legend()
     return figure
 
 
-@styled
+@style.styled
 def clients(held: pd.DataFrame) -> Figure:
-    """What each client holds, six bars each: ``held`` is a table of skew.clients, with the clients as its index.
+    """The data of each client, six bars each: ``held`` is a table of skew.clients, with the clients as its index.
 
-    A dotted line marks the median client. What no client knows (sex, transcripts) is said to be missing.
+    A dotted line marks the median client. Unknown values (sex, transcripts) leave their panel empty.
     """
-    figure, places = style.panels(2, 3, width=11, height=4.6, sharex=True)
-    hours, unit = style.duration(held.hours.to_numpy())
+    figure, axes = style.panels(2, 3, width=11, height=4.6, sharex=True)
+    hours, unit = style.amount(held.hours)
     bars = (
-        ("Speech", f"speech ({unit})", hours, BLUE),
-        ("Utterances", "utterances", held.utterances, BLUE),
-        ("Speakers", "speakers", held.speakers, GREEN),
-        ("Share of women's speech", "share of speech", held.female, RED),
-        ("Utterance lengths: 5 %, median, 95 %", "length (s)", held["median"], SKY),
-        ("Speaking rate", "words per minute", held.words_per_minute, PURPLE),
+        ("Speech", f"speech ({unit})", hours, style.BLUE),
+        ("Utterances", "utterances", held.utterances, style.BLUE),
+        ("Speakers", "speakers", held.speakers, style.GREEN),
+        ("Women's speech", "fraction of speech", held.female, style.RED),
+        ("Utterance lengths: 5 %, median, 95 %", "length (s)", held["median"], style.SKY),
+        ("Speaking rate", "words per minute", held.words_per_minute, style.PURPLE),
     )
-    for axes, (title, label, values, colour) in zip(places, bars, strict=True):
-        values = np.asarray(values, dtype=float)
+    place = np.arange(len(held))
+    for panel, (title, label, values, colour) in zip(axes, bars, strict=True):
+        values = values.to_numpy(float)
         if label == "length (s)":
-            style.columns(axes, held.longest.to_numpy(), colour, held.shortest.to_numpy())
-            axes.hlines(values, np.arange(len(values)) - 0.4, np.arange(len(values)) + 0.4, color=BLACK)
+            panel.bar(place, held.longest - held.shortest, bottom=held.shortest, color=colour)
+            panel.hlines(values, place - 0.4, place + 0.4, color=style.BLACK)
         else:
-            style.columns(axes, values, colour)
+            panel.bar(place, values, color=colour)
         if np.isfinite(values).any():
-            axes.axhline(np.nanmedian(values), color=BLACK, linestyle=":")
-        else:
-            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
-        style.ticks(axes.xaxis, held.index)
-        axes.grid(axis="x", visible=False)
-        axes.set(ylabel=label, title=title, ylim=(0, None))
-    for axes in places[1:3]:
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    for axes in places[3:]:
-        axes.set_xlabel("client")
-    places[3].set_ylim(0, 1)
-    places[3].yaxis.set_major_formatter(PercentFormatter(1))
+            panel.axhline(np.nanmedian(values), color=style.BLACK, linestyle=":")
+        style.ticks(panel.xaxis, held.index)
+        panel.grid(axis="x", visible=False)
+        panel.set(ylabel=label, title=title, ylim=(0, 1 if label == "fraction of speech" else None))
+    for panel in axes[3:]:
+        panel.set_xlabel("client")
     return figure
 
 
-@styled
+@style.styled
 def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[str, str] | None = None) -> Figure:
-    """Partition schemes side by side: speech per client, whose speech it is (share of each speaker), share of women.
+    """Partition schemes side by side: speech per client, fraction of each speaker's speech per client, women's speech.
 
     Each table has a row per utterance with client, speaker, sex, samples and sample_rate; a summary is one line of text
-    under the scheme's name. Of more clients or speakers than can be told apart, neighbours are drawn as the largest of
-    their shares; hours that differ a hundredfold are drawn on a logarithmic scale.
+    under the scheme's name.
     """
     count = len(schemes)
-    figure, places = style.panels(
+    figure, axes = style.panels(
         3, count, width=2.5 + 1.6 * count, height=6.2, sharey="row", height_ratios=[1, 1.4, 0.8]
     )
-    hours = {
-        name: table.assign(hours=table.samples / table.sample_rate / 3600).pivot_table(
-            values="hours", index="client", columns="speaker", aggfunc="sum", fill_value=0
-        )
-        for name, table in schemes.items()
-    }
-    speakers = next(iter(schemes.values())).drop_duplicates("speaker")
-    women = speakers.speaker[speakers.sex == "F"]
-    held = np.concatenate([table.sum(axis=1) for table in hours.values()])
-    _, unit = style.duration(held)
-    for column, (scheme, table) in enumerate(hours.items()):
-        top, middle, bottom = places[column::count]
-        table = table.iloc[np.argsort(-table.sum(axis=1).to_numpy(), kind="stable")]
-        amount, share = table.sum(axis=1), table / table.sum()
-        style.columns(top, amount.to_numpy() * (1 if unit == "hours" else 60), BLUE)
-        top.set_title(scheme + (f"\n{summaries[scheme]}" if summaries else ""))
+    for column, (scheme, table) in enumerate(schemes.items()):
+        top, middle, bottom = axes[column::count]
+        table = table.assign(hours=table.samples / table.sample_rate / 3600)
+        hours = table.pivot_table(values="hours", index="client", columns="speaker", aggfunc="sum", fill_value=0)
+        hours = hours.iloc[np.argsort(-hours.sum(axis=1).to_numpy(), kind="stable")]
+        top.bar(np.arange(len(hours)), hours.sum(axis=1), color=style.BLUE)
+        top.set_title(f"{scheme}\n{summaries[scheme]}" if summaries else scheme)
         # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
-        order = np.argsort(share.to_numpy().argmax(0), kind="stable")
-        extent = (-0.5, len(table) - 0.5, len(order) - 0.5, -0.5)
-        picture = _pooled(share.to_numpy().T[order])
-        image = middle.imshow(
-            picture, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=extent
-        )
-        female = table.loc[:, table.columns.isin(women)].sum(axis=1)
-        known = table.loc[:, table.columns.isin(speakers.speaker[speakers.sex.isin(["F", "M"])])].sum(axis=1)
-        if known.any():
-            style.columns(bottom, (female / known.where(known > 0)).to_numpy(), RED)
-            bottom.axhline(female.sum() / known.sum(), color=BLACK, linestyle=":")
-        else:
-            bottom.text(0.5, 0.5, "not recorded", ha="center", transform=bottom.transAxes)
-        for axes in (top, middle, bottom):
-            axes.grid(visible=axes is not middle, axis="y")
-            axes.set_xticks([] if axes is not bottom else [0, len(table) - 1])
-            axes.set_xlim(-0.6, len(table) - 0.4)
+        fractions = (hours / hours.sum()).to_numpy().T
+        order = np.argsort(fractions.argmax(1), kind="stable")
+        image = middle.imshow(fractions[order], aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        known = table[table.sex != ""]
+        women = known.hours.where(known.sex == "F", 0).groupby(known.client).sum() / known.groupby("client").hours.sum()
+        bottom.bar(np.arange(len(hours)), women.reindex(hours.index), color=style.RED)
         bottom.set(xlabel="client, largest first", ylim=(0, 1))
-    places[0].set_ylabel(f"speech ({unit})")
-    if held.max() > 100 * held.min():
-        places[0].set_yscale("log")
-    places[count].set_ylabel("speaker")
-    places[count].yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    places[2 * count].set_ylabel("share of women's\nspeech")
-    places[2 * count].yaxis.set_major_formatter(PercentFormatter(1))
-    figure.colorbar(image, ax=list(places[count : 2 * count]), label="share of the speaker's speech", pad=0.01)
+        for panel in (top, middle, bottom):
+            panel.grid(visible=panel is not middle, axis="y")
+            panel.set_xticks([] if panel is not bottom else [0, len(hours) - 1])
+            panel.set_xlim(-0.6, len(hours) - 0.4)
+    axes[0].set_ylabel("speech (hours)")
+    axes[count].set_ylabel("speaker")
+    axes[2 * count].set_ylabel("fraction of\nwomen's speech")
+    style.percent(axes[2 * count])
+    figure.colorbar(image, ax=list(axes[count : 2 * count]), label="fraction of the speaker's speech", pad=0.01)
     return figure
 
 
-def _pooled(values: np.ndarray, most: int = 150) -> np.ndarray:
-    """The largest value of each block, so that no more than ``most`` rows and columns are left."""
-    for axis, length in enumerate(values.shape):
-        starts = np.unique(np.linspace(0, length, min(length, most), endpoint=False, dtype=int))
-        values = np.maximum.reduceat(values, starts, axis=axis)
-    return values
+@style.styled
+def aligned_units(
+    waveform: torch.Tensor,
+    phones: pd.DataFrame | None = None,
+    labels: Mapping[str, np.ndarray] | None = None,
+    mask: np.ndarray | None = None,
+    start: float = 0.0,
+) -> Figure:
+    """A spectrogram, and under it on the same time axis the phones and each codebook's frame labels.
+
+    ``waveform`` [samples] at 16 kHz; ``phones`` has start_sample, end_sample, phone; ``labels`` maps the name of a
+    codebook to its labels [frames] at 50 Hz, each drawn 20 ms wide around the centre of its frame. Where ``mask``
+    [frames] is true the spectrogram is veiled. ``start`` is the second at which the waveform begins in its utterance.
+    """
+    seconds = len(waveform) / SAMPLE_RATE
+    strips = {} if phones is None or phones.empty else {"phones": _phone_runs(phones)}
+    strips |= {name: _label_runs(np.asarray(units)) for name, units in (labels or {}).items()}
+    ratios = {"height_ratios": [4] + [0.8] * len(strips)}
+    figure, axes = style.panels(1 + len(strips), 1, width=11, height=2.4 + 0.42 * len(strips), sharex=True, **ratios)
+    window = torch.hann_window(RECEPTIVE_FIELD)
+    spectrum = torch.stft(waveform.float(), 512, HOP // 2, RECEPTIVE_FIELD, window, return_complex=True)
+    decibels = 10 * torch.log10(spectrum.abs().square() + 1e-10)
+    options = {"extent": (0, seconds, 0, SAMPLE_RATE / 2000), "vmin": float(decibels.max()) - 80}
+    axes[0].imshow(decibels.numpy(), origin="lower", aspect="auto", cmap="magma", **options)
+    axes[0].grid(visible=False)
+    axes[0].set_ylabel("frequency (kHz)")
+    if mask is not None:
+        for left, width, text, _ in _label_runs(mask.astype(int)):
+            if text == "1":
+                axes[0].axvspan(left, left + width, color="white", alpha=0.75, linewidth=0)
+    for strip, (name, runs) in zip(axes[1:], strips.items(), strict=True):
+        for left, width, text, colour in runs:
+            strip.barh(0, width, 1, left, color=colour, edgecolor="white", linewidth=0.5)
+            if width > seconds / 140 * len(text) and 0 <= left + width / 2 <= seconds:  # only where it fits
+                strip.text(left + width / 2, 0, text, ha="center", va="center_baseline", fontsize=6.5)
+        strip.set_ylabel(name, rotation=0, ha="right", va="center")
+        strip.set(yticks=[], ylim=(-0.5, 0.5))
+        strip.grid(visible=False)
+        strip.spines[:].set_visible(False)
+    axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
+    axes[-1].xaxis.set_major_formatter(lambda second, position: f"{start + second:g}")
+    return figure
+
+
+def _phone_runs(phones: pd.DataFrame) -> list[tuple[float, float, str, Any]]:
+    """Start and width in seconds, text and colour of each phone."""
+    starts = phones.start_sample.to_numpy() / SAMPLE_RATE
+    widths = phones.end_sample.to_numpy() / SAMPLE_RATE - starts
+    colours = ["#D9D9D9" if i % 2 else "#EFEFEF" for i in range(len(phones))]
+    return list(zip(starts, widths, phones.phone, colours, strict=True))
+
+
+def _label_runs(labels: np.ndarray) -> list[tuple[float, float, str, Any]]:
+    """Start and width in seconds, text and colour of each run of equal labels."""
+    first = np.flatnonzero(np.diff(labels, prepend=-1))
+    widths = np.diff(first, append=len(labels)) * HOP / SAMPLE_RATE
+    starts = (first * HOP + (RECEPTIVE_FIELD - HOP) / 2) / SAMPLE_RATE
+    hues = labels[first] * 0.618 % 1  # neighbouring ids get far-apart hues
+    colours = 0.35 * matplotlib.colormaps["turbo"](hues)[:, :3] + 0.65  # pale, so that the id can be read on it
+    return list(zip(starts, widths, map(str, labels[first]), colours, strict=True))
+
+
+@style.styled
+def projection(frames: np.ndarray, labels: np.ndarray) -> Figure:
+    """Frames [N, D] on their first two principal components, the seven largest clusters in colour."""
+    centred = frames - frames.mean(0)
+    _, scale, components = np.linalg.svd(centred, full_matrices=False)
+    points, variance = centred @ components[:2].T, scale[:2] ** 2 / np.sum(scale**2)
+    figure, [axes] = style.panels(width=6, height=4.5)
+    axes.scatter(*points.T, s=3, color="#D5D5D5", linewidths=0, rasterized=True)
+    largest = np.argsort(-np.bincount(labels))[:7]
+    for cluster, colour in zip(largest, (*style.PALETTE[:6], style.BLACK), strict=False):
+        dots = {"s": 5, "color": colour, "linewidths": 0, "alpha": 0.6, "rasterized": True}
+        axes.scatter(*points[labels == cluster].T, **dots, label=str(cluster))
+    axes.set(
+        xlabel=f"first component ({variance[0]:.0%} of the variance)",
+        ylabel=f"second component ({variance[1]:.0%} of the variance)",
+        title=f"{len(frames):,} frames; the {len(largest)} largest clusters in colour",
+    )
+    figure.legend(loc="outside right upper", title="cluster", markerscale=4)
+    return figure
+
+
+@style.styled
+def phones_per_cluster(counts: pd.DataFrame) -> Figure:
+    """P(phone | cluster) as a heat map; ``counts`` holds frames, phones as rows and clusters as columns.
+
+    Phones run from the most frequent down, clusters by their most likely phone (as in the HuBERT paper's figure 2):
+    the better the units, the sharper the staircase.
+    """
+    counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False).index]
+    table = (counts / counts.sum()).loc[:, counts.sum() > 0]
+    table = table.iloc[:, np.lexsort((-table.to_numpy().max(0), table.to_numpy().argmax(0)))]
+    figure, [axes] = style.panels(width=10, height=1.5 + 0.11 * len(table))
+    image = style.heat_map(axes, table, 0, vmin=0)
+    axes.set_yticks(np.arange(len(table)), table.index, fontsize=6.5)
+    axes.set(xlabel="cluster, by its most likely phone", ylabel="phone, most frequent first")
+    axes.set_title("Phones in each cluster")
+    figure.colorbar(image, ax=axes, label="P(phone | cluster)", pad=0.01)
+    return figure
+
+
+@style.styled
+def cluster_spectra(waveforms: Sequence[torch.Tensor], labels: Sequence[np.ndarray], clusters: int) -> Figure:
+    """The sound of each cluster: the mean kaldi log-mel spectrum of its frames, less that of all frames.
+
+    ``labels`` [frames] at 50 Hz belong to ``waveforms`` [samples], one by one. Clusters without a frame are left out.
+    """
+    bins = 40
+    total, frames = np.zeros((clusters, bins)), np.zeros(clusters, int)
+    for waveform, units in zip(waveforms, labels, strict=True):
+        # kaldi scales samples as 16-bit integers; its frames come every 10 ms, the labels every 20 ms
+        spectra = fbank(waveform[None].float() * 2**15, num_mel_bins=bins, sample_frequency=SAMPLE_RATE)[::2].numpy()
+        np.add.at(total, units, spectra[: len(units)])
+        frames += np.bincount(units, minlength=clusters)
+    used = np.flatnonzero(frames)
+    mean = total[used] / frames[used, None]
+    relative = pd.DataFrame((mean - total.sum(0) / frames.sum()).T, columns=used)
+    order = np.argsort(np.exp(mean) @ np.arange(bins) / np.exp(mean).sum(axis=1))
+    figure, [axes] = style.panels(width=10)
+    limit = relative.abs().to_numpy().max()
+    image = style.heat_map(axes, relative.iloc[:, order], 0, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
+    mel = 1127 * np.log1p(np.array([20, 250, 500, 1000, 2000, 4000, 8000]) / 700)
+    axes.set_yticks((mel - mel[0]) / (mel[-1] - mel[0]) * (bins + 1) - 1, ["0.02", "0.25", "0.5", "1", "2", "4", "8"])
+    axes.set_ylim(-0.5, bins - 0.5)
+    axes.set(xlabel="cluster: energy in low frequencies left, in high ones right", ylabel="frequency (kHz)")
+    axes.set_title("Mean spectrum of each cluster, against the average frame")
+    figure.colorbar(image, ax=axes, label="log energy above average", pad=0.01)
+    return figure
+
+
+@style.styled
+def histograms(counts: pd.DataFrame) -> Figure:
+    """Fraction of each client's frames (rows of ``counts``) in each cluster (columns)."""
+    table = counts.div(counts.sum(axis=1), axis=0)
+    table = table[table.mean().sort_values(ascending=False).index]
+    figure, [axes] = style.panels(width=10, height=1.4 + min(0.25 * len(table), 4))
+    image = style.heat_map(
+        axes, table, 0, norm=PowerNorm(0.5, vmin=0)
+    )  # linear, one client's favourite leaves others white
+    axes.set(xlabel="cluster, most used first", ylabel="client", title="Clusters in each client's speech")
+    figure.colorbar(image, ax=axes, label="fraction of frames", pad=0.01)
+    return figure
+
+
+@style.styled
+def matrices(tables: Mapping[str, pd.DataFrame], label: str, high: float | None = None) -> Figure:
+    """Square client-by-client tables side by side, on one colour scale from 0 to ``high``."""
+    columns = min(len(tables), 3)
+    rows = -(-len(tables) // columns)
+    figure, axes = style.panels(
+        rows, columns, width=1.6 + 3 * columns, height=0.5 + 2.9 * rows, sharex=True, sharey=True
+    )
+    high = max(float(np.nanmax(table)) for table in tables.values()) if high is None else high
+    for panel, (name, table) in zip(axes, tables.items(), strict=False):
+        image = style.heat_map(panel, table, aspect="equal", cmap="viridis", vmin=0, vmax=high)
+        panel.set(title=name, xlabel="client", ylabel="client")
+        for row, column in np.ndindex(table.shape) if len(table) <= 10 else ():
+            value = table.iat[row, column]
+            colour = "white" if value < 0.6 * high else "black"
+            panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    for panel in axes[len(tables) :]:
+        panel.set_axis_off()
+    figure.colorbar(image, ax=list(axes), label=label, shrink=0.8)
+    return figure

@@ -1,4 +1,4 @@
-"""One style for all pictures: colours, sizes, files; and the few things that several of them draw."""
+"""The style of all figures: colours, sizes, files; and the parts that several of them draw."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -7,10 +7,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedhubert_lib.files import atomic
 
@@ -34,14 +36,14 @@ STYLE = {
     "legend.fontsize": 8,
     "svg.hashsalt": "fedhubert",  # the same figure gives the same file
 }
-READABLE = 40
-"""More clients, clusters or words than this are drawn without a name for each."""
+NAMED = 40
+"""The most clients, clusters or words that are drawn with a name for each."""
 
 styled = matplotlib.rc_context(STYLE)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file's bytes."""
+    """The figure as the bytes of a PNG file."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -49,13 +51,14 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``figure`` as NAME.png and NAME.svg in ``folder``, whole or not at all."""
+    """Write ``figure`` atomically as NAME.png and NAME.svg in ``folder``."""
     for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
         with atomic(folder / f"{name}{suffix}") as temporary:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         figure.set_layout_engine("none")  # the second file has the first one's layout; working it out takes time
 
 
+@styled
 def panels(
     rows: int = 1, columns: int = 1, *, width: float = 8, height: float = 3, **options: Any
 ) -> tuple[Figure, np.ndarray]:
@@ -64,25 +67,8 @@ def panels(
     return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-def duration(hours: np.ndarray) -> tuple[np.ndarray, str]:
-    """Hours, or minutes where no value reaches two hours, and the unit's name."""
-    return (hours, "hours") if np.max(hours) >= 2 else (hours * 60, "minutes")
-
-
-def columns(
-    axes: Axes, heights: np.ndarray, colour: str, bottoms: np.ndarray | float = 0.0, alpha: float = 1.0
-) -> None:
-    """Bars from ``bottoms`` to ``heights``; where they are too many to be told apart, one filled outline."""
-    if len(heights) <= READABLE:
-        axes.bar(np.arange(len(heights)), heights - bottoms, 0.8, bottoms, color=colour, alpha=alpha)
-    else:
-        axes.fill_between(np.arange(len(heights)), bottoms, heights, step="mid", color=colour, alpha=alpha, linewidth=0)
-
-
-def ticks(
-    axis: matplotlib.axis.Axis, names: Sequence[Any], rotation: float | None = None, most: int = READABLE
-) -> None:
-    """A tick per name while they are not more than ``most``; else about ten numbered ticks."""
+def ticks(axis: matplotlib.axis.Axis, names: Sequence[Any], rotation: float | None = None, most: int = NAMED) -> None:
+    """A tick per name up to ``most`` names; beyond, about ten numbered ticks."""
     if len(names) > most:
         axis.set_major_locator(MaxNLocator(10, integer=True))
         return
@@ -90,3 +76,25 @@ def ticks(
     if rotation is None:
         rotation = 90 if axis.axis_name == "x" and (len(names) > 8 or max(map(len, names)) > 6) else 0
     axis.set_ticks(np.arange(len(names)), names, rotation=rotation, fontsize=7 if len(names) > 12 else 8)
+
+
+def heat_map(axes: Axes, table: pd.DataFrame, rotation: float | None = None, **options: Any) -> AxesImage:
+    """``table`` as an image with its index and columns as ticks."""
+    image = axes.imshow(table, **({"aspect": "auto", "cmap": "Blues", "interpolation": "nearest"} | options))
+    ticks(axes.xaxis, table.columns, rotation)
+    ticks(axes.yaxis, table.index)
+    axes.grid(visible=False)
+    return image
+
+
+def amount(hours: np.ndarray) -> tuple[np.ndarray, str]:
+    """Hours, or minutes where no value reaches two hours, and the unit's name."""
+    return (hours, "hours") if np.max(hours) >= 2 else (hours * 60, "minutes")
+
+
+def percent(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def whole_numbers(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

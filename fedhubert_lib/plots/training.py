@@ -1,4 +1,4 @@
-"""Training, round by round, from the rows of metrics.jsonl."""
+"""Training round by round, from the rows of metrics.jsonl, and its results beside their baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,102 +7,203 @@ import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from fedhubert_lib.plots import style
-from fedhubert_lib.plots.style import BLACK, BLUE, GREEN, ORANGE, READABLE, RED, SKY, styled
 
-CURVES = 100
-"""At most so many clients' curves are drawn behind the mean."""
+CLIENT_CURVES = 100
+"""The most clients' curves that are drawn behind their mean."""
 
 
-@styled
+@style.styled
 def curves(
     rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str, Any]] = (), clusters: int | None = None
 ) -> Figure:
-    """Loss, and per round what else was measured: accuracy on masked and unmasked frames, or the cosine between the
-    teacher's layers and what a student (``distilhubert``, which names no clusters) predicts of them.
+    """Loss, accuracy on masked and unmasked frames, and cosine to the teacher's layers per round, as far as measured.
 
     ``rows`` and ``centralised`` are those of metrics.jsonl. Thin: each client; thick: their mean, weighted by masked
     frames; dashed: training on the pooled data with the same number of updates; dotted, where ``clusters`` is given:
-    guessing at random among so many.
+    guessing at random among them.
     """
-    rounds, each, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
+    rounds, clients, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
     measured = {*rounds.columns, *central.columns}
-    unit = "nats per frame" if "accuracy_masked" in measured else "per frame"
-    panels = [
-        ("loss", "validation_loss", f"loss ({unit})", "Loss"),
-        ("accuracy_masked", "validation_accuracy_masked", "accuracy", "Masked frames"),
-        ("accuracy_unmasked", None, "accuracy", "Unmasked frames"),
-        ("cosine", "validation_cosine", "cosine", "Teacher's layers, predicted"),
+    kinds = [
+        ("loss", f"loss ({'nats ' if 'accuracy_masked' in measured else ''}per frame)", "Loss"),
+        ("accuracy_masked", "accuracy", "Masked frames"),
+        ("accuracy_unmasked", "accuracy", "Unmasked frames"),
+        ("cosine", "cosine", "Teacher's layers, predicted"),
     ]
-    panels = [panel for panel in panels if panel[0] in measured]
-    figure, places = style.panels(1, len(panels), width=11, height=3)
-    for axes, (name, validation, label, title) in zip(places, panels, strict=True):
-        if name in each:
-            ids = each.client.unique()
-            chosen = ids[np.linspace(0, len(ids) - 1, min(len(ids), CURVES)).astype(int)]
-            shown = each[each.client.isin(chosen)].groupby("client")
-            lines = [group[["round", name]].to_numpy() for _, group in shown]
-            text = "each client" if len(chosen) == len(ids) else f"{len(chosen)} of {len(ids):,} clients"
-            axes.add_collection(LineCollection(lines, colors=SKY, linewidths=0.7, alpha=0.6, label=text))
-        marker = "o" if len(rounds) <= READABLE else ""
-        if name in rounds:
-            axes.plot(rounds["round"], rounds[name], color=BLUE, linewidth=2, marker=marker, markersize=3, label="mean")
-        if name in central:
-            axes.plot(central["round"], central[name], color=RED, linestyle="--", label="centralised")
-        if validation in rounds:
-            held = rounds.dropna(subset=[validation])
-            axes.plot(held["round"], held[validation], color=GREEN, marker=marker, markersize=3, label="validation")
+    kinds = [kind for kind in kinds if kind[0] in measured]
+    figure, axes = style.panels(1, len(kinds), width=11)
+    for panel, (name, label, title) in zip(axes, kinds, strict=True):
+        if name in clients:
+            ids = clients.client.unique()
+            ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), CLIENT_CURVES)).astype(int)]
+            lines = [table[["round", name]] for _, table in clients[clients.client.isin(ids)].groupby("client")]
+            text = f"{len(ids)} of {clients.client.nunique():,} clients"
+            panel.add_collection(LineCollection(lines, colors=style.SKY, linewidths=0.7, alpha=0.6, label=text))
+        for table, column, text, line in (
+            (rounds, name, "mean", {"color": style.BLUE, "linewidth": 2}),
+            (central, name, "centralised", {"color": style.RED, "linestyle": "--"}),
+            (rounds, f"validation_{name}", "validation", {"color": style.GREEN}),
+        ):
+            if column in table:
+                table = table if column == name else table.dropna(subset=[column])
+                marker = "o" if len(table) <= style.NAMED and table is not central else ""
+                panel.plot(table["round"], table[column], marker=marker, markersize=3, label=text, **line)
         if clusters is not None:
             guess = np.log(clusters) if name == "loss" else 1 / clusters
-            axes.axhline(guess, color=BLACK, linestyle=":", label="guessing")
+            panel.axhline(guess, color=style.BLACK, linestyle=":", label="guessing")
         if label == "accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set(xlabel="round", ylabel=label, title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.autoscale_view()
-    places[0].legend()
+            style.percent(panel)
+        panel.set(xlabel="round", ylabel=label, title=title)
+        style.whole_numbers(panel)
+        panel.autoscale_view()
+    axes[0].legend()
     return figure
 
 
-@styled
+@style.styled
 def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Per round of metrics.jsonl: learning rate, norm of the aggregated update, speed, bytes moved so far, the loss
-    that they bought, and peak memory."""
-    rounds = _rows(rows, "round")
-    figure, (rate, norm, speed, sent, bought, memory) = style.panels(2, 3, width=11, height=5)
-    at, marker = rounds["round"], "o" if len(rounds) <= READABLE else ""
-    line = {"color": BLUE, "marker": marker, "markersize": 3}
-    rate.plot(at, rounds.learning_rate, **line)
-    rate.set(ylabel="learning rate", title="Clients' learning rate", ylim=(0, None))
-    rate.ticklabel_format(axis="y", scilimits=(-2, 3))
-    norm.plot(at, rounds.update_norm, **line)
-    norm.set(ylabel="L2 norm", title="Aggregated update", ylim=(0, None))
-    speed.plot(at, rounds.audio_seconds_per_second, **line)
-    speed.set(ylabel="audio seconds per second", title="Speed", ylim=(0, None))
-    behind = line | {"color": ORANGE, "linewidth": 4, "alpha": 0.6}
-    sent.plot(at, rounds.bytes_down.cumsum() / 1e6, **behind, label="to clients")
-    sent.plot(at, rounds.bytes_up.cumsum() / 1e6, **line, label="to the server")
-    sent.set(ylabel="sent so far (MB)", title="Bytes", ylim=(0, None))
-    sent.legend()
-    loss = "validation_loss" if "validation_loss" in rounds else "loss"
-    held = rounds.assign(sent=(rounds.bytes_up + rounds.bytes_down).cumsum() / 1e6).dropna(subset=[loss])
-    bought.plot(held.sent, held[loss], **line)
-    bought.set(xlabel="sent so far, both ways (MB)", title="Quality for bytes", xlim=(0, None))
+    """Per round of metrics.jsonl: learning rate, norm of the aggregated update, speed, bytes moved so far, loss over
+    these bytes, and peak memory."""
+    rounds = _rows(rows, "round").set_index("round")
+    down, up = rounds.bytes_down.cumsum() / 1e6, rounds.bytes_up.cumsum() / 1e6
+    loss = rounds["validation_loss" if "validation_loss" in rounds else "loss"].dropna()
     unit = "nats per frame" if "accuracy_masked" in rounds else "per frame"
-    bought.set_ylabel(f"{loss.replace('_', ' ')} ({unit})")
-    memory.plot(at, rounds.peak_memory_bytes / 2**30, **line)
-    memory.set(ylabel="GiB", title="Peak memory of the server's process", ylim=(0, None))
-    for axes in (rate, norm, speed, sent, memory):
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure, axes = style.panels(2, 3, width=11, height=5)
+    for panel, (x, y, label, title) in zip(
+        axes,
+        (
+            (rounds.index, rounds.learning_rate, "learning rate", "Clients' learning rate"),
+            (rounds.index, rounds.update_norm, "L2 norm", "Aggregated update"),
+            (rounds.index, rounds.audio_seconds_per_second, "audio seconds per second", "Speed"),
+            (rounds.index, up, "sent so far (MB)", "Bytes"),
+            ((up + down)[loss.index], loss, f"{loss.name.replace('_', ' ')} ({unit})", "Quality for bytes"),
+            (rounds.index, rounds.peak_memory_bytes / 2**30, "GiB", "Peak memory of the server's process"),
+        ),
+        strict=True,
+    ):
+        panel.plot(
+            x,
+            y,
+            color=style.BLUE,
+            marker="o" if len(rounds) <= style.NAMED else "",
+            markersize=3,
+            label="to the server",
+        )
+        panel.set(xlabel="round", ylabel=label, title=title)
+        if title == "Bytes":
+            panel.plot(x, down, color=style.ORANGE, linewidth=4, alpha=0.6, zorder=1, label="to clients")
+            panel.legend()
+        if title == "Quality for bytes":
+            panel.set(xlabel="sent so far, both ways (MB)", xlim=(0, None))
+        else:
+            panel.set_ylim(0, None)
+            style.whole_numbers(panel)
     return figure
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], kind: str) -> pd.DataFrame:
-    """The rows of one kind; of a round that was done again after a restart, the last."""
+    """The rows of one kind; of a round that was repeated after a restart, the last."""
     chosen = [row for row in rows if row["kind"] == kind]
-    # A round of a private study may tell no loss.
+    # A round of a private study may have no loss.
     table = pd.DataFrame([{key: np.nan if value is None else value for key, value in row.items()} for row in chosen])
     return table.drop_duplicates(["round", "client"][: 1 + (kind == "client")], keep="last") if len(table) else table
+
+
+@style.styled
+def bars(table: pd.DataFrame) -> Figure:
+    """A panel per measure, a bar per system with its interval.
+
+    ``table`` has the columns system, measure, value, low, high (the interval, or NaN) and baseline (chance or shuffled
+    labels, or NaN), drawn as a dotted line across the system's bar. Systems and measures keep their order.
+    """
+    measures, systems = list(table.measure.unique()), list(table.system.unique())
+    columns = 2 if len(measures) == 4 else min(len(measures), 3)
+    lines = -(-len(measures) // columns)
+    figure, axes = style.panels(lines, columns, width=4 * columns, height=0.7 + lines * (0.6 + 0.27 * len(systems)))
+    colours = dict(zip(systems, style.PALETTE[:-1] * len(systems), strict=False))
+    for panel, measure in zip(axes, measures, strict=False):
+        rows = table[table.measure == measure]
+        place = np.arange(len(rows))
+        panel.barh(place, rows.value, color=[colours[system] for system in rows.system], height=0.75, alpha=0.85)
+        interval = np.array([rows.value - rows.low, rows.high - rows.value])
+        panel.errorbar(rows.value, place, xerr=interval, fmt="none", color=style.BLACK, capsize=2)
+        panel.vlines(rows.baseline, place - 0.45, place + 0.45, color=style.BLACK, linestyle=":", linewidth=1.5)
+        panel.set_yticks(place, rows.system, fontsize=8)
+        panel.invert_yaxis()
+        panel.grid(axis="y", visible=False)
+        panel.set_title(measure)
+        if rows.value.between(0, 1).all():  # the interval of two seeds may reach beyond any fraction
+            left, right = panel.get_xlim()
+            panel.set_xlim(max(left, 0.0), min(right, 1.0))
+    for panel in axes[len(measures) :]:
+        panel.set_axis_off()
+    return figure
+
+
+@style.styled
+def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
+    """Quality and cost of a student, each as a fraction of its teacher's."""
+    figure, [axes] = style.panels(width=7, height=0.9 + 0.3 * (len(quality) + len(cost)))
+    fractions, place = [*quality.values(), *cost.values()], np.arange(len(quality) + len(cost))
+    bars = axes.barh(place, fractions, 0.7, color=[style.BLUE] * len(quality) + [style.RED] * len(cost))
+    axes.bar_label(bars, [f"{fraction:.0%}" for fraction in fractions], padding=3, fontsize=8)
+    axes.axvline(1, color=style.BLACK, linestyle=":")
+    axes.set_yticks(place, [*quality, *cost])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="fraction of the teacher's", xlim=(0, 1.1 * max(1.0, *fractions)))
+    axes.set_title("Student against teacher: " + ("quality (blue), cost (red)" if quality else "cost"))
+    return figure
+
+
+@style.styled
+def layers(table: pd.DataFrame, label: str, baselines: Mapping[str, float]) -> Figure:
+    """A measure per layer: ``table`` has a row per layer (index; 0 is the transformer's input), a column per model.
+
+    ``baselines`` are drawn as dotted horizontal lines.
+    """
+    figure, [axes] = style.panels()
+    for name, marker in zip(table.columns, "osD^vPX*" * len(table.columns), strict=False):
+        axes.plot(table[name].dropna(), marker=marker, markersize=4, label=name)
+    for (name, value), colour in zip(baselines.items(), (style.BLACK, style.GREY) * len(baselines), strict=False):
+        axes.axhline(value, color=colour, linestyle=":", label=name)
+    axes.set(xlabel="layer (0: input of the transformer)", ylabel=label, title="Layer by layer")
+    style.whole_numbers(axes)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+@style.styled
+def along(table: pd.DataFrame) -> Figure:
+    """Quality over hours of training speech, on a logarithmic axis: a panel per measure, a line per system.
+
+    ``table`` has the columns run, system, measure, hours and value. A line is the mean over runs, its band reaches from
+    the lowest run to the highest. A system without hours (NaN) does not train, and is a dotted line across.
+    """
+    measures, systems = list(table.measure.unique()), list(table.system.unique())
+    colours = dict(zip(systems, (style.BLUE, style.RED, style.GREY, style.BLACK, *style.PALETTE[2:6]), strict=False))
+    rows = -(-len(measures) // 2)
+    figure, axes = style.panels(rows, min(2, len(measures)), height=0.6 + 2.6 * rows)
+    for panel, measure in zip(axes, measures, strict=False):
+        for system, points in table[table.measure == measure].groupby("system", sort=False):
+            if points.hours.isna().all():
+                panel.axhline(points.value.mean(), color=colours[system], linestyle=":", label=system)
+                continue
+            # Runs of other seeds hear a little more or less until the same checkpoint, which is the n-th of each.
+            points = points.assign(point=points.groupby("run").hours.rank()).groupby("point")
+            hours, values = points.hours.mean(), points.value
+            panel.plot(hours, values.mean(), marker="o", markersize=4, color=colours[system], label=system)
+            panel.fill_between(hours, values.min(), values.max(), color=colours[system], alpha=0.2, linewidth=0)
+        panel.set_xscale("log")
+        panel.set(xlabel="hours of training speech", ylabel=measure)
+    for panel in axes[len(measures) :]:
+        panel.set_axis_off()
+    if (runs := table.run.nunique()) > 1:
+        figure.supxlabel(f"line: mean of {runs} training seeds, band: lowest to highest", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    return figure

@@ -104,5 +104,4 @@ def test_report_has_every_system_beside_its_baselines(chain):
     report = json.loads((chain.folder("evaluate") / "report.json").read_text())
     assert {row["system"] for row in report["systems"]} >= {"teacher", "student", "centralised", "random", "mfcc"}
     assert not report["absent"]
-    for name in ("report.csv", "report.html"):
-        assert (chain.folder("evaluate") / name).stat().st_size > 1000
+    assert (chain.folder("evaluate") / "report.csv").stat().st_size > 1000
