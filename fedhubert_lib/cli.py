@@ -109,59 +109,42 @@ def _export_client(options: argparse.Namespace) -> None:
         raise runs.RunError(str(error)) from error
 
 
-def _prepare(options: argparse.Namespace) -> None:
-    from fedhubert_lib import federated
+def _deployment() -> Any:
+    """The module of Flower's programs, which end with this one, also by SIGTERM."""
     from fedhubert_lib.federated import deployment
 
-    folder = options.run / deployment.FOLDER
-    deployment.prepare(folder, federated.client_ids(options.run), options.host, options.port)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return deployment
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from fedhubert_lib import federated
+
+    folder = options.run / _deployment().FOLDER
+    _deployment().prepare(folder, federated.client_ids(options.run), options.host, options.port)
     print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
 
 
-def _server(options: argparse.Namespace) -> int:
-    from fedhubert_lib.federated import deployment
-
-    _exit_on_sigterm()
-    return deployment.serve(options.run / deployment.FOLDER, options.bind)
-
-
 def _register(options: argparse.Namespace) -> None:
-    from fedhubert_lib.federated import deployment
-
-    added = deployment.register(options.run / deployment.FOLDER)
+    added = _deployment().register(options.run / _deployment().FOLDER)
     print(f"registered: {', '.join(added) or 'no new client'}")
 
 
-def _client(options: argparse.Namespace) -> None:
-    from fedhubert_lib.federated import deployment
-
-    _exit_on_sigterm()
-    deployment.attend(options.node, options.run, options.device)
-
-
 def _deploy_run(options: argparse.Namespace) -> None:
-    from fedhubert_lib.federated import deployment
-
     folder = options.run.resolve()
     os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
     engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
     study = studies.load(options.study, [*options.set, *engines], folder.name)
-    deployment.check(folder)
+    _deployment().check_records(folder)
+    _deployment().check(folder)
     for stage in options.stage or DEPLOYED:
         _run_study(study, stage, stage, options.force)
 
 
 def _local(options: argparse.Namespace) -> None:
-    from fedhubert_lib.federated import deployment
-
-    _exit_on_sigterm()
-    with deployment.local(options.run / deployment.FOLDER, options.run, options.device):
+    _deployment().check_records(options.run)
+    with _deployment().local(options.run / _deployment().FOLDER, options.run, options.device):
         _deploy_run(options)
-
-
-def _exit_on_sigterm() -> None:
-    """By an exception, so that Flower's programs are ended, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -235,13 +218,13 @@ COMMANDS = {
         ),
     ),
     "deploy server": Command(
-        _server,
+        lambda options: _deployment().serve(options.run / _deployment().FOLDER, options.bind),
         "run the SuperLink, until it is stopped",
         (FOLDER, _argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")),
     ),
     "deploy register": Command(_register, "register clients whose keys the running SuperLink does not know", (FOLDER,)),
     "deploy client": Command(
-        _client,
+        lambda options: _deployment().attend(options.node, options.run, options.device),
         "run a client's SuperNode, until it is stopped",
         (FOLDER, _argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT"), DEVICE),
     ),
