@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 from fedhubert_lib import hubert
-from fedhubert_lib.evaluation import encoders, keywords, probes
+from fedhubert_lib.evaluation import encoders, extraction, keywords, probes
 from fedhubert_lib.evaluation.measures import ABX_CLIPS, ABX_TRIPLETS
 
 CLIPS, WORDS, SPEAKERS, SEEDS, TARGET = 10_000, 35, 200, 3, 120.0
@@ -51,22 +51,24 @@ def _parts(layers: int, width: int, steps: int) -> dict[str, Callable[[], object
     rows = rng.standard_normal((CLIPS, layers, width), dtype=np.float32)
     rows += 0.2 * rng.standard_normal((WORDS, 1, width), dtype=np.float32)[labels]
     train, validation, test = np.split(rng.permutation(CLIPS), [int(0.8 * CLIPS), int(0.9 * CLIPS)])
-    task = keywords.Task(rows, labels, train, validation, test, WORDS)
+    task = keywords.Task([str(word) for word in range(WORDS)], labels, train, validation, test)
     one, seeds = np.ascontiguousarray(rows[:, layers // 2]), range(SEEDS)
-    frames = list(torch.from_numpy(rng.standard_normal((ABX_CLIPS, 49, width), dtype=np.float32)))
+    frames = rng.standard_normal((ABX_CLIPS, 49, width), dtype=np.float32)
     some = labels[:ABX_CLIPS], rng.integers(10, size=ABX_CLIPS)
 
-    def abx() -> None:
-        for seed in seeds:
-            probes.abx_error(frames, probes.triplets(*some, seed=seed, count=ABX_TRIPLETS))
+    def linear(layer: int) -> float:
+        return probes.ridge(rows[train, layer], labels[train]).score(rows[test, layer], labels[test])
+
+    def abx(seed: int) -> float:
+        return probes.abx_error(frames, probes.triplets(*some, seed=seed, count=ABX_TRIPLETS))
 
     return {
-        f"keyword probe, {steps} steps": lambda: [keywords.probe(task, each, steps=steps, rate=1e-2) for each in seeds],
-        "linear probe per layer": lambda: [probes.ridge(rows[:, i], labels, train, test) for i in range(layers)],
+        f"keyword probe, {steps} steps": lambda: [keywords.probe(rows, task, i, steps=steps, rate=1e-2) for i in seeds],
+        "linear probe per layer": lambda: [linear(layer) for layer in range(layers)],
         "10 nearest neighbours": lambda: probes.nearest(one, labels, train, test),
-        "speakers left out": lambda: [probes.leave_speakers_out(one, labels, speakers, seed=each) for each in seeds],
-        "speaker probe": lambda: [probes.speaker_accuracy(one, speakers, seed=each) for each in seeds],
-        f"ABX, {ABX_TRIPLETS} triplets": abx,
+        "speakers left out": lambda: [probes.leave_speakers_out(one, labels, speakers, seed=i) for i in seeds],
+        "speaker probe": lambda: [probes.speaker_accuracy(one, speakers, seed=i) for i in seeds],
+        f"ABX, {ABX_TRIPLETS} triplets": lambda: [abx(seed) for seed in seeds],
     }
 
 
@@ -84,9 +86,9 @@ def _extraction() -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "clip.wav")
         soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
-        clips = pd.DataFrame({"clip": map(str, range(400)), "path": str(path)})
+        clips = pd.DataFrame({"clip": map(str, range(400)), "path": str(path), "word": "yes"})
         encoder = encoders.of_model(encoders.untrained(hubert.preset("tiny"), 0), torch.device("cpu"))
-        return tuple(_seconds(lambda: keywords.features(encoder, clips, Path(folder, "rows"))) for _ in range(2))
+        return tuple(_seconds(lambda: extraction.clips(encoder, clips, Path(folder, "rows"))) for _ in range(2))
 
 
 if __name__ == "__main__":

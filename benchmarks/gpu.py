@@ -240,7 +240,7 @@ def learning(at: Setting) -> None:
     import torch
 
     from fedhubert_lib import corpora, federated, files, kmeans, params, partition, preflight, pretrained, pretraining
-    from fedhubert_lib.evaluation import encoders, layers, probes
+    from fedhubert_lib.evaluation import encoders, extraction, layers, probes
 
     with tempfile.TemporaryDirectory() as folder:
         run, began = Path(folder), time.perf_counter()
@@ -277,16 +277,18 @@ def learning(at: Setting) -> None:
         row("federated training", rounds=p.rounds, hours_heard=heard, seconds=time.perf_counter() - began, **figures)
 
         table, phones = layers.held_out(run, 0.5 if at.tiny else 4.0, 0)
+        labels, speakers = layers.phone_labels(table, phones)
+        known = labels >= 0
         model, _ = pretrained.load(checkpoint)
         for name, network in {"trained": model, "random weights": encoders.untrained(model.config, 0)}.items():
             encoder = encoders.of_model(network, torch.device(at.device))
-            frames = layers.frames(encoder, table, run / f"{name.split()[0]}.npy")
+            frames = extraction.utterances(encoder, table, run / f"{name.split()[0]}.npy")
             score = {}
             for layer in range(frames.shape[1]):
                 block = np.ascontiguousarray(frames[:, layer])
-                quality = layers.unit_quality(block, table, phones, clusters=20 if at.tiny else 100, seed=0)
-                accuracy, _ = probes.frame_accuracy(block, *layers.phone_labels(table, phones), draws=[0])
-                score[layer] = (accuracy[0], quality["pnmi"])
+                quality = layers.unit_quality(block, labels, clusters=20 if at.tiny else 100, seed=0)
+                accuracy, _ = probes.leave_speakers_out(block[known], labels[known], speakers[known], seed=0, folds=3)
+                score[layer] = (accuracy, quality["pnmi"])
             best = [max(values) for values in zip(*score.values(), strict=True)]
             row(f"phones, {name}, best layer", phone_probe=best[0], pnmi=best[1])
 

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from fedhubert_lib import (
     corpora,
@@ -37,7 +38,7 @@ from fedhubert_lib import (
     recipes,
     training,
 )
-from fedhubert_lib.evaluation import encoders, intervals, layers, probes, units
+from fedhubert_lib.evaluation import encoders, extraction, intervals, layers, probes
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
@@ -128,24 +129,18 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
 def unigram(counts: list[np.ndarray]) -> dict[str, float]:
     """What needs no model: guessing from how often each client has each label. ``counts``: labels of each client."""
     total = sum(own.sum() for own in counts)
-    entropy = sum(float(own.sum() / total) * units.entropy(own) for own in counts)
+    entropy = sum(float(own.sum() / total) * stats.entropy(own) for own in counts)
     return {"unigram_loss": entropy, "unigram_accuracy": sum(int(own.max()) for own in counts) / total}
 
 
 def phone_probe(base: Path, encoder: encoders.Encoder, cache: Path, seed: int) -> list[float]:
     """Accuracy of a linear phone classifier on frames of voices that it was not fitted on, for each layer."""
     table, phones = layers.held_out(base, 3.0, seed)
-    frames = layers.frames(encoder, table, cache)
-    names, codes = np.unique(phones.phone.to_numpy(dtype=str), return_inverse=True)
-    labels = []
-    for utterance, count in zip(table.utterance, layers.frame_counts(table), strict=True):
-        own = (phones.utterance == utterance).to_numpy()
-        segment = units.frame_phones(phones.start_sample[own].to_numpy(), phones.end_sample[own].to_numpy(), count)
-        labels.append(np.where(segment >= 0, codes[own][segment], -1))
-    label, known = np.concatenate(labels), np.concatenate(labels) >= 0
-    speaker = np.repeat(table.speaker.to_numpy(dtype=str), layers.frame_counts(table))[known]
+    frames = extraction.utterances(encoder, table, cache)
+    labels, speakers = layers.phone_labels(table, phones)
+    known = labels >= 0
     return [
-        probes.leave_speakers_out(np.ascontiguousarray(frames[known, layer]), label[known], speaker, seed=seed, folds=3)
+        probes.leave_speakers_out(frames[known, layer], labels[known], speakers[known], seed=seed, folds=3)[0]
         for layer in range(frames.shape[1])
     ]
 

@@ -4,6 +4,7 @@
 before the first, and again once the corpus and the clients exist.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedhubert_lib import (
     threads,
 )
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
-from fedhubert_lib.evaluation import keywords
+from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
 from fedhubert_lib.teaching import Teacher
 
@@ -98,6 +99,7 @@ def _problems(stage: str, p: params.Section, run: Path, study: params.Study | No
         checks += [("teacher", _teacher(p, run, study))]
     if isinstance(p, params.Evaluate):
         checks += [("checkpoint", _model(p.checkpoint)), ("task", _keywords(p, run, study))]
+        checks += [("clusters", _units(p, run))]
     for name, problems in checks:
         try:
             yield from (f"{stage}.{name}: {text}" for text in problems)
@@ -185,3 +187,11 @@ def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> Iter
             if missing := sorted(set(keywords.COMMANDS) - speech_commands.usable(root)):
                 yield f"superb needs ten commands; {root} has no training or no test clip of {', '.join(missing)}"
             keywords.noise(root)
+
+
+def _units(p: params.Evaluate, run: Path) -> Iterator[str]:
+    """Whether the held-out speech, once it is there, has a frame for every cluster."""
+    if (run / "00_corpus" / "manifest.parquet").is_file() and (run / "01_partition" / "heldout.parquet").is_file():
+        with contextlib.suppress(layers.NoPhonesError):  # units are then left out
+            layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
+    yield from ()

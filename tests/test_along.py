@@ -55,16 +55,17 @@ def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path):
     pretraining.run(run, p)
     pretraining.centralised(run, p)
     found = list(systems.along(run, CPU))
-    assert [(each.of, each.round) for each in found] == [
-        (of, n) for of in ("teacher", "centralised") for n in (1, 2, 3)
+    assert [(system.name, number) for number, _, system in found] == [
+        (name, number) for name in ("teacher", "centralised") for number in (1, 2, 3)
     ]
     for name, folder in (("teacher", run / "03_pretrain"), ("centralised", run / "03_pretrain" / "centralised")):
         rows = [row for row in files.read_rows(folder / "metrics.jsonl") if row["kind"] == "round"]
         heard = np.cumsum([row["audio_seconds"] for row in rows]) / 3600
-        assert [each.hours for each in found if each.of == name] == pytest.approx(heard)
+        assert [hours for _, hours, system in found if system.name == name] == pytest.approx(heard)
         # The last is the model of the run; those before it are others.
-        digests = [each.system.digest for each in found if each.of == name]
+        digests = [system.digest for _, _, system in found if system.name == name]
         assert digests[-1] == systems._digest(folder / "checkpoint") and len(set(digests)) == 3
-    last = found[2].system.model.state_dict()
-    model, _ = pretrained.load(run / "03_pretrain" / "checkpoint")
-    assert federation.digest(last) == federation.digest(model.state_dict())
+    last = found[2][2].model.state_dict()
+    assert federation.digest(last) == federation.digest(
+        pretrained.load(run / "03_pretrain" / "checkpoint")[0].state_dict()
+    )

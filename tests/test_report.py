@@ -1,4 +1,4 @@
-"""The report: all systems on all measures, stable keys, equal for equal runs, honest about what is missing."""
+"""The report: all systems on all measures, stable keys, equal for equal runs, a reason for what is missing."""
 
 import itertools
 import json
@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from conftest import ROOT
 
-from fedhubert_lib import cli, files, hubert, params, pretrained, seeds
-from fedhubert_lib.evaluation import encoders, keywords, layers, measures, report, systems, tables
+from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
+from fedhubert_lib.evaluation import encoders, extraction, layers, measures, report, systems, tables
 
 WORDS = ("yes", "no", "up")
 
@@ -75,52 +76,48 @@ def run(made, tmp_path):
     return shutil.copytree(made, tmp_path / "run")
 
 
+CPU = torch.device("cpu")
+P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
+SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
+
+
 @pytest.fixture(scope="module")
 def evaluated(made, tmp_path_factory):
-    """A copy that has been evaluated, its table, and the progress that was shown."""
+    """A copy that has been evaluated, with compared students and results of s3prl; its report, and the progress."""
     run, seen = shutil.copytree(made, tmp_path_factory.mktemp("evaluated") / "run"), []
-    config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=1)
     for seed, place in itertools.product((9, 10), ("hubert/{}", "hubert/{}/centralised", "untrained/{}")):
-        student = encoders.untrained(config, len(place) + seed)
+        student = encoders.untrained(hubert.preset("tiny", "logmel", **SMALL), len(place) + seed)
         pretrained.save(run / "04_distill" / "compared" / place.format(seed) / "checkpoint", student)
-    teacher = systems.of_run(run, 0, torch.device("cpu"))[0][0]
+    teacher = systems.of_run(run, 0, CPU)[0][0]
     for fine_tuned in (False, True):
-        said_by_s3prl(run, teacher.digest, fine_tuned=fine_tuned)
+        leave_s3prl_results(run, teacher.digest, fine_tuned=fine_tuned)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "ABX_TRIPLETS", 50)
-        return run, report.run(run, P, on_progress=lambda *what: seen.append(what)), seen
+        return run, report.run(run, P, on_progress=lambda *progress: seen.append(progress)), seen
 
 
-def said_by_s3prl(run, digest, accuracies=(0.5, 0.7), fine_tuned=False):
-    """Results as ``fedhubert s3prl`` leaves them for the teacher, a seed each."""
+def leave_s3prl_results(run, digest, accuracies=(0.5, 0.7), fine_tuned=False):
+    """Results as ``fedhubert s3prl`` leaves them for the teacher, one per seed."""
     kind = "fine-tuned" if fine_tuned else "frozen"
     for seed, accuracy in enumerate(accuracies):
         result = {"system": "teacher", "digest": digest, "test": accuracy, "classes": 11, "fine_tuned": fine_tuned}
         files.write_json(run / "s3prl" / f"teacher-{kind}" / f"seed-{seed}" / "result.json", result)
 
 
-P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
+def names(run, checkpoint=""):
+    return [system.name for system in systems.of_run(run, 0, CPU, checkpoint)[0]]
 
 
-def test_a_student_stands_beside_the_teacher_that_it_had(run, made):
-    given = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=1)
-    pretrained.save(run / "public", encoders.untrained(given, 5))
-    (run / "04_distill" / "params.yaml").write_text(f"teacher: {run / 'public'}\n")
-    found, _ = systems.of_run(run, 0, torch.device("cpu"))
-    names = [each.name for each in found]
-    assert systems.teacher_of(names) == "given-teacher" and "teacher" in names
-    (own,) = [each for each in found if each.name == "given-teacher"]
-    assert own.model.config == given and found[names.index("random")].model.config != given
-    (run / "04_distill" / "params.yaml").write_text('teacher: ""\n')
-    assert systems.teacher_of([each.name for each in systems.of_run(run, 0, torch.device("cpu"))[0]]) == "teacher"
+def s3prl_figures(run):
+    return [figure for figure in report.read(run)["figures"] if figure["measure"].startswith("s3prl-")]
 
 
-def test_every_system_stands_beside_its_baselines(evaluated):
-    _, table, seen = evaluated
+def test_report_has_every_system_beside_its_baselines(evaluated):
+    _, written, seen = evaluated
+    table = tables.figures(written)
     assert list(dict.fromkeys(table.system_name)) == ["teacher", "student", "random", "mfcc", "mfcc-moments"]
-    assert table[table.measure_name == "keyword-accuracy"].shape[0] == 5
     words = table[table.measure_name == "keyword-accuracy"]
-    assert (words.seeds == 2).all() and words.low.notna().all() and (words.baseline == 1 / 3).all()
+    assert len(words) == 5 and (words.seeds == 2).all() and words.low.notna().all() and (words.baseline == 1 / 3).all()
     moments = table[table.measure_name == "moments-accuracy"]
     assert list(moments.system_name) == ["teacher", "student", "random", "mfcc"] and (moments.seeds == 2).all()
     student = table[table.system_name == "student"].set_index(["measure_name", "layer"])
@@ -135,27 +132,25 @@ def test_every_system_stands_beside_its_baselines(evaluated):
     assert ("federated teacher", 54, 54) in seen
 
 
-def test_report_is_stable_documented_and_plain_json(evaluated):
-    run, _, _ = evaluated
-    written = json.loads((run / "05_evaluate" / "report.json").read_text())
+def test_report_is_documented_plain_json(evaluated):
+    run, written, _ = evaluated
+    assert json.loads((run / "05_evaluate" / "report.json").read_text()) == written == report.read(run)
     assert written["format"] == "fedhubert-report" and written["version"] == 1
-    assert list(written) == [
-        *("format", "version", "run", "seed", "parameters", "data", "systems", "absent", "measures", "figures"),
-        *("along", "compared", "confusion", "missed", "notes"),
-    ]
-    keys = ["system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"]
-    assert all(list(figure) == keys for figure in written["figures"])
-    assert {figure["measure"] for figure in written["figures"]} == set(report.MEASURES)
-    assert all(f"``{key}``" in report.__doc__ for key in (*list(written)[2:], *keys[3:]))
+    keys = {"system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"}
+    assert all(set(figure) == keys for figure in written["figures"])
+    assert {figure["measure"] for figure in written["figures"]} == set(measures.MEASURES)
+    documented = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"`{key}`" in documented for key in {*written, *keys} - {"format", "version"})
     assert written["absent"] == {
         "centralised": "no checkpoint in 03_pretrain/centralised/checkpoint",
         "centralised-student": "no checkpoint in 04_distill/centralised/checkpoint",
     }
     assert written["data"]["clips"] == {"test": 18, "train": 18, "validation": 18}
     assert written["data"]["units"]["utterances"] == 3  # two of the test subset, one held-out speaker
-    table = pd.read_csv(run / "05_evaluate" / "report.csv")
-    assert len(table) == len(written["figures"])
+    assert len(pd.read_csv(run / "05_evaluate" / "report.csv")) == len(written["figures"])
     assert np.sum(written["confusion"]["teacher"]) == 2 * 18
+    missed = written["missed"]["teacher"]
+    assert all(clip["word"] != clip["taken_for"] and 1 <= clip["seeds"] <= 2 for clip in missed)
 
 
 def test_equal_runs_give_equal_reports(evaluated, run):
@@ -166,6 +161,44 @@ def test_equal_runs_give_equal_reports(evaluated, run):
     features[0].unlink()  # as after a kill in the middle
     report.run(run, P)
     assert first == {name: (run / "05_evaluate" / name).read_bytes() for name in first}
+
+
+def test_best_figures_are_those_of_the_best_layer(evaluated):
+    written = evaluated[1]
+    pnmi, purity, accuracy, weights = ([0.2, 0.4, 0.4], [0.9, 0.5, 0.8], [0.1, 0.3, 0.2], [0.5, 0.2, 0.3])
+    columns = {"pnmi": pnmi, "phone-purity": purity, "abx-error": accuracy, "layer-weight": weights}
+    figures = [
+        {"system": "a", "measure": name, "layer": layer, "value": values[layer]}
+        for layer in range(3)
+        for name, values in columns.items()
+    ]
+    chosen = {name: figure["layer"] for name, figure in tables.best(figures)["a"].items()}
+    assert chosen == {"pnmi": 1, "phone-purity": 1, "abx-error": 0, "layer-weight": 0}
+    rows = tables.of_best_layers(written)
+    assert rows.groupby("measure_name", sort=False).size().to_dict() == dict(
+        zip(tables.HEADLINE, (5, 4, 4, 4, 4), strict=True)
+    )
+
+
+def test_tables_show_every_measure_once(evaluated):
+    written = evaluated[1]
+    wide, below = tables.headline(written), tables.below(written)
+    assert list(wide.index) == [each["title"] for each in written["systems"]] and wide.shape[1] == 5
+    assert wide.map(len).max().max() <= len("0.500 ± 0.010")  # one line in a cell
+    shown = [title for each in [wide, *below] for title in each.columns]
+    assert sorted([*shown, *(tables.TITLES[name] for name in ("layer-accuracy", "layer-weight"))]) == sorted(
+        tables.TITLES.values()
+    )
+
+
+def test_student_is_a_fraction_of_its_teacher(evaluated):
+    written = evaluated[1]
+    quality, cost = tables.student(written)
+    chosen = tables.best(written["figures"])
+    ratio = chosen["student"]["pnmi"]["value"] / chosen["teacher"]["pnmi"]["value"]
+    assert quality["PNMI of units"] == ratio and cost["parameters"] > 1  # two layers after one
+    alone = [figure for figure in written["figures"] if figure["system"] != "student"]
+    assert tables.student(written | {"figures": alone}) == ({}, {})
 
 
 def trained(run, rounds=(1, 2, 3)):
@@ -180,27 +213,31 @@ def trained(run, rounds=(1, 2, 3)):
             pretrained.save(place, encoders.untrained(config, number))
 
 
-def test_checkpoints_on_the_way_tell_quality_over_hours(run):
+def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tmp_path, capsys):
     trained(run)
-    report.run(run, P.model_copy(update={"along": True}))
-    written = report.read(run)
+    written = report.run(run, P.model_copy(update={"along": True}))
     keys = ["system", "round", "hours", "measure", "layer", "value", "low", "high", "values"]
     assert all(list(each) == keys for each in written["along"])
     assert [(each["round"], each["hours"]) for each in written["along"][::4]] == [(1, 0.5), (2, 1.0), (3, 1.5)]
     assert {each["measure"] for each in written["along"]} == set(measures.ESSENTIALS)
     # The end of the way is the teacher of the table, and its start another model.
-    best = tables.best(tables.figures(written)).set_index(["system_name", "measure_name"]).value
+    best = tables.best(written["figures"])["teacher"]
     values = {(each["round"], each["measure"]): each["value"] for each in written["along"]}
-    assert all(values[3, name] == best["teacher", name] for name in measures.ESSENTIALS)
-    assert any(values[1, name] != best["teacher", name] for name in measures.ESSENTIALS)
+    assert all(values[3, name] == best[name]["value"] for name in measures.ESSENTIALS)
+    assert any(values[1, name] != best[name]["value"] for name in measures.ESSENTIALS)
     drawn = tables.along([written, written | {"run": "other"}])
     assert set(drawn[drawn.hours.isna()].system) == {"random weights", "MFCC"}
     assert len(drawn) == 2 * (3 * 4 + 2 * 4)
     assert tables.along([written | {"along": []}]).empty
 
+    assert cli.main(["along", str(run), "--to", str(tmp_path / "along.png")]) == 0
+    assert (tmp_path / "along.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["along", str(evaluated[0])]) == runner.USAGE
+    assert "evaluate.along: true" in capsys.readouterr().err
 
-def test_intervals_over_training_seeds_need_other_weights_and_like_measures(evaluated, capsys):
-    first = report.read(evaluated[0])
+
+def test_intervals_over_training_seeds_need_other_weights(evaluated):
+    first = evaluated[1]
     second = json.loads(json.dumps(first)) | {"run": "other"}
     with pytest.raises(tables.DifferentRunsError, match="the same teacher"):
         tables.over_training_seeds([first, second])
@@ -208,180 +245,177 @@ def test_intervals_over_training_seeds_need_other_weights_and_like_measures(eval
         each["digest"] += "other"
     for each in second["figures"]:
         each["value"] += 0.02 if each["measure"] == "keyword-accuracy" else 0
-    values = tables.over_training_seeds([first, second])
-    one = next(each for each in first["figures"] if each["measure"] == "keyword-accuracy")
-    pair = values["federated teacher", "keyword-accuracy"]
-    assert pair.mean == pytest.approx(one["value"] + 0.01) and pair.over == "training seeds"
-    assert pair.interval == pytest.approx(12.706 * 0.01, rel=1e-3)  # Student's t of two
+    mean = tables.over_training_seeds([first, second])["federated teacher", "keyword-accuracy"]
+    value = tables.best(first["figures"])["teacher"]["keyword-accuracy"]["value"]
+    assert mean.value == pytest.approx(value + 0.01)
+    assert mean.high - mean.value == pytest.approx(12.706 * 0.01, rel=1e-3)  # Student's t of two
     assert "over 2 training seeds" in tables.markdown([first, second])
     assert "one training seed, 2 evaluation seeds" in tables.markdown([first])
-    assert cli.main(["table", str(evaluated[0])]) == 0
-    assert capsys.readouterr().out.count("\n") == 2 + len(first["systems"])
-    assert cli.main(["table", str(evaluated[0]), str(evaluated[0])]) == 1
-    assert "give runs of different seeds" in capsys.readouterr().err
-    second["parameters"] |= {"clusters": 9}
-    with pytest.raises(tables.DifferentRunsError, match="other: measured otherwise than run: clusters differ"):
+    second["data"]["words"] = ["yes"]
+    with pytest.raises(tables.DifferentRunsError, match="other words"):
         tables.over_training_seeds([first, second])
 
 
-def test_the_picture_of_hours_heard_is_drawn_of_runs_that_have_it(run, evaluated, tmp_path, capsys):
-    trained(run)
-    report.run(run, P.model_copy(update={"along": True}))
-    assert cli.main(["along", str(run), "--to", str(tmp_path / "along.png")]) == 0
-    assert (tmp_path / "along.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["along", str(evaluated[0])]) == 1
-    assert "set evaluate.along: true" in capsys.readouterr().err
+def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_path, capsys):
+    assert cli.main(["table", str(evaluated[0])]) == 0
+    assert capsys.readouterr().out.count("\n") == 2 + len(evaluated[1]["systems"])
+    runs = [shutil.copytree(evaluated[0], tmp_path / name) for name in ("one", "two")]
+    command = ["table", *map(str, runs)]
+    for number, run in enumerate(runs):
+        for stage in ("03_pretrain", "04_distill"):
+            (run / stage / "params.yaml").write_text(f"run: {run.name}\nseed: {number}\nengine: pool\nrounds: 40\n")
+    assert cli.main(command) == runner.USAGE
+    assert "give runs of different seeds" in capsys.readouterr().err
+    (runs[1] / "03_pretrain" / "params.yaml").write_text("run: two\nseed: 1\nengine: inprocess\nrounds: 60\n")
+    assert cli.main(command) == runner.USAGE
+    assert "differ in pretrain.rounds (40, 60)\n" in capsys.readouterr().err
 
 
-def test_compared_students_stand_between_their_teacher_and_the_floors(evaluated):
-    written = report.read(evaluated[0])
+def test_compared_students_stand_between_their_teacher_and_mfcc(evaluated):
+    run, written, _ = evaluated
     keys = ["objective", "training", "measure", "value", "low", "high", "values"]
     assert all(list(each) == keys and len(each["values"]) == 2 for each in written["compared"])
-    known = {(each["objective"], each["training"], each["measure"]): each["values"] for each in written["compared"]}
-    trained = {("hubert", "federated"), ("hubert", "centralised"), ("untrained", "none")}
-    assert set(known) == {(*each, name) for each in trained for name in ("keyword-accuracy", "pnmi", "phone-accuracy")}
+    values = {(each["objective"], each["training"], each["measure"]): each["values"] for each in written["compared"]}
+    trainings = {("hubert", "federated"), ("hubert", "centralised"), ("untrained", "none")}
+    assert set(values) == {(*each, name) for each in trainings for name in tables.COMPARED}
     table = tables.comparison(written)
     assert list(table.system.unique()) == ["teacher", "hubert, federated", "hubert, centralised", "untrained", "MFCC"]
-    kept = tables.kept(written)
-    ratio = np.divide(*(known["hubert", each, "pnmi"] for each in ("federated", "centralised")))
-    assert kept.loc[("hubert", "PNMI of units"), "of the centralised student's"].startswith(f"{ratio.mean():.3f} ±")
-    teacher = max(
-        each["value"] for each in written["figures"] if (each["system"], each["measure"]) == ("teacher", "pnmi")
-    )
-    share = np.mean(known["hubert", "federated", "pnmi"]) / teacher
-    assert kept.loc[("hubert", "PNMI of units"), "of the teacher's"].startswith(f"{share:.3f} ±")
+    kept = tables.kept(written).loc[("hubert", "PNMI of units")]
+    federated, centralised = (np.array(values["hubert", training, "pnmi"]) for training in ("federated", "centralised"))
+    assert kept["of the centralised student's"].startswith(f"{(federated / centralised).mean():.3f} ±")
+    teacher = tables.best(written["figures"])["teacher"]["pnmi"]["value"]
+    assert kept["of the teacher's"].startswith(f"{federated.mean() / teacher:.3f} ±")
     # Seeds are numbers: 9 comes before 10.
-    assert [each.name[-2:] for each in systems.compared(evaluated[0], torch.device("cpu"))["hubert", "federated"]] == [
-        " 9",
-        "10",
-    ]
+    students = systems.compared(run, CPU)["hubert", "federated"]
+    assert [student.name.split()[-1] for student in students] == ["9", "10"]
     assert tables.comparison(written | {"compared": []}).empty and tables.kept(written | {"compared": []}).empty
 
 
 def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, tmp_path):
     run = shutil.copytree(evaluated[0], tmp_path / "run")
     before = report.read(run)
-    [figure] = [each for each in before["figures"] if each["measure"] == "s3prl-accuracy"]
+    fine_tuned, figure = s3prl_figures(run)
+    assert fine_tuned["measure"] == "s3prl-fine-tuned-accuracy"
     assert (figure["system"], figure["values"], figure["baseline"]) == ("teacher", [0.5, 0.7], 1 / 11)
-    table = report.add_s3prl(run)
-    shown = tables.below(table)[0].loc["federated teacher"]
-    assert report.read(run) == before and shown["keyword accuracy, s3prl"].startswith("0.600\N{NO-BREAK SPACE}±")
+    report.add_s3prl(run)
+    assert report.read(run) == before
+    assert tables.below(before)[0].loc["federated teacher", "keyword accuracy, s3prl"].startswith("0.600")
 
-    said_by_s3prl(run, before["systems"][0]["digest"], (0.9,))
+    leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
     (run / "s3prl" / "teacher-frozen" / "seed-1" / "result.json").unlink()
     shutil.rmtree(run / "s3prl" / "teacher-fine-tuned")
     report.add_s3prl(run)
-    found = [each for each in report.read(run)["figures"] if each["measure"].startswith("s3prl-")]
-    assert [(each["measure"], each["value"]) for each in found] == [("s3prl-accuracy", 0.9)]
+    assert [(figure["measure"], figure["value"]) for figure in s3prl_figures(run)] == [("s3prl-accuracy", 0.9)]
+    assert "0.9," in (run / "05_evaluate" / "report.csv").read_text()
 
-    said_by_s3prl(run, "of other weights", (0.9,))
+    leave_s3prl_results(run, "of other weights", (0.9,))
     report.add_s3prl(run)
-    assert not [each for each in report.read(run)["figures"] if each["measure"].startswith("s3prl-")]
-    assert any("teacher has changed since" in note for note in report.read(run)["notes"])
+    assert not s3prl_figures(run) and any("teacher has changed" in note for note in report.read(run)["notes"])
 
 
-def test_tables_hold_every_measure_with_one_line_in_a_cell(evaluated):
-    _, table, _ = evaluated
-    wide = tables.headline(table)
-    assert list(wide.index) == list(dict.fromkeys(table.system)) and wide.shape[1] == 5
-    assert wide.map(len).max().max() <= len("0.500 ± 0.010")  # one line in a cell
-    shown = {title for each in [wide, *tables.below(table)] for title in each.columns}
-    of_layers = {"keyword accuracy, one layer", "share of the layer"}
-    assert shown | of_layers == set(table.measure)  # what is not in the headline stands below
+def test_given_teacher_stands_beside_its_student(run):
+    config = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=1)
+    pretrained.save(run / "public", encoders.untrained(config, 5))
+    (run / "04_distill" / "params.yaml").write_text(f"teacher: {run / 'public'}\n")
+    compared = {system.name: system for system in systems.of_run(run, 0, CPU)[0]}
+    assert systems.teacher_of(compared) == "given-teacher" and "teacher" in compared
+    assert compared["given-teacher"].model.config == config != compared["random"].model.config
+    (run / "04_distill" / "params.yaml").write_text('teacher: ""\n')
+    assert systems.teacher_of(names(run)) == "teacher"
 
 
-def test_without_phones_units_are_noted_not_invented(run):
-    (run / "00_corpus" / "phones.parquet").unlink()
-    table = report.run(run, P)
-    assert not {"pnmi", "phone-accuracy"} & set(table.measure_name)
-    notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
-    assert len(notes) == 1 and notes[0].startswith("units: no utterance")
+def test_teacher_alone_is_evaluated(run):
+    (run / "04_distill" / "begun.json").write_text("{}")  # and not done: what lies there may be of other weights
+    written = report.run(run, P)
+    assert [each["system"] for each in written["systems"]] == ["teacher", "random", "mfcc", "mfcc-moments"]
+    assert written["absent"]["student"] == "04_distill is not done"
 
 
-def test_units_of_trained_on_speech_are_never_used(run):
-    table, phones = layers.held_out(run, 1.0, 0)
-    assert set(table.speaker) == {"3", "4", "5"} and set(phones.utterance) == set(table.utterance)
-    assert len(layers.held_out(run, 0.01, 0)[0]) == 1
+def test_student_of_an_older_teacher_is_left_out(run):
+    files.write_json(run / "03_pretrain" / "done.json", {"outputs": "new", "identity": {"inputs": {}}})
+    inputs = {"03_pretrain": "old"}
+    files.write_json(run / "04_distill" / "done.json", {"outputs": "x", "identity": {"inputs": inputs}})
+    compared, absent = systems.of_run(run, 0, CPU)
+    assert [system.name for system in compared] == ["teacher", "random", "mfcc", "mfcc-moments"]
+    assert absent["student"] == "04_distill is made from an older 03_pretrain; run it again"
 
 
-def test_without_a_teacher_there_is_nothing_to_evaluate(run):
+def test_checkpoint_is_evaluated_without_any_training(run):
+    public = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=2)
+    pretrained.save(run / "other" / "03_pretrain" / "checkpoint", encoders.untrained(public, 5))
+    p = P.model_copy(update={"checkpoint": str(run / "other" / "03_pretrain" / "checkpoint")})
+    assert names(run, p.checkpoint)[:4] == ["teacher", "student", "checkpoint", "random"]
+    for stage in ("01_partition", "03_pretrain", "04_distill"):
+        shutil.rmtree(run / stage)
+    written = report.run(run, p)
+    titles = [each["title"] for each in written["systems"]]
+    assert titles[:3] == ["checkpoint other/03_pretrain", "random weights", "MFCC"] and len(titles) == 4
+    assert max(each["layer"] for each in written["figures"] if each["measure"] == "phone-accuracy") == 2
+
+
+def test_nothing_to_evaluate_is_refused(run):
     (run / "03_pretrain" / "checkpoint" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="run 03_pretrain first"):
         report.run(run, P)
 
 
-def test_a_teacher_alone_is_evaluated(run):
-    (run / "04_distill" / "begun.json").write_text("{}")  # and not done: what lies there may be of other weights
-    table = report.run(run, P)
-    assert list(dict.fromkeys(table.system_name)) == ["teacher", "random", "mfcc", "mfcc-moments"]
-    assert report.read(run)["absent"]["student"] == "04_distill is not done"
-
-
-def test_a_checkpoint_is_evaluated_without_any_training(run):
-    public = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=2)
-    pretrained.save(run / "public", encoders.untrained(public, 5))
-    p = P.model_copy(update={"checkpoint": str(run / "public")})
-    beside, _ = systems.of_run(run, 0, torch.device("cpu"), p.checkpoint)
-    assert [each.name for each in beside][:4] == ["teacher", "student", "checkpoint", "random"]
-    for stage in ("01_partition", "03_pretrain", "04_distill"):
-        shutil.rmtree(run / stage)
-    table = report.run(run, p)
-    assert list(dict.fromkeys(table.system)) == ["checkpoint public", "random weights", "MFCC", *table.system[-1:]]
-    assert table.set_index("measure_name").layer.loc["phone-accuracy"].max() == 2
-
-
 def test_student_of_another_architecture_is_an_error_that_names_it(run):
     config = run / "04_distill" / "checkpoint" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
-    with pytest.raises(ValueError, match=r"04_distill/checkpoint/model.safetensors.*another shape"):
+    with pytest.raises(ValueError, match=r"04_distill/checkpoint/model.safetensors.*does not fit its config"):
         report.run(run, P)
 
 
-def test_too_few_clips_for_a_measure_are_noted(run):
+def test_more_clusters_than_frames_are_refused_before_any_work(run):
+    with pytest.raises(ValueError, match=r"evaluate.clusters: 400 given, .* has 29[0-9] frames"):
+        report.run(run, P.model_copy(update={"clusters": 400}))
+    assert not (run / "05_evaluate").exists()
+
+
+def test_too_few_clips_and_no_phones_are_noted(run):
+    (run / "00_corpus" / "phones.parquet").unlink()
     path = run / "00_corpus" / "keywords.parquet"
     clips = pd.read_parquet(path)
-    clips["speaker"] = clips["clip"]  # a speaker per clip
-    clips.to_parquet(path)
-    table = report.run(run, P)
-    assert not {"abx-error", "speaker-accuracy"} & set(table.measure_name)
-    notes = json.loads((run / "05_evaluate" / "report.json").read_text())["notes"]
-    assert [note.partition(":")[0] for note in notes] == ["abx", "voice"]
-
-
-def test_phones_of_frames_are_laid_out_as_frames(run):
-    table, phones = layers.held_out(run, 1.0, 0)
-    labels, speakers = layers.phone_labels(table, phones.sample(frac=1, random_state=0))
-    assert len(labels) == len(speakers) == layers.frame_counts(table).sum()
-    first = phones[phones.utterance == table.utterance[0]].phone.to_list()
-    own = labels[: layers.frame_counts(table)[0]]
-    # A phone lasts half a second: its frame 25 i + 12 lies in its middle.
-    assert [f"p{own[25 * i + 12]}" for i in range(4)] == first and list(speakers[:99]) == [table.speaker[0]] * 99
-    cut = phones[phones.start_sample != 8_000]
-    assert (layers.phone_labels(table, cut)[0][30:45] == -1).all()
+    clips.assign(speaker=clips["clip"]).to_parquet(path)  # a speaker per clip
+    written = report.run(run, P)
+    assert not {"abx-error", "speaker-accuracy", "pnmi", "phone-accuracy"} & {
+        figure["measure"] for figure in written["figures"]
+    }
+    assert [note.partition(":")[0] for note in written["notes"]] == ["units", "abx", "voice"]
 
 
 def test_one_speaker_is_too_few_for_the_phone_probe(run):
     for place in ("00_corpus/manifest.parquet", "01_partition/heldout.parquet"):
         pd.read_parquet(run / place).assign(speaker="one").to_parquet(run / place)
-    table = report.run(run, P)
-    assert "pnmi" in set(table.measure_name) and "phone-accuracy" not in set(table.measure_name)
-    assert any(each.startswith("phones: leaving speakers out needs") for each in report.read(run)["notes"])
+    written = report.run(run, P)
+    measured = {figure["measure"] for figure in written["figures"]}
+    assert "pnmi" in measured and "phone-accuracy" not in measured
+    assert any(note.startswith("phones: leaving speakers out needs") for note in written["notes"])
+
+
+def test_held_out_speech_is_of_no_training_speaker(run):
+    table, phones = layers.held_out(run, 1.0, 0)
+    assert set(table.speaker) == {"3", "4", "5"} and set(phones.utterance) == set(table.utterance)
+    assert len(layers.held_out(run, 0.01, 0)[0]) == 1
+
+
+def test_phone_labels_are_laid_out_as_frames(run):
+    table, phones = layers.held_out(run, 1.0, 0)
+    labels, speakers = layers.phone_labels(table, phones.sample(frac=1, random_state=0))
+    counts = layers.frame_counts(table)
+    assert len(labels) == len(speakers) == counts.sum()
+    first = phones[phones.utterance == table.utterance[0]].phone.to_list()
+    # A phone lasts half a second: its frame 25 i + 12 lies in its middle.
+    assert [f"p{labels[25 * i + 12]}" for i in range(4)] == first and list(speakers[:99]) == [table.speaker[0]] * 99
+    cut = phones[phones.start_sample != 8_000]
+    assert (layers.phone_labels(table, cut)[0][30:45] == -1).all()
 
 
 def test_frames_are_those_of_each_utterance_alone(run, tmp_path):
-    compared, _ = systems.of_run(run, 0, torch.device("cpu"))
+    encoder = systems.of_run(run, 0, CPU)[0][0].encoder
     table, _ = layers.held_out(run, 1.0, 0)
-    rows = layers.frames(compared[0].encoder, table, tmp_path / "all.npy")
-    one = layers.frames(compared[0].encoder, table.iloc[[1]], tmp_path / "one.npy")
+    rows = extraction.utterances(encoder, table, tmp_path / "all.npy")
+    alone = extraction.utterances(encoder, table.iloc[[1]], tmp_path / "alone.npy")
     counts = layers.frame_counts(table)
     assert rows.shape == (counts.sum(), 2, 48)
-    assert (rows[counts[0] : counts[0] + counts[1]] == one).all()
-
-
-def test_more_clusters_than_frames_is_refused(run):
-    with pytest.raises(ValueError, match="raise unit_minutes"):
-        layers.unit_quality(np.zeros((5, 2), np.float32), None, None, clusters=6, seed=0)
-
-
-def test_clips_are_read_from_the_runs_own_table(run):
-    assert list(keywords.read_clips(run / "00_corpus" / "keywords.parquet").word.unique()) == ["no", "up", "yes"]
+    assert (rows[counts[0] : counts[0] + counts[1]] == alone).all()

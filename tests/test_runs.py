@@ -343,6 +343,14 @@ def test_a_changed_file_behind_a_link_is_seen(tmp_path):
     assert identity.listings(p) != before
 
 
+def test_the_evaluation_does_without_a_student_of_an_older_teacher(outputs):
+    for stage in params.SECTIONS:
+        do(stage)
+    do("pretrain", "longer")
+    inputs = begin("evaluate").identity["inputs"]
+    assert "03_pretrain" in inputs and "04_distill" not in inputs
+
+
 def test_a_download_is_no_change_of_inputs(tmp_path, outputs):
     place = tmp_path / "LibriSpeech"
     stage = begin(kind="librispeech", root=str(place), download=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def save(folder, name="tiny", front_end="waveform", head=True):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Thirteen words that are pitches, by nine speakers, named as Speech Commands names its files."""
+    """Thirteen words that are pitches, by nine speakers, named as Speech Commands names its files, and noise."""
     folder = tmp_path_factory.mktemp("words")
     rows = []
     for index, word in enumerate([*keywords.COMMANDS, "cat", "dog", "tree"]):
@@ -44,16 +45,10 @@ def clips(tmp_path_factory):
                 split = "test" if speaker >= 6 else "validation" if speaker == 5 else "train"
                 row = {"clip": f"{word}/{path.name}", "path": str(path), "word": word, "speaker": str(speaker)}
                 rows.append({**row, "split": split})
+    (folder / "_background_noise_").mkdir()
+    noise = 0.1 * seeds.numpy_generator(0, "background").normal(size=320_000)
+    soundfile.write(folder / "_background_noise_" / "hum.wav", noise.astype(np.float32), 16_000)
     return pd.DataFrame(rows)
-
-
-@pytest.fixture
-def background(tmp_path):
-    folder = tmp_path / "_background_noise_"
-    folder.mkdir()
-    noise = 0.1 * seeds.numpy_generator(0, "background").normal(size=160_000)
-    soundfile.write(folder / "hum.wav", noise.astype(np.float32), 16_000)
-    return folder
 
 
 @pytest.fixture
@@ -69,11 +64,8 @@ def evaluated(clips, tmp_path):
     written["measures"] = [
         {"measure": n, "title": t, "better": b, "what": w} for n, (t, b, w) in report.MEASURES.items()
     ]
-    written["missed"] = {each.name: [] for each in compared}
     written["systems"] = [{"system": each.name, "title": each.title, "digest": each.digest} for each in compared]
     files.write_json(run / "05_evaluate" / "report.json", written)
-    speed = {each.name: {"real_time_factor": 1.0} for each in compared}
-    files.write_json(run / "05_evaluate" / "speed.json", speed)
     return run
 
 
@@ -83,23 +75,26 @@ def environment():
         pytest.skip("no environment for s3prl; run: make s3prl")
 
 
-def test_folders_are_what_s3prl_wants(clips, background, tmp_path):
-    out = s3prl.lay_out(clips, tmp_path / "data", background=background)
+def test_lay_out_makes_the_folders_of_s3prl(clips, tmp_path):
+    out = s3prl.lay_out(clips, tmp_path / "data")
     test = {path.name: len(list(path.iterdir())) for path in (out / "test").iterdir()}
-    assert test == {**dict.fromkeys(keywords.COMMANDS, 9), "_unknown_": 9, "_silence_": 2}
+    assert test == {**dict.fromkeys(keywords.COMMANDS, 9), "_unknown_": 9, "_silence_": 3}
     assert {path.name for path in (out / "train").iterdir()} == {*clips.word, "_background_noise_"}
     heard = {path.resolve() for path in (out / "train").glob("*/*.wav")}
     assert not heard & {path.resolve() for path in (out / "test").glob("*/*.wav")}
-    assert soundfile.info(out / "train" / "_background_noise_" / "hum.wav").frames == 128_000
+    assert soundfile.info(out / "train" / "_background_noise_" / "hum.wav").frames == 256_000
     assert all(path.is_symlink() for path in (out / "test" / "yes").iterdir())
 
 
-def test_a_missing_class_or_background_is_named(clips, tmp_path):
-    with pytest.raises(formats.ExportError, match="no test clip of up"):
-        s3prl.lay_out(clips[(clips.word != "up") | (clips.split != "test")], tmp_path / "data")
-    with pytest.raises(formats.ExportError, match="holds no WAV file"):
-        s3prl.lay_out(clips, tmp_path / "data", background=tmp_path)
+def test_lay_out_names_a_missing_command_and_does_without_silence(clips, tmp_path):
+    with pytest.raises(keywords.KeywordError, match="up"):
+        s3prl.lay_out(clips[clips.word != "up"], tmp_path / "data")
     assert not (tmp_path / "data").exists()
+    words = Path(clips.path[0]).parents[1]
+    shutil.copytree(words, tmp_path / "words", ignore=shutil.ignore_patterns("_background_noise_"))
+    elsewhere = clips.assign(path=clips.path.str.replace(str(words), str(tmp_path / "words"), regex=False))
+    out = s3prl.lay_out(elsewhere, tmp_path / "data")
+    assert {path.name for path in (out / "test").iterdir()} == {*keywords.COMMANDS, "_unknown_"}
 
 
 def test_without_s3prl_the_way_to_get_it_is_said(tmp_path, monkeypatch, capsys):
@@ -171,8 +166,8 @@ def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [False, True])
-def test_run_downstream_trains_and_evaluates(environment, clips, background, tmp_path, fine_tune):
-    data = s3prl.lay_out(clips, tmp_path / "data", background=background)
+def test_run_downstream_trains_and_evaluates(environment, clips, tmp_path, fine_tune):
+    data = s3prl.lay_out(clips, tmp_path / "data")
     checkpoint, out = save(tmp_path / "checkpoint"), tmp_path / "out"
     result = s3prl.benchmark(checkpoint, data, out, steps=60, rate=1e-3 if fine_tune else 1e-2, fine_tune=fine_tune)
     assert (result.steps, result.fine_tuned, result.classes) == (60, fine_tune, 12)
@@ -194,10 +189,10 @@ def test_our_keyword_probe_and_s3prls_agree(environment, tmp_path):
     frames[:, 1] += 0.1 * rng.normal(size=(8, 1, 16))[labels]
     parts = dict(zip(("train", "validation", "test"), np.split(rng.permutation(1200), [500, 700]), strict=True))
     steps, rate, seed = 200, 1e-2, 3
-    task = keywords.Task(frames.mean(2), labels, **parts, classes=8)
-    ours = keywords.probe(task, seed, steps=steps, rate=rate, standardise=False)
+    task = keywords.Task(list("abcdefgh"), labels, **parts)
+    ours = keywords.probe(frames.mean(2), task, seed, steps=steps, rate=rate, standardise=False)
 
-    start, _, batches = keywords.draws(task, seed, 1.0, 32)
+    start, _, batches = keywords.draws(frames.mean(2), task, seed, 1.0)
     given = {name: parameter.detach() for name, parameter in start.named_parameters()}
     given |= {"frames": frames, "labels": labels, "order": np.stack(list(itertools.islice(batches, steps))), **parts}
     save_file({name: torch.as_tensor(each).contiguous() for name, each in given.items()}, tmp_path / "given")

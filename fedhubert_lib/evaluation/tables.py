@@ -1,185 +1,229 @@
-"""Tables out of reports: the headline, what stands below it, compared students, several training seeds, hours heard."""
+"""Tables out of reports: the headline and the rest, compared students, several training seeds, hours heard."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib.evaluation.intervals import Measure, measure
+from fedhubert_lib import identity, params
+from fedhubert_lib.evaluation import systems
+from fedhubert_lib.evaluation.intervals import Interval, measure
 from fedhubert_lib.evaluation.measures import ESSENTIALS, MEASURES
-from fedhubert_lib.evaluation.systems import teacher_of
 
 HEADLINE = ("keyword-accuracy", "moments-accuracy", "phone-accuracy", "pnmi", "abx-error")
+COST = ("parameters", "macs", "bytes")
 BELOW = (
     ("fine-tuned-accuracy", "s3prl-accuracy", "s3prl-fine-tuned-accuracy", "nearest-accuracy"),
     ("unseen-speaker-accuracy", "speaker-accuracy", "phone-purity", "cluster-purity"),
-    ("parameters", "macs", "bytes"),
+    COST,
 )
-NO_BREAK = "\N{NO-BREAK SPACE}"
 COMPARED = ("keyword-accuracy", "phone-accuracy", "pnmi")
-"""What compared students are judged by."""
+"""Measures of compared students."""
+TITLES = {name: title for name, (title, _, _) in MEASURES.items()}
+IRRELEVANT = params.HOW | params.ADDITIONS - {"patience"} | {"seed", "root", "keywords_root", "checkpoint"}
+"""Parameters in which the runs of one table may differ."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+Report = dict[str, Any]
+Best = dict[str, dict[str, dict[str, Any]]]
+"""System and measure to a figure of report.json."""
 
 
-def figures(report: dict[str, Any]) -> pd.DataFrame:
-    """The figures of a report, with titles: what report.csv holds."""
-    table = pd.DataFrame(report["figures"]).drop(columns="values")
-    table["layer"] = table.layer.astype("Int64")
-    titles = {each["system"]: each["title"] for each in report["systems"]}
+class DifferentRunsError(identity.RunError):
+    """Reports that cannot stand in one table."""
+
+
+def best(figures: Sequence[dict[str, Any]]) -> Best:
+    """The figure of the best layer, by system and measure; purity is that of the layer which is best by PNMI."""
+    chosen: Best = {}
+    for figure in figures:
+        of_system, name = chosen.setdefault(figure["system"], {}), figure["measure"]
+        sign = -1 if MEASURES[name][1] == "lower" else 1
+        if name in ("phone-purity", "cluster-purity"):  # they follow the PNMI of their layer
+            better = of_system["pnmi"]["layer"] == figure["layer"]
+        else:
+            better = name not in of_system or sign * figure["value"] > sign * of_system[name]["value"]
+        if better:
+            of_system[name] = figure
+    return chosen
+
+
+def figures(report: Report) -> pd.DataFrame:
+    """The figures of a report, which report.csv holds.
+
+    Columns: system, measure (titles), system_name, measure_name (stable), layer, value, low, high, baseline, seeds.
+    """
+    return _frame(report, report["figures"])
+
+
+def of_best_layers(report: Report, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+    """As ``figures``, but a row per system and measure in ``names``: that of the best layer."""
+    chosen = best(report["figures"])
+    return _frame(report, [of_system[name] for name in names for of_system in chosen.values() if name in of_system])
+
+
+def _frame(report: Report, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows).drop(columns="values").astype({"layer": "Int64", "low": float, "high": float})
     table = table.rename(columns={"system": "system_name", "measure": "measure_name"})
-    table.insert(0, "system", table.system_name.map(titles))
-    table.insert(1, "measure", table.measure_name.map({name: title for name, (title, _, _) in MEASURES.items()}))
+    table.insert(0, "system", table.system_name.map(_titles(report)))
+    table.insert(1, "measure", table.measure_name.map(TITLES))
     return table
 
 
-def best(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per system and measure: that of the best layer; purity is that of the layer which is best by PNMI."""
-    signs = table.measure_name.map({name: -1 if better == "lower" else 1 for name, (_, better, _) in MEASURES.items()})
-    order = table.assign(order=-signs * table.value).sort_values("order", kind="stable")
-    chosen = order.drop_duplicates(["system_name", "measure_name"]).drop(columns="order").sort_index()
-    pnmi = chosen[chosen.measure_name == "pnmi"][["system_name", "layer"]]
-    purity = table[table.measure_name.isin(("phone-purity", "cluster-purity"))].merge(pnmi)
-    return pd.concat([chosen[~chosen.measure_name.isin(("phone-purity", "cluster-purity"))], purity], ignore_index=True)
+def _titles(report: Report) -> dict[str, str]:
+    return {each["system"]: each["title"] for each in report["systems"]}
 
 
-def headline(table: pd.DataFrame) -> pd.DataFrame:
+def headline(report: Report) -> pd.DataFrame:
     """One row per system, one column per measure of ``HEADLINE``, as text ``mean ± interval`` that no line breaks."""
-    return _wide(table, HEADLINE)
+    return _wide(report, HEADLINE)
 
 
-def below(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """What the headline leaves out, in tables of like make."""
-    tables = [_wide(table, names) for names in BELOW]
-    return [each for each in tables if each.size]
+def below(report: Report) -> list[pd.DataFrame]:
+    """The measures that the headline leaves out, in tables of the same form."""
+    return [wide for names in BELOW if (wide := _wide(report, names)).size]
 
 
-def _wide(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    rows = best(table)
-    text = rows[rows.measure_name.isin(names)]
-    text = text.assign(text=[_text(row) for row in text.itertuples()])
-    wide = text.pivot(index="system", columns="measure", values="text")
-    systems = [each for each in dict.fromkeys(table.system) if each in wide.index]
-    titles = [MEASURES[name][0] for name in names]
-    wide = wide.loc[systems, [title for title in titles if title in wide.columns]].fillna("")
-    return wide.rename_axis(index=None, columns=None)
+def _wide(report: Report, names: Sequence[str]) -> pd.DataFrame:
+    titles = _titles(report)
+    cells = {
+        titles[system]: {TITLES[name]: _text(of_system[name]) for name in names if name in of_system}
+        for system, of_system in best(report["figures"]).items()
+    }
+    wide = pd.DataFrame.from_dict({title: row for title, row in cells.items() if row}, orient="index").fillna("")
+    return wide[[TITLES[name] for name in names if TITLES[name] in wide.columns]]
 
 
-def _text(row: Any) -> str:
-    if row.measure_name in ("parameters", "macs", "bytes"):
-        return f"{row.value / 1e6:.2f}{NO_BREAK}M"
-    text = f"{row.value:.3f}" if pd.isna(row.high) else f"{row.value:.3f} ± {row.high - row.value:.3f}"
-    return text.replace(" ", NO_BREAK)
+def _text(figure: dict[str, Any]) -> str:
+    if figure["measure"] in COST:
+        return f"{figure['value'] / 1e6:.2f}{NO_BREAK}M"
+    return str(Interval(*(figure[key] for key in Interval._fields))).replace(" ", NO_BREAK)
 
 
-def student(table: pd.DataFrame) -> tuple[dict[str, float], dict[str, float]]:
-    """What the student keeps of its teacher's quality, and what it costs: shares by title; empty without a student."""
-    values = best(table).set_index(["measure_name", "system_name"]).value.unstack()
-    if "student" not in values:
-        return {}, {}
-    shares = (values["student"] / values[teacher_of(values.columns)]).dropna()
-    names = (("keyword-accuracy", "phone-accuracy", "pnmi"), ("parameters", "macs", "bytes"))
-    return tuple({MEASURES[name][0]: float(shares[name]) for name in each if name in shares} for each in names)
+def student(report: Report) -> tuple[dict[str, float], dict[str, float]]:
+    """Quality and cost of the student as fractions of its teacher's, by title; empty without a student."""
+    chosen = best(report["figures"])
+    of_student, of_teacher = chosen.get("student", {}), chosen.get(systems.teacher_of(chosen), {})
+    ratios = {name: of_student[name]["value"] / of_teacher[name]["value"] for name in of_student if name in of_teacher}
+    return tuple({TITLES[name]: ratios[name] for name in names if name in ratios} for names in (COMPARED, COST))
 
 
-def comparison(report: dict[str, Any]) -> pd.DataFrame:
-    """The compared students beside the teacher and the floors, as ``plots.bars`` draws them; empty without any.
+def comparison(report: Report) -> pd.DataFrame:
+    """The compared students beside the teacher and MFCC, as ``plots.bars`` draws them; empty without any.
 
-    Columns: system and measure (titles), value, low, high, baseline (shuffled labels or chance), seeds.
+    Columns: system and measure (titles), baseline (shuffled labels or chance), value, low, high, seeds.
     """
-    rows = []
-    teacher = teacher_of({each["system"] for each in report["figures"]})
-    for name in COMPARED if report["compared"] else ():
-        own = [each for each in report["figures"] if each["measure"] == name and each["system"] in (teacher, "mfcc")]
-        top = {each["system"]: each for each in sorted(own, key=lambda each: each["value"])}
-        named = [
-            (f"{each['objective']}, {each['training']}", each) for each in report["compared"] if each["measure"] == name
-        ]
-        named = [(title.removesuffix(", none"), each) for title, each in named]
-        for system, each in [("teacher", top[teacher]), *named, ("MFCC", top["mfcc"])] if top else ():
-            row = {"system": system, "measure": MEASURES[name][0], "baseline": top[teacher]["baseline"]}
-            rows.append(row | {key: each[key] for key in ("value", "low", "high")} | {"seeds": len(each["values"])})
+    chosen, rows = best(report["figures"]), []
+    for name in COMPARED:
+        students = {
+            f"{each['objective']}, {each['training']}".removesuffix(", none"): each
+            for each in report["compared"]
+            if each["measure"] == name
+        }
+        if students:
+            teacher = chosen[systems.teacher_of(chosen)][name]
+            for title, each in ({"teacher": teacher} | students | {"MFCC": chosen["mfcc"][name]}).items():
+                row = {"system": title, "measure": TITLES[name], "baseline": teacher["baseline"]}
+                row |= {key: each[key] for key in ("value", "low", "high")}
+                rows.append(row | {"seeds": len(each["values"])})
     return pd.DataFrame(rows).astype({"low": float, "high": float} if rows else {})
 
 
-def kept(report: dict[str, Any]) -> pd.DataFrame:
+def kept(report: Report) -> pd.DataFrame:
     """For each compared objective: federated student against its teacher, and against the centralised student.
 
     A row per objective and measure, index (objective, measure); each column a mean over training seeds with its 95 %
     interval, as text.
     """
-    rows = {}
-    teacher = teacher_of({each["system"] for each in report["figures"]})
+    chosen = best(report["figures"])
+    teacher = chosen.get(systems.teacher_of(chosen))
     students = {(each["objective"], each["training"], each["measure"]): each["values"] for each in report["compared"]}
+    rows = {}
     for (objective, training, name), values in students.items():
-        if training != "federated":
-            continue
-        own = [each["value"] for each in report["figures"] if (each["system"], each["measure"]) == (teacher, name)]
-        row = {"of the teacher's": str(measure(np.array(values) / max(own), "training seeds"))}
-        if pooled := students.get((objective, "centralised", name)):
-            ratios = np.array(values) / np.array(pooled)
-            row["of the centralised student's"] = str(measure(ratios, "training seeds"))
-        rows[objective, MEASURES[name][0]] = row
+        if training == "federated":
+            row = {"of the teacher's": str(measure(np.array(values) / teacher[name]["value"]))}
+            if centralised := students.get((objective, "centralised", name)):
+                row["of the centralised student's"] = str(measure(np.array(values) / np.array(centralised)))
+            rows[objective, TITLES[name]] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-class DifferentRunsError(ValueError):
-    """Reports that cannot stand in one table."""
+def check_one_study(runs: Sequence[Path]) -> None:
+    """Raise DifferentRunsError, with what differs, unless ``runs`` differ in seeds, places and machines only."""
+    recorded = [
+        {
+            f"{stage}.{name}": str(value)
+            for stage, folder in params.FOLDERS.items()
+            for name, value in systems.parameters(run / folder).items()
+            if name not in IRRELEVANT
+        }
+        for run in runs
+    ]
+    differing = []
+    for name in dict.fromkeys(name for parameters in recorded for name in parameters):
+        values = dict.fromkeys(parameters[name] for parameters in recorded if name in parameters)
+        if len(values) > 1:
+            differing.append(f"{name} ({', '.join(values)})")
+    if differing:
+        raise DifferentRunsError(
+            f"{', '.join(map(str, runs))}: a mean over training seeds needs runs of one study, and these differ in"
+            f" {', '.join(differing)}"
+        )
 
 
-def over_training_seeds(reports: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Measure]:
-    """The headline of runs that differ in their training seed alone: (system, measure) titles to a mean over runs.
+def over_training_seeds(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
+    """The headline of runs of one study with different seeds: (system title, measure name) to a mean over runs.
 
-    What not every run has is left out. Raises DifferentRunsError where the runs were measured differently, or two of
-    them hold the same model.
+    What not every run has is left out. Raises DifferentRunsError where the words differ, or two runs hold the same
+    model.
     """
-    settings = [each["parameters"] | {"words": each["data"]["words"]} for each in reports]
-    for report, theirs in zip(reports, settings, strict=True):
-        differing = {key for key in settings[0] | theirs if settings[0].get(key) != theirs.get(key)}
-        if differing := sorted(differing - {"seed", "checkpoint", "along"}):
-            words = ", ".join(differing)
-            raise DifferentRunsError(f"{report['run']}: measured otherwise than {reports[0]['run']}: {words} differ")
+    for report in reports:
+        if report["data"]["words"] != reports[0]["data"]["words"]:
+            raise DifferentRunsError(f"{report['run']}: measured on other words than {reports[0]['run']}")
     for system in ("teacher", "centralised"):
-        digests = [s["digest"] for each in reports for s in each["systems"] if s["system"] == system]
+        digests = [each["digest"] for report in reports for each in report["systems"] if each["system"] == system]
         if len(set(digests)) < len(digests):
             raise DifferentRunsError(f"two runs have the same {system}, bit by bit; give runs of different seeds")
-    tables = [best(figures(report)).set_index(["system", "measure_name"]).value for report in reports]
-    titles = dict.fromkeys(each["title"] for each in reports[0]["systems"])
+    chosen = [best(report["figures"]) for report in reports]
     return {
-        (title, name): measure([table[title, name] for table in tables], "training seeds")
-        for title in titles
+        (title, name): measure([run[system][name]["value"] for run in chosen])
+        for system, title in _titles(reports[0]).items()
         for name in HEADLINE
-        if all((title, name) in table.index for table in tables)
+        if all(name in run.get(system, {}) for run in chosen)
     }
 
 
-def markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """The headline of a run or of several training seeds, in Markdown; it says what the intervals span."""
+def markdown(reports: Sequence[Report]) -> str:
+    """The headline of a run or of several training seeds, in Markdown, with what the intervals span."""
     if len(reports) == 1:
-        wide = headline(figures(reports[0]))
+        wide = headline(reports[0])
         span = f"one training seed, {reports[0]['parameters']['seeds']} evaluation seeds"
     else:
-        values = over_training_seeds(reports)
-        cells = pd.Series({(title, MEASURES[name][0]): str(value) for (title, name), value in values.items()})
-        wide = cells.unstack(sort=False).fillna("")
+        cells = {(title, TITLES[name]): str(value) for (title, name), value in over_training_seeds(reports).items()}
+        wide = pd.Series(cells).unstack(sort=False).fillna("")
         span = f"{len(reports)} training seeds"
     rows = [[f"mean and 95 % interval over {span}", *wide.columns], ["---"] * (wide.shape[1] + 1)]
     rows += [[title, *cells] for title, cells in zip(wide.index, wide.to_numpy(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace(NO_BREAK, " ")
 
 
-def along(reports: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Quality against hours of speech heard: run, system, measure (titles), hours, value.
+def along(reports: Sequence[Report]) -> pd.DataFrame:
+    """Quality against hours of speech heard: run, system, hours, measure (titles), value.
 
     ``hours`` is NaN for what does not train: random weights and MFCC.
     """
     rows = []
     for report in reports:
-        titles = {each["system"]: each["title"] for each in report["systems"]}
-        for each in report["along"]:
+        chosen, titles = best(report["figures"]), _titles(report)
+        baselines = [
+            chosen[system][name] | {"hours": np.nan}
+            for system in ("random", "mfcc")
+            for name in ESSENTIALS
+            if report["along"] and name in chosen[system]
+        ]
+        for each in report["along"] + baselines:
             row = {"run": report["run"], "system": titles[each["system"]], "hours": each["hours"]}
-            rows.append(row | {"measure": MEASURES[each["measure"]][0], "value": each["value"]})
-        if report["along"]:
-            table = best(figures(report))
-            floors = table[table.system_name.isin(("random", "mfcc")) & table.measure_name.isin(ESSENTIALS)]
-            rows += floors.assign(run=report["run"], hours=np.nan)[list(rows[0])].to_dict("records")
+            rows.append(row | {"measure": TITLES[each["measure"]], "value": each["value"]})
     return pd.DataFrame(rows)

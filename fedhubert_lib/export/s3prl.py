@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, pretrained, seeds
+from fedhubert_lib import audio, files, params, pretrained
 from fedhubert_lib.evaluation import keywords, systems
 from fedhubert_lib.export import formats
 from fedhubert_lib.hubert import Head, Hubert
@@ -213,8 +213,7 @@ def of_run(
     if (name, system.digest) not in [(row["system"], row["digest"]) for row in evaluated["systems"]]:
         raise formats.ExportError(f"{name}: has changed since report.json was written; run 05_evaluate again first")
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
-    noise = Path(clips.path.iloc[0]).parents[1] / "_background_noise_"
-    data = lay_out(clips, run / FOLDER / "data", background=noise if noise.is_dir() else None)
+    data = lay_out(clips, run / FOLDER / "data")
     folder = run / FOLDER / f"{name}-{'fine-tuned' if fine_tune else 'frozen'}"
     shutil.rmtree(folder, ignore_errors=True)
     if system.folder is None:  # random weights are nowhere on disk
@@ -228,32 +227,31 @@ def of_run(
     return results
 
 
-def lay_out(clips: pd.DataFrame, out: Path, *, background: Path | None = None, seed: int = 0) -> Path:
+def lay_out(clips: pd.DataFrame, out: Path, seed: int = 0) -> Path:
     """Folders as s3prl's speech_commands wants them, of a run's keyword clips (``keywords.parquet``), by links.
 
     ``train`` has a folder per word with the training and validation clips. s3prl parts them by a hash of the speaker,
     as the official lists were made; links of other corpora are named so that this gives the run's own lists. ``test``
-    has a folder for each of the ten commands, and ``_unknown_`` with as many seeded clips of other words as a command
-    has. ``_silence_`` comes from the WAV files in ``background``, the ``_background_noise_`` of Speech Commands: their
-    first 80 % for training, seconds of the rest for testing; without it there is no such class.
-    Returns ``out``. Raises ExportError where a command has no test clip, or ``background`` holds no WAV file.
+    has a folder per class with the test clips of ``keywords.superb``. ``_silence_`` is among them where
+    ``_background_noise_`` lies beside the words; the first 80 % of its files are for training.
+    Returns ``out``. Raises KeywordError where a command is missing, or the noise cannot be used.
     """
-    own = clips[clips.word.isin(keywords.COMMANDS) & (clips.split == "test")]
-    if missing := sorted(set(keywords.COMMANDS) - set(own.word)):
-        raise formats.ExportError(f"no test clip of {', '.join(missing)}; s3prl's speech_commands tests ten commands")
-    per_class = round(own.groupby("word").size().mean())
+    root = Path(clips.path.iloc[0]).parents[1]
+    silence = (root / "_background_noise_").is_dir()
+    test = keywords.superb(clips, seed, silence=silence).query("split == 'test'")
     with files.atomic(out) as temporary:
         for row in clips[clips.split != "test"].itertuples():
             speaker, _, take = Path(row.path).name.partition("_nohash_")
             _link(row.path, temporary / "train" / row.word / f"{_hashed(speaker, row.split)}_nohash_{take}")
-        for row in own.itertuples():
-            _link(row.path, temporary / "test" / row.word / Path(row.path).name)
-        others = clips[~clips.word.isin(keywords.COMMANDS) & (clips.split == "test")].sort_values("clip")
-        drawn = seeds.numpy_generator(seed, "unknown").permutation(len(others))[:per_class]
-        for row in others.iloc[drawn].itertuples():
-            _link(row.path, temporary / "test" / "_unknown_" / f"{row.word}-{Path(row.path).name}")
-        if background is not None:
-            _silence(background, temporary, per_class)
+        for row in test[test.word != "_silence_"].itertuples():
+            _link(row.path, temporary / "test" / row.word / "-".join(Path(row.path).parts[-2:]))
+        if silence:
+            quiet = test[test.word == "_silence_"]
+            for clip, second in zip(quiet["clip"], keywords.waveforms(quiet), strict=True):
+                _save(second, temporary / "test" / f"{clip}.wav")
+            for path in keywords.noise(root):
+                waveform = audio.read(path)
+                _save(waveform[: int(0.8 * len(waveform))], temporary / "train" / "_background_noise_" / path.name)
     return out
 
 
@@ -274,17 +272,6 @@ def _percentage(name: str) -> float:
     return int(hashlib.sha1(name.encode()).hexdigest(), 16) % 2**27 * 100 / (2**27 - 1)
 
 
-def _silence(background: Path, out: Path, count: int) -> None:
-    sounds = sorted(background.glob("*.wav"))
-    if not sounds:
-        raise formats.ExportError(f"{background}: holds no WAV file; give the _background_noise_ of Speech Commands")
-    seconds = []
-    for folder in ("train/_background_noise_", "test/_silence_"):
-        (out / folder).mkdir(parents=True)
-    for path in sounds:
-        waveform = audio.read(path)
-        border = int(0.8 * len(waveform))
-        soundfile.write(out / "train" / "_background_noise_" / path.name, waveform[:border].numpy(), audio.SAMPLE_RATE)
-        seconds += [each for each in waveform[border:].split(audio.SAMPLE_RATE) if len(each) == audio.SAMPLE_RATE]
-    for index, second in enumerate(seconds[:count]):
-        soundfile.write(out / "test" / "_silence_" / f"{index:04d}.wav", second.numpy(), audio.SAMPLE_RATE)
+def _save(waveform: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, waveform.numpy(), audio.SAMPLE_RATE)

@@ -22,8 +22,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from fedhubert_lib import files, labels, seeds
-from fedhubert_lib.evaluation import units
+from fedhubert_lib import files, labels, seeds, units
 from fedhubert_lib.federated import handlers, noise
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.kmeans import clustering, layers, reading
@@ -168,7 +167,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     """Write the labels of all utterances of this client, training and validation, into its folder.
 
     Goes on at the first missing utterance when it was killed before, if the codebook is the same. Answers with what
-    ``evaluation.units`` needs: frames per label [K], the number of runs, and counts phone x label with the names of the
+    ``units`` needs: frames per label [K], the number of runs, and counts phone x label with the names of the
     phones (UTF-8, one a line) where the client knows the phones of its utterances. Nothing of it with
     ``noise_multiplier``: no noise covers it.
     """

@@ -11,8 +11,7 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, seeds
-from fedhubert_lib.evaluation import units
+from fedhubert_lib import audio, files, params, seeds, units
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.kmeans import clustering, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
@@ -132,11 +131,4 @@ def public_phones(run: Path, utterances: list[str], lengths: list[int]) -> np.nd
     table = _phones(run, utterances)
     if table.empty:
         return None
-    by_utterance = dict(iter(table.groupby("utterance")))
-    sequences = []
-    for utterance, length in zip(utterances, lengths, strict=True):
-        rows = by_utterance.get(utterance, table.iloc[:0])
-        segment = units.frame_phones(rows.start_sample.to_numpy(), rows.end_sample.to_numpy(), length)
-        names = np.append(rows.phone.to_numpy(dtype=object), "")
-        sequences.append(names[segment])  # segment -1 is the appended "", no phone
-    return np.concatenate(sequences).astype(str)
+    return units.frame_phones(table, dict(zip(utterances, lengths, strict=True)))

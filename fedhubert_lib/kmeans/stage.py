@@ -12,8 +12,7 @@ import pandas
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, federated, files, params, seeds
-from fedhubert_lib.evaluation import units
+from fedhubert_lib import audio, federated, files, params, seeds, units
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Reply
 from fedhubert_lib.kmeans import client, clustering, layers, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log

@@ -1,8 +1,8 @@
-"""How good frame labels are as units of speech: purity and PNMI of Hsu et al. 2021 (HuBERT, IV-C), and agreement.
+"""Quality of frame labels as units of speech: purity and PNMI of Hsu et al. 2021 (HuBERT, IV-C), and agreement.
 
-Everything is computed from counts, phone x label, which clients can add up without showing a label. Every PNMI stands
-beside the number of frames N, what shuffled labels score, and what they are expected to: with few frames and many
-clusters, random labels look informative.
+Quality is computed from counts, phone x label, which clients can add up without showing a label. Every PNMI stands
+beside the number of frames N, the PNMI of shuffled labels, and its expected value: with few frames and many clusters,
+random labels look informative. Entropies are in nats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import random_table
+from scipy.stats import entropy, random_table
+from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
 from fedhubert_lib import seeds
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD
@@ -31,26 +32,26 @@ def contingency(rows: np.ndarray, columns: np.ndarray, height: int, width: int) 
 def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Unit quality from ``counts``, phone x label.
 
-    ``pnmi`` is I(phone; label) / H(phone); ``phone_purity`` the share of frames whose phone is the most frequent one of
-    their label; ``cluster_purity`` the share whose label is the most frequent one of their phone. ``shuffled_pnmi`` is
-    that of the same labels in random order, ``bias`` its expected value (P - 1)(K - 1) / (2 N H), with P phones and K
-    labels that occur. Raises ValueError when no frame has a phone, or all have the same.
+    ``pnmi`` is I(phone; label) / H(phone); ``phone_purity`` the fraction of frames whose phone is the most frequent one
+    of their label; ``cluster_purity`` the fraction whose label is the most frequent one of their phone.
+    ``shuffled_pnmi`` is that of the same labels in random order, ``bias`` its expected value (P - 1)(K - 1) / (2 N H),
+    with P phones and K labels that occur. Raises ValueError when no frame has a phone, or all have the same.
     """
     counts = np.asarray(counts, np.int64)
     counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
     frames = int(counts.sum())
     if counts.shape[0] < 2:
         raise ValueError(f"{frames} frames of {counts.shape[0]} phones; unit quality needs at least two phones")
-    phone_entropy = entropy(counts.sum(1))
+    phone_entropy = float(entropy(counts.sum(1)))
     rng = seeds.numpy_generator(seed, "shuffled-units")
     shuffled = random_table(counts.sum(1), counts.sum(0), seed=rng).rvs(method="patefield")
     return {
         "frames": frames,
         "phones": counts.shape[0],
-        "pnmi": mutual_information(counts) / phone_entropy,
+        "pnmi": float(mutual_info_score(None, None, contingency=counts)) / phone_entropy,
         "phone_purity": float(counts.max(0).sum() / frames),
         "cluster_purity": float(counts.max(1).sum() / frames),
-        "shuffled_pnmi": mutual_information(shuffled) / phone_entropy,
+        "shuffled_pnmi": float(mutual_info_score(None, None, contingency=shuffled)) / phone_entropy,
         "bias": (counts.shape[0] - 1) * (counts.shape[1] - 1) / (2 * frames * phone_entropy),
     }
 
@@ -58,7 +59,7 @@ def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
 def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
     """How labels are used, from frames per label ``counts`` [K] and the number of ``runs`` of equal labels.
 
-    ``label_entropy`` in nats (ln K when all are used alike), ``cluster_use`` the share of the K labels that occur,
+    ``label_entropy`` (ln K when all are equally frequent), ``cluster_use`` the fraction of the K labels that occur,
     ``mean_run`` in frames. Raises ValueError when there is no frame.
     """
     frames = int(counts.sum())
@@ -66,21 +67,10 @@ def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
         raise ValueError("no labelled frame: every utterance is shorter than 400 samples")
     return {
         "labelled_frames": frames,
-        "label_entropy": entropy(counts),
+        "label_entropy": float(entropy(counts)),
         "cluster_use": float((counts > 0).mean()),
         "mean_run": frames / int(runs),
     }
-
-
-def entropy(counts: np.ndarray) -> float:
-    """Entropy of the distribution that ``counts`` (any shape) is proportional to, in nats."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def mutual_information(counts: np.ndarray) -> float:
-    """Mutual information of rows and columns of ``counts``, in nats."""
-    return max(0.0, entropy(counts.sum(1)) + entropy(counts.sum(0)) - entropy(counts))
 
 
 def runs(sequence: np.ndarray) -> int:
@@ -88,16 +78,22 @@ def runs(sequence: np.ndarray) -> int:
     return int(np.count_nonzero(np.diff(sequence.astype(np.int64))) + 1) if len(sequence) else 0
 
 
-def frame_phones(starts: np.ndarray, ends: np.ndarray, frames: int) -> np.ndarray:
-    """Which segment each frame of an utterance is in: int64 [frames], -1 where in none.
+def frame_phones(phones: pandas.DataFrame, frames: Mapping[str, int]) -> np.ndarray:
+    """The phone of each frame of the utterances in ``frames`` (utterance to number of frames), end to end.
 
-    Segments [start, end) are samples, sorted and not overlapping; a frame belongs to the one that holds its middle, the
-    sample 320 i + 200.
+    ``phones`` has the columns utterance, start_sample, end_sample and phone. A frame belongs to the phone that holds
+    its middle, the sample 320 i + 200. Returns str [N], "" where no phone is known.
     """
-    middles = np.arange(frames) * HOP + RECEPTIVE_FIELD // 2
-    segment = np.searchsorted(starts, middles, side="right") - 1
-    inside = (segment >= 0) & (middles < np.asarray(ends)[segment]) if len(starts) else np.zeros(frames, bool)
-    return np.where(inside, segment, -1)
+    by_utterance = dict(iter(phones.sort_values("start_sample").groupby("utterance")))
+    parts = [np.empty(0, object)]
+    for utterance, count in frames.items():
+        rows = by_utterance.get(utterance, phones[:0])
+        middles = np.arange(count) * HOP + RECEPTIVE_FIELD // 2
+        segment = np.searchsorted(rows.start_sample.to_numpy(), middles, side="right") - 1
+        # Before the first phone the index is -1: that of the entry appended, a phone without name or samples.
+        ends, names = np.append(rows.end_sample.to_numpy(), 0), np.append(rows.phone.to_numpy(object), "")
+        parts.append(np.where(middles < ends[segment], names[segment], ""))
+    return np.concatenate(parts).astype(str)
 
 
 def count_phones(
@@ -105,42 +101,37 @@ def count_phones(
 ) -> tuple[list[str], np.ndarray]:
     """Phone x label counts over all utterances that have both: sorted names of phones, and int64 [phones, clusters].
 
-    ``phones`` has columns utterance, start_sample, end_sample and phone.
+    ``phones`` is as for ``frame_phones``, ``labels`` maps an utterance to its frame labels.
     """
-    names, codes = np.unique(phones.phone.to_numpy(dtype=str), return_inverse=True)
-    counts = np.zeros((len(names), clusters), np.int64)
-    phones = phones.assign(code=codes).sort_values(["utterance", "start_sample"], kind="stable")
-    for utterance, rows in phones.groupby("utterance", sort=False):
-        if utterance not in labels:
-            continue
-        sequence = labels[utterance]
-        segment = frame_phones(rows.start_sample.to_numpy(), rows.end_sample.to_numpy(), len(sequence))
-        known = segment >= 0
-        counts += contingency(rows.code.to_numpy()[segment[known]], sequence[known], len(names), clusters)
+    names = np.unique(phones.phone.to_numpy(str))
+    sequences = {utterance: labels[utterance] for utterance in phones.utterance.unique() if utterance in labels}
+    if not sequences:
+        return names.tolist(), np.zeros((len(names), clusters), np.int64)
+    phone = frame_phones(phones, {utterance: len(sequence) for utterance, sequence in sequences.items()})
+    known, label = phone != "", np.concatenate(list(sequences.values()))
+    counts = contingency(np.searchsorted(names, phone[known]), label[known], len(names), clusters)
     return names.tolist(), counts
 
 
 def added(tables: Sequence[tuple[Sequence[str], np.ndarray]]) -> tuple[list[str], np.ndarray]:
     """The sum of phone x label tables whose phones may differ: all names, sorted, and their counts."""
     names = sorted({name for table_names, _ in tables for name in table_names})
-    row = {name: index for index, name in enumerate(names)}
     total = np.zeros((len(names), tables[0][1].shape[1] if tables else 0), np.int64)
     for table_names, counts in tables:
-        total[[row[name] for name in table_names]] += counts
+        total[np.searchsorted(names, table_names)] += counts
     return names, total
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """How far two labellings of the same frames say the same: int [N] each.
+    """Agreement of two labellings of the same frames: int [N] each.
 
-    ``nmi`` is 2 I / (H1 + H2), blind to names; ``match`` the share of frames with the same label once the second's are
-    renamed in the best way (Hungarian); ``same`` the share with the same label as they are.
+    ``nmi`` is 2 I / (H1 + H2), blind to names; ``match`` the fraction of frames with the same label once the second's
+    are renamed in the best way (Hungarian); ``same`` the fraction with the same label as they are.
     """
     counts = contingency(first, second, int(first.max()) + 1, int(second.max()) + 1)
-    entropies = entropy(counts.sum(1)) + entropy(counts.sum(0))
     rows, columns = linear_sum_assignment(counts, maximize=True)
     return {
-        "nmi": 2 * mutual_information(counts) / entropies if entropies else 1.0,
+        "nmi": float(normalized_mutual_info_score(first, second)),
         "match": float(counts[rows, columns].sum() / len(first)),
         "same": float((first == second).mean()),
     }
@@ -150,8 +141,8 @@ def agreement_matrices(labels: Mapping[str, np.ndarray]) -> dict[str, pandas.Dat
     """``agreement`` of every pair of clients that labelled the same frames: a clients x clients table per measure."""
     clients = sorted(labels)
     tables = {name: pandas.DataFrame(1.0, clients, clients) for name in ("nmi", "match", "same")}
-    for i, one in enumerate(clients):
+    for i, client in enumerate(clients):
         for other in clients[:i]:
-            for name, value in agreement(labels[one], labels[other]).items():
-                tables[name].loc[one, other] = tables[name].loc[other, one] = value
+            for name, value in agreement(labels[client], labels[other]).items():
+                tables[name].loc[client, other] = tables[name].loc[other, client] = value
     return tables
