@@ -414,7 +414,7 @@ MANIFEST = pd.DataFrame({"utterance": ["1-2-0000", "1-2-0001"], "samples": [16_0
 def test_read_textgrids_and_fold_phones(form, tmp_path):
     folder = tmp_path / "train" / "1" / "2"
     folder.mkdir(parents=True)
-    spans = [(0.0, 0.2, "sil"), (0.2, 0.55, "HH"), (0.55, 0.9, "AY1"), (0.9, 1.0, "")]
+    spans = [(0.0, 0.2, "sil"), (0.2, 0.55, "HH"), (0.5499999999999999, 0.9, "AY1"), (0.9, 1.0, "")]
     (folder / "1-2-0000.TextGrid").write_text(form(textgrid(1.0, spans)))
     (folder / "9-9-0000.TextGrid").write_text("of another subset: not read")
     steps = []
@@ -430,9 +430,9 @@ def test_read_textgrids_and_fold_phones(form, tmp_path):
     ("content", "reason"),
     [
         (textgrid(0.9, [(0.0, 0.9, "AA")]), "is 0.900 s long, the audio 1.000 s"),
-        (textgrid(1.0, [(0.0, 0.6, "AA"), (0.5, 1.0, "B")]), "overlap"),
-        (textgrid(1.0, [(0.0, 1.5, "AA")]), "is 1.500 s long"),
-        (textgrid(1.0, [(0.6, 0.5, "AA")]), "not a complete TextGrid"),
+        (textgrid(1.0, [(0.0, 0.6, "AA"), (0.5, 1.0, "B")]), "B from 0.5 to 1.0 s overlaps"),
+        (textgrid(1.0, [(0.0, 1.5, "AA")]), "leaves the audio"),
+        (textgrid(1.0, [(0.6, 0.5, "AA"), (0.6, 1.0, "B")]), "AA from 0.6 to 0.5"),
         (textgrid(1.0, [(0.0, 0.5, "AA")]), "truncated at 0.5 of 1.0 s"),
         (short(textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "B")]))[:-9], "truncated at 0.5 of 1.0 s"),
         (textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "B")])[:-20], "not a complete TextGrid"),

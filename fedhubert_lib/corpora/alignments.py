@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-from praatio import textgrid
+from praatio.utilities import textgrid_io
 from praatio.utilities.errors import PraatioException
 
 from fedhubert_lib import files
@@ -123,16 +123,18 @@ def _alignments(
 def _textgrid(path: Path) -> Alignment | tuple[str, str]:
     """One utterance in Praat's format."""
     try:
-        grid = textgrid.openTextgrid(str(path), True, reportingMode="silence", duplicateNamesMode="rename")
-        if "phones" not in grid.tierNames:
-            return str(path), f"alignment of {path.stem}: no tier phones; it has {', '.join(grid.tierNames) or 'none'}"
-        spans = [(begin, end, phone) for begin, end, phone in grid.getTier("phones").entries]
+        # Not openTextgrid, which refuses intervals that overlap by a rounding of their times.
+        grid = textgrid_io.parseTextgridStr(files.read_text(path), includeEmptyIntervals=True)
+        seconds, tiers = float(grid["xmax"]), {tier["name"]: tier["entries"] for tier in grid["tiers"]}
+        if "phones" not in tiers:
+            return str(path), f"alignment of {path.stem}: no tier phones; it has {', '.join(tiers) or 'none'}"
+        spans = [(float(begin), float(end), phone) for begin, end, phone in tiers["phones"]]
     except (PraatioException, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         return str(path), f"alignment of {path.stem}: not a complete TextGrid ({error!r})"
     # A tier covers its grid. praatio reads one that was cut between two intervals, too.
-    if spans and spans[-1][1] < grid.maxTimestamp - SHORTER / SAMPLE_RATE:
-        return str(path), f"alignment of {path.stem}: truncated at {spans[-1][1]} of {grid.maxTimestamp} s"
-    return Alignment(path.stem, path, grid.maxTimestamp, spans)
+    if spans and spans[-1][1] < seconds - SHORTER / SAMPLE_RATE:
+        return str(path), f"alignment of {path.stem}: truncated at {spans[-1][1]} of {seconds} s"
+    return Alignment(path.stem, path, seconds, spans)
 
 
 def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
