@@ -83,14 +83,14 @@ _SMALL_RUN = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropou
 _TINY = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
 _SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-_LARGE |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": True, "feature_grad_mult": 1.0}
+_LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": True, "feature_grad_mult": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
     # base and large as published (fairseq examples/hubert/config/pretrain); tiny and small keep base's shape and are
     # for runs of minutes and hours, in which dropout only slows learning.
     "tiny": {**_TINY, "conv_dim": (128,) * 7, "classifier_proj_size": 128, **_SMALL_RUN},
     "small": {**_SMALL, "conv_dim": (256,) * 7, **_SMALL_RUN},
     "base": {},
-    "large": {**_LARGE, "classifier_proj_size": 768, **_SMALL_RUN},
+    "large": {**_LARGE, **_LAYER, "classifier_proj_size": 768, **_SMALL_RUN},
 }
 
 
@@ -98,7 +98,7 @@ def preset(name: str, front_end: str = "waveform", **changes: Any) -> HubertConf
     """The configuration called ``name``: tiny, small, base or large, with ``changes`` to single fields."""
     if name not in PRESETS:
         raise ValueError(f"no model preset {name!r}; there are {', '.join(PRESETS)}")
-    return replace(HubertConfig(**PRESETS[name]), front_end=front_end, **changes)
+    return replace(HubertConfig(**PRESETS[name]), **{"front_end": front_end, **changes})
 
 
 class HubertOutput(NamedTuple):

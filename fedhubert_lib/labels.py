@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas
@@ -108,7 +108,7 @@ def writing(folder: Path, name: str, dtype: np.dtype, width: int | None = None) 
     progress, data = folder / "index.jsonl", folder / f"{name}.bin"
     if (folder / "index.parquet").exists():
         raise LabelsError(f"{folder}: is whole already; delete it to write it anew")
-    rows = files.read_rows(progress)
+    rows: list[Any] = files.read_rows(progress)
     if progress.exists():  # cut off half a row
         os.truncate(progress, progress.read_bytes().rfind(b"\n") + 1)
     done = {utterance: (offset, frames) for utterance, offset, frames in rows}

@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import espeakng_loader
 import numpy as np
@@ -100,7 +101,7 @@ class Synthesiser:
         if status != 0:  # carrying on would speak with the voice set before
             raise RuntimeError(f"eSpeak NG: {function}{arguments} returned {status:#x}")
 
-    def _receive(self, samples: object, count: int, events: object) -> int:
+    def _receive(self, samples: Any, count: int, events: Any) -> int:
         if count > 0:
             self._chunks.append(ctypes.string_at(samples, 2 * count))
         i = 0
@@ -186,7 +187,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving so ends the daemon processes, too
     context = multiprocessing.get_context("fork")  # safe: this process has no threads and has not loaded eSpeak NG
-    waiting, running = job["speakers"][::-1], {}
+    waiting: list[dict] = job["speakers"][::-1]
+    running: dict[Any, tuple[Any, str]] = {}
     while waiting or running:
         while waiting and len(running) < job["workers"]:
             speaker = waiting.pop()

@@ -37,7 +37,7 @@ def sexes(speakers_txt: Path) -> dict[str, str]:
     """Speaker to 'F' or 'M' from SPEAKERS.TXT; empty where there is no such file. Raises CorpusError at a bad line."""
     if not speakers_txt.exists():
         return {}
-    table = {}
+    table: dict[str, str] = {}
     try:
         text = files.read_text(speakers_txt)
     except UnicodeDecodeError:  # in the names, which are not read: all else is ASCII
@@ -97,7 +97,8 @@ def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[
 
     Returns utterance to text, the files that were opened, and (path, reason) of those that cannot be read.
     """
-    texts, opened, unreadable = {}, set(), []
+    texts: dict[str, str] = {}
+    opened, unreadable = set(), []
     for folder in sorted(set(paths.str.rsplit("/", n=1).str[0])):
         speaker, chapter = folder.rsplit("/", 2)[1:]
         file = f"{folder}/{speaker}-{chapter}.trans.txt"

@@ -120,7 +120,7 @@ def _voice_fields(rng: np.random.Generator, sex: str) -> dict:
 def _speaker(seed: int, speaker: str, subset: str, sex: str, seconds: float) -> dict:
     rng = seeds.numpy_generator(seed, "corpus", subset, speaker)
     fields = _voice_fields(rng, sex)
-    utterances = []
+    utterances: list[dict] = []
     letters = 0
     while letters < seconds * 25:  # nobody says 25 letters in a second: the synthesiser stops before the text does
         number = len(utterances)
@@ -177,7 +177,7 @@ def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress |
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             try:
-                for done, _ in enumerate(process.stdout, start=1):
+                for done, _ in enumerate(process.stdout or (), start=1):
                     if on_progress:
                         on_progress("synthesise", done, len(speakers))
             except BaseException:  # an interrupt, too: it must not keep writing into a folder that is removed

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -19,7 +20,7 @@ from fedhubert_lib.files import atomic
 BLUE, RED, GREEN, ORANGE, SKY, PURPLE, GREY, BLACK = PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#7F7F7F", "#000000",
 )  # fmt: skip
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
     "font.size": 9,
@@ -67,14 +68,16 @@ def panels(
     return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-def ticks(axis: matplotlib.axis.Axis, names: Sequence[Any], rotation: float | None = None, most: int = NAMED) -> None:
+def ticks(
+    axis: matplotlib.axis.Axis, names: Sequence[Any] | np.ndarray, rotation: float | None = None, most: int = NAMED
+) -> None:
     """A tick per name up to ``most`` names; beyond, about ten numbered ticks."""
     if len(names) > most:
         axis.set_major_locator(MaxNLocator(10, integer=True))
         return
     names = [str(name) for name in names]
     if rotation is None:
-        rotation = 90 if axis.axis_name == "x" and (len(names) > 8 or max(map(len, names)) > 6) else 0
+        rotation = 90 if isinstance(axis, XAxis) and (len(names) > 8 or max(map(len, names)) > 6) else 0
     axis.set_ticks(np.arange(len(names)), names, rotation=rotation, fontsize=7 if len(names) > 12 else 8)
 
 
