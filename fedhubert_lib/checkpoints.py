@@ -43,8 +43,8 @@ def sole(out: Path) -> Iterator[None]:
     Raises RuntimeError when another process trains there. Clears away what a killed one left half-written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w", encoding="utf-8") as lock:
-        if not files.lock(lock):
+    with files.locked(out / ".lock") as free:
+        if not free:
             raise RuntimeError(f"{out}: another process trains in this folder; wait for it, or name another run")
         files.sweep(out / "checkpoints")
         yield

@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -13,19 +12,19 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 _LONGEST_ROW = 1 << 16
 """Bytes looked at for the end of the last whole row."""
 _UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer that have no locks, or cannot flush a folder."""
+"""Errors of file systems that have no locks, or cannot flush a folder."""
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk (fedhubert clean RUN shows what a run could spare)",
     errno.EDQUOT: "free space in your quota (fedhubert clean RUN shows what a run could spare)",
-    errno.EACCES: "give yourself the right to write there, or set FEDHUBERT_OUTPUTS to a folder of your own",
-    errno.EPERM: "give yourself the right to write there, or set FEDHUBERT_OUTPUTS to a folder of your own",
+    errno.EACCES: "get the right to write there, or set FEDHUBERT_OUTPUTS to another folder",
+    errno.EPERM: "get the right to write there, or set FEDHUBERT_OUTPUTS to another folder",
     errno.EROFS: "it is mounted read-only; set FEDHUBERT_OUTPUTS to a folder that can be written",
     errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
     errno.ENAMETOOLONG: "give the run or the clients shorter names",
@@ -184,22 +183,6 @@ def locked(path: Path, seconds: float = 0.0) -> Iterator[bool]:
         yield free
     finally:
         lock.release()
-
-
-def lock(stream: IO[Any]) -> bool:
-    """Take the lock of an open file for this process, until it is closed; False where another process has it.
-
-    On a file system without locks, True: nothing then keeps two processes apart, which is printed once.
-    """
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        _warn_of_no_locks(str(Path(stream.name).parent))
-    return True
 
 
 def explained(number: int, path: str | Path) -> OSError:

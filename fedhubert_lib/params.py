@@ -59,7 +59,7 @@ _ENGINE = "carrier of the messages between server and clients"
 
 
 class Section(BaseModel):
-    """What the parameters of every notebook have in common."""
+    """The parameters that every notebook has."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -290,7 +290,7 @@ class Machine(Section):
 
 
 class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
-    """What pretraining and distillation have in common: six groups, of which the last base comes first."""
+    """The parameters of both pretraining and distillation: six groups, of which the last base comes first."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()

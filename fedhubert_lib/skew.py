@@ -23,7 +23,7 @@ EXCERPT = 4 * audio.SAMPLE_RATE
 
 
 def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
-    """What each client holds. ``table`` has the manifest's rows, ``owner`` [utterances] their clients 0 … C-1.
+    """Statistics of each client. ``table`` has the manifest's rows, ``owner`` [utterances] their clients 0 … C-1.
 
     Columns: hours; utterances; speakers; female, the fraction of its speech (NaN where no sex is known); shortest,
     median and longest, the 5 %, 50 % and 95 % quantile of its utterances' lengths in seconds; words_per_minute, of

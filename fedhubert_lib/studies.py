@@ -20,7 +20,7 @@ Key = tuple[str, ...]
 """``("seed",)`` at the top level, ``("kmeans", "clusters")`` in a section."""
 
 _SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
-"""What a student does not take over from its teacher's pretraining."""
+"""Parameters that a student does not inherit from its teacher's pretraining."""
 
 
 class ParameterError(ValueError):

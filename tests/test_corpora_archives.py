@@ -310,10 +310,8 @@ def test_provide_continues_after_kills_in_the_download_and_the_unpacking(server,
 def test_provide_refuses_a_folder_that_another_process_unpacks_into(tmp_path):
     (tmp_path / "mine.tar.gz").write_bytes(tar(GOOD))
     provide = functools.partial(archives.provide, tmp_path, "mine", {}, "", download=False, inside="LibriSpeech")
-    with (tmp_path / ".mine.lock").open("w") as lock:
-        assert files.lock(lock)
-        with pytest.raises(archives.ArchiveError, match="another process"):
-            provide()
+    with files.locked(tmp_path / ".mine.lock"), pytest.raises(archives.ArchiveError, match="another process"):
+        provide()
     provide()
     assert (tmp_path / "LibriSpeech" / "mine").is_dir()
 

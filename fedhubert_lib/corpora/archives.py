@@ -83,8 +83,8 @@ def provide(
     if not archive.exists() and not download:
         return
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f".{name}.lock").open("w", encoding="utf-8") as lock:
-        if not files.lock(lock):
+    with files.locked(root / f".{name}.lock") as free:
+        if not free:
             raise ArchiveError(f"{root}: another process is fetching or unpacking here; wait for it")
         if not archive.exists():
             if name not in published:

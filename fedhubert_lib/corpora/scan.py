@@ -1,4 +1,4 @@
-"""What every file of a corpus holds, from its header and its end: parallel, and incremental over an earlier scan.
+"""Headers and ends of all files of a corpus: read in parallel, and incrementally over an earlier scan.
 
 A file that is not audio, not 16 kHz mono speech of at least one frame, or truncated comes back with the reason. Of a
 FLAC file the header and the last sample are read, which libsndfile finds in a complete file only; damage in the middle
@@ -37,11 +37,11 @@ TYPES = {
     "decoded": "bool",
 }  # fmt: skip
 UNREADABLE = "cannot be read"
-"""What a reason begins with that may be gone though the file has not changed: such a file is read again."""
+"""Start of a reason that may vanish though the file has not changed: such a file is read again."""
 
 
 class Header(NamedTuple):
-    """What a file says of itself. ``reason`` is empty for a file that can be used."""
+    """A file's header. ``reason`` is empty for a file that can be used."""
 
     samples: int
     sample_rate: int
@@ -84,7 +84,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def _unlike_audio(start: bytes, size: int) -> str:
-    """What is wrong with the first bytes of a file of ``size`` bytes."""
+    """Why the first bytes of a file of ``size`` bytes are no audio file's, or nothing."""
     if not start:
         return "empty file"
     if start[:4] == b"RIFF":
