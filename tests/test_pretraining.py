@@ -1,4 +1,4 @@
-"""Pretraining end to end on tones, over the in-process engine: it learns, goes on, keeps what is personal."""
+"""Pretraining end to end on tones, over the in-process engine: it learns, resumes, keeps what is personal."""
 
 import itertools
 import os
