@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_generated_again_it_is_the_same_byte_for_byte(folder, tmp_path):
+def test_prepare_makes_the_same_bytes_again(folder, tmp_path):
     first = contents(folder / "synthetic")
     corpora.prepare(tmp_path / "a longer name for the folder that holds the run", P)
     again = contents(tmp_path / "a longer name for the folder that holds the run" / "00_corpus" / "synthetic")
@@ -38,20 +38,20 @@ def test_generated_again_it_is_the_same_byte_for_byte(folder, tmp_path):
     assert [name for name in first if first[name] != again[name]] == []
 
 
-def test_another_seed_is_another_corpus(folder, tmp_path):
+def test_speech_of_another_seed_has_other_voices(folder, tmp_path):
     synthetic.speech(tmp_path / "speech", P.model_copy(update={"seed": 4, "minutes": 0.2}))
     other = {p.read_bytes() for p in (tmp_path / "speech" / "_voices").glob("*.txt")}
     mine = {p.read_bytes() for p in (folder / "synthetic").rglob("_voices/*.txt")}
     assert len(mine) == 4 + 2 + 4 and not mine & other
 
 
-def test_an_existing_corpus_is_kept(folder):
+def test_prepare_keeps_an_existing_corpus(folder):
     before = {p: p.stat().st_mtime_ns for p in (folder / "synthetic").rglob("*")}
     corpora.prepare(folder.parent, P)
     assert {p: p.stat().st_mtime_ns for p in (folder / "synthetic").rglob("*")} == before
 
 
-def test_amounts_and_lists_are_as_asked_for(folder):
+def test_prepare_makes_the_requested_amounts_and_lists(folder):
     manifest, keywords = table(folder, "manifest"), table(folder, "keywords")
     assert table(folder, "excluded").empty
     assert manifest.groupby("split").speaker.nunique().to_dict() == {"test": 2, "train": 4}
@@ -111,7 +111,7 @@ def test_phone_times_fit_the_sound(folder):
     assert contrast[0] > 2 * max(contrast[-4_800], contrast[4_800])
 
 
-def test_voicesdiffer(folder):
+def test_voices_of_speakers_differ(folder):
     """Two halves of one speaker sound more alike than two speakers, for nearly all of them."""
     manifest = table(folder, "manifest")
     means = {}
@@ -123,7 +123,7 @@ def test_voicesdiffer(folder):
     assert np.mean([a == b for a, b in zip(means, closest, strict=True)]) >= 0.8
 
 
-def test_context_does_not_give_words_away():
+def test_utterance_is_not_predictable_from_context():
     assert len(sentences.VOCABULARY) > 1_000
     rng = np.random.default_rng(0)
     texts = [sentences.utterance(rng) for _ in range(600)]
@@ -134,7 +134,7 @@ def test_context_does_not_give_words_away():
     assert len(pairs) > 0.85 * sum(len(text.split()) - 1 for text in texts), "hardly any pair of words comes twice"
 
 
-def test_a_failing_synthesiser_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+def test_speech_names_why_the_synthesiser_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "ACCENTS", {"none": "language xx\nphonemes nonsense"})
     # one process per speaker: which of them ends first is the machine's business
     with pytest.raises(RuntimeError, match=r"(?s)synthesiser failed .*voices/1000\d ended with exit status"):

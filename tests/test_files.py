@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever happens to the process that writes them."""
+"""Files are atomic, whatever happens to the process that writes them."""
 
 import ast
 import errno
@@ -13,7 +13,7 @@ from conftest import ROOT
 from fedhubert_lib import cli, files, index
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_atomic_keeps_the_old_file_on_an_error(tmp_path):
     path = tmp_path / "value.json"
     files.write_json(path, {"a": 1})
     with pytest.raises(RuntimeError), files.atomic(path) as temporary:
@@ -23,7 +23,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path):
+def test_atomic_replaces_a_folder(tmp_path):
     path = tmp_path / "checkpoint"
     for name in ("old", "new"):
         with files.atomic(path) as temporary:
@@ -33,13 +33,13 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_has_no_nan(tmp_path):
+def test_write_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "value.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_row_cut_short_is_no_row(tmp_path):
+def test_read_rows_skips_a_row_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     files.append_row(path, {"round": 1})
     with path.open("a") as stream:
@@ -70,7 +70,7 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_is_full_leaves_whole_rows_and_no_half_files(tmp_path):
+def test_full_disk_leaves_complete_rows_and_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
     rows, reason = done.stdout.splitlines()
     assert 0 < int(rows) < 10 and reason == "File too large"
@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_leaves_whole_rows_and_no_half_files(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_sweep_takes_what_killed_writers_left_and_nothing_else(tmp_path):
+def test_sweep_removes_leftovers_alone(tmp_path):
     kept = [tmp_path / "model.old", tmp_path / ".hidden", tmp_path / "partial.npy"]
     for path in kept:
         path.touch()
@@ -91,7 +91,7 @@ def test_sweep_takes_what_killed_writers_left_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path, arrived):
+def test_sweep_after_a_kill_between_two_renames(tmp_path, arrived):
     path = tmp_path / "checkpoint"
     for name, content in ((".checkpoint.12.old", "old"), (".checkpoint.12.partial", "new")):
         (tmp_path / name).mkdir()
@@ -128,7 +128,7 @@ with runs.holding(path / ".lock", "this"), runs.holding(path / ".other", "that")
 """
 
 
-def test_folders_without_locks_and_without_a_flush_of_folders_do(tmp_path):
+def test_file_systems_without_locks_and_flush_of_folders(tmp_path):
     done = subprocess.run([sys.executable, "-c", ODD, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout == "held\n"
     assert (
@@ -145,14 +145,14 @@ def test_folders_without_locks_and_without_a_flush_of_folders_do(tmp_path):
         OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),  # pyarrow
     ],
 )
-def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path, error):
+def test_atomic_names_path_and_remedy_of_system_errors(tmp_path, error):
     path = tmp_path / "a.json"
     with pytest.raises(OSError, match="No space left on device; free space on that disk") as caught, files.atomic(path):
         raise error
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_atomic_keeps_other_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"), files.atomic(tmp_path / "a.json"):
         (tmp_path / "nowhere").read_bytes()
     with pytest.raises(OSError, match="tunnel collapsed"), files.atomic(tmp_path / "a.json"):

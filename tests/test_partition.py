@@ -1,4 +1,4 @@
-"""Who owns which utterance: each scheme does what its docstring says, from the seed, and nothing gets lost."""
+"""Partition schemes: each does what its docstring says, from the seed, and loses no utterance."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def parameters(scheme: str, table: pd.DataFrame, **changes: object) -> params.Pa
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_same_seed_same_partition(scheme, table):
+def test_owners_follow_from_the_seed(scheme, table):
     first = partition.owners(table, parameters(scheme, table))
     again = partition.owners(table.copy(), parameters(scheme, table))
     assert np.array_equal(first, again)
@@ -35,12 +35,12 @@ def test_same_seed_same_partition(scheme, table):
 
 
 @pytest.mark.parametrize("scheme", ["speakers", "speaker", "sex", "subset", "dirichlet"])
-def test_speakers_stay_whole(scheme, table):
+def test_owners_keep_speakers_whole(scheme, table):
     owner = partition.owners(table, parameters(scheme, table))
     assert (pd.Series(owner).groupby(table.speaker.to_numpy()).nunique() == 1).all()
 
 
-def test_what_each_scheme_promises(table):
+def test_owners_of_each_scheme(table):
     def held(scheme: str, column: str) -> pd.Series:
         owner = partition.owners(table, parameters(scheme, table))
         return table[column].groupby(owner).nunique()
@@ -57,32 +57,32 @@ def hours(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     return np.bincount(partition.owners(table, p), table.samples) / partition.HOUR
 
 
-def test_quantity_follows_the_power_law(table):
+def test_owners_by_quantity_follow_the_power_law(table):
     share = hours(table, parameters("quantity", table, power=1.0))
     expected = 1 / np.arange(1, 9)
     np.testing.assert_allclose(share / share.sum(), expected / expected.sum(), atol=1e-3)
 
 
-def test_more_clients_than_speakers_are_as_many_as_speakers(table):
+def test_owners_by_speaker_with_more_clients_than_speakers(table):
     owner = partition.owners(table, parameters("speaker", table, clients=10**9, minimum_minutes=0.1))
     assert owner.max() + 1 == 120
     merged = parameters("speaker", table, clients=10**9, minimum_minutes=30.0, small_clients="merge")
     assert (hours(table, merged) >= 0.5).all()
 
 
-def test_small_alpha_is_less_even(table):
+def test_owners_by_dirichlet_are_less_even_for_small_alpha(table):
     even, uneven = (hours(table, parameters("dirichlet", table, alpha=a, small_clients="merge")) for a in (100.0, 0.3))
     assert even.std() / even.mean() < 0.3 < uneven.std() / uneven.mean()
 
 
-def test_full_size_is_balanced_within_one_percent():
+def test_owners_at_full_size_are_balanced():
     table = manifests.librispeech960()
     share = hours(table, params.Partition(clients=20, heldout_speakers=0))
     assert share.max() / share.min() < 1.01
     assert share.sum() == pytest.approx(table.samples.sum() / partition.HOUR)
 
 
-def test_client_below_the_minimum_is_an_error_or_merged(table):
+def test_owners_below_the_minimum_are_refused_or_merged(table):
     p = parameters("quantity", table, power=2.0, minimum_minutes=60.0)
     with pytest.raises(partition.PartitionError, match=r"minimum_minutes: \d of 8 clients .* small_clients=merge"):
         partition.owners(table, p)
@@ -101,18 +101,18 @@ def test_client_below_the_minimum_is_an_error_or_merged(table):
         ("subset", {"clients": 2}, "a client for each of train-clean-100"),
     ],
 )
-def test_impossible_requests_say_what_to_do(scheme, changes, message, table):
+def test_owners_refuse_impossible_requests(scheme, changes, message, table):
     with pytest.raises(partition.PartitionError, match=message):
         partition.owners(table, parameters(scheme, table, **changes))
 
 
 @pytest.mark.parametrize("scheme", ["sex", "subset"])
-def test_a_scheme_that_divides_nothing_is_refused(scheme, table):
+def test_owners_refuse_a_scheme_of_one_group(scheme, table):
     with pytest.raises(partition.PartitionError, match=f"all speech is of one {scheme}, F; use scheme speakers"):
         partition.owners(table.assign(**{scheme: "F"}), parameters(scheme, table))
 
 
-def test_unknown_sex_is_refused_by_name(table):
+def test_owners_refuse_unknown_sex(table):
     with pytest.raises(partition.PartitionError, match=r"SPEAKERS\.TXT"):
         partition.owners(table.assign(sex=""), parameters("sex", table))
     with pytest.raises(partition.PartitionError, match="two groups"):
@@ -129,7 +129,7 @@ def run(tmp_path: Path, table: pd.DataFrame) -> Path:
     return tmp_path
 
 
-def test_folders_hold_every_utterance_once(run, table):
+def test_assign_writes_every_utterance_once(run, table):
     clients = partition.assign(run, params.Partition(clients=5, heldout_speakers=4, validation_share=0.2))
     folder = run / "01_partition"
     parts = ("train.parquet", "validation.parquet")
@@ -153,13 +153,13 @@ def test_folders_hold_every_utterance_once(run, table):
     assert pd.read_parquet(folder / "clients.parquet").equals(clients)
 
 
-def test_a_second_partition_leaves_nothing_of_the_first(run):
+def test_assign_replaces_an_earlier_partition(run):
     partition.assign(run, params.Partition(clients=9))
     partition.assign(run, params.Partition(clients=4))
     assert len(list((run / "01_partition" / "clients").iterdir())) == 4
 
 
-def test_validation_always_leaves_something_to_train_on():
+def test_validation_mask_leaves_something_to_train_on():
     client = np.array([0, 1, 1, 2, 2, 2])
     mask = partition.validation_mask(client, params.Partition(validation_share=1.0))
     assert np.bincount(client[~mask]).tolist() == [1, 1, 1]
@@ -171,7 +171,7 @@ def test_validation_always_leaves_something_to_train_on():
     ]
 
 
-def test_names_sort_as_numbers():
+def test_client_names_sort_as_numbers():
     names = partition.client_names(2338)
     assert names == sorted(names) and names[7] == "client-0007" and partition.client_names(3)[2] == "client-002"
 
@@ -194,7 +194,7 @@ def spoken(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_an_exported_client_holds_its_own_audio_and_nothing_else(spoken, tmp_path):
+def test_export_client_copies_its_audio_alone(spoken, tmp_path):
     partition.export_client(spoken, "client-001", tmp_path / "node")
     lists = [pd.read_parquet(path) for path in (tmp_path / "node").rglob("*.parquet")]
     held = pd.concat(lists)
@@ -210,7 +210,7 @@ def test_an_exported_client_holds_its_own_audio_and_nothing_else(spoken, tmp_pat
     assert paths.str.startswith("/data/speech/audio/").all()
 
 
-def test_an_export_is_whole_or_absent(spoken, tmp_path):
+def test_export_client_is_atomic(spoken, tmp_path):
     for name in ("client-002", "..", "client-000/../client-001", "."):
         with pytest.raises(partition.PartitionError, match=f"no client {name}; it has client-000 to client-001"):
             partition.export_client(spoken, name, tmp_path / "node")

@@ -9,7 +9,7 @@ import soundfile
 from fedhubert_lib import audio, params, partition, skew
 
 
-def test_distance_is_nought_for_the_same_and_one_for_nothing_in_common():
+def test_distances_of_equal_and_of_disjoint_clients():
     owner = np.repeat(np.arange(3), 40)
     disjoint = np.zeros((120, 6), dtype=int)
     disjoint[np.arange(120), 2 * owner] = 7
@@ -20,7 +20,7 @@ def test_distance_is_nought_for_the_same_and_one_for_nothing_in_common():
     assert np.isnan(skew.apart(np.full((3, 3), np.nan))["skew"])  # and numpy warns of nothing
 
 
-def test_iid_has_no_skew_and_whole_groups_have():
+def test_summary_of_iid_and_of_whole_speakers():
     table = manifests.librispeech960(utterances=4_000, speakers=80)
     rng = np.random.default_rng(0)
     voices = rng.dirichlet(np.full(50, 0.3), size=80)
@@ -36,7 +36,7 @@ def test_iid_has_no_skew_and_whole_groups_have():
     assert found["speaker"]["clients"] == 80 and found["speaker"]["speakers"] == 1
 
 
-def test_utterances_that_were_not_read_do_not_count():
+def test_distances_ignore_utterances_that_were_not_read():
     owner = np.array([0, 0, 0, 0, 1, 1, 1])
     counts = np.zeros((7, 2), dtype=int)
     counts[[0, 1, 4, 5]] = [[4, 0], [4, 0], [4, 0], [4, 0]]
@@ -59,7 +59,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["path", "speaker", "samples"])
 
 
-def test_clusters_tell_sounds_apart_and_not_speakers_of_one_sound(spoken):
+def test_acoustic_counts_separate_sounds(spoken):
     steps = []
     counts = skew.acoustic_counts(
         spoken, seed=0, clusters=8, per_speaker=4, on_progress=lambda *step: steps.append(step)
@@ -74,7 +74,7 @@ def test_clusters_tell_sounds_apart_and_not_speakers_of_one_sound(spoken):
     assert not np.array_equal(counts, skew.acoustic_counts(spoken, seed=1, clusters=8, per_speaker=4))
 
 
-def test_clusters_of_many_utterances_are_fitted_on_some(spoken, monkeypatch):
+def test_acoustic_counts_fit_on_a_sample(spoken, monkeypatch):
     read = []
     plain = audio.read
     monkeypatch.setattr(audio, "read", lambda path, *span: read.append(path) or plain(path, *span))
@@ -84,7 +84,7 @@ def test_clusters_of_many_utterances_are_fitted_on_some(spoken, monkeypatch):
     assert (counts.sum(1) == 398).all()
 
 
-def test_client_table():
+def test_clients_table():
     table = pd.DataFrame(
         {
             "speaker": ["a", "a", "b", "c"],
