@@ -27,16 +27,16 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 17_675,
-    "largest module, lines": 725,
-    "largest function, lines": 81,
-    "largest class, lines": 276,
-    "closure of kmeans, lines": 6_778,
-    "closure of pretraining, lines": 7_172,
-    "closure of distillation, lines": 9_624,
-    "closure of evaluation, lines": 7_371,
+    "library, lines": 16_200,
+    "largest module, lines": 450,
+    "largest function, lines": 63,
+    "largest class, lines": 200,
+    "closure of kmeans, lines": 4_200,
+    "closure of pretraining, lines": 5_300,
+    "closure of distillation, lines": 7_500,
+    "closure of evaluation, lines": 4_100,
     "import circles": 0,
-    "upward imports": 4,
+    "upward imports": 0,
 }
 
 LAYERS = (
