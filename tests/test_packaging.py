@@ -46,6 +46,18 @@ def test_locks_hold_what_the_project_asks_for():
         assert each.specifier.contains(tested[name(str(each))]), each
 
 
+def test_package_data_names_every_data_file_of_the_library():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packed = {
+        path
+        for package, globs in declared.items()
+        for g in globs
+        for path in ROOT.glob(f"{package.replace('.', '/')}/{g}")
+    }
+    data = {path for path in (ROOT / "fedhubert_lib").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert data == packed != set()
+
+
 def test_no_telemetry():
     import fedhubert_lib
 
