@@ -84,7 +84,7 @@ def results(run: Path) -> str:
 
     paths = [folder.with_suffix(".html"), folder / "report.csv", folder / "report.json"]
     paths += [place for place in sorted(run.glob("*/figures")) if any(place.iterdir())]
-    lines = [tables.headline(tables.figures(report)).to_string(), ""]
+    lines = [tables.headline(report).to_string(), ""]
     lines += [str(path) for path in paths if path.exists()]
     if why := identity.stale(run).get("evaluate"):
         lines.insert(0, f"stale: {why}; fedhubert run without --until evaluates it again")

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
 from fedhubert_lib.evaluation import encoders, extraction, layers, measures, report, systems, tables
+from fedhubert_lib.index import results
 
 WORDS = ("yes", "no", "up")
 
@@ -189,6 +190,9 @@ def test_tables_show_every_measure_once(evaluated):
     assert sorted([*shown, *(tables.TITLES[name] for name in ("layer-accuracy", "layer-weight"))]) == sorted(
         tables.TITLES.values()
     )
+    shown = results(evaluated[0])
+    assert all(title in shown for title in (*wide.index, *wide.columns))
+    assert str(evaluated[0] / "05_evaluate" / "report.csv") in shown
 
 
 def test_student_is_a_fraction_of_its_teacher(evaluated):
