@@ -131,20 +131,19 @@ def abx_error(frames: np.ndarray, triples: np.ndarray, chunk: int = 256) -> floa
 
 def _warped(left: Tensor, right: Tensor) -> np.ndarray:
     """Mean angle along the best warping path between pairs of unit-length sequences [pairs, frames, width]: [pairs]."""
-    angles = left @ right.transpose(1, 2)
-    angles = torch.arccos(angles.clamp(-1, 1)).numpy() / np.pi  # rounding leaves cosines a little beyond 1
-    pairs, rows, columns = angles.shape
+    cosines = (left @ right.transpose(1, 2)).clamp(-1, 1)  # rounding leaves them a little beyond 1
+    angles = torch.arccos(cosines).permute(1, 2, 0).numpy() / np.pi
+    rows, columns, pairs = angles.shape
     # One antidiagonal at a time: cell i of diagonal d is (i, d - i), its neighbours lie on the two diagonals before.
-    cost = [np.full((pairs, rows + 1), np.inf) for _ in range(2)]
-    steps = [np.zeros((pairs, rows + 1)) for _ in range(2)]
-    cost[0][:, 0] = 0  # the corner before both sequences
+    costs, steps = [np.full((rows + 1, pairs), np.inf) for _ in range(2)], [np.zeros((rows + 1, pairs))] * 2
+    costs[0][0] = 0  # the corner before both sequences
     for diagonal in range(rows + columns - 1):
         i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        ways = np.stack([cost[0][:, i], cost[1][:, i], cost[1][:, i + 1]])
-        counts = np.stack([steps[0][:, i], steps[1][:, i], steps[1][:, i + 1]])
-        best = ways.argmin(0)[None]
-        new_cost, new_steps = np.full((pairs, rows + 1), np.inf), np.zeros((pairs, rows + 1))
-        new_cost[:, i + 1] = np.take_along_axis(ways, best, 0)[0] + angles[:, i, diagonal - i]
-        new_steps[:, i + 1] = np.take_along_axis(counts, best, 0)[0] + 1
-        cost, steps = [cost[1], new_cost], [steps[1], new_steps]
-    return cost[1][:, -1] / steps[1][:, -1]
+        here, below = slice(i[0], i[-1] + 1), slice(i[0] + 1, i[-1] + 2)
+        cost, step = costs[0][here], steps[0][here]
+        for neighbour in (here, below):
+            shorter = costs[1][neighbour] < cost
+            cost, step = (np.where(shorter, of[1][neighbour], best) for of, best in ((costs, cost), (steps, step)))
+        costs, steps = [costs[1], np.full((rows + 1, pairs), np.inf)], [steps[1], np.zeros((rows + 1, pairs))]
+        costs[1][below], steps[1][below] = cost + angles[i, diagonal - i], step + 1
+    return costs[1][-1] / steps[1][-1]
