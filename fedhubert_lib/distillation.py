@@ -40,6 +40,7 @@ from fedhubert_lib.federated import handlers, local, rounds, secure
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.kmeans import client as kmeans_client
 from fedhubert_lib.kmeans import server as kmeans_server
+from fedhubert_lib.kmeans.reading import folder_for
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.objectives import Sums
 from fedhubert_lib.teaching import Teacher, TeacherError
@@ -381,29 +382,19 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
         normalisation="none",
         device=p.device,
     )
-    exchange = kmeans_server.Exchange(
-        clients, lambda row: files.append_row(folder / "clusters.jsonl", row), stage="distill"
-    )
-    depth = pretrained.read_config(teacher_folder(run, p)).num_hidden_layers
-    layer = p.teacher_layer or max(1, depth // 2)
+    layer = p.teacher_layer or max(1, pretrained.read_config(teacher_folder(run, p)).num_hidden_layers // 2)
     config, weights = kmeans_server.describe(chosen, layer)
     config |= {"kind": TEACHER_LABELS}
-    path = folder / "clusters.safetensors"
-    known = (
-        json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if path.with_suffix(".json").exists()
-        else None
-    )
-    settings = json.loads(json.dumps(config))
-    if known != settings:
-        _, arrays, _ = kmeans_server.prepare(chosen, layer, exchange)
+    log = functools.partial(files.append_row, folder / "clusters.jsonl")
+    exchange = kmeans_server.Exchange(clients, log, stage="distill")
+    path = folder_for(folder / "clusters", config) / "centroids.safetensors"
+    if not path.exists():
+        arrays = kmeans_server.prepare(exchange, config, weights)
         start, _ = kmeans_server.start(exchange, arrays, config)
-        centroids, _ = kmeans_server.lloyd(
-            exchange, arrays, config, start, rounds=chosen.lloyd_rounds, tolerance=chosen.tolerance
-        )
+        limits = {"rounds": chosen.lloyd_rounds, "tolerance": chosen.tolerance}
+        centroids, _ = kmeans_server.lloyd(exchange, arrays, config, start, **limits)
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids}, temporary)
-        files.write_json(path.with_suffix(".json"), settings)
     # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
     list(exchange.ask("label", {**weights, **load_file(path)}, config))
     list(exchange.ask("forget", {}, config))

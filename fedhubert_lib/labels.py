@@ -1,22 +1,21 @@
-"""Ragged arrays on disk, one row of frames per utterance: the labels of a client, and its cached features.
+"""Ragged arrays on disk, one row of frames per utterance: the labels of a client, and its features.
 
 A folder holds ``labels.bin``, the frames of all utterances end to end (little-endian, memory-mapped by readers), and
-``index.parquet`` (utterance, offset, frames), which is written last and makes it whole. Until then ``index.jsonl``
-grows by a row per utterance, after its frames are on disk: a writer that was killed goes on at the first missing one.
+``index.parquet`` (utterance, offset, frames), which is written last. An utterance's number of frames follows from its
+samples, so the length of ``labels.bin`` shows how far a writer that was killed had come.
 """
 
 import contextlib
 import functools
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-import pandas
+import pandas as pd
 
-from fedhubert_lib import files
+from fedhubert_lib import audio, files
 
 LABELS = np.dtype("<u2")
 
@@ -36,7 +35,7 @@ class Ragged:
         index = self.folder / "index.parquet"
         if not index.exists():
             raise LabelsError(f"{self.folder}: no index.parquet, {name} absent or unfinished; run 02_kmeans again")
-        table = pandas.read_parquet(index)
+        table = pd.read_parquet(index)
         self.utterances: list[str] = table.utterance.tolist()
         self._offsets = table.offset.to_numpy()
         self._frames = table.frames.to_numpy()
@@ -50,9 +49,6 @@ class Ragged:
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
         return {utterance: row for row, utterance in enumerate(self.utterances)}
-
-    def __len__(self) -> int:
-        return len(self.utterances)
 
     def __contains__(self, utterance: str) -> bool:
         return utterance in self._rows
@@ -73,56 +69,47 @@ class Labels(Ragged):
 
 
 class Writer:
-    """Appends utterances to a folder; see ``writing``."""
+    """Appends the frames of utterances in their order; see ``writing``."""
 
-    def __init__(self, stream: BinaryIO, rows: BinaryIO, dtype: np.dtype, done: dict[str, tuple[int, int]]) -> None:
-        self._stream, self._rows, self._dtype = stream, rows, dtype
-        self.done = done
-        """What is written: utterance to (offset, frames), in order."""
-        self._offset = sum(frames for _, frames in done.values())
+    def __init__(self, stream: BinaryIO, missing: pd.Series, dtype: np.dtype) -> None:
+        self.missing: list[str] = missing.index.tolist()
+        """Utterances without frames when writing began, in their order."""
+        self._stream, self._dtype, self._expected = stream, dtype, iter(missing.items())
 
-    def append(self, batch: dict[str, np.ndarray]) -> None:
-        """Append the frames of some utterances: data first, then their rows, so that a kill loses at most these."""
-        rows = []
-        for utterance, frames in batch.items():
-            if utterance in self.done:
-                raise LabelsError(f"{utterance} is written already; an utterance may appear only once")
+    def append(self, batch: Iterable[np.ndarray]) -> None:
+        """Append the frames of the next utterances of ``missing``, and flush them to disk."""
+        for frames in batch:
+            utterance, count = next(self._expected)
+            if len(frames) != count:
+                raise LabelsError(f"{utterance}: {len(frames)} frames where its samples make {count}")
             self._stream.write(np.ascontiguousarray(frames, self._dtype).tobytes())
-            self.done[utterance] = (self._offset, len(frames))
-            rows.append(json.dumps([utterance, self._offset, len(frames)]) + "\n")
-            self._offset += len(frames)
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._rows.write("".join(rows).encode())
-        self._rows.flush()
 
 
 @contextlib.contextmanager
-def writing(folder: Path, name: str, dtype: np.dtype, width: int | None = None) -> Iterator[Writer]:
-    """Write, or go on writing, the ragged array ``name`` in ``folder``; on success it is made whole.
+def writing(
+    folder: Path, name: str, table: pd.DataFrame, dtype: np.dtype, width: int | None = None
+) -> Iterator[Writer]:
+    """Write, or resume writing, the ragged array ``name`` of all utterances of ``table`` (columns utterance, samples).
 
-    Utterances whose rows survived an earlier, killed writer stand in ``Writer.done``; what was half written is cut off.
+    Raises LabelsError where the array is complete, or an utterance stands in ``table`` twice.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    progress, data = folder / "index.jsonl", folder / f"{name}.bin"
     if (folder / "index.parquet").exists():
-        raise LabelsError(f"{folder}: is whole already; delete it to write it anew")
-    rows: list[Any] = files.read_rows(progress)
-    if progress.exists():  # cut off half a row
-        os.truncate(progress, progress.read_bytes().rfind(b"\n") + 1)
-    done = {utterance: (offset, frames) for utterance, offset, frames in rows}
-    promised = sum(frames for _, frames in done.values()) * (width or 1) * dtype.itemsize
-    if rows and data.stat().st_size < promised:
-        raise LabelsError(f"{data}: shorter than the {promised} bytes that {progress.name} promises; delete {folder}")
-    with data.open("ab") as stream, progress.open("ab") as index:
-        stream.truncate(promised)
-        writer = Writer(stream, index, dtype, done)
+        raise LabelsError(f"{folder}: is complete; delete it to write it anew")
+    if not table.utterance.is_unique:
+        raise LabelsError(f"{table.utterance[table.utterance.duplicated()].iloc[0]}: stands twice in a client's lists")
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = table.samples.map(audio.frame_count).astype("int64").set_axis(table.utterance)
+    ends = np.cumsum([0, *frames])
+    with (folder / f"{name}.bin").open("ab") as stream:
+        size = (width or 1) * dtype.itemsize
+        done = np.searchsorted(ends, stream.tell() // size, side="right") - 1
+        stream.truncate(ends[done] * size)  # the rest of an utterance that a killed writer left
+        writer = Writer(stream, frames.iloc[done:], dtype)
         yield writer
-    table = pandas.DataFrame(
-        [(utterance, offset, count) for utterance, (offset, count) in writer.done.items()],
-        columns=["utterance", "offset", "frames"],
-    ).astype({"offset": "int64", "frames": "int64"})
+        if stream.tell() != ends[-1] * size:
+            raise LabelsError(f"{folder}: not all of its {len(table)} utterances were written")
+    index = pd.DataFrame({"utterance": frames.index, "offset": ends[:-1], "frames": frames.to_numpy()})
     with files.atomic(folder / "index.parquet") as temporary:
-        table.to_parquet(temporary, index=False)
-    progress.unlink()
+        index.to_parquet(temporary, index=False)

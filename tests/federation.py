@@ -38,8 +38,10 @@ def make(run: Path, clients: int = 4, utterances: int = 5, seconds: float = 1.6)
             folder = run / "01_partition" / "clients" / client
             folder.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(table).to_parquet(folder / f"{part}.parquet")
-        with labels.writing(run / "02_kmeans" / "clients" / client / CODEBOOK, "labels", labels.LABELS) as writer:
-            writer.append(own)
+        lists = pd.DataFrame(tables["train"] + tables["validation"])
+        folder = run / "02_kmeans" / "clients" / client / CODEBOOK
+        with labels.writing(folder, "labels", lists, labels.LABELS) as writer:
+            writer.append(own.values())
         rows.append({"client": client, "train_utterances": utterances, "hours": 0.01})
     pd.DataFrame(rows).to_parquet(run / "01_partition" / "clients.parquet")
     files.write_json(run / "02_kmeans" / "codebooks" / CODEBOOK / "codebook.json", {"clusters": TONES})

@@ -6,6 +6,7 @@ client.
 """
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,14 @@ Arrays = dict[str, Tensor]
 def size(arrays: Mapping[str, Tensor]) -> int:
     """Bytes of ``arrays``."""
     return sum(tensor.numel() * tensor.element_size() for tensor in arrays.values())
+
+
+def digest(arrays: Mapping[str, Tensor]) -> str:
+    """One name for all names and bits of ``arrays``."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(arrays.items()):
+        result.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return result.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

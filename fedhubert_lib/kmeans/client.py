@@ -5,51 +5,39 @@ and answers with arrays and metrics. ``config`` always holds the settings that `
 its arrays: statistics of the ``global`` normalisation, weights of a checkpoint.
 """
 
-import hashlib
 import json
 import shutil
-import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from fedhubert_lib import files, labels, seeds, units
 from fedhubert_lib.federated import handlers, noise
-from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.federated.protocol import Arrays, ClientHome, digest
 from fedhubert_lib.kmeans import clustering, layers, reading
+from fedhubert_lib.kmeans.reading import Answer
 
-Answer = tuple[Arrays, dict[str, float]]
+
+def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Remove the features, of earlier settings, too: all labels are written."""
+    for folder in [home.state / "features", *home.state.glob(".previous/features-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {}, {}
 
 
 def moments(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Count, sum and sum of squares per dimension of the sampled frames: what ``global`` normalisation needs."""
     total, squares, count = 0.0, 0.0, 0
-    for _, frames in reading.stream(home, arrays, config, reading.sampled(home, config), "none"):
-        frames = frames.double()
-        total, squares, count = total + frames.sum(0), squares + frames.square().sum(0), count + len(frames)
+    for _, parts in reading.stream(home, arrays, {**config, "normalisation": "none"}, reading.sampled(home, config)):
+        added = reading.moments(torch.cat(parts))
+        total, squares, count = total + added[0], squares + added[1], count + added[2]
     _require(home, count, 1)
     return {"sum": total.cpu(), "squares": squares.cpu(), "count": torch.tensor(float(count)).double()}, {}
-
-
-def compute(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Compute the features of all utterances, once, and keep them in the client's folder for all other messages."""
-    reading.compute(home, arrays, config)
-    return {}, {}
-
-
-def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Remove the features: all labels are written."""
-    shutil.rmtree(home.state / "features", ignore_errors=True)
-    return {}, {}
 
 
 def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -70,15 +58,16 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     """Sum [K, D], count [K] and inertia [K] of the sampled frames nearest to each of ``arrays["centroids"]``.
 
     Clusters below ``minimum_count`` are reported as empty. With ``noise_multiplier`` z, all that this client adds, sums
-    and counts together, is scaled down to norm ``noise_clip``, and Gaussian noise of deviation z x ``noise_clip`` is
-    added here, from the system's entropy, before anything leaves the client; no inertia is reported then.
+    and counts together, is scaled down to norm ``noise_clip``, and Gaussian noise of standard deviation z x
+    ``noise_clip`` is added here, from the system's entropy, before anything leaves the client; no inertia is reported
+    then.
     """
     centroids = arrays["centroids"].to(home.device)
     clusters, width = centroids.shape
     sums = torch.zeros(clusters, width, dtype=torch.float64)
-    counts = torch.zeros(clusters, dtype=torch.float64)
-    inertias = torch.zeros(clusters, dtype=torch.float64)
-    for _, frames in reading.stream(home, arrays, config, reading.sampled(home, config)):
+    counts, inertias = torch.zeros(2, clusters, dtype=torch.float64)
+    for _, parts in reading.stream(home, arrays, config, reading.sampled(home, config)):
+        frames = torch.cat(parts)
         added = clustering.statistics(frames, clustering.nearest(frames, centroids), centroids)
         for total, part in zip((sums, counts, inertias), added, strict=True):
             total += part.cpu()
@@ -87,9 +76,9 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
         released = {"sums": sums / width**0.5, "counts": counts}
         noise.clip(released, config["noise_clip"])
         normal = _noise(home, config)
-        deviation = config["noise_multiplier"] * config["noise_clip"]
-        sums = (released["sums"] + deviation * normal(*sums.shape)) * width**0.5
-        counts = released["counts"] + deviation * normal(*counts.shape)
+        std = config["noise_multiplier"] * config["noise_clip"]
+        sums = (released["sums"] + std * normal(*sums.shape)) * width**0.5
+        counts = released["counts"] + std * normal(*counts.shape)
         inertias.zero_()
     if config["minimum_count"]:
         few = counts < config["minimum_count"]
@@ -111,86 +100,50 @@ def _noise(home: ClientHome, config: Mapping[str, Any]) -> Callable[..., Tensor]
 
 
 def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Fit this client's own codebook with fairseq's settings and keep it in the client's folder; nothing is sent.
-
-    MiniBatchKMeans of scikit-learn: k-means++, 20 starts, batches of 10,000 frames, 100 passes at most, no
-    reassignment.
-    """
-    start = time.perf_counter()
-    folder = home.state / "own"
-    reading.start_over_unless(folder, config)
-    if not (folder / "centroids.npy").exists():
+    """Fit this client's codebook ``client`` and keep it in the client's folder; nothing of it is sent."""
+    folder = _own(home, config)
+    if not (folder / "fit.json").exists():
         frames = reading.in_memory(home, arrays, config)
         _require(home, len(frames), config["clusters"])
-        model = MiniBatchKMeans(
-            n_clusters=config["clusters"],
-            init="k-means++",
-            n_init=20,
-            batch_size=10_000,
-            max_iter=100,
-            tol=0.0,
-            max_no_improvement=100,
-            reassignment_ratio=0.0,
-            compute_labels=False,
-            random_state=seeds.derive(config["seed"], "kmeans-client", home.client) % 2**32,
-        )
-        # One thread: what several add up, they add in an order of their own.
-        with threadpool_limits(1), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct frames than clusters: see cluster_use
-            model.fit(frames.cpu().numpy())
-        centroids = torch.from_numpy(model.cluster_centers_).float()
-        inertia = clustering.inertia(frames, centroids.to(frames.device))
-        files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": inertia})
-        _save(folder / "centroids.npy", centroids)
-    measured = {} if private(config) else json.loads((folder / "fit.json").read_text(encoding="utf-8"))
-    return {}, {**measured, "seconds": time.perf_counter() - start}
-
-
-def own(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Take this client's own codebook as it is for ``config["kind"]``; nothing is sent."""
-    _save(home.labels / config["kind"] / "centroids.npy", _own(home))
-    return {}, {}
+        rng = seeds.numpy_generator(config["seed"], "kmeans-client", home.client)
+        centroids = clustering.fit(frames, config["clusters"], rng)[0].float()
+        _save(folder / "client.npy", centroids)
+        files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": clustering.inertia(frames, centroids)})
+    return {}, {} if private(config) else json.loads((folder / "fit.json").read_text(encoding="utf-8"))
 
 
 def lend(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Send this client's own codebook, for others to align theirs to: float32 [K, D]."""
-    return {"centroids": _own(home)}, {}
+    """Send this client's codebook ``client``, for others to align theirs to: float32 [K, D]."""
+    return {"centroids": _load(_own(home, config) / "client.npy")}, {}
 
 
 def align(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Take this client's own codebook in the order that fits ``arrays["reference"]`` best; nothing is sent."""
-    _save(home.labels / config["kind"] / "centroids.npy", clustering.matched(_own(home), arrays["reference"]))
+    """Make the codebook ``aligned``: ``client`` in the order that fits ``arrays["reference"]`` best; none is sent."""
+    folder = _own(home, config)
+    _save(folder / "aligned.npy", clustering.matched(_load(folder / "client.npy"), arrays["reference"]))
     return {}, {}
 
 
 def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Write the labels of all utterances of this client, training and validation, into its folder.
 
-    Goes on at the first missing utterance when it was killed before, if the codebook is the same. Answers with what
+    Resumes at the first missing utterance when it was killed before, if the codebook is the same. Answers with what
     ``units`` needs: frames per label [K], the number of runs, and counts phone x label with the names of the
     phones (UTF-8, one a line) where the client knows the phones of its utterances. Nothing of it with
     ``noise_multiplier``: no noise covers it.
     """
-    start = time.perf_counter()
-    codebook = _codebook(home, arrays, config)
-    folder = home.labels / config["kind"]
-    reading.start_over_unless(folder, {**config, "codebook": _digest(codebook)}, keep="centroids.npy")
-    table = reading.utterances(home)
-    written = 0
+    table, codebook = reading.utterances(home), _codebook(home, arrays, config)
+    settings = {**config, "codebook": digest(codebook), "utterances": reading.digest(table)}
+    folder = reading.folder_for(home.labels / config["kind"], settings)
     if not (folder / "index.parquet").exists():
         if any(name.startswith("model/") for name in arrays):
             reading.compute(home, arrays, config)
-        with labels.writing(folder, "labels", labels.LABELS) as writer:
-            missing = table[~table.utterance.isin(list(writer.done))]
-            names = iter(missing.utterance.tolist())
-            for lengths, frames in reading.stream(home, arrays, config, missing):
-                nearest = assign(frames, codebook).cpu().numpy().astype(labels.LABELS)
-                parts = np.split(nearest, np.cumsum(lengths)[:-1])
-                writer.append({next(names): part for part in parts})
-                written += len(nearest)
-    seconds = time.perf_counter() - start
-    counts = {} if private(config) else _counts(home, labels.Labels(folder), config["clusters"])
-    return counts, {"frames": written, "seconds": seconds}
+        with labels.writing(folder, "labels", table, labels.LABELS) as writer:
+            missing = table.iloc[len(table) - len(writer.missing) :]
+            for _, parts in reading.stream(home, arrays, config, missing):
+                sequence = assign(torch.cat(parts), codebook).cpu()
+                writer.append(part.numpy() for part in sequence.split([len(part) for part in parts]))
+    return {} if private(config) else _counts(home, labels.Labels(folder), config["clusters"]), {}
 
 
 def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -201,13 +154,12 @@ def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 
 handlers.HANDLERS |= {
     "kmeans.layers": layers.rate,
-    "kmeans.features": compute,
+    "kmeans.features": reading.compute,
     "kmeans.forget": forget,
     "kmeans.moments": moments,
     "kmeans.local_centroids": local_centroids,
     "kmeans.lloyd": lloyd,
     "kmeans.fit": fit,
-    "kmeans.own": own,
     "kmeans.lend": lend,
     "kmeans.align": align,
     "kmeans.label": label,
@@ -216,13 +168,19 @@ handlers.HANDLERS |= {
 """What the server can ask of a client about codebooks."""
 
 
-def _own(home: ClientHome) -> Tensor:
-    return torch.from_numpy(np.load(home.state / "own" / "centroids.npy"))
+def _own(home: ClientHome, config: Mapping[str, Any]) -> Path:
+    """The folder of the codebooks that stay with this client, ``client.npy`` and ``aligned.npy``."""
+    made_by = {**config, "kind": "own", "utterances": reading.digest(reading.utterances(home))}
+    return reading.folder_for(home.state / "own", made_by)
+
+
+def _load(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path))
 
 
 def _save(path: Path, centroids: Tensor) -> None:
     with files.atomic(path) as temporary:
-        np.save(temporary, centroids.numpy())
+        np.save(temporary, centroids.cpu().numpy())
 
 
 def _require(home: ClientHome, frames: int, needed: int) -> None:
@@ -235,11 +193,9 @@ def _require(home: ClientHome, frames: int, needed: int) -> None:
 
 def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
     """The codebook of the message, or the client's own: ``centroids``, and ``projection`` for random-projection."""
-    if "centroids" in arrays:
-        names = [name for name in ("centroids", "projection") if name in arrays]
-        return {name: arrays[name].to(home.device) for name in names}
-    path = home.labels / config["kind"] / "centroids.npy"
-    return {"centroids": torch.from_numpy(np.load(path)).to(home.device)}
+    if "centroids" not in arrays:
+        arrays = {"centroids": _load(_own(home, config) / f"{config['kind']}.npy")}
+    return {name: arrays[name].to(home.device) for name in ("centroids", "projection") if name in arrays}
 
 
 def assign(frames: Tensor, codebook: Arrays) -> Tensor:
@@ -249,24 +205,13 @@ def assign(frames: Tensor, codebook: Arrays) -> Tensor:
     return clustering.nearest(frames, codebook["centroids"])
 
 
-def _digest(codebook: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(codebook):
-        digest.update(codebook[name].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _counts(home: ClientHome, mine: labels.Labels, clusters: int) -> Arrays:
+def _counts(home: ClientHome, sequences: labels.Labels, clusters: int) -> Arrays:
     """What quality needs of this client's labels, as sums."""
-    counts, runs = np.zeros(clusters, np.int64), 0
-    for utterance in mine.utterances:
-        sequence = mine[utterance]
-        counts += np.bincount(sequence, minlength=clusters)
-        runs += units.runs(sequence)
-    arrays = {"counts": torch.from_numpy(counts), "runs": torch.tensor(runs)}
+    counts = torch.from_numpy(np.bincount(sequences.flat, minlength=clusters))
+    arrays = {"counts": counts, "runs": torch.tensor(sum(units.runs(sequences[u]) for u in sequences.utterances))}
     path = home.data / "phones.parquet"
     if path.exists():
-        names, table = units.count_phones(pandas.read_parquet(path), mine, clusters)
+        names, table = units.count_phones(pd.read_parquet(path), sequences, clusters)
         if names:
             arrays["phones"] = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
             arrays["contingency"] = torch.from_numpy(table)

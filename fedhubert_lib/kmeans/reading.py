@@ -6,21 +6,22 @@ float32.
 """
 
 import collections
-import concurrent.futures
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import audio, features, files, labels, resources, seeds, threads
-from fedhubert_lib.federated.protocol import ClientHome
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.hubert import Hubert, HubertConfig
 
 BATCH_SAMPLES = 600 * audio.SAMPLE_RATE
@@ -35,33 +36,38 @@ FIT_FRAMES = 360_000
 FORWARD_SAMPLES = 5000 * audio.HOP
 """Longest stretch that one forward pass of a checkpoint sees: 100 s, as in fairseq's feature dump."""
 
+Answer = tuple[Arrays, dict[str, float]]
+EVERYBODY = ""
+Scales = Mapping[str, Sequence[Tensor]]
+"""Mean and standard deviation [D] by speaker, or under EVERYBODY those of all; empty: features stay as they are."""
+
 _MODELS: dict[str, Hubert] = {}
 
 
-def utterances(home: ClientHome) -> pandas.DataFrame:
+def utterances(home: ClientHome) -> pd.DataFrame:
     """All utterances of the client, those for training first."""
     columns = ["utterance", "path", "speaker", "samples"]
-    parts = [pandas.read_parquet(home.data / f"{part}.parquet", columns=columns) for part in ("train", "validation")]
-    return pandas.concat(parts, ignore_index=True)
+    parts = [pd.read_parquet(home.data / f"{part}.parquet", columns=columns) for part in ("train", "validation")]
+    return pd.concat(parts, ignore_index=True)
 
 
-def rank(config: Mapping[str, Any], utterances: Sequence[str]) -> np.ndarray:
+def rank(config: Mapping[str, Any], utterances: Iterable[str]) -> np.ndarray:
     """A draw in [0, 1) for each utterance, the same whoever owns it."""
     return np.array([seeds.derive(config["seed"], "kmeans-sample", utterance) / 2**63 for utterance in utterances])
 
 
-def sampled(home: ClientHome, config: Mapping[str, Any]) -> pandas.DataFrame:
+def sampled(home: ClientHome, config: Mapping[str, Any]) -> pd.DataFrame:
     """The training utterances that codebooks are fitted on: each by its own draw, one at least."""
-    table = pandas.read_parquet(home.data / "train.parquet", columns=["utterance", "path", "speaker", "samples"])
+    table = pd.read_parquet(home.data / "train.parquet", columns=["utterance", "path", "speaker", "samples"])
     if config["sample_share"] == 1 or table.empty:
         return table
-    draws = rank(config, table.utterance.tolist())
+    draws = rank(config, table.utterance)
     return table[draws < max(config["sample_share"], np.nextafter(draws.min(), 1))]
 
 
-def within(table: pandas.DataFrame, config: Mapping[str, Any], frames: int) -> pandas.DataFrame:
+def within(table: pd.DataFrame, config: Mapping[str, Any], frames: int) -> pd.DataFrame:
     """As many utterances of ``table``, in the order of their draws, as have at most ``frames`` frames together."""
-    order = np.argsort(rank(config, table.utterance.tolist()), kind="stable")
+    order = np.argsort(rank(config, table.utterance), kind="stable")
     lengths = table.samples.map(audio.frame_count).to_numpy()
     return table.iloc[np.sort(order[np.cumsum(lengths[order]) <= frames])]
 
@@ -70,36 +76,25 @@ def in_memory(
     home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], most: int = FIT_FRAMES
 ) -> Tensor:
     """The sampled frames in memory, normalised: [N, D], N <= ``most``, whole utterances."""
-    parts = [part for _, part in stream(home, arrays, config, within(sampled(home, config), config, most))]
-    return torch.cat(parts) if parts else torch.zeros(0, config["width"])
+    batches = stream(home, arrays, config, within(sampled(home, config), config, most))
+    return torch.cat([torch.zeros(0, config["width"], device=home.device), *(part for _, p in batches for part in p)])
 
 
 def stream(
-    home: ClientHome,
-    arrays: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    table: pandas.DataFrame,
-    normalisation: str | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Features of the utterances of ``table`` in its order, a batch at a time, end to end: frames of each, [N, D]."""
-    normalisation = normalisation or config["normalisation"]
-    speakers = _speaker_statistics(home, config) if normalisation == "speaker" else {}
-    for rows, parts in _kept(home, config, table):
-        if normalisation == "speaker":
-            parts = [(part - speakers[s][0]) / speakers[s][1] for s, part in zip(rows.speaker, parts, strict=True)]
-        frames = torch.cat(parts)
-        if normalisation == "global":
-            frames = (frames - arrays["mean"].to(frames)) / arrays["deviation"].to(frames)
-        yield [len(part) for part in parts], frames
-
-
-def _kept(
-    home: ClientHome, config: Mapping[str, Any], table: pandas.DataFrame
-) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    """Features at 50 Hz, not normalised, of each batch of utterances of ``table``."""
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame
+) -> Iterator[tuple[pd.DataFrame, list[Tensor]]]:
+    """Features of the utterances of ``table`` in its order, a batch at a time: its rows, and [frames, D] for each."""
+    scales = _scales(home, arrays, config)
     cached = labels.Ragged(home.state / "features", "features", dtype_of(config), config["width"])
     for rows in _batches(table, BATCH_VALUES // config["width"] * audio.HOP):
-        yield rows, [torch.tensor(cached[name], device=home.device).float() for name in rows.utterance]
+        parts = [torch.tensor(cached[name], device=home.device).float() for name in rows.utterance]
+        yield rows, normalised(parts, rows.speaker, scales)
+
+
+def normalised(parts: Sequence[Tensor], speakers: Iterable[str], scales: Scales) -> list[Tensor]:
+    """Features of utterances, [frames, D] each, scaled by their speakers' or else everybody's mean and deviation."""
+    chosen = (scales.get(speaker) or scales.get(EVERYBODY) for speaker in speakers)
+    return [(part - s[0]) / s[1] if s else part for part, s in zip(parts, chosen, strict=True)]
 
 
 def dtype_of(config: Mapping[str, Any]) -> np.dtype:
@@ -107,24 +102,24 @@ def dtype_of(config: Mapping[str, Any]) -> np.dtype:
     return np.dtype("<f2" if config["features"] == "hidden" else "<f4")
 
 
-def compute(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Compute the features of all utterances of the client, or what is missing of them, and keep them in its folder.
+def compute(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Handler: compute the features of all utterances, or those that are missing, and keep them in the client's folder.
 
     Raises OSError before anything is computed when the disk does not hold them.
     """
-    folder = home.state / "features"
-    start_over_unless(folder, {key: config[key] for key in ("features", "layer", "checkpoint")})
+    table, dtype = utterances(home), dtype_of(config)
+    made_by = {name: config[name] for name in ("features", "layer", "checkpoint")}
+    folder = folder_for(home.state / "features", {**made_by, "utterances": digest(table)})
     if (folder / "index.parquet").exists():
-        return
-    table, dtype, data = utterances(home), dtype_of(config), folder / "features.bin"
+        return {}, {}
+    data = folder / "features.bin"
     size = table.samples.map(audio.frame_count).sum() * config["width"] * dtype.itemsize
     require_space(folder, size - (data.stat().st_size if data.exists() else 0))
-    with labels.writing(folder, "features", dtype, config["width"]) as writer:
-        # Batches are those of all utterances, so that one that was cut short by a kill is computed as it was.
-        batches = [rows for rows in _batches(table, BATCH_SAMPLES) if not writer.done.keys() >= set(rows.utterance)]
-        for rows, parts in extracted(arrays, config, batches, home.device):
-            by_name = dict(zip(rows.utterance, parts, strict=True))
-            writer.append({u: _rounded(u, part, dtype) for u, part in by_name.items() if u not in writer.done})
+    with labels.writing(folder, "features", table, dtype, config["width"]) as writer:
+        missing = table.iloc[len(table) - len(writer.missing) :]
+        for rows, parts in extracted(arrays, config, missing, home.device):
+            writer.append(_rounded(name, part[0], dtype) for name, part in zip(rows.utterance, parts, strict=True))
+    return {}, {}
 
 
 def _rounded(utterance: str, frames: Tensor, dtype: np.dtype) -> np.ndarray:
@@ -145,15 +140,25 @@ def require_space(folder: Path, size: float) -> None:
 
 
 def extracted(
-    arrays: Mapping[str, Tensor], config: Mapping[str, Any], batches: Sequence[pandas.DataFrame], device: str
-) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    """Features of each batch of utterances, computed: float32 [frames, D] for each."""
+    arrays: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    table: pd.DataFrame,
+    device: str,
+    layers: Sequence[int] | None = None,
+) -> Iterator[tuple[pd.DataFrame, list[Tensor]]]:
+    """Features of each batch of utterances of ``table``, computed: float32 [L, frames, D] for each utterance.
+
+    Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint.
+    """
     model = model_of(arrays, config, device) if config["features"] == "hidden" else None
-    for rows, waveforms in _read(batches):
-        if model is None:
-            yield rows, [frames[::2] for frames in features.mfcc([waveform.to(device) for waveform in waveforms])]
-        else:
-            yield rows, [layers[0] for layers in hidden(model, waveforms, [config["layer"]], device)]
+    with ThreadPoolExecutor(READERS) as readers:
+        for rows in _batches(table, BATCH_SAMPLES):
+            waveforms = list(readers.map(_read, rows.path, rows.samples))
+            if model is None:
+                mfccs = features.mfcc([waveform.to(device) for waveform in waveforms])
+                yield rows, [frames[None, ::2] for frames in mfccs]
+            else:
+                yield rows, list(hidden(model, waveforms, layers or [config["layer"]], device))
 
 
 def hidden(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
@@ -164,7 +169,7 @@ def hidden(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
     longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass.
     """
 
-    def one(waveform: Tensor) -> Tensor:
+    def states_of(waveform: Tensor) -> Tensor:
         pieces = [torch.zeros(len(layers), 0, model.config.hidden_size)]
         with torch.inference_mode(), resources.autocast(device, "auto"):
             for start in range(0, audio.frame_count(len(waveform)) * audio.HOP, FORWARD_SAMPLES):
@@ -173,31 +178,17 @@ def hidden(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
                 pieces.append(torch.stack([states[layer][0].float() for layer in layers]).cpu())
         return torch.cat(pieces, dim=1)
 
-    return threads.each(one, waveforms) if torch.device(device).type == "cpu" else map(one, waveforms)
+    return threads.each(states_of, waveforms) if torch.device(device).type == "cpu" else map(states_of, waveforms)
 
 
-def _batches(table: pandas.DataFrame, samples: int) -> Iterator[pandas.DataFrame]:
-    """``table`` in stretches of about so many ``samples``."""
+def _batches(table: pd.DataFrame, samples: int) -> Iterator[pd.DataFrame]:
+    """``table`` in stretches of about this many ``samples``."""
     batch = (table.samples.cumsum() - table.samples) // samples
     for _, rows in table.groupby(batch.to_numpy(), sort=True):
         yield rows
 
 
-def _read(batches: Sequence[pandas.DataFrame]) -> Iterator[tuple[pandas.DataFrame, list[Tensor]]]:
-    """The audio of each batch, decoded by several threads while the one before is worked on."""
-    waiting: collections.deque = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-        for rows in batches:
-            files_and_lengths = zip(rows.path, rows.samples, strict=True)
-            waiting.append((rows, [readers.submit(_read_one, *one) for one in files_and_lengths]))
-            if len(waiting) > 1:
-                rows, futures = waiting.popleft()
-                yield rows, [future.result() for future in futures]
-        for rows, futures in waiting:
-            yield rows, [future.result() for future in futures]
-
-
-def _read_one(path: str, samples: int) -> Tensor:
+def _read(path: str, samples: int) -> Tensor:
     waveform = audio.read(path)
     if len(waveform) != samples:
         raise audio.AudioError(f"{path}: {len(waveform)} samples, {samples} when scanned; run 00_corpus again")
@@ -207,50 +198,76 @@ def _read_one(path: str, samples: int) -> Tensor:
 def model_of(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str) -> Hubert:
     """The checkpoint whose hidden layer is clustered, out of the message; the last one stays loaded in this process."""
     key = json.dumps([config["checkpoint"], config["model"], device])
-    if key in _MODELS:
-        return _MODELS[key]
-    _MODELS.clear()
-    model = Hubert(HubertConfig(**config["model"]))
-    prefix = "model/"
-    weights = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-    model.load_state_dict(weights)
-    _MODELS[key] = model.to(device).eval()
+    if key not in _MODELS:
+        _MODELS.clear()
+        model = Hubert(HubertConfig(**config["model"]))
+        prefix = "model/"
+        model.load_state_dict({n.removeprefix(prefix): value for n, value in arrays.items() if n.startswith(prefix)})
+        _MODELS[key] = model.to(device).eval()
     return _MODELS[key]
 
 
-def _speaker_statistics(home: ClientHome, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of each speaker's features [D], from all that this client has of a speaker.
+def speaker_statistics(parts: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and standard deviation [D] of each speaker's frames, from pairs of speaker and frames [N, D]."""
+    sums: dict[str, list[Any]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
+    for speaker, frames in parts:
+        sums[speaker] = [a + b for a, b in zip(sums[speaker], moments(frames), strict=True)]
+    return {speaker: standardiser(*values) for speaker, values in sums.items()}
 
-    Computed once and kept with the features. A dimension that does not vary (digital silence) has deviation 1.
-    """
-    path = home.state / "features" / "speakers.safetensors"
-    if not path.exists():
-        sums: dict[str, list] = {}
-        for rows, parts in _kept(home, config, utterances(home)):
-            for speaker, part in zip(rows.speaker, parts, strict=True):
-                part = part.double()
-                added = [part.sum(0), part.square().sum(0), len(part)]
-                sums[speaker] = [a + b for a, b in zip(sums[speaker], added, strict=True)] if speaker in sums else added
-        with files.atomic(path) as temporary:
-            save_file({s: torch.stack(standardiser(*values)).cpu() for s, values in sums.items()}, temporary)
-    return {speaker: tuple(both.to(home.device)) for speaker, both in load_file(path).items()}
+
+def moments(frames: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Sum and sum of squares per dimension (float64 [D]) of ``frames`` [N, D], and N."""
+    frames = frames.double()
+    return frames.sum(0), frames.square().sum(0), len(frames)
 
 
 def standardiser(total: Tensor, squares: Tensor, count: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, from sums over ``count`` frames; a dimension that does not vary gets deviation 1."""
+    """Mean and standard deviation from sums over ``count`` frames; 1 for a dimension that does not vary."""
     mean = total / max(count, 1)
     variance = (squares / max(count, 1) - mean.square()).clamp(min=0)
     varies = variance > 1e-10 * (1 + mean.square())  # above the rounding of float32 features
     return mean.float(), torch.where(varies, variance.sqrt(), 1.0).float()
 
 
-def start_over_unless(folder: Path, settings: Mapping[str, Any], keep: str = "") -> None:
-    """Empty ``folder``, but for the file ``keep``, unless it was made with the same ``settings``; note these in it."""
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(dict(settings)))
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings:
-        return
-    for old in folder.glob("*"):
-        if old.name != keep:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    files.write_json(path, settings)
+def _scales(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Scales:
+    """What this client's features are normalised by; statistics of speakers are computed once, of all it has."""
+    if config["normalisation"] == "none":
+        return {}
+    if config["normalisation"] == "global":
+        return {EVERYBODY: (arrays["mean"].to(home.device), arrays["std"].to(home.device))}
+    path = home.state / "features" / "speakers.safetensors"
+    if not path.exists():
+        batches = stream(home, arrays, {**config, "normalisation": "none"}, utterances(home))
+        pairs = (pair for rows, parts in batches for pair in zip(rows.speaker, parts, strict=True))
+        with files.atomic(path) as temporary:
+            save_file({s: torch.stack(both).cpu() for s, both in speaker_statistics(pairs).items()}, temporary)
+    return {speaker: both.to(home.device).unbind() for speaker, both in load_file(path).items()}
+
+
+def folder_for(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """``folder``, holding nothing but work of ``settings``.
+
+    Work of other settings moves to ``.previous`` beside it, and comes back from there when its settings do.
+    """
+
+    def aside(settings: str) -> Path:
+        number = hashlib.sha256(settings.encode()).hexdigest()[:12]
+        return folder.parent / ".previous" / f"{folder.name}-{number}"
+
+    path, text = folder / "settings.json", json.dumps(dict(settings), sort_keys=True)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if before != text:
+        if folder.exists():
+            aside(before).parent.mkdir(exist_ok=True)
+            folder.rename(aside(before))
+        if aside(text).exists():
+            aside(text).rename(folder)
+        else:
+            with files.atomic(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return folder
+
+
+def digest(table: pd.DataFrame) -> str:
+    """One name for the utterances of ``table`` and their lengths, wherever their files are."""
+    return hashlib.sha256(table[["utterance", "samples"]].to_csv(index=False).encode()).hexdigest()[:16]

@@ -1,7 +1,6 @@
 """What the server does for the codebooks: it sees sums, counts and centroids of clients, never a frame or a label."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,13 +15,13 @@ from torch import Tensor
 
 from fedhubert_lib import features, files, params, pretrained, seeds
 from fedhubert_lib.federated import accounting
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, digest, size
 from fedhubert_lib.kmeans import clustering, reading
 
 LOCAL_POINTS = 50
-"""Clients send about so many local centroids per cluster, together, so that their number does not grow with clients."""
+"""Local centroids per cluster that all clients send together, so that their number does not grow with clients."""
 LOCAL_LEAST = 16
-"""Local centroids of a client at least."""
+"""Local centroids that a client sends at least."""
 PROJECTED = 16
 """Dimensions of a random-projection codebook (Chiu et al. 2022, BEST-RQ, arXiv 2202.01855)."""
 DELTA = 1e-5
@@ -36,18 +34,12 @@ class KmeansError(RuntimeError):
 
 
 class Exchange:
-    """Asks clients, counts the bytes that travel, notes and leaves out those that fail, up to ``missing`` of them."""
+    """Asks clients; counts the bytes that travel; records clients that fail, and goes without ``missing`` of them."""
 
     def __init__(self, clients: Clients, log: Log, missing: int = 0, stage: str = "kmeans") -> None:
         self._clients, self._log, self._missing, self._stage = clients, log, missing, stage
         self.ids = list(clients.ids)
         self.bytes_down = self.bytes_up = 0
-
-    def uncounted(self, log: Log) -> "Exchange":
-        """The same clients; what travels is counted apart."""
-        other = Exchange(self._clients, log, self._missing, self._stage)
-        other.ids = self.ids
-        return other
 
     def ask(
         self,
@@ -65,14 +57,13 @@ class Exchange:
         self.bytes_down += size(arrays) * len(asked)
         reasons = []
         for reply in self._clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
-            if isinstance(reply, Reply) and (wrong := _unusable(reply.arrays, like)):
-                reply = Failure(reply.client, f"its answer to {action} cannot be used: {wrong}")
-            if isinstance(reply, Failure):
-                self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reply.reason})
-                reasons.append(f"{reply.client}: {reply.reason}")
-                continue
-            self.bytes_up += size(reply.arrays)
-            yield reply
+            reason = reply.reason if isinstance(reply, Failure) else _unusable(reply.arrays, like)
+            if reason:
+                self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reason})
+                reasons.append(f"{reply.client}: {reason}")
+            else:
+                self.bytes_up += size(reply.arrays)
+                yield reply
         if len(reasons) > self._missing or len(reasons) == len(asked):
             more = f"\nand {len(reasons) - 5} more: see metrics.jsonl" if len(reasons) > 5 else ""
             raise KmeansError(
@@ -84,53 +75,44 @@ class Exchange:
 
 
 def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None, ...]]) -> str:
-    """What is wrong with the arrays of a reply; empty when nothing is."""
+    """Why the arrays of a reply cannot be used; empty when they can."""
     for name, shape in like.items():
         if name not in arrays:
-            return f"it has no {name}"
-        found = tuple(arrays[name].shape)
-        if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
-            return f"{name} is {list(found)}, not {list(shape)}"
-    return "; ".join(f"{name} holds a NaN or an infinity" for name, a in arrays.items() if not a.isfinite().all())
+            return f"its answer has no {name}"
+        sizes = tuple(arrays[name].shape)
+        if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
+            return f"{name} of its answer is {list(sizes)}, not {list(shape)}"
+    unusable = [name for name, array in arrays.items() if not array.isfinite().all()]
+    return f"its answer holds a NaN or an infinity ({', '.join(unusable)})" if unusable else ""
 
 
-SETTINGS = {
-    "normalisation",
-    "sample_share",
-    "seed",
-    "clusters",
-    "minimum_count",
-    "noise_multiplier",
-    "noise_clip",
-    "noise_seeded",
-}
-"""Parameters that clients are told."""
+SETTINGS = {"normalisation", "sample_share", "seed", "clusters"}
+SETTINGS |= {"minimum_count", "noise_multiplier", "noise_clip", "noise_seeded"}
+"""Parameters that clients receive."""
 
 
-def prepare(p: params.Kmeans, layer: int, exchange: Exchange) -> tuple[dict[str, Any], Arrays, Arrays]:
-    """Have the clients compute their features: settings and arrays of all further messages, and the weights used.
+def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arrays:
+    """Have the clients compute their features; the arrays of all further messages.
 
-    Weights travel once, up to ``layer``, so that clients need no file of the server's. The arrays are mean and
-    deviation for the ``global`` normalisation, from the clients' sums. A client that cannot make its features is not
-    asked for anything else.
+    ``weights`` travel once. The arrays are mean and standard deviation for the ``global`` normalisation, from the
+    clients' sums. A client that cannot make its features is not asked for anything else.
     """
-    config, weights = describe(p, layer)
     exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
-    arrays: Arrays = {}
-    if p.normalisation == "global":
-        total, squares, count, width = 0.0, 0.0, 0.0, config["width"]
-        like = {"sum": (width,), "squares": (width,), "count": ()}
-        for reply in exchange.ask("moments", arrays, config, like=like):
-            total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
-            count += float(reply.arrays["count"])
-        arrays["mean"], arrays["deviation"] = reading.standardiser(total, squares, count)
-    return config, arrays, weights
+    if config["normalisation"] != "global":
+        return {}
+    total, squares, count, width = 0.0, 0.0, 0.0, config["width"]
+    like = {"sum": (width,), "squares": (width,), "count": ()}
+    for reply in exchange.ask("moments", {}, config, like=like):
+        total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
+        count += float(reply.arrays["count"])
+    mean, std = reading.standardiser(total, squares, count)
+    return {"mean": mean, "std": std}
 
 
 def describe(p: params.Kmeans, layer: int | None) -> tuple[dict[str, Any], Arrays]:
     """The settings that every message carries, and the weights that features of ``layer`` take: none for MFCCs.
 
-    Without ``layer`` those of all layers.
+    Weights go up to ``layer`` (None: the last), so that clients need no file of the server's.
     """
     config = p.model_dump(include=SETTINGS)
     config |= {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
@@ -145,22 +127,17 @@ def describe(p: params.Kmeans, layer: int | None) -> tuple[dict[str, Any], Array
     kept = min(depth, layer + model.config.do_stable_layer_norm)
     del model.encoder.layers[kept:]
     weights = model.state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(weights[name].numpy().tobytes())
     config |= {
         "features": "hidden",
         "layer": layer,
-        "checkpoint": digest.hexdigest(),
+        "checkpoint": digest(weights),
         "width": model.config.hidden_size,
         "model": dataclasses.asdict(dataclasses.replace(model.config, num_hidden_layers=kept)),
     }
     return config, {f"model/{name}": weight for name, weight in weights.items()}
 
 
-def start(
-    exchange: Exchange, arrays: Arrays, config: dict[str, Any], rounds: int = 100
-) -> tuple[Tensor, dict[str, float]]:
+def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Centroids from one message of each client: k-means of its count-weighted local centroids. float32 [K, D].
 
     K-means++ over them and Lloyd on them: the one-shot federated k-means (Dennis et al. 2021, k-FED, arXiv 2103.00697,
@@ -176,8 +153,8 @@ def start(
         raise KmeansError(f"clients sent {len(points)} local centroids for {clusters} clusters; lower clusters")
     rng = seeds.numpy_generator(config["seed"], "kmeans-start")
     centroids = clustering.plus_plus(points, clusters, rng, weights)
-    centroids, _ = clustering.lloyd(points, centroids, rng, rounds=rounds, weights=weights)
-    return centroids.float(), {"frames": float(weights.sum())}
+    centroids = clustering.lloyd(points, centroids, rng, weights=weights).float()
+    return centroids, {"rounds": 1, "fit_frames": float(weights.sum())}
 
 
 def lloyd(
@@ -190,15 +167,15 @@ def lloyd(
     tolerance: float,
     log: Log = lambda row: None,
     progress: Path | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Federated Lloyd from ``centroids``: each round clients send (sum, count, inertia) per cluster, the server adds.
 
-    Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller share than ``tolerance`` and no
+    Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller fraction than ``tolerance`` and no
     cluster is empty. Returns centroids float32 [K, D] and, of the last round, its number, frames and inertia per frame.
-    ``progress``, a file, is written after each round; if it is there, the rounds in it are not done again. With noise
-    it is written before each, too: ``asked`` counts the rounds that clients were asked for, repeated ones included.
+    ``progress``, a file, is written after each round, and rounds in it are not done again. With noise it is written
+    before each, too: ``asked`` counts the rounds that clients were asked for, repeated ones included.
     """
-    before, private, stats = None, config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
+    private, stats = config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
 
     def save() -> None:
         if progress is not None:
@@ -208,41 +185,44 @@ def lloyd(
     if progress is not None and progress.exists():
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
-        before = stats.get("inertia")
-    like = {"sums": tuple(centroids.shape), "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
     for number in range(stats["round"] + 1, rounds + 1):
         if stats.get("settled"):
             break
-        down, up = exchange.bytes_down, exchange.bytes_up
-        sums = counts = inertias = 0.0
-        answered = 0
+        down, up, before = exchange.bytes_down, exchange.bytes_up, stats.get("inertia")
         stats["asked"] += 1
         if private:
             save()
-        message = {**arrays, "centroids": centroids}
-        for reply in exchange.ask("lloyd", message, {**config, "round": number}, like=like):
-            sums, counts = sums + reply.arrays["sums"], counts + reply.arrays["counts"]
-            inertias = inertias + reply.arrays["inertias"]
-            answered += 1
-        frames = float(counts.sum())
-        if not private and not frames:
-            least = config["minimum_count"]
-            raise KmeansError(f"no client has a cluster of minimum_count: {least} frames; lower it, or clusters")
-        total = float(inertias.sum())
-        if private:  # which clusters are large is all that is known; a count within the noise is no cluster
-            counts = torch.where(counts > config["noise_multiplier"] * config["noise_clip"] * answered**0.5, counts, 0)
-            inertias = counts
+        sums, counts, inertias, clients = _added(exchange, arrays, {**config, "round": number}, centroids)
+        frames, total = float(counts.sum()), float(inertias.sum())
+        if private:  # the counts alone show which clusters are large; one within the noise is no cluster
+            noise = config["noise_multiplier"] * config["noise_clip"] * clients**0.5
+            inertias = counts = torch.where(counts > noise, counts, 0)
+        elif not frames:
+            raise KmeansError(
+                f"no client has a cluster of minimum_count: {config['minimum_count']} frames; lower it, or clusters"
+            )
         rng = seeds.numpy_generator(config["seed"], number, "kmeans-reseed")
         centroids = clustering.update(sums, counts, inertias, centroids, rng).float()
         empty = int((counts == 0).sum())
-        stats = {"round": number, "asked": stats["asked"], "frames": frames, "empty": empty, "clients": answered}
+        stats = {"round": number, "asked": stats["asked"], "frames": frames, "empty": empty, "clients": clients}
         if not private:
             stats["inertia"] = total / frames
             stats["settled"] = before is not None and not empty and before - stats["inertia"] <= tolerance * before
-            before = stats["inertia"]
         log({"kind": "lloyd", **stats, "bytes_down": exchange.bytes_down - down, "bytes_up": exchange.bytes_up - up})
         save()
     return centroids, stats
+
+
+def _added(
+    exchange: Exchange, arrays: Arrays, config: dict[str, Any], centroids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Sums, counts and inertias of all clients' frames for ``centroids``, and the number of clients."""
+    like = {"sums": tuple(centroids.shape), "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
+    totals, clients = dict.fromkeys(like, 0.0), 0
+    for reply in exchange.ask("lloyd", {**arrays, "centroids": centroids}, config, like=like):
+        totals = {name: total + reply.arrays[name] for name, total in totals.items()}
+        clients += 1
+    return *totals.values(), clients
 
 
 def random_start(config: Mapping[str, Any]) -> Tensor:
@@ -266,10 +246,3 @@ def random_projection(config: Mapping[str, Any]) -> Arrays:
 def epsilon(rounds: int, noise_multiplier: float) -> float:
     """Epsilon at delta 1e-5 of ``rounds`` noised Lloyd rounds, for all speech of one client against everybody else."""
     return accounting.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
-
-
-def phone_counts(reply: Reply) -> tuple[list[str], np.ndarray] | None:
-    """Phone x label counts of a client that knows phones: their names, and int64 [phones, K]."""
-    if "phones" not in reply.arrays:
-        return None
-    return bytes(reply.arrays["phones"].tolist()).decode().split("\n"), reply.arrays["contingency"].numpy()

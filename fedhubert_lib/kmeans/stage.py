@@ -1,26 +1,26 @@
 """The stage 02_kmeans: fit each kind of codebook, have clients write their labels, measure what these are worth."""
 
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fedhubert_lib import audio, federated, files, params, seeds, units
-from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Reply
+from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated.protocol import Arrays, Clients, Reply
 from fedhubert_lib.kmeans import client, clustering, layers, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 
 PER_CLIENT = ("client", "aligned")
 """Kinds whose codebooks stay with the clients."""
 PUBLIC_FRAMES = 30_000
-"""Public frames at most whose features are computed: ten minutes, for the mean and deviation of their speakers."""
+"""Public frames at most whose features are computed: ten minutes, for mean and deviation of their speakers."""
 PROBE_FRAMES = 6000
 """Public frames that agreement is measured on at most: two minutes."""
 AGREEMENT_CLIENTS = 40
@@ -29,7 +29,7 @@ AGREEMENT_CLIENTS = 40
 
 def run(
     run: Path, p: params.Kmeans, clients: Clients, on_row: Callable[[dict[str, Any]], None] | None = None
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Fit the codebooks ``p.codebooks``, write all labels; the table of quality and cost, a row per codebook.
 
     Writes below ``run/02_kmeans``: ``codebooks/KIND/`` (codebook.json, centroids.npy where shared, counts of labels and
@@ -54,261 +54,228 @@ def run(
 
     exchange, started = Exchange(clients, log, p.missing_clients), time.perf_counter()
     device = federated.resolve(p.device)
-    layer = layers.choose(run, p, exchange, device, log)
-    settings = server.describe(p, layer)[0] | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
-    finished = folder / "quality.json"
-    if finished.exists() and (stored := json.loads(finished.read_text(encoding="utf-8"))).get("settings") == _as_json(
-        settings
-    ):
+    config, weights = server.describe(p, layers.choose(run, p, exchange, device, log))
+    settings = config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
+    settings, finished = json.loads(json.dumps(settings)), folder / "quality.json"
+    if finished.exists() and (stored := json.loads(finished.read_text(encoding="utf-8")))["settings"] == settings:
         list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
         return _table(stored["codebooks"])
-    _state_space(run, p, layer, log)
-    config, arrays, weights = server.prepare(p, layer, exchange)
+    _state_space(run, p, config, log)
+    arrays = server.prepare(exchange, config, weights)
     log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
-    probe = _probe(run, arrays | weights, config, device)
+    probe = _probe(run, arrays, weights, config, device)
     rows, matrices = {}, {}
     for kind in p.codebooks:
-        mine = {**config, "kind": kind}
-        codebook, cost = _codebook(run, p, exchange, kind, arrays, mine, log)
-        rows[kind] = _label(run, p, exchange, {**arrays, **codebook}, mine) | cost
-        if "fit_frames" in cost and "labelled_frames" in rows[kind]:
-            rows[kind]["fit_share"] = cost["fit_frames"] / rows[kind]["labelled_frames"]
+        codebook, row = _codebook(run, p, exchange, arrays, {**config, "kind": kind}, log)
+        row = _label(run, p, exchange, {**arrays, **codebook}, {**config, "kind": kind}) | row
+        if "fit_frames" in row and "labelled_frames" in row:
+            row["fit_share"] = row["fit_frames"] / row["labelled_frames"]
         if probe is not None and (codebook or not p.noise_multiplier):
-            agreement, heldout = _agreement(exchange, probe, codebook, mine, p.seed)
+            agreement, heldout = _agreement(exchange, *probe, codebook, {**config, "kind": kind})
             matrices[kind] = {name: table.to_numpy().tolist() for name, table in agreement.items()}
             matrices[kind]["clients"] = agreement["nmi"].index.tolist()
-            rows[kind] |= {f"agreement_{name}": _off_diagonal(table) for name, table in agreement.items()} | heldout
-        log({"kind": "quality", "codebook": kind, **rows[kind]})
+            row |= {f"agreement_{name}": _off_diagonal(table) for name, table in agreement.items()} | heldout
+        log({"kind": "quality", "codebook": kind, **row})
+        rows[kind] = row
     files.write_json(finished, {"codebooks": rows, "agreement": matrices, "settings": settings})
     list(exchange.ask("forget", {}, config))
     return _table(rows)
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
-    return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
-
-
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values))
-
-
-def _state_space(run: Path, p: params.Kmeans, layer: int, log: Log) -> None:
-    """Say what features will take of this disk, and refuse where it does not hold them: all clients', in a simulation.
-
-    A client of a real federation looks at its own disk.
-    """
-    table = run / "01_partition" / "clients.parquet"
-    if p.engine == "deployment" or not table.exists():
-        return
-    config, _ = server.describe(p, layer)
-    seconds = 3600 * float(pandas.read_parquet(table, columns=["hours"]).hours.sum())
-    size = seconds * audio.SAMPLE_RATE / audio.HOP * config["width"] * reading.dtype_of(config).itemsize
-    log({"kind": "disk", "feature_bytes": int(size)})
-    reading.require_space(run / "02_kmeans", size - _written(run / "02_kmeans"))
-
-
-def _written(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("clients/*/features/features.bin"))
-
-
-def _label(run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
-    """Have every client write its labels; note who has them; quality and cost of that."""
-    started, before = time.perf_counter(), _bytes(exchange)
-    path = run / "02_kmeans" / "codebooks" / config["kind"] / "codebook.json"
-    like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
-    replies = list(exchange.ask("label", arrays, config, like=like))
-    files.write_json(
-        path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": [reply.client for reply in replies]}
-    )
-    row = _quality(path.parent, replies, p) if not p.noise_multiplier else {"clients": len(replies)}
-    row |= {f"label_{name}": value - before[name] for name, value in _bytes(exchange).items()}
-    return row | {"label_seconds": time.perf_counter() - started}
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
 
 
 def _bytes(exchange: Exchange) -> dict[str, int]:
     return {"bytes_down": exchange.bytes_down, "bytes_up": exchange.bytes_up}
 
 
+def _state_space(run: Path, p: params.Kmeans, config: Mapping[str, Any], log: Log) -> None:
+    """Report what features will take of this disk, and refuse where it does not hold those of all clients.
+
+    A client of a real federation looks at its own disk.
+    """
+    table = run / "01_partition" / "clients.parquet"
+    if p.engine == "deployment" or not table.exists():
+        return
+    frames = 3600 * float(pd.read_parquet(table, columns=["hours"]).hours.sum()) * audio.SAMPLE_RATE / audio.HOP
+    size = frames * config["width"] * reading.dtype_of(config).itemsize
+    log({"kind": "disk", "feature_bytes": int(size)})
+    written = sum(path.stat().st_size for path in run.glob("02_kmeans/clients/*/features/features.bin"))
+    reading.require_space(run / "02_kmeans", size - written)
+
+
+# ------------------------------------------------------------------------------------------------------------ codebooks
+
+
 def _codebook(
-    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, log: Log
+    run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (nothing, where it is the client's own), and what it cost."""
-    folder = run / "02_kmeans" / "codebooks" / kind
-    settings = _as_json({**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance})
-    reading.start_over_unless(folder, settings)
+    kind, started, before = config["kind"], time.perf_counter(), _bytes(exchange)
+    settings = {**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}
+    folder = reading.folder_for(run / "02_kmeans" / "codebooks" / kind, settings)
     path = folder / "codebook.json"
     if path.exists():
         stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
-    started, before = time.perf_counter(), _bytes(exchange)
-    codebook, cost = _fit(run, p, exchange, kind, arrays, config, log)
-    cost |= {name: value - before[name] for name, value in _bytes(exchange).items()}
+    codebook, cost = _fit(run, p, exchange, arrays, config, lambda row: log({**row, "codebook": kind}))
+    counted = {} if kind == "central" else before  # what pools all data sends nothing
+    cost |= {name: value - counted.get(name, value) for name, value in _bytes(exchange).items()}
     cost["fit_seconds"] = time.perf_counter() - started
-    for name, array in codebook.items():
+    for name, array in {**arrays, **codebook}.items():
         with files.atomic(folder / f"{name}.npy") as temporary:
             np.save(temporary, array.numpy())
-    for name in ("mean", "deviation"):
-        if name in arrays:
-            with files.atomic(folder / f"{name}.npy") as temporary:
-                np.save(temporary, arrays[name].numpy())
-    files.write_json(
-        path,
-        {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": list(exchange.ids)},
-    )
+    facts = {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": exchange.ids}
+    files.write_json(path, facts)
     log({"kind": "codebook", "codebook": kind, **cost})
     return codebook, cost
 
 
 def _fit(
-    run: Path, p: params.Kmeans, exchange: Exchange, kind: str, arrays: Arrays, config: dict, log: Log
+    run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
-    progress = run / "02_kmeans" / "codebooks" / kind / "lloyd.safetensors"
-
-    def named(row: dict[str, Any]) -> None:
-        log({**row, "codebook": kind})
-
+    kind, progress = config["kind"], run / "02_kmeans" / "codebooks" / config["kind"] / "lloyd.safetensors"
     if kind == "random-projection":
         return server.random_projection(config), {"rounds": 0}
     if kind in PER_CLIENT:
-        fitted = list(exchange.ask("fit", arrays, {**config, "kind": "own"}))
-        cost: dict[str, Any] = {"rounds": 0}
-        if not p.noise_multiplier:
-            frames = sum(reply.metrics["frames"] for reply in fitted)
-            cost |= {"fit_frames": frames, "inertia": sum(reply.metrics["inertia"] for reply in fitted) / frames}
-        if kind == "client":
-            list(exchange.ask("own", {}, config))
-            return {}, cost
-        lender = max(fitted, key=lambda reply: reply.metrics["frames"]).client
-        (lent,) = exchange.ask("lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
-        list(exchange.ask("align", {"reference": lent.arrays["centroids"]}, config))
-        return {}, {**cost, "rounds": 1, "reference": lender}
-    if kind == "central":
-        alone = exchange.uncounted(named)  # its bytes are nobody's
-        config = {**config, "minimum_count": 0}
-        start = _pooled_start(run, exchange.ids, arrays, config, federated.resolve(p.device))
-        return _federated(p, alone, arrays, config, progress, named, start)
+        return {}, _of_each_client(p, exchange, arrays, config)
     if kind == "one-shot":
         centroids, cost = server.start(exchange, arrays, config)
-        return {"centroids": centroids}, {"rounds": 1, "fit_frames": cost["frames"]}
-    return _federated(p, exchange, arrays, config, progress, named)
-
-
-def _federated(
-    p: params.Kmeans,
-    exchange: Exchange,
-    arrays: Arrays,
-    config: dict,
-    progress: Path,
-    log: Log,
-    start: Tensor | None = None,
-) -> tuple[Arrays, dict[str, Any]]:
-    private = p.noise_multiplier > 0
-    if start is None:
+        return {"centroids": centroids}, cost
+    if kind == "central":
+        config = {**config, "minimum_count": 0}
+    if progress.exists():
         start = torch.empty(0)  # not needed where rounds are done already
-        if not progress.exists():
-            start = server.random_start(config) if private else server.start(exchange, arrays, config)[0]
+    elif kind == "central":
+        start = _pooled_start(run, exchange.ids, arrays, config, federated.resolve(p.device))
+    elif client.private(config):
+        start = server.random_start(config)
+    else:
+        start, _ = server.start(exchange, arrays, config)
     limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance}
     centroids, last = server.lloyd(exchange, arrays, config, start, **limits, log=log, progress=progress)
-    cost = {"rounds": last["round"] + (not private), "fit_frames": last["frames"]}
-    if private:
-        label = "not private: noise drawn from the seed" if p.noise_seeded else "client"
-        spent = {"epsilon": server.epsilon(last["asked"], p.noise_multiplier), "delta": server.DELTA, "privacy": label}
-        return {"centroids": centroids}, cost | spent
-    return {"centroids": centroids}, cost | {"inertia": last["inertia"]}
+    cost = {"rounds": last["round"], "fit_frames": last["frames"]}
+    if client.private(config):
+        spent = server.epsilon(last["asked"], p.noise_multiplier)
+        protected = "not private: noise drawn from the seed" if p.noise_seeded else "client"
+        return {"centroids": centroids}, cost | {"epsilon": spent, "delta": server.DELTA, "privacy": protected}
+    return {"centroids": centroids}, cost | {"rounds": last["round"] + 1, "inertia": last["inertia"]}
 
 
-def _pooled_start(run: Path, ids: Sequence[str], arrays: Arrays, config: dict, device: str) -> Tensor:
-    """K-means of frames of all clients in one memory: where the yardstick begins; possible in simulation only.
+def _of_each_client(p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
+    """Have every client fit a codebook and keep it, aligned to that of the client with most frames or not; the cost."""
+    replies = list(exchange.ask("fit", arrays, config))
+    cost: dict[str, Any] = {"rounds": 0}
+    if not p.noise_multiplier:
+        frames = sum(reply.metrics["frames"] for reply in replies)
+        cost |= {"fit_frames": frames, "inertia": sum(reply.metrics["inertia"] for reply in replies) / frames}
+    if config["kind"] == "aligned":
+        lender = max(replies, key=lambda reply: reply.metrics["frames"]).client
+        (lent,) = exchange.ask("lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
+        list(exchange.ask("align", {"reference": lent.arrays["centroids"]}, config))
+        cost |= {"rounds": 1, "reference": lender}
+    return cost
+
+
+def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[str, Any], device: str) -> Tensor:
+    """K-means of frames of all clients in one memory: where the baseline begins; possible in simulation only.
 
     Its Lloyd rounds are the clients' sums, which are those of the pooled frames.
     """
-    parts = []
-    for client_id in ids:
-        data, state = run / "01_partition" / "clients" / client_id, run / "02_kmeans" / "clients" / client_id
-        if not (data / "train.parquet").exists():
-            raise KmeansError(f"{data}: codebook central needs all clients' data here; leave it out of codebooks")
-        home = ClientHome(client_id, data, state, state, device)
-        parts.append(reading.in_memory(home, arrays, config, reading.FIT_FRAMES // len(ids)))
+    homes = [handlers.home(run, client_id, "kmeans", device, simulated=True) for client_id in ids]
+    for home in homes:
+        if not (home.data / "train.parquet").exists():
+            raise KmeansError(f"{home.data}: codebook central needs all clients' data; leave it out of codebooks")
+    parts = [reading.in_memory(home, arrays, config, reading.FIT_FRAMES // len(homes)) for home in homes]
     rng = seeds.numpy_generator(config["seed"], "kmeans-central")
     return clustering.fit(torch.cat(parts), config["clusters"], rng)[0].float().cpu()
 
 
-def _quality(folder: Path, replies: Iterable[Reply], p: params.Kmeans) -> dict[str, Any]:
+# -------------------------------------------------------------------------------------------------------------- quality
+
+
+def _label(run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
+    """Have every client write its labels; note who has them; quality and cost of that."""
+    started, before = time.perf_counter(), _bytes(exchange)
+    path = run / "02_kmeans" / "codebooks" / config["kind"] / "codebook.json"
+    labelled: list[str] = []
+    like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
+    replies = exchange.ask("label", arrays, config, like=like)
+    row = _quality(path.parent, replies, p, labelled)
+    files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": labelled})
+    row |= {f"label_{name}": value - before[name] for name, value in _bytes(exchange).items()}
+    return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
+
+
+def _quality(folder: Path, replies: Iterable[Reply], p: params.Kmeans, labelled: list[str]) -> dict[str, Any]:
     """Usage and unit quality of a codebook from its clients' counts, over all of them and as the mean of each alone."""
-    counts, runs, clients = np.zeros(p.clusters, np.int64), 0, 0
-    names, total, alone = [], np.zeros((0, p.clusters), np.int64), []
+    counts, runs = np.zeros(p.clusters, np.int64), 0
+    total, alone = ([], np.zeros((0, p.clusters), np.int64)), []
     for reply in replies:
+        labelled.append(reply.client)
+        if p.noise_multiplier:
+            continue
         counts += reply.arrays["counts"].numpy()
         runs += int(reply.arrays["runs"])
-        clients += 1
-        if (mine := server.phone_counts(reply)) is not None:
-            names, total = units.added([(names, total), mine])
-            if (mine[1].sum(1) > 0).sum() > 1:
-                alone.append(units.quality_of_counts(mine[1], p.seed))
-    row = {**units.usage(counts, runs), "clients": clients}
+        if "phones" in reply.arrays:
+            phones = bytes(reply.arrays["phones"].tolist()).decode().split("\n"), reply.arrays["contingency"].numpy()
+            total = units.added([total, phones])
+            if (phones[1].sum(1) > 0).sum() > 1:
+                alone.append(units.quality_of_counts(phones[1], p.seed))
+    if p.noise_multiplier:
+        return {}
+    row = units.usage(counts, runs)
     with files.atomic(folder / "counts.npy") as temporary:
         np.save(temporary, counts)
     if alone:
-        row |= units.quality_of_counts(total, p.seed)
+        row |= units.quality_of_counts(total[1], p.seed)
         for name in ("pnmi", "shuffled_pnmi"):
             values, frames = [quality[name] for quality in alone], [quality["frames"] for quality in alone]
             row[f"{name}_within"] = float(np.average(values, weights=frames))
         with files.atomic(folder / "phones.parquet") as temporary:
-            pandas.DataFrame(total, names).rename(columns=str).to_parquet(temporary)
+            pd.DataFrame(total[1], total[0]).rename(columns=str).to_parquet(temporary)
     return row
 
 
-class _Probe:
-    """Public frames that all clients label, and their phones where known."""
-
-    def __init__(self, frames: Tensor, phones: np.ndarray | None) -> None:
-        self.frames, self.phones = frames, phones
-
-
-def _probe(run: Path, arrays: Arrays, config: dict, device: str) -> _Probe | None:
-    """Frames of public speech; None where there is none."""
+def _probe(
+    run: Path, arrays: Arrays, weights: Arrays, config: dict[str, Any], device: str
+) -> tuple[Tensor, np.ndarray | None] | None:
+    """Public frames that all clients label, normalised, and their phones where known; None without public speech."""
     table = layers.public(run, config, PUBLIC_FRAMES)
-    if table.empty:
+    chosen = reading.within(table, config, PROBE_FRAMES)
+    if chosen.empty:
         return None
-    with tempfile.TemporaryDirectory(dir=run / "02_kmeans", prefix=".public-") as scratch:
-        folder = Path(scratch)
-        for part, rows in (("train", table), ("validation", table.iloc[:0])):
-            rows.to_parquet(folder / f"{part}.parquet", index=False)
-        home = ClientHome("public", data=folder, labels=folder, state=folder, device=device)
-        reading.compute(home, arrays, config)
-        chosen = reading.within(table, config, PROBE_FRAMES)
-        parts = list(reading.stream(home, arrays, config, chosen))
-    if not parts:
-        return None
-    lengths = [length for batch, _ in parts for length in batch]
-    frames = torch.cat([frames.cpu() for _, frames in parts])
-    return _Probe(frames, layers.public_phones(run, chosen.utterance.tolist(), lengths))
+    parts = [part[0] for _, batch in reading.extracted(weights, config, table, device) for part in batch]
+    parts = [part.half().float() if config["features"] == "hidden" else part for part in parts]
+    if config["normalisation"] == "speaker":
+        parts = layers.scaled(parts, table.speaker)
+    elif config["normalisation"] == "global":
+        parts = [(part - arrays["mean"].to(part)) / arrays["std"].to(part) for part in parts]
+    frames = [part.cpu() for part, name in zip(parts, table.utterance, strict=True) if name in set(chosen.utterance)]
+    return torch.cat(frames), layers.public_phones(run, chosen)
 
 
 def _agreement(
-    exchange: Exchange, probe: _Probe, codebook: Arrays, config: dict, seed: int
-) -> tuple[dict[str, pandas.DataFrame], dict[str, float]]:
-    """Agreement matrices, and the mean unit quality of the clients' labels of the probe where its phones are known."""
-    asked = list(exchange.ids)[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
-    if codebook:  # one for all, so all clients label alike
-        labels = dict.fromkeys(asked, client.assign(probe.frames, codebook).numpy())
+    exchange: Exchange, frames: Tensor, phones: np.ndarray | None, codebook: Arrays, config: dict[str, Any]
+) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    """Agreement matrices, and the mean unit quality of the clients' labels of ``frames`` where ``phones`` are known."""
+    asked = exchange.ids[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
+    if codebook:  # one for all, so all clients give the same labels
+        labels = dict.fromkeys(asked, client.assign(frames, codebook).numpy())
     else:
-        message, like = {"probe": probe.frames}, {"labels": (len(probe.frames),)}
-        replies = exchange.ask("probe", message, config, asked, like=like)
+        replies = exchange.ask("probe", {"probe": frames}, config, asked, like={"labels": (len(frames),)})
         labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
     heldout = {}
-    if probe.phones is not None:
-        known = probe.phones != ""
-        each = [units.quality(sequence[known], probe.phones[known], seed) for sequence in labels.values()]
-        heldout = {
-            "heldout_frames": int(known.sum()),
-            "heldout_pnmi": float(np.mean([quality["pnmi"] for quality in each])),
-            "heldout_shuffled_pnmi": float(np.mean([quality["shuffled_pnmi"] for quality in each])),
-        }
+    if phones is not None:
+        spoken = phones != ""
+        qualities = [units.quality(labels[one][spoken], phones[spoken], config["seed"]) for one in labels]
+        means = pd.DataFrame(qualities).mean()
+        heldout = {f"heldout_{name}": float(means[name]) for name in ("frames", "pnmi", "shuffled_pnmi")}
     return units.agreement_matrices(labels), heldout
 
 
-def _off_diagonal(table: pandas.DataFrame) -> float:
+def _off_diagonal(table: pd.DataFrame) -> float:
     values = table.to_numpy()
     return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0
