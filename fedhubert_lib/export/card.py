@@ -12,6 +12,7 @@ import yaml
 
 from fedhubert_lib import files, pretrained
 from fedhubert_lib.evaluation import cost
+from fedhubert_lib.evaluation.systems import parameters
 from fedhubert_lib.export.formats import ExportError
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
@@ -39,7 +40,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         raise ExportError(
             f"{checkpoint}: not the checkpoint of a run's 03_pretrain or 04_distill; a card needs the run"
         )
-    corpus, results = _params(run / "00_corpus"), _results(run, STAGES[stage.name])
+    corpus, results = parameters(run / "00_corpus"), _results(run, STAGES[stage.name])
     header = {"license": "cc-by-4.0" if corpus.get("kind") == "librispeech" else "apache-2.0", "language": "en"}
     header["tags"] = ["speech", "hubert", "federated-learning", "self-supervised-learning"]
     table = f"{_markdown(results)}\n\nMean and 95 % interval, beside the baselines of the same run."
@@ -50,7 +51,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         _section("Model", _model(checkpoint)),
         _section("Data", _data(run, corpus)),
         _section("Training", _training(stage)),
-        _section("Privacy", _privacy(stage) | _kmeans_privacy(run, _params(stage).get("codebook", "federated"))),
+        _section("Privacy", _privacy(stage) | _kmeans_privacy(run, parameters(stage).get("codebook", "federated"))),
         f"## Results\n\n{'Not evaluated.' if results.empty else table}\n",
         f"## Limits\n\n{LIMITS}",
     ]
@@ -85,31 +86,31 @@ def _data(run: Path, corpus: dict[str, Any]) -> dict[str, Any]:
     return {
         "speech": f"{source}: {', '.join(sorted(train.subset.unique()))}",
         "training part": f"{hours:.2f} h, {len(train)} utterances, {train.speaker.nunique()} speakers",
-        "clients": f"{len(clients)}, partition scheme {_params(run / '01_partition').get('scheme', 'unknown')}",
+        "clients": f"{len(clients)}, partition scheme {parameters(run / '01_partition').get('scheme', 'unknown')}",
     }
 
 
 def _training(stage: Path) -> dict[str, Any]:
-    parameters = _params(stage)
+    p = parameters(stage)
     rows = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
     losses = [row["loss"] for row in rows if row["loss"] is not None]  # a private round may have none
-    facts = {name.replace("_", " "): parameters[name] for name in TRAINING if name in parameters}
+    facts = {name.replace("_", " "): p[name] for name in TRAINING if name in p}
     return facts | {"rounds done": len(rows), "last loss": f"{losses[-1]:.4f}" if losses else "unknown"}
 
 
 def _privacy(stage: Path) -> dict[str, Any]:
-    parameters = _params(stage)
+    p = parameters(stage)
     rows = [row for row in files.read_rows(stage / "metrics.jsonl") if "epsilon" in row]
     facts: dict[str, Any] = {"audio, features and labels": "never left their client"}
-    facts["differential privacy of updates"] = rows[-1]["privacy"] if rows else parameters.get("privacy", "unknown")
+    facts["differential privacy of updates"] = rows[-1]["privacy"] if rows else p.get("privacy", "unknown")
     if rows:
-        facts["epsilon of updates"] = _epsilon(rows[-1]) + f" at delta {parameters.get('privacy_delta')}"
+        facts["epsilon of updates"] = _epsilon(rows[-1]) + f" at delta {p.get('privacy_delta')}"
     return facts
 
 
 def _kmeans_privacy(run: Path, codebook: str) -> dict[str, Any]:
     """The noise on cluster statistics that clients sent in 02_kmeans, and its epsilon or why there is none."""
-    p = _params(run / "02_kmeans")
+    p = parameters(run / "02_kmeans")
     if not p.get("noise_multiplier"):
         why = "sums and counts of each client's clusters reached the server without noise" if p else "unknown"
         return {"differential privacy of cluster statistics": f"none: {why}" if p else why}
@@ -147,8 +148,3 @@ def _results(run: Path, system: str) -> pd.DataFrame:
 def _markdown(table: pd.DataFrame) -> str:
     rows = [["measure", *table.columns], ["---"] * (len(table.columns) + 1), *map(list, table.itertuples())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _params(folder: Path) -> dict[str, Any]:
-    path = folder / "params.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -228,9 +228,9 @@ def of_run(
 
 
 def lay_out(clips: pd.DataFrame, out: Path, seed: int = 0) -> Path:
-    """Folders as s3prl's speech_commands wants them, of a run's keyword clips (``keywords.parquet``), by links.
+    """Folders as s3prl's speech_commands expects them, of a run's keyword clips (``keywords.parquet``), by links.
 
-    ``train`` has a folder per word with the training and validation clips. s3prl parts them by a hash of the speaker,
+    ``train`` has a folder per word with the training and validation clips. s3prl splits them by a hash of the speaker,
     as the official lists were made; links of other corpora are named so that this gives the run's own lists. ``test``
     has a folder per class with the test clips of ``keywords.superb``. ``_silence_`` is among them where
     ``_background_noise_`` lies beside the words; the first 80 % of its files are for training.
@@ -263,9 +263,9 @@ def _link(path: str, link: Path) -> None:
 @functools.cache
 def _hashed(speaker: str, split: str) -> str:
     """``speaker``, with a number where Speech Commands' hash would not put it into ``split``."""
-    wanted = {"validation": (0, 10), "train": (20, 101)}[split]
+    low, high = {"validation": (0, 10), "train": (20, 101)}[split]
     names = itertools.chain([speaker], (f"{speaker}-{number}" for number in itertools.count(1)))
-    return next(name for name in names if wanted[0] <= _percentage(name) < wanted[1])
+    return next(name for name in names if low <= _percentage(name) < high)
 
 
 def _percentage(name: str) -> float:
