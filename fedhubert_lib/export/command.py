@@ -47,7 +47,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     if missing := [name for name in NEEDS.get(options.format, []) if importlib.util.find_spec(name) is None]:
-        return _fail(f"export {options.format} needs {', '.join(missing)}, not installed; run: make export")
+        return _fail(f"export {options.format} needs {', '.join(missing)}, which is not installed; run: make export")
     if options.out.exists():
         return _fail(f"{options.out} is there already; name another, or remove it")
     from fedhubert_lib.export import card, formats, onnx, s3prl
