@@ -25,7 +25,6 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "kmeans.lloyd": ({"sums", "counts", "inertias"}, set()),
     "kmeans.label": ({"counts", "runs"}, {"frames", "seconds"}),
     "kmeans.fit": (set(), {"frames", "inertia", "seconds"}),
-    "kmeans.own": (set(), set()),
     "kmeans.lend": ({"centroids"}, set()),
     "kmeans.align": (set(), set()),
     "kmeans.moments": ({"sum", "squares", "count"}, set()),

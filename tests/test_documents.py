@@ -97,7 +97,7 @@ def test_an_export_without_its_packages_names_the_line_that_works(tmp_path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     for form, package in (("huggingface", "transformers"), ("onnx", "onnxruntime")):
         assert cli.main(["export", form, str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 1
-        assert f"export {form} needs {package}, not installed; run: make export" in capsys.readouterr().err
+        assert f"export {form} needs {package}, which is not installed; run: make export" in capsys.readouterr().err
 
 
 def test_make_export_and_ray_install_what_is_tested_and_leave_the_bench_alone():

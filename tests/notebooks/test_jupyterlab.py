@@ -92,16 +92,17 @@ def test_run_all_and_move_a_slider(page: Page, tmp_path: Path):
     assert errors.count() == 0, errors.first.inner_text()
 
     picture = page.locator("img.widget-image")
-    words = page.locator(".widget-html-content").first
+    browser = page.locator(".jp-OutputArea-output").filter(has=picture)
+    words = browser.locator(".widget-html-content").first
     picture.scroll_into_view_if_needed()
     before, said = picture.get_attribute("src"), words.inner_text()
-    utterance = page.locator(".noUi-handle").first
+    utterance = browser.locator(".noUi-handle").first
     utterance.focus()
     utterance.press("ArrowRight")
     expect(picture).not_to_have_attribute("src", before)
     expect(words).not_to_have_text(said)
 
-    speaker = page.locator(".widget-dropdown select")
+    speaker = browser.locator(".widget-dropdown select")
     before, name = picture.get_attribute("src"), speaker.locator("option").nth(1).inner_text()
     speaker.select_option(index=1)
     expect(picture).not_to_have_attribute("src", before)
