@@ -215,4 +215,4 @@ def test_command_puts_s3prls_accuracy_into_the_report(environment, evaluated, ca
         said = (evaluated / "s3prl" / f"{system}-frozen" / "seed-1337" / "evaluate.log").read_text()
         accuracy = float(re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)[-1])
         assert [(each["measure"], each["values"]) for each in found] == [("s3prl-accuracy", [accuracy])]
-        assert found[0]["baseline"] == 1 / 11
+        assert found[0]["baseline"] == 1 / 12  # ten commands, unknown and silence
