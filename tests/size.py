@@ -27,14 +27,14 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_200,
+    "library, lines": 15_883,
     "largest module, lines": 450,
-    "largest function, lines": 63,
+    "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 4_200,
-    "closure of pretraining, lines": 5_300,
-    "closure of distillation, lines": 7_500,
-    "closure of evaluation, lines": 4_100,
+    "closure of kmeans, lines": 3_930,
+    "closure of pretraining, lines": 5_203,
+    "closure of distillation, lines": 7_236,
+    "closure of evaluation, lines": 3_938,
     "import circles": 0,
     "upward imports": 0,
 }
