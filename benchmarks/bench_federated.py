@@ -32,7 +32,7 @@ from fedhubert_lib import (
     pretraining,
     resources,
 )
-from fedhubert_lib.federated import compression, handlers, rounds
+from fedhubert_lib.federated import compression, handlers, protocol, rounds
 
 DEFECTS = {
     "float64 upcast of FedAdam": "tests/test_optimisers.py::test_everything_stays_float32",
@@ -95,7 +95,7 @@ def started(run: Path, ids: list[str], engine: str) -> float:
 def measure(case: str, cohort: int, device: str, count: int, client_seconds: float) -> dict[str, float]:
     """One study of ``count`` rounds in this process; figures of the rounds after the first."""
     answer_with(client_seconds)
-    p = params.Pretrain(rounds=count, cohort=cohort, device=device)
+    p = params.Pretrain(rounds=count, cohort=cohort, device=device, server="fedadam")
     with tempfile.TemporaryDirectory(prefix="fedhubert-bench-") as folder:
         run = Path(folder)
         ids = with_clients(run, 64)
@@ -126,7 +126,7 @@ def int8_megabytes() -> float:
     """What a client sends for an update of HuBERT base."""
     update = {name: torch.full(shape, 1e-3) for name, shape in shapes("94M").items()}
     encoded, _ = compression.with_feedback(update, "int8", None)
-    return sum(tensor.numel() * tensor.element_size() for tensor in encoded.values()) / 1e6
+    return protocol.size(encoded) / 1e6
 
 
 def int8_quality() -> tuple[float, float]:
@@ -140,8 +140,9 @@ def int8_quality() -> tuple[float, float]:
             with federated.connect(run) as connected:
                 kmeans.run(run, params.Kmeans(codebooks=["federated"], seed=seed), connected)
             for kind, found in losses.items():
-                p = params.Pretrain(rounds=4, local_steps=4, unmasked_weight=1.0, learning_rate=3e-3, server_rate=0.01,
-                                    server_tau=0.01, batch_seconds=8.0, compression=kind, seed=seed)  # fmt: skip
+                p = params.Pretrain(rounds=4, local_steps=4, unmasked_weight=1.0, learning_rate=3e-3, server="fedadam",
+                                    server_rate=0.01, server_tau=0.01, batch_seconds=8.0, compression=kind,
+                                    seed=seed)  # fmt: skip
                 out = run / kind
                 out.mkdir()
                 for stage in ("01_partition", "02_kmeans"):

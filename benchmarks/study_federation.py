@@ -239,7 +239,7 @@ def curves(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
     for axes, (title, arms) in zip(places, panels.items(), strict=True):
         for index, (name, values) in enumerate(arms.items()):
             paired = len(arms) > 4  # of each codebook a shared head, and dashed the personal ones
-            look = {"color": style.PALETTE[index // 2 if paired else index], "linestyle": "-"}
+            look = {"color": style.PALETTE[index // 2 if paired else index]}
             look["linestyle"] = "--" if paired and index % 2 else "-"
             at = np.arange(1, values.shape[1] + 1)
             axes.plot(at, values.T, **look, linewidth=0.6, alpha=0.5)

@@ -86,12 +86,6 @@ def _write_folder(folder: Path, groups: Mapping[str, Arrays], documents: Mapping
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def on_the_way(out: Path) -> dict[int, Path]:
-    """The model folders of rounds 1, 2, 4, 8 …, by round, ascending."""
-    folders = sorted((out / "checkpoints").glob("model-*"))
-    return {int(folder.name.removeprefix("model-")): folder for folder in folders}
-
-
 def rounds(out: Path) -> list[int]:
     """The rounds that have a checkpoint, ascending."""
     return sorted(int(folder.name.removeprefix("round-")) for folder in (out / "checkpoints").glob("round-*"))

@@ -30,6 +30,7 @@ from fedhubert_lib import (
     pooled,
     pretrained,
     recipes,
+    resources,
     seeds,
     teaching,
     threads,
@@ -236,7 +237,7 @@ def federate(
     task = rounds.Task("distill", _message(run, p, teacher, config), teaching.averages, pretrained.documents(config))
     with rounds.serving(clients, p, task, weights, out, on_row) as server:
         rounds.run(server)
-        return save(out / "checkpoint", config, server.weights)
+        return recipes.save(out / "checkpoint", config, server.weights)
 
 
 def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -257,10 +258,11 @@ def compare(run: Path, p: params.Distill, on_progress: Callable[[str, int, int],
             federate(run, alone, clients, out=out)
         if p.centralised:
             centralised(run, alone, out=out)
+    teacher = read_teacher(run, p)
     for seed in range(p.seed, p.seed + p.compare_seeds):
         # Of all objectives the student begins alike; this one's needs no clusters to be drawn.
-        start = initial(run, _alone(p, "distilhubert", seed), read_teacher(run, p))
-        save(folder / "untrained" / str(seed) / "checkpoint", *start)
+        start = initial(run, _alone(p, "distilhubert", seed), teacher)
+        recipes.save(folder / "untrained" / str(seed) / "checkpoint", *start)
     if on_progress:
         on_progress("objectives compared", len(pairs), len(pairs))
     return folder
@@ -400,11 +402,6 @@ def cluster_teacher(run: Path, p: params.Distill, clients: Clients, folder: Path
     list(exchange.ask("forget", {}, config))
 
 
-def save(folder: Path, config: hubert.HubertConfig, weights: Mapping[str, Tensor]) -> Path:
-    """Write the student as a model folder; DistilHuBERT's regressors are dropped here."""
-    return recipes.save(folder, config, {n: t for n, t in weights.items() if not n.startswith("regressors.")})
-
-
 # --------------------------------------------------------------------------------------------------------- on all data
 
 
@@ -413,14 +410,14 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
 
     With objective ``hubert`` the labels are those that the clients wrote in ``federate``, which comes first then.
     """
-    out, p = (out or run / STAGE) / "centralised", rounds.sized(p, len(federated.client_ids(run, p.codebook)))
+    ids = federated.client_ids(run, p.codebook)
+    out, p = (out or run / STAGE) / "centralised", rounds.sized(p, len(ids))
     teacher = read_teacher(run, p)
     config, weights = initial(run, p, teacher)
     message = {**_message(run, p, teacher, config), "session": "centralised"}
-    device = federated.resolve(p.device)
+    device = resources.resolve(p.device)
     teacher = _load(message["teacher"]["folder"], message["teacher"]["digest"], device)
     module = _modules(json.dumps(asdict(config)), message["clusters"], message["regression"], device)
-    ids = federated.client_ids(run, p.codebook)
     homes = pooled.homes(run, ids, run / STAGE, device)
     table = pooled.utterances(homes)
     labels = pooled.labels(_labels(home, p) for home in homes.values())
@@ -436,4 +433,4 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
         documents=pretrained.documents(config),
     )
     weights = pooled.train(p, homes, rounds.panel(ids, p), out, task, on_row)
-    return save(out / "checkpoint", config, weights)
+    return recipes.save(out / "checkpoint", config, weights)

@@ -372,7 +372,7 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw all weights of a ``Hubert`` or ``Head`` from ``generator``, as fairseq does.
+    """Draw all weights of a ``Hubert``, a ``Head`` or linear layers beside them from ``generator``, as fairseq does.
 
     Convolutions kaiming-normal; both projections PyTorch's uniform ±1/√fan_in; other linear layers N(0, 0.02), bias 0;
     norms 1 and 0; mask and label embeddings U(0, 1); positional convolution N(0, √(4 / (128 D))), set before its weight

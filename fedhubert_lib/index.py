@@ -21,11 +21,11 @@ def listing(outputs: Path) -> str:
         try:
             rows[folder.name], values[folder.name] = summary(folder), _parameters(folder)
         except (runs.RunError, yaml.YAMLError, UnicodeDecodeError) as error:  # it hides no other
-            rows[folder.name] = {"state": str(error)}
+            rows[folder.name] = {"state": str(error), "started": ""}
     table = pd.DataFrame.from_dict(rows, orient="index").sort_values(["started", "state"], ascending=False)
     text = table.to_string(na_rep="-", float_format="{:.4g}".format)
     parameters = pd.DataFrame(values)
-    differ = parameters[parameters.map(json.dumps, na_action="ignore").nunique(axis=1) > 1]
+    differ = parameters[parameters.map(json.dumps).replace("NaN", None).nunique(axis=1) > 1]
     return f"{text}\n\nparameters that differ:\n{differ.to_string(na_rep='-')}" if len(differ) else text
 
 

@@ -27,14 +27,11 @@ class Sums:
     """Detached scalar sums and counts for the ledger; they add up over batches and clients."""
 
 
-def masked_prediction(
-    model: Hubert,
-    head: Head,
-    batch: Batch,
-    *,
-    unmasked_weight: float = 0.0,
-    penalty_weight: float = 10.0,
-) -> Sums:
+PENALTY = 10.0
+"""Weight of the mean squared feature in the loss, as published."""
+
+
+def masked_prediction(model: Hubert, head: Head, batch: Batch, *, unmasked_weight: float = 0.0) -> Sums:
     """HuBERT's loss: cross-entropy of the labels of masked frames, in float32, plus ``unmasked_weight`` times that of
     the others (fairseq's ``pred_nomask_weight``).
 
@@ -54,7 +51,7 @@ def masked_prediction(
     penalty = loss_sum.new_zeros(())
     if output.features is not None:
         penalty = (output.features.to(loss_sum.dtype).square().mean((1, 2)) * masked.sum(1)).sum()
-        loss = loss + penalty_weight * penalty
+        loss = loss + PENALTY * penalty
     measured = {
         "loss_sum": loss_sum,
         "unmasked_loss_sum": other_sum,

@@ -434,7 +434,7 @@ class Study(BaseModel):
             yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
 
 
-HOW = frozenset({"run", "engine", "threads", "device", "deadline_seconds", "cache_features", "download"})
+HOW = frozenset({"run", "engine", "threads", "device", "deadline_seconds", "download"})
 HOW |= {"mirror", "keywords_mirror"}
 """Parameters that say where and how a stage runs, not what comes out."""
 ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from fedhubert_lib import checkpoints, files, recipes, resources, seeds, training
+from fedhubert_lib import checkpoints, files, recipes, seeds, training
 from fedhubert_lib import weights as named
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
+from fedhubert_lib.meter import Meter
 from fedhubert_lib.params import Federation
 from fedhubert_lib.weights import Arrays
 
@@ -63,7 +64,7 @@ def train(
     settings = recipes.settings(p, total, accumulate=parts)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    meter = resources.Meter(p.device)
+    meter = Meter(p.device)
     with checkpoints.sole(out):
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"], weights, named.moments(optimiser, names))) is not None:

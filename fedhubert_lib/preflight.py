@@ -18,8 +18,8 @@ from fedhubert_lib import (
     params,
     planning,
     pretrained,
-    pretraining,
     recipes,
+    resources,
     runs,
     threads,
 )
@@ -47,14 +47,14 @@ def plan(run: Path, p: params.Pretrain) -> planning.Plan:
     Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
     """
     p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
-    config, _ = pretraining.initial(run, p)
+    config = pretrained.read_config(Path(p.initial)) if p.initial else recipes.model_config(p)
     work = planning.Workload(
         config, recipes.clusters(run, p.codebook), p.crop_seconds, p.precision, p.gradient_checkpointing
     )
     steps = p.rounds * p.cohort * p.local_steps * (1 + p.centralised)
-    workers = federated.side_by_side(p.engine, p.device)
     with threads.limited(p.threads):
-        return planning.plan(work, p.batch_seconds, steps, federated.resolve(p.device), workers)
+        workers = min(federated.side_by_side(p.engine, p.device), p.cohort)
+        return planning.plan(work, p.batch_seconds, steps, resources.resolve(p.device), workers)
 
 
 def missing_packages(*names: str) -> list[str]:
@@ -86,7 +86,7 @@ def _problems(stage: str, p: params.Section, run: Path, study: params.Study | No
     if isinstance(p, params.Corpus):
         checks = [("root", _speech(p)), ("keywords_root", _words(p))]
     if isinstance(p, params.Kmeans | params.Federation | params.Evaluate):
-        checks += [("device", _device(p.device))]
+        checks += [("device", _device(p.device, getattr(p, "engine", "")))]
     if isinstance(p, params.Kmeans | params.Federation):
         checks += [("engine", _engine(p.engine))]
     if isinstance(p, params.Federation):
@@ -123,12 +123,10 @@ def _words(p: params.Corpus) -> Iterator[str]:
     yield from ()
 
 
-def _device(device: str) -> Iterator[str]:
-    kind, _, index = device.partition(":")
-    if kind == "cuda" and not torch.cuda.is_available():
-        yield f"{device} given, but torch sees no GPU here; give auto or cpu, or repair the driver"
-    elif kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        yield f"{device} given; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+def _device(device: str, engine: str) -> Iterator[str]:
+    if engine != "ray":  # a Ray cluster may have other devices than this machine
+        resources.resolve(device)
+    yield from ()
 
 
 def _engine(engine: str) -> Iterator[str]:

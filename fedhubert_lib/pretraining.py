@@ -26,6 +26,7 @@ from fedhubert_lib import (
     pooled,
     pretrained,
     recipes,
+    resources,
     seeds,
     threads,
     training,
@@ -172,7 +173,7 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
 
     rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio; see ``pooled.train``.
     """
-    ids, device = federated.client_ids(run, p.codebook), federated.resolve(p.device)
+    ids, device = federated.client_ids(run, p.codebook), resources.resolve(p.device)
     out, p = run / STAGE / "centralised", rounds.sized(p, len(ids))
     config, weights = initial(run, p)
     module = _modules(json.dumps(asdict(config)), recipes.clusters(run, p.codebook), device)

@@ -46,7 +46,7 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
 
 
 def save(folder: Path, config: hubert.HubertConfig, arrays: Mapping[str, Tensor]) -> Path:
-    """Write ``arrays``, named model.NAME and head.NAME, as a model folder (``pretrained.save``)."""
+    """Write ``arrays``, named model.NAME and head.NAME, as a model folder; leave out others."""
     model, head = hubert.Hubert(config), None
     modules = nn.ModuleDict({"model": model})
     if "head.label_embeddings" in arrays:

@@ -37,6 +37,24 @@ def _quotas() -> Iterator[list[str]]:
     yield from zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=True)
 
 
+def resolve(device: str) -> str:
+    """``auto`` is the first GPU, or the CPU where there is none. Raises ValueError for a device that is not here."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: torch knows none of that name; give auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
+        seen = f" (CUDA_VISIBLE_DEVICES={chosen})" if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) else ""
+        raise ValueError(
+            f"device {device!r}: this process sees {count} GPUs{seen}; they count from cuda:0. Give one, auto or cpu"
+        )
+    return device
+
+
 def memory_limit() -> int:
     """Bytes of memory of the machine, or of the smallest limit among this process' control groups if that is less."""
     limits = [*_settings("", "memory.max"), *_settings("memory", "memory.limit_in_bytes")]
@@ -117,53 +135,3 @@ def peak_memory() -> int:
     if status.is_file():
         return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-USED = ("peak_memory_bytes", "gpu_memory_bytes", "gpu_joules")
-"""Columns that a ``Meter`` adds to a ledger of rounds."""
-
-
-class Meter:
-    """Memory and energy that a training on ``device`` takes: one per run, asked after each round.
-
-    Children (a pool's workers) count their own. A value that the machine does not know is left out: no meter stops a
-    training.
-    """
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        self.device = "cuda" if device == "auto" else device
-        self.has_gpu = self.device.startswith("cuda") and torch.cuda.is_available()  # a server may have none
-        self.joules = _gpu_joules(self.device) if self.has_gpu else None
-
-    def used(self) -> dict[str, float]:
-        """Of ``USED``, the known: peak_memory_bytes of the process so far, and since the last call gpu_memory_bytes
-        (peak of the process) and gpu_joules (of the whole GPU)."""
-        import torch
-
-        row = {"peak_memory_bytes": float(peak_memory())}
-        if self.joules is not None and (joules := _gpu_joules(self.device)) is not None:
-            row["gpu_joules"] = joules - self.joules
-            self.joules = joules
-        if self.has_gpu and torch.cuda.is_initialized():
-            row["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(self.device))
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return row
-
-
-def _gpu_joules(device: str) -> float | None:
-    """Joules that the GPU has used since its driver was loaded; None where it does not count them (a part of a GPU)."""
-    import torch
-
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        # By its UUID: indices are others under CUDA_VISIBLE_DEVICES.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except pynvml.NVMLError:
-        return None

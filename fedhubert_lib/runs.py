@@ -172,11 +172,11 @@ def _begin(stage: Stage) -> None:
     run, folder = stage.run, stage.folder
     future = prospect(stage.name, stage.identity, run)
     begun: dict[str, Any] = {"started": time.time()}
-    if future.kind not in ("keep", "resume"):
-        replaced = _clear(run, stage.name)
-        begun |= {} if replaced is None else {"replaced": replaced}
     if future.source is not None:
         take_back(run, stage.name, future.source)
+    elif future.kind not in ("keep", "resume"):
+        replaced = _clear(run, stage.name)
+        begun |= {} if replaced is None else {"replaced": replaced}
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.hubert import Head, Hubert, HubertConfig
-from fedhubert_lib.objectives import Sums, frame_losses, masked_prediction
+from fedhubert_lib.objectives import PENALTY, Sums, frame_losses, masked_prediction
 from fedhubert_lib.objectives import averages as averages_of_labels
 
 
@@ -82,7 +82,6 @@ def soft_targets(
     soft_weight: float = 0.7,
     label_weight: float = 0.3,
     unmasked_weight: float = 0.0,
-    penalty_weight: float = 10.0,
 ) -> Sums:
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels: over masked frames, and
     with ``unmasked_weight`` over the others.
@@ -118,7 +117,7 @@ def soft_targets(
         }
     if output.features is not None:
         penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
-        loss = loss + penalty_weight * penalty
+        loss = loss + PENALTY * penalty
     measured |= {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
     return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
 

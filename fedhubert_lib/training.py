@@ -44,7 +44,6 @@ class Settings:
     learning_rate: float
     """Peak of the schedule."""
     warmup_steps: int
-    betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
     """Decoupled, on all parameters, as fairseq's."""
@@ -241,7 +240,7 @@ def adamw(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=settings.learning_rate,
-        betas=settings.betas,
+        betas=(0.9, 0.98),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=True,

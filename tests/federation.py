@@ -9,7 +9,7 @@ import pandas as pd
 import soundfile
 import torch
 
-from fedhubert_lib import files, hubert, labels, params, resources, seeds
+from fedhubert_lib import files, hubert, labels, params, seeds
 from fedhubert_lib.audio import HOP, frame_count
 
 TONES = 6
@@ -84,5 +84,6 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 def rows(path: Path) -> list[dict]:
     """The rows of a metrics file without what differs from one machine, moment or load to another."""
-    timed = {"time", "seconds", "audio_seconds_per_second", "client_seconds", "server_seconds", *resources.USED}
+    timed = {"time", "seconds", "audio_seconds_per_second", "client_seconds", "server_seconds"}
+    timed |= {"peak_memory_bytes", "gpu_memory_bytes", "gpu_joules"}
     return [{k: v for k, v in row.items() if k not in timed} for row in files.read_rows(path)]

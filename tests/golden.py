@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from fedhubert_lib import files
+from fedhubert_lib.evaluation import report, tables
 
 GOLDEN = Path(__file__).with_name("golden.json")
 MEASURES = ("pnmi", "phone-accuracy", "keyword-accuracy")
@@ -26,13 +27,9 @@ def figures(run: Path) -> dict[str, dict[str, float]]:
         rows = [row for row in files.read_rows(run / folder / "metrics.jsonl") if row["kind"] == "round"]
         losses |= {f"{folder}, round {row['round']}": row["loss"] for row in (rows[0], rows[-1])}
     result = {"loss": losses}
-    report = json.loads((run / "05_evaluate" / "report.json").read_text(encoding="utf-8"))
+    best = tables.best(report.read(run)["figures"])
     for measure in MEASURES:
-        by_system: dict[str, list[float]] = {}
-        for figure in report["figures"]:
-            if figure["measure"] == measure:
-                by_system.setdefault(figure["system"], []).append(figure["value"])
-        result[measure] = {system: max(values) for system, values in by_system.items()}
+        result[measure] = {system: figures[measure]["value"] for system, figures in best.items() if measure in figures}
     return result
 
 

@@ -40,7 +40,7 @@ CEILINGS = {
 }
 
 LAYERS = (
-    "audio files seeds units threads params studies identity resources plots",
+    "audio files seeds units threads params studies identity resources meter plots",
     "corpora labels features kernels hubert pretrained masking batching objectives teaching training planning partition"
     " skew",
     "weights checkpoints",

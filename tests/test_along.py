@@ -24,9 +24,9 @@ def test_models_stay_while_checkpoints_go(tmp_path):
     for number in range(1, 10):
         write(tmp_path, number)
     assert checkpoints.rounds(tmp_path) == [3, 9]
-    kept = checkpoints.on_the_way(tmp_path)
-    assert list(kept) == [1, 2, 4, 8]
-    for number, folder in kept.items():
+    kept = sorted((tmp_path / "checkpoints").glob("model-*"))
+    assert [folder.name for folder in kept] == [f"model-{number:05}" for number in (1, 2, 4, 8)]
+    for number, folder in zip((1, 2, 4, 8), kept, strict=True):
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
         assert load_file(folder / "model.safetensors")["a"].tolist() == [number] * 3
         assert (folder / "config.json").read_text() == str(number)
@@ -46,7 +46,7 @@ def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path,
     assert checkpoints.rounds(tmp_path) == [3]  # from where training goes on
     write(tmp_path, 4)
     assert checkpoints.rounds(tmp_path) == [3, 4]
-    assert load_file(checkpoints.on_the_way(tmp_path)[4] / "model.safetensors")["a"].tolist() == [4.0] * 3
+    assert load_file(tmp_path / "checkpoints" / "model-00004" / "model.safetensors")["a"].tolist() == [4.0] * 3
 
 
 def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path):

@@ -56,7 +56,7 @@ def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:
 
 def plan(engine: str, device: str, batch_seconds: float = 16.0) -> planning.Plan:
     workers = federated.side_by_side(engine, device)
-    return planning.plan(WORK, batch_seconds, 800, federated.resolve(device), workers)
+    return planning.plan(WORK, batch_seconds, 800, resources.resolve(device), workers)
 
 
 def test_eight_gpus(monkeypatch):
@@ -66,7 +66,7 @@ def test_eight_gpus(monkeypatch):
     assert "by 8 workers" in str(plan("pool", "cuda"))
     assert plan("inprocess", "auto").seconds == plan("pool", "cuda:7").seconds == 400.0
     with pytest.raises(ValueError, match=r"'cuda:8': this process sees 8 GPUs; they count from cuda:0"):
-        federated.resolve("cuda:8")
+        resources.resolve("cuda:8")
 
 
 def test_two_gpus_of_eight_gib(monkeypatch):
@@ -79,20 +79,20 @@ def test_two_gpus_of_eight_gib(monkeypatch):
 @pytest.mark.parametrize("visible", ["3", "MIG-a1b2c3d4-0000-1111-2222-333344445555"])
 def test_one_visible_gpu_or_part_of_one_is_the_first(monkeypatch, visible):
     pretend(monkeypatch, 1, 10 * GIB, visible)
-    assert federated.resolve("auto") == "cuda"
+    assert resources.resolve("auto") == "cuda"
     assert federated.devices("cuda") == ["cuda:0"]
     assert plan("pool", "auto").workers == 1
     with pytest.raises(ValueError, match=rf"sees 1 GPUs .CUDA_VISIBLE_DEVICES={visible}."):
-        federated.resolve("cuda:3")
+        resources.resolve("cuda:3")
 
 
 def test_no_gpu(monkeypatch):
     pretend(monkeypatch, 0, 10 * GIB)
-    assert federated.resolve("auto") == "cpu"
+    assert resources.resolve("auto") == "cpu"
     with pytest.raises(ValueError, match="this process sees 0 GPUs"):
-        federated.resolve("cuda")
+        resources.resolve("cuda")
     with pytest.raises(ValueError, match="torch knows none of that name"):
-        federated.resolve("gpu")
+        resources.resolve("gpu")
     monkeypatch.setattr(federated, "devices", lambda device: ["cpu"] * 4)
     with pytest.raises(MemoryError, match=r"4 workers' steps need 16.0 GiB, and 10.0 are free"):
         plan("pool", "cpu")

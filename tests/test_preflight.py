@@ -81,10 +81,11 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     told = problems(tmp_path, "kmeans.device=cuda", "evaluate.device=cuda:1", "distill.device=cpu")
     lines = dict(line.split(": ", 1) for line in told.splitlines())
     assert lines.keys() == {"kmeans.device", "evaluate.device"}
-    assert "torch sees no GPU" in lines["kmeans.device"]
+    assert "sees 0 GPUs" in lines["kmeans.device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "cuda:1 given; this machine has cuda:0 to cuda:0" in problems(tmp_path, "evaluate.device=cuda:1")
+    assert "'cuda:1': this process sees 1 GPUs" in problems(tmp_path, "evaluate.device=cuda:1")
+    assert not problems(tmp_path, "pretrain.device=cuda:1", "pretrain.engine=ray"), "a cluster may have others"
     assert not problems(tmp_path, "evaluate.device=cuda:0", "kmeans.device=cuda")
 
 

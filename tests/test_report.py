@@ -149,8 +149,12 @@ def test_report_is_documented_plain_json(evaluated):
     assert written["data"]["clips"] == {"test": 18, "train": 18, "validation": 18}
     assert written["data"]["units"]["utterances"] == 3  # two of the test subset, one held-out speaker
     assert len(pd.read_csv(run / "05_evaluate" / "report.csv")) == len(written["figures"])
-    assert np.sum(written["confusion"]["teacher"]) == 2 * 18
+    counts = np.array(written["confusion"]["teacher"])
+    assert (counts.sum(1) == 12).all(), "six test clips of each word, by two seeds"
+    accuracy = tables.best(written["figures"])["teacher"]["keyword-accuracy"]["value"]
+    assert np.trace(counts) / 36 == pytest.approx(accuracy)
     missed = written["missed"]["teacher"]
+    assert missed or accuracy == 1
     assert all(clip["word"] != clip["taken_for"] and 1 <= clip["seeds"] <= 2 for clip in missed)
 
 
@@ -166,11 +170,12 @@ def test_equal_runs_give_equal_reports(evaluated, run):
 
 def test_best_figures_are_those_of_the_best_layer(evaluated):
     written = evaluated[1]
-    pnmi, purity, accuracy, weights = ([0.2, 0.4, 0.4], [0.9, 0.5, 0.8], [0.1, 0.3, 0.2], [0.5, 0.2, 0.3])
+    pnmi, purity = [0.2, 0.4, 0.4, 0.6], [0.9, 0.5, 0.8, 1.0]  # the last layer was measured with one seed alone
+    accuracy, weights = [0.1, 0.3, 0.2, 0.2], [0.5, 0.2, 0.3, 0.1]
     columns = {"pnmi": pnmi, "phone-purity": purity, "abx-error": accuracy, "layer-weight": weights}
     figures = [
-        {"system": "a", "measure": name, "layer": layer, "value": values[layer]}
-        for layer in range(3)
+        {"system": "a", "measure": name, "layer": layer, "value": values[layer], "seeds": 1 if layer == 3 else 3}
+        for layer in range(4)
         for name, values in columns.items()
     ]
     chosen = {name: figure["layer"] for name, figure in tables.best(figures)["a"].items()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedhubert_lib import resources, threads
+from fedhubert_lib.meter import Meter
 
 
 @pytest.fixture
@@ -86,9 +87,9 @@ def test_memory_by_limits_of_control_groups(machine, membership, files, limit, f
 def test_hardware_and_meter_of_this_machine():
     facts = resources.hardware()
     assert facts["cores"] >= 1 and facts["memory_bytes"] > 2**28 and facts["gpus"] == []
-    row = resources.Meter("cpu").used()
+    row = Meter("cpu").used()
     assert row["peak_memory_bytes"] > 2**26 and row.keys() == {"peak_memory_bytes"}
-    assert "gpu_memory_bytes" not in resources.Meter("cuda:3").used(), "a server without a GPU meters a study on GPUs"
+    assert "gpu_memory_bytes" not in Meter("cuda:3").used(), "a server without a GPU meters a study on GPUs"
 
 
 def test_the_meter_of_a_gpu_counts_its_joules_and_never_stops_a_training(monkeypatch):
@@ -98,7 +99,7 @@ def test_the_meter_of_a_gpu_counts_its_joules_and_never_stops_a_training(monkeyp
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handles.append)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: counters.pop(0))
-    assert resources.Meter("cuda").used()["gpu_joules"] == 7.5
+    assert Meter("cuda").used()["gpu_joules"] == 7.5
     assert handles == ["GPU-1234"] * 2, "by UUID: under CUDA_VISIBLE_DEVICES the driver counts otherwise"
 
     def fail(*_):
@@ -106,4 +107,4 @@ def test_the_meter_of_a_gpu_counts_its_joules_and_never_stops_a_training(monkeyp
 
     for name in ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetHandleByUUID", "nvmlInit"):
         monkeypatch.setattr(pynvml, name, fail)
-        assert "gpu_joules" not in resources.Meter("cuda:0").used()
+        assert "gpu_joules" not in Meter("cuda:0").used()

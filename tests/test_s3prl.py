@@ -76,7 +76,7 @@ def environment():
 
 
 def test_lay_out_makes_the_folders_of_s3prl(clips, tmp_path):
-    out = s3prl.lay_out(clips, tmp_path / "data")
+    out = s3prl.lay_out(clips, tmp_path / "data", 0)
     test = {path.name: len(list(path.iterdir())) for path in (out / "test").iterdir()}
     assert test == {**dict.fromkeys(keywords.COMMANDS, 9), "_unknown_": 9, "_silence_": 3}
     assert {path.name for path in (out / "train").iterdir()} == {*clips.word, "_background_noise_"}
@@ -88,12 +88,12 @@ def test_lay_out_makes_the_folders_of_s3prl(clips, tmp_path):
 
 def test_lay_out_names_a_missing_command_and_does_without_silence(clips, tmp_path):
     with pytest.raises(keywords.KeywordError, match="up"):
-        s3prl.lay_out(clips[clips.word != "up"], tmp_path / "data")
+        s3prl.lay_out(clips[clips.word != "up"], tmp_path / "data", 0)
     assert not (tmp_path / "data").exists()
     words = Path(clips.path[0]).parents[1]
     shutil.copytree(words, tmp_path / "words", ignore=shutil.ignore_patterns("_background_noise_"))
     elsewhere = clips.assign(path=clips.path.str.replace(str(words), str(tmp_path / "words"), regex=False))
-    out = s3prl.lay_out(elsewhere, tmp_path / "data")
+    out = s3prl.lay_out(elsewhere, tmp_path / "data", 0)
     assert {path.name for path in (out / "test").iterdir()} == {*keywords.COMMANDS, "_unknown_"}
 
 
@@ -167,7 +167,7 @@ def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
 @pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_run_downstream_trains_and_evaluates(environment, clips, tmp_path, fine_tune):
-    data = s3prl.lay_out(clips, tmp_path / "data")
+    data = s3prl.lay_out(clips, tmp_path / "data", 0)
     checkpoint, out = save(tmp_path / "checkpoint"), tmp_path / "out"
     result = s3prl.benchmark(checkpoint, data, out, steps=60, rate=1e-3 if fine_tune else 1e-2, fine_tune=fine_tune)
     assert (result.steps, result.fine_tuned, result.classes) == (60, fine_tune, 12)

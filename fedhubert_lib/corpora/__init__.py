@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from fedhubert_lib import files, params
 from fedhubert_lib.corpora import alignments, archives, librispeech, scan, speech_commands, synthetic
+from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
-from fedhubert_lib.corpora.synthetic import Progress
 
 PHONES = pa.schema(
     [("utterance", pa.string()), ("start_sample", pa.int64()), ("end_sample", pa.int64()), ("phone", pa.string())]

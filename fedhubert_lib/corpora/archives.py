@@ -34,6 +34,7 @@ _MALFORMED = {None, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLON
 """Error numbers that blame an archive (a file that is a folder, too; a name too long); None: not the system's."""
 
 Progress = Callable[[str, int, int], None]
+"""Called with the task, how much of it is done, and how much there is."""
 
 
 class Archive(NamedTuple):

@@ -18,6 +18,7 @@ import pandas as pd
 
 from fedhubert_lib import files, params, seeds, threads
 from fedhubert_lib.corpora import sentences
+from fedhubert_lib.corpora.archives import Progress
 
 TRAIN_SUBSET, TEST_SUBSET = "synthetic-train", "synthetic-test"
 CHAPTER_UTTERANCES = 8
@@ -38,9 +39,6 @@ ACCENTS = {
     "scottish": "language en-gb-scotland\nphonemes en-sc\ndictrules 2 5 6 7",
     "caribbean": "language en-029\nphonemes en-wi\ndictrules 8",
 }
-
-Progress = Callable[[str, int, int], None]
-"""Called with the task, how much of it is done, and how much there is."""
 
 
 def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
@@ -188,7 +186,7 @@ def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress |
         output = errors.read().strip()
     if process.returncode != 0:
         missing = "No module named 'espeakng_loader'" in output
-        remedy = "install it: pip install 'fedhubert[synthetic]'" if missing else "its output follows"
+        remedy = "install it: make install" if missing else "its output follows"
         raise RuntimeError(f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{output}")
     job.unlink()
 

@@ -34,15 +34,15 @@ def clips(
 
     Mean and standard deviation over time of the layers of every clip, float32 [clips, 2, layers, width]; and the frames
     of the clips ``whole`` (indices), scaled to unit length, float16 [whole, layers, frames, width]. They are kept in
-    PATH-moments.npy and PATH-frames.npy. Raises KeywordError where features are not finite.
+    PATH-clips.npy and PATH-frames.npy. Raises KeywordError where features are not finite.
     """
     moments, frames = path.with_name(f"{path.name}-clips.npy"), path.with_name(f"{path.name}-frames.npy")
     kept = np.isin(np.arange(len(table)), whole)
     units: list[np.ndarray] = []
 
     def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
-        layers = encoder(keywords.waveforms(table.iloc[start : start + batch]))
-        states = torch.stack([layer.float() for layer in layers], dim=1)
+        hidden = encoder(keywords.waveforms(table.iloc[start : start + batch]))
+        states = torch.stack([layer.float() for layer in hidden], dim=1)
         block = torch.stack([states.mean(2), states.std(2, unbiased=False)], dim=1).cpu().numpy()
         if not np.isfinite(block).all():
             clip = table["clip"].iloc[start]
@@ -62,10 +62,9 @@ def clips(
         _write(moments, len(table), blocks())
         _write(frames, len(whole), [np.concatenate(units)[np.argsort(np.argsort(whole))]])
     of_clips, of_whole = _read(moments), _read(frames)
-    if len(of_clips) != len(table) or len(of_whole) != len(whole):
-        raise keywords.KeywordError(
-            f"{moments} holds {len(of_clips)} clips where the table has {len(table)}; remove the file"
-        )
+    for kept_in, count, wanted in ((moments, len(of_clips), len(table)), (frames, len(of_whole), len(whole))):
+        if count != wanted:
+            raise keywords.KeywordError(f"{kept_in} holds {count} clips where {wanted} are expected; remove the file")
     return of_clips, of_whole
 
 

@@ -10,6 +10,7 @@ group-norm encoder, padding to the longest of a batch changes the features thems
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,10 @@ def _silence(files: dict[Path, int], split: str, count: int, seed: int) -> pd.Da
     drawn = seeds.numpy_generator(seed, "silence", split).permutation(len(rows))[:count]
     table = pd.DataFrame(rows, columns=["clip", "path", "start", "word", "speaker", "split"])
     return table.iloc[drawn]
+
+
+_GENERATOR = threading.Lock()
+"""Held while a probe draws its weights: torch's generator is one for all threads, which ``measures`` works in."""
 
 
 def noise(root: Path) -> dict[Path, int]:
@@ -213,11 +218,16 @@ def probe(
     return outcome._replace(layer_weights=module.layer_weights.detach().numpy())
 
 
+def training_clips(task: Task, seed: int, fraction: float) -> tuple[np.ndarray, np.random.Generator]:
+    """``fraction`` of the training clips, sorted, drawn by ``seed``; and the generator for what is drawn next."""
+    rng = seeds.numpy_generator(seed, "probe", "clips")
+    return np.sort(rng.permutation(task.train)[: max(1, round(fraction * len(task.train)))]), rng
+
+
 def draws(rows: np.ndarray, task: Task, seed: int, fraction: float) -> tuple[Probe, np.ndarray, Iterator[np.ndarray]]:
     """Draws of ``seed`` for ``probe``: its first weights, its training clips, and batches of them without end."""
-    rng = seeds.numpy_generator(seed, "probe", "clips")
-    train = np.sort(rng.permutation(task.train)[: max(1, round(fraction * len(task.train)))])
-    with torch.random.fork_rng(devices=[]):
+    train, rng = training_clips(task, seed, fraction)
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "probe", "weights"))
         module = Probe(*rows.shape[1:], len(task.words))
     return module, train, _batches(train, rng)

@@ -27,13 +27,14 @@ def held_out(run: Path, minutes: float, seed: int, clusters: int = 0) -> tuple[p
     Raises NoPhonesError where there are none, with the reason, and ValueError where they have fewer frames than
     ``clusters``.
     """
-    path = run / "00_corpus" / "phones.parquet"
-    phones = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["utterance"])
     manifest = pd.read_parquet(run / "00_corpus" / "manifest.parquet")
     table = manifest[manifest.split == "test"]
     heldout = run / "01_partition" / "heldout.parquet"
     if heldout.is_file():
         table = pd.concat([table, pd.read_parquet(heldout)]).drop_duplicates("utterance")
+    path = run / "00_corpus" / "phones.parquet"  # 35 million rows for all of LibriSpeech
+    of_table = [("utterance", "in", set(table.utterance))]
+    phones = pd.read_parquet(path, filters=of_table) if path.is_file() else pd.DataFrame(columns=["utterance"])
     table = table[table.utterance.isin(set(phones.utterance)) & (table.samples >= audio.RECEPTIVE_FIELD)]
     if table.empty:
         raise NoPhonesError(

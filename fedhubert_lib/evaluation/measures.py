@@ -219,7 +219,7 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
     rows, both, where = moments[:, 0], moments.reshape(len(moments), -1), {"layer": result.layer}
 
     def linear(seed: int) -> float:
-        train = keywords.draws(moments, task, seed, p.train_share)[1]
+        train, _ = keywords.training_clips(task, seed, p.train_share)
         return probes.ridge(both[train], task.labels[train]).score(both[task.test], task.labels[task.test])
 
     if system.frames:  # otherwise its one frame holds both

@@ -68,21 +68,17 @@ def leave_speakers_out(
     return correct / len(labels), commonest / len(labels)
 
 
-def speaker_accuracy(
-    rows: np.ndarray, speakers: np.ndarray, *, seed: int, most: int = 100, fewest_clips: int = 4
-) -> tuple[float, float]:
+def speaker_accuracy(rows: np.ndarray, speakers: np.ndarray, *, seed: int) -> tuple[float, float]:
     """Accuracy of ``ridge`` in naming the speaker of a clip, and chance: 1 / speakers.
 
-    Over at most ``most`` seeded speakers with ``fewest_clips`` or more; a quarter of each speaker's clips is tested.
-    Raises TooFewClipsError when fewer than two speakers have that many.
+    Over at most 100 seeded speakers with four clips or more; a quarter of each speaker's clips is tested. Raises
+    TooFewClipsError when fewer than two speakers have that many.
     """
     rng = seeds.numpy_generator(seed, "speaker-probe")
     names, counts = np.unique(speakers, return_counts=True)
-    names = rng.permutation(names[counts >= fewest_clips])[:most]
+    names = rng.permutation(names[counts >= 4])[:100]
     if len(names) < 2:
-        raise TooFewClipsError(
-            f"a speaker probe needs two speakers with {fewest_clips} clips, and there are {len(names)}"
-        )
+        raise TooFewClipsError(f"a speaker probe needs two speakers with four clips, and there are {len(names)}")
     clips = [rng.permutation(np.flatnonzero(speakers == name)) for name in names]
     test = np.concatenate([part[: len(part) // 4] for part in clips])
     train = np.concatenate([part[len(part) // 4 :] for part in clips])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.metrics import confusion_matrix
 
-from fedhubert_lib import audio, files, params
+from fedhubert_lib import audio, files, params, resources
 from fedhubert_lib.evaluation import cost, keywords, layers, measures, systems, tables
 from fedhubert_lib.evaluation.intervals import measure
 from fedhubert_lib.evaluation.measures import MEASURES, Result, Speech
@@ -35,9 +35,7 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress = lambda *_: None
     Features are extracted once per system and kept under ``05_evaluate/features``. Raises FileNotFoundError without a
     model, KeywordError where clips allow no fair figure, ValueError for more clusters than frames.
     """
-    device = torch.device(
-        "cuda" if p.device == "auto" and torch.cuda.is_available() else p.device.replace("auto", "cpu")
-    )
+    device = torch.device(resources.resolve(p.device))
     compared, absent = systems.of_run(run, p.seed, device, p.checkpoint)
     speech, data, notes = gather(run, p)
     report: dict[str, Any] = {

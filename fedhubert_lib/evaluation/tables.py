@@ -22,7 +22,8 @@ BELOW = (
 COMPARED = ("keyword-accuracy", "phone-accuracy", "pnmi")
 """Measures of compared students."""
 TITLES = {name: title for name, (title, _, _) in MEASURES.items()}
-IRRELEVANT = params.HOW | params.ADDITIONS - {"patience"} | {"seed", "root", "keywords_root", "checkpoint"}
+IRRELEVANT = params.HOW | params.ADDITIONS - {"patience"}
+IRRELEVANT |= {"seed", "root", "keywords_root", "alignments", "checkpoint"}
 """Parameters in which the runs of one table may differ."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -36,7 +37,10 @@ class DifferentRunsError(identity.RunError):
 
 
 def best(figures: Sequence[dict[str, Any]]) -> Best:
-    """The figure of the best layer, by system and measure; purity is that of the layer which is best by PNMI."""
+    """The figure of the best layer, by system and measure; purity is that of the layer which is best by PNMI.
+
+    Layers measured with fewer seeds, to find the best one by PNMI, do not count.
+    """
     chosen: Best = {}
     for figure in figures:
         of_system, name = chosen.setdefault(figure["system"], {}), figure["measure"]
@@ -44,7 +48,8 @@ def best(figures: Sequence[dict[str, Any]]) -> Best:
         if name in ("phone-purity", "cluster-purity"):  # they follow the PNMI of their layer
             better = of_system["pnmi"]["layer"] == figure["layer"]
         else:
-            better = name not in of_system or sign * figure["value"] > sign * of_system[name]["value"]
+            so_far = of_system.get(name, {"seeds": 0, "value": 0})
+            better = (figure["seeds"], sign * figure["value"]) > (so_far["seeds"], sign * so_far["value"])
         if better:
             of_system[name] = figure
     return chosen

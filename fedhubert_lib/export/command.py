@@ -74,12 +74,13 @@ def _s3prl(options: argparse.Namespace) -> int:
     from fedhubert_lib.export import formats, s3prl
 
     chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
-    with runs.holding(options.run / ".lock", "fedhubert s3prl"):
-        try:
-            results = s3prl.of_run(options.run, options.system, report.read(options.run), **chosen)
+    try:
+        evaluated = report.read(options.run)
+        with runs.holding(options.run / ".lock", "fedhubert s3prl"):
+            results = s3prl.of_run(options.run, options.system, evaluated, **chosen)
             report.add_s3prl(options.run)
-        except (formats.ExportError, runs.RunError, ValueError) as error:
-            return _fail(error)
+    except (formats.ExportError, runs.RunError, ValueError) as error:
+        return _fail(error)
     for result in results:
         print(f"seed {result.seed}: dev {result.dev:.4f}, test {result.test:.4f}")
     print(options.run / report.STAGE)

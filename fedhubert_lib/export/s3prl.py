@@ -213,7 +213,7 @@ def of_run(
     if (name, system.digest) not in [(row["system"], row["digest"]) for row in evaluated["systems"]]:
         raise formats.ExportError(f"{name}: has changed since report.json was written; run 05_evaluate again first")
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
-    data = lay_out(clips, run / FOLDER / "data")
+    data = lay_out(clips, run / FOLDER / "data", evaluated["seed"])
     folder = run / FOLDER / f"{name}-{'fine-tuned' if fine_tune else 'frozen'}"
     shutil.rmtree(folder, ignore_errors=True)
     if system.folder is None:  # random weights are nowhere on disk
@@ -227,12 +227,12 @@ def of_run(
     return results
 
 
-def lay_out(clips: pd.DataFrame, out: Path, seed: int = 0) -> Path:
+def lay_out(clips: pd.DataFrame, out: Path, seed: int) -> Path:
     """Folders as s3prl's speech_commands expects them, of a run's keyword clips (``keywords.parquet``), by links.
 
     ``train`` has a folder per word with the training and validation clips. s3prl splits them by a hash of the speaker,
     as the official lists were made; links of other corpora are named so that this gives the run's own lists. ``test``
-    has a folder per class with the test clips of ``keywords.superb``. ``_silence_`` is among them where
+    has a folder per class with the test clips of ``keywords.superb`` for ``seed``. ``_silence_`` is among them where
     ``_background_noise_`` lies beside the words; the first 80 % of its files are for training.
     Returns ``out``. Raises KeywordError where a command is missing, or the noise cannot be used.
     """

@@ -2,18 +2,18 @@
 
 import importlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import torch
 
+from fedhubert_lib import params, resources
 from fedhubert_lib.federated.protocol import Clients
-from fedhubert_lib.threads import cores
 
-ENGINES = ("inprocess", "pool", "ray", "deployment")
+ENGINES = get_args(params.Engine)
 """Modules that deliver messages, each with a ``connect``."""
 
 
@@ -33,20 +33,6 @@ def client_ids(run: Path, codebook: str = "") -> list[str]:
     return ids
 
 
-def resolve(device: str) -> str:
-    """``auto`` is the first GPU, or the CPU where there is none. Raises ValueError for a device that is not here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r}: torch knows none of that name; give auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
-        seen = f" (CUDA_VISIBLE_DEVICES={chosen})" if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) else ""
-        raise ValueError(f"device {device!r}: this process sees {count} GPUs{seen}; they count from cuda:0")
-    return device
-
-
 def devices(device: str) -> list[str]:
     """The device of each worker of engine ``pool``: every GPU for ``cuda``, one for ``cuda:N``, and ``cpu`` as often as
     the cores hold.
@@ -57,13 +43,13 @@ def devices(device: str) -> list[str]:
     if device == "cuda":
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device == "cpu":
-        return ["cpu"] * max(1, cores() // torch.get_num_threads())
+        return ["cpu"] * max(1, resources.cores() // torch.get_num_threads())
     return [device]
 
 
 def side_by_side(engine: str, device: str) -> int:
     """Clients that train side by side on this machine: with engine ``pool`` one on each of ``devices``, else one."""
-    return len(devices(resolve(device))) if engine == "pool" else 1
+    return len(devices(resources.resolve(device))) if engine == "pool" else 1
 
 
 @contextmanager
@@ -77,7 +63,7 @@ def connect(run: Path, engine: str = "inprocess", device: str = "cpu", codebook:
         raise ValueError(f"engine {engine!r}: not one of {', '.join(ENGINES)}")
     ids = client_ids(run, codebook)
     if engine != "ray" or device == "auto":  # a Ray cluster may have other devices than this machine
-        device = resolve(device)
+        device = resources.resolve(device)
     chosen = importlib.import_module(f"fedhubert_lib.federated.{engine}")  # Ray, and Flower, only where chosen
     with chosen.connect(run, ids, device) as clients:
         yield clients

@@ -7,8 +7,9 @@ server lets in only nodes whose keys were registered.
     federation/federation.json, app/, flower/config.toml, server/server.pem, server/server.key
     federation/nodes/CID/ server.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
 
-The SuperLink keeps its state in memory. Its database option is not used: in Flower 1.41, clients that answer together
-meet a locked SQLite file, and the answers are lost. Keys are registered anew at each start; checkpoints hold the rest.
+The SuperLink keeps its state in memory. Its database option is not used: in Flower 1.41, where it was tried, clients
+that answer together meet a locked SQLite file, and the answers are lost. Keys are registered anew at each start;
+checkpoints hold the rest.
 """
 
 import contextlib

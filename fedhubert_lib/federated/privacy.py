@@ -16,7 +16,7 @@ others. With secure aggregation the server sees sums alone, and the noise of all
 z sqrt(k / cohort) instead of z / sqrt(cohort). Clients that pool what they know with the server take their noise out.
 
 C is fixed, or follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871). Every draw of a cohort is charged
-before its first message goes out, whatever becomes of it. Not covered: cluster statistics of 02_kmeans, how long a
+before updates are asked for, whatever becomes of it. Not covered: cluster statistics of 02_kmeans, how long a
 client takes, and the last bits of floating point (Mironov 2012).
 
 ``privacy_seeded: true`` draws cohorts and noise from the seed, so that a simulation can be repeated. Whoever knows the

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
 from fedhubert_lib.federated.workers import Worker, WorkerClients
-from fedhubert_lib.threads import cores
+from fedhubert_lib.resources import cores
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 

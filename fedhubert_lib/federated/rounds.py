@@ -30,11 +30,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedhubert_lib import checkpoints, resources, seeds
+from fedhubert_lib import checkpoints, seeds
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import compression, optimisers, privacy, robust, scaffold, secure
 from fedhubert_lib.federated.hooks import Hook
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
+from fedhubert_lib.meter import Meter
 from fedhubert_lib.params import Federation
 
 ATTEMPTS = 3
@@ -165,7 +166,7 @@ class Server:
         self.durable = self.state["round"]
         """The last round that is on disk."""
         self.ledger = checkpoints.Ledger(out, self.durable, self.plan, on_row)
-        self.meter = resources.Meter(p.device)
+        self.meter = Meter(p.device)
         self.saving: Future[None] | None = None
 
     def rounds(self) -> Iterator["Round"]:

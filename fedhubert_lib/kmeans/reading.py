@@ -92,9 +92,11 @@ def stream(
 
 
 def normalised(parts: Sequence[Tensor], speakers: Iterable[str], scales: Scales) -> list[Tensor]:
-    """Features of utterances, [frames, D] each, scaled by their speakers' or else everybody's mean and deviation."""
-    chosen = (scales.get(speaker) or scales.get(EVERYBODY) for speaker in speakers)
-    return [(part - s[0]) / s[1] if s else part for part, s in zip(parts, chosen, strict=True)]
+    """Features of utterances, [frames, D] each, scaled by mean and standard deviation of their speakers, or of all."""
+    if not scales:
+        return list(parts)
+    chosen = (scales[speaker if EVERYBODY not in scales else EVERYBODY] for speaker in speakers)
+    return [(part - mean) / std for part, (mean, std) in zip(parts, chosen, strict=True)]
 
 
 def dtype_of(config: Mapping[str, Any]) -> np.dtype:
@@ -269,5 +271,5 @@ def folder_for(folder: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def digest(table: pd.DataFrame) -> str:
-    """One name for the utterances of ``table`` and their lengths, wherever their files are."""
-    return hashlib.sha256(table[["utterance", "samples"]].to_csv(index=False).encode()).hexdigest()[:16]
+    """One name for the utterances of ``table``, their speakers and lengths, wherever their files are."""
+    return hashlib.sha256(table[["utterance", "speaker", "samples"]].to_csv(index=False).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, federated, files, params, seeds, units
+from fedhubert_lib import audio, files, params, resources, seeds, units
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Reply
 from fedhubert_lib.kmeans import client, clustering, layers, reading, server
@@ -53,7 +53,7 @@ def run(
             on_row(row)
 
     exchange, started = Exchange(clients, log, p.missing_clients), time.perf_counter()
-    device = federated.resolve(p.device)
+    device = resources.resolve(p.device)
     config, weights = server.describe(p, layers.choose(run, p, exchange, device, log))
     settings = config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
     settings, finished = json.loads(json.dumps(settings)), folder / "quality.json"
@@ -149,7 +149,7 @@ def _fit(
     if progress.exists():
         start = torch.empty(0)  # not needed where rounds are done already
     elif kind == "central":
-        start = _pooled_start(run, exchange.ids, arrays, config, federated.resolve(p.device))
+        start = _pooled_start(run, exchange.ids, arrays, config, resources.resolve(p.device))
     elif client.private(config):
         start = server.random_start(config)
     else:

@@ -114,6 +114,9 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         image = middle.imshow(fractions[order], aspect="auto", cmap="Blues", vmin=0, vmax=1)
         known = table[table.sex != ""]
         women = known.hours.where(known.sex == "F", 0).groupby(known.client).sum() / known.groupby("client").hours.sum()
+        if len(known):
+            everywhere = known.hours[known.sex == "F"].sum() / known.hours.sum()
+            bottom.axhline(everywhere, color=style.BLACK, linestyle=":")
         bottom.bar(np.arange(len(hours)), women.reindex(hours.index), color=style.RED)
         bottom.set(xlabel="client, largest first", ylim=(0, 1))
         for panel in (top, middle, bottom):

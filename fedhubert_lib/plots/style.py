@@ -68,11 +68,9 @@ def panels(
     return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-def ticks(
-    axis: matplotlib.axis.Axis, names: Sequence[Any] | np.ndarray, rotation: float | None = None, most: int = NAMED
-) -> None:
-    """A tick per name up to ``most`` names; beyond, about ten numbered ticks."""
-    if len(names) > most:
+def ticks(axis: matplotlib.axis.Axis, names: Sequence[Any] | np.ndarray, rotation: float | None = None) -> None:
+    """A tick per name up to ``NAMED`` names; beyond, about ten numbered ticks."""
+    if len(names) > NAMED:
         axis.set_major_locator(MaxNLocator(10, integer=True))
         return
     names = [str(name) for name in names]
