@@ -68,8 +68,6 @@ def pictures() -> dict[str, Figure]:
     schemes = {"speaker": table.assign(client=table.speaker), "iid": table.assign(client="c0")}
     return {
         "along": plots.along(hours_table()),
-        "speakers": plots.speakers(table),
-        "phone_lengths": plots.phone_lengths(PHONES),
         "clients": plots.clients(holdings(CLIENTS)),
         "partition_schemes": plots.partition_schemes(schemes, dict.fromkeys(schemes, "skew 0.1")),
         "aligned_units": plots.aligned_units(waveform, PHONES, {"federated": labels}, labels == 1),
@@ -82,7 +80,6 @@ def pictures() -> dict[str, Figure]:
         "ledger": plots.ledger(metrics(3, 2)),
         "bars": plots.bars(result),
         "kept": plots.kept({"accuracy": 0.97}, {"MACs": 0.3}),
-        "layers": plots.layers(pd.DataFrame({"teacher": [0.1, 0.2]}), "accuracy", {"MFCC": 0.1}),
     }
 
 
@@ -181,12 +178,13 @@ def test_clients_draws_what_each_holds():
 
 def test_partition_schemes_shows_speakers_and_womens_speech_per_client():
     table = manifest(400, 200)
-    figure = plots.partition_schemes({"speaker": table.assign(client=table.speaker), "one": table.assign(client="c")})
+    schemes = {"speaker": table.assign(client=table.speaker), "one": table.assign(client="c")}
+    figure = plots.partition_schemes(schemes, dict.fromkeys(schemes, ""))
     fractions = np.asarray(figure.axes[2].images[0].get_array())
     assert fractions.shape == (200, 200) and (np.diag(fractions) == 1).all() and fractions.sum() == 200
     (bar,) = figure.axes[5].patches
     assert bar.get_height() == pytest.approx(table[table.sex == "F"].samples.sum() / table.samples.sum())
-    plots.partition_schemes({"speaker": table.assign(client=table.speaker, sex="")})  # not recorded
+    plots.partition_schemes({"one": table.assign(client="c", sex="")}, {"one": "sex not recorded"})
 
 
 def test_along_is_a_mean_and_a_band_over_runs():

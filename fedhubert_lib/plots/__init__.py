@@ -1,7 +1,7 @@
 """Figures: data in, a matplotlib Figure out.
 
 Every function is pure: it makes its own Figure, without pyplot and its global state, so it works the same in a
-notebook, in a script and on a headless node. Colours are those of Okabe and Ito, told apart by colour-blind readers;
+notebook, in a script and on a headless node. Colours are those of Okabe and Ito, which colour-blind readers tell apart;
 axes carry their units. ``save`` writes a figure as PNG and SVG; notebook.py shows it in a notebook.
 """
 
@@ -12,10 +12,8 @@ from fedhubert_lib.plots.speech import (
     histograms,
     matrices,
     partition_schemes,
-    phone_lengths,
     phones_per_cluster,
     projection,
-    speakers,
 )
 from fedhubert_lib.plots.style import heat_map, panels, png, save
-from fedhubert_lib.plots.training import along, bars, curves, kept, layers, ledger
+from fedhubert_lib.plots.training import along, bars, curves, kept, ledger

@@ -1,4 +1,4 @@
-"""Speech and its labels: speakers, phones, clients, clusters, and an utterance from sound to label."""
+"""Speech and its labels: clients, clusters, and an utterance from sound to label."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,54 +16,13 @@ from fedhubert_lib.plots import style
 
 
 @style.styled
-def speakers(manifest: pd.DataFrame) -> Figure:
-    """Speech per speaker, longest first, coloured by sex."""
-    hours = manifest.samples / manifest.sample_rate / 3600
-    table = hours.groupby([manifest.speaker, manifest.sex]).sum().sort_values(ascending=False).reset_index(name="hours")
-    heights, unit = style.amount(table.hours)
-    figure, [axes] = style.panels()
-    for sex, name, colour in (
-        ("M", "male", style.BLUE),
-        ("F", "female", style.RED),
-        ("", "sex not recorded", style.GREY),
-    ):
-        if (chosen := table.sex == sex).any():
-            label = f"{name}: {chosen.sum():,} speakers"
-            axes.bar(np.flatnonzero(chosen), heights[chosen], color=colour, label=label)
-    style.ticks(axes.xaxis, table.speaker)
-    axes.grid(axis="x", visible=False)
-    axes.set(xlabel="speaker, longest first", ylabel=f"speech ({unit})", title="Speech per speaker", ylim=(0, None))
-    axes.legend()
-    return figure
-
-
-@style.styled
-def phone_lengths(phones: pd.DataFrame) -> Figure:
-    """Frequency of each phone, and its length (median, and the middle half)."""
-    milliseconds = (phones.end_sample - phones.start_sample) * (1000 / SAMPLE_RATE)
-    quartiles = milliseconds.groupby(phones.phone).quantile([0.25, 0.5, 0.75]).unstack()
-    fraction = phones.phone.value_counts(normalize=True)
-    place, (low, middle, high) = np.arange(len(fraction)), quartiles.loc[fraction.index].to_numpy().T
-    figure, (top, bottom) = style.panels(2, 1, width=9, height=4.2, sharex=True)
-    top.bar(place, fraction, color=style.BLUE)
-    style.percent(top)
-    top.set(ylabel="fraction of phones", title="Phones: frequency and length")
-    bottom.errorbar(place, middle, [middle - low, high - middle], fmt="o", color=style.RED, markersize=3)
-    bottom.axhline(1000 * HOP / SAMPLE_RATE, color=style.BLACK, linestyle=":", label="one frame, 20 ms")
-    bottom.set(ylabel="length (ms)", xlabel="phone, most frequent first", ylim=(0, 1.25 * high.max()))  # legend above
-    bottom.set_xticks(place, fraction.index, fontsize=7)
-    bottom.legend()
-    return figure
-
-
-@style.styled
 def clients(held: pd.DataFrame) -> Figure:
     """The data of each client, six bars each: ``held`` is a table of skew.clients, with the clients as its index.
 
     A dotted line marks the median client. Unknown values (sex, transcripts) leave their panel empty.
     """
     figure, axes = style.panels(2, 3, width=11, height=4.6, sharex=True)
-    hours, unit = style.amount(held.hours)
+    hours, unit = (held.hours, "hours") if held.hours.max() >= 2 else (held.hours * 60, "minutes")
     bars = (
         ("Speech", f"speech ({unit})", hours, style.BLUE),
         ("Utterances", "utterances", held.utterances, style.BLUE),
@@ -91,42 +50,36 @@ def clients(held: pd.DataFrame) -> Figure:
 
 
 @style.styled
-def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[str, str] | None = None) -> Figure:
+def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[str, str]) -> Figure:
     """Partition schemes side by side: speech per client, fraction of each speaker's speech per client, women's speech.
 
     Each table has a row per utterance with client, speaker, sex, samples and sample_rate; a summary is one line of text
-    under the scheme's name.
+    under the scheme's name. Women's speech of a client without a speaker of recorded sex is left out.
     """
     count = len(schemes)
-    figure, axes = style.panels(
-        3, count, width=2.5 + 1.6 * count, height=6.2, sharey="row", height_ratios=[1, 1.4, 0.8]
-    )
+    figure, axes = style.panels(3, count, width=2.5 + 1.6 * count, height=6.2, sharex="col", sharey="row")
     for column, (scheme, table) in enumerate(schemes.items()):
         top, middle, bottom = axes[column::count]
-        table = table.assign(hours=table.samples / table.sample_rate / 3600)
-        hours = table.pivot_table(values="hours", index="client", columns="speaker", aggfunc="sum", fill_value=0)
-        hours = hours.iloc[np.argsort(-hours.sum(axis=1).to_numpy(), kind="stable")]
-        top.bar(np.arange(len(hours)), hours.sum(axis=1), color=style.BLUE)
-        top.set_title(f"{scheme}\n{summaries[scheme]}" if summaries else scheme)
+        seconds = (table.samples / table.sample_rate).rename("seconds")
+        table = pd.concat([seconds, table[["client", "speaker", "sex"]]], axis=1)
+        held = table.pivot_table("seconds", "client", "speaker", aggfunc="sum", fill_value=0)
+        held = held.iloc[np.argsort(-held.sum(axis=1).to_numpy(), kind="stable")]
+        top.bar(np.arange(len(held)), held.sum(axis=1) / 3600, color=style.BLUE)
+        top.set_title(f"{scheme}\n{summaries[scheme]}")
         # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
-        fractions = (hours / hours.sum()).to_numpy().T
+        fractions = (held / held.sum()).to_numpy().T
         order = np.argsort(fractions.argmax(1), kind="stable")
         image = middle.imshow(fractions[order], aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        known = table[table.sex != ""]
-        women = known.hours.where(known.sex == "F", 0).groupby(known.client).sum() / known.groupby("client").hours.sum()
-        if len(known):
-            everywhere = known.hours[known.sex == "F"].sum() / known.hours.sum()
-            bottom.axhline(everywhere, color=style.BLACK, linestyle=":")
-        bottom.bar(np.arange(len(hours)), women.reindex(hours.index), color=style.RED)
-        bottom.set(xlabel="client, largest first", ylim=(0, 1))
-        for panel in (top, middle, bottom):
-            panel.grid(visible=panel is not middle, axis="y")
-            panel.set_xticks([] if panel is not bottom else [0, len(hours) - 1])
-            panel.set_xlim(-0.6, len(hours) - 0.4)
+        middle.grid(visible=False)
+        sexes = table.pivot_table("seconds", "client", "sex", aggfunc="sum", fill_value=0)
+        sexes = sexes.reindex(columns=["F", "M"], fill_value=0)
+        women = (sexes.F / sexes.sum(axis=1)).reindex(held.index)
+        bottom.bar(np.arange(len(held)), women, color=style.RED)
+        bottom.axhline(sexes.F.sum() / (sexes.to_numpy().sum() or np.nan), color=style.BLACK, linestyle=":")
+        bottom.set(xlabel="client, largest first", ylim=(0, 1), xticks=[0, len(held) - 1], xlim=(-0.6, len(held) - 0.4))
     axes[0].set_ylabel("speech (hours)")
     axes[count].set_ylabel("speaker")
     axes[2 * count].set_ylabel("fraction of\nwomen's speech")
-    style.percent(axes[2 * count])
     figure.colorbar(image, ax=list(axes[count : 2 * count]), label="fraction of the speaker's speech", pad=0.01)
     return figure
 
@@ -268,9 +221,8 @@ def histograms(counts: pd.DataFrame) -> Figure:
     table = counts.div(counts.sum(axis=1), axis=0)
     table = table[table.mean().sort_values(ascending=False).index]
     figure, [axes] = style.panels(width=10, height=1.4 + min(0.25 * len(table), 4))
-    image = style.heat_map(
-        axes, table, 0, norm=PowerNorm(0.5, vmin=0)
-    )  # linear, one client's favourite leaves others white
+    # On a linear scale one client's favourite cluster would leave the others white.
+    image = style.heat_map(axes, table, 0, norm=PowerNorm(0.5, vmin=0))
     axes.set(xlabel="cluster, most used first", ylabel="client", title="Clusters in each client's speech")
     figure.colorbar(image, ax=axes, label="fraction of frames", pad=0.01)
     return figure
@@ -281,9 +233,7 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str, high: float | None 
     """Square client-by-client tables side by side, on one colour scale from 0 to ``high``."""
     columns = min(len(tables), 3)
     rows = -(-len(tables) // columns)
-    figure, axes = style.panels(
-        rows, columns, width=1.6 + 3 * columns, height=0.5 + 2.9 * rows, sharex=True, sharey=True
-    )
+    figure, axes = style.panels(rows, columns, width=1.6 + 3 * columns, height=0.5 + 2.9 * rows, sharey=True)
     high = max(float(np.nanmax(table)) for table in tables.values()) if high is None else high
     for panel, (name, table) in zip(axes, tables.items(), strict=False):
         image = style.heat_map(panel, table, aspect="equal", cmap="viridis", vmin=0, vmax=high)

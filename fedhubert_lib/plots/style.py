@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import XAxis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from fedhubert_lib.files import atomic
 
@@ -86,16 +86,3 @@ def heat_map(axes: Axes, table: pd.DataFrame, rotation: float | None = None, **o
     ticks(axes.yaxis, table.index)
     axes.grid(visible=False)
     return image
-
-
-def amount(hours: np.ndarray) -> tuple[np.ndarray, str]:
-    """Hours, or minutes where no value reaches two hours, and the unit's name."""
-    return (hours, "hours") if np.max(hours) >= 2 else (hours * 60, "minutes")
-
-
-def percent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def whole_numbers(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

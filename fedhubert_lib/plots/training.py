@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedhubert_lib.plots import style
 
@@ -35,6 +35,7 @@ def curves(
     ]
     kinds = [kind for kind in kinds if kind[0] in measured]
     figure, axes = style.panels(1, len(kinds), width=11)
+    marker = "o" if len(rounds) <= style.NAMED else ""
     for panel, (name, label, title) in zip(axes, kinds, strict=True):
         if name in clients:
             ids = clients.client.unique()
@@ -43,21 +44,20 @@ def curves(
             text = f"{len(ids)} of {clients.client.nunique():,} clients"
             panel.add_collection(LineCollection(lines, colors=style.SKY, linewidths=0.7, alpha=0.6, label=text))
         for table, column, text, line in (
-            (rounds, name, "mean", {"color": style.BLUE, "linewidth": 2}),
+            (rounds, name, "mean", {"color": style.BLUE, "linewidth": 2, "marker": marker}),
             (central, name, "centralised", {"color": style.RED, "linestyle": "--"}),
-            (rounds, f"validation_{name}", "validation", {"color": style.GREEN}),
+            (rounds, f"validation_{name}", "validation", {"color": style.GREEN, "marker": marker}),
         ):
             if column in table:
                 table = table if column == name else table.dropna(subset=[column])
-                marker = "o" if len(table) <= style.NAMED and table is not central else ""
-                panel.plot(table["round"], table[column], marker=marker, markersize=3, label=text, **line)
+                panel.plot(table["round"], table[column], markersize=3, label=text, **line)
         if clusters is not None:
             guess = np.log(clusters) if name == "loss" else 1 / clusters
             panel.axhline(guess, color=style.BLACK, linestyle=":", label="guessing")
         if label == "accuracy":
-            style.percent(panel)
+            panel.yaxis.set_major_formatter(PercentFormatter(1))
         panel.set(xlabel="round", ylabel=label, title=title)
-        style.whole_numbers(panel)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.autoscale_view()
     axes[0].legend()
     return figure
@@ -69,38 +69,30 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     these bytes, and peak memory."""
     rounds = _rows(rows, "round").set_index("round")
     down, up = rounds.bytes_down.cumsum() / 1e6, rounds.bytes_up.cumsum() / 1e6
-    loss = rounds["validation_loss" if "validation_loss" in rounds else "loss"].dropna()
+    name = "validation_loss" if "validation_loss" in rounds else "loss"
+    quality = rounds[name].dropna().rename(up + down)
     unit = "nats per frame" if "accuracy_masked" in rounds else "per frame"
+    panels = (
+        ("Clients' learning rate", "learning rate", rounds.learning_rate),
+        ("Aggregated update", "L2 norm", rounds.update_norm),
+        ("Speed", "audio seconds per second", rounds.audio_seconds_per_second),
+        ("Bytes", "sent so far (MB)", up),
+        ("Quality for bytes", f"{name.replace('_', ' ')} ({unit})", quality),
+        ("Peak memory of the server's process", "GiB", rounds.peak_memory_bytes / 2**30),
+    )
     figure, axes = style.panels(2, 3, width=11, height=5)
-    for panel, (x, y, label, title) in zip(
-        axes,
-        (
-            (rounds.index, rounds.learning_rate, "learning rate", "Clients' learning rate"),
-            (rounds.index, rounds.update_norm, "L2 norm", "Aggregated update"),
-            (rounds.index, rounds.audio_seconds_per_second, "audio seconds per second", "Speed"),
-            (rounds.index, up, "sent so far (MB)", "Bytes"),
-            ((up + down)[loss.index], loss, f"{loss.name.replace('_', ' ')} ({unit})", "Quality for bytes"),
-            (rounds.index, rounds.peak_memory_bytes / 2**30, "GiB", "Peak memory of the server's process"),
-        ),
-        strict=True,
-    ):
-        panel.plot(
-            x,
-            y,
-            color=style.BLUE,
-            marker="o" if len(rounds) <= style.NAMED else "",
-            markersize=3,
-            label="to the server",
-        )
+    for panel, (title, label, values) in zip(axes, panels, strict=True):
+        marker = "o" if len(rounds) <= style.NAMED else ""
+        panel.plot(values, color=style.BLUE, marker=marker, markersize=3, label="to the server")
         panel.set(xlabel="round", ylabel=label, title=title)
-        if title == "Bytes":
-            panel.plot(x, down, color=style.ORANGE, linewidth=4, alpha=0.6, zorder=1, label="to clients")
-            panel.legend()
-        if title == "Quality for bytes":
+        if values is quality:
             panel.set(xlabel="sent so far, both ways (MB)", xlim=(0, None))
-        else:
-            panel.set_ylim(0, None)
-            style.whole_numbers(panel)
+            continue
+        if values is up:
+            panel.plot(down, color=style.ORANGE, linewidth=4, alpha=0.6, zorder=1, label="to clients")
+            panel.legend()
+        panel.set_ylim(0, None)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -157,23 +149,6 @@ def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="fraction of the teacher's", xlim=(0, 1.1 * max(1.0, *fractions)))
     axes.set_title("Student against teacher: " + ("quality (blue), cost (red)" if quality else "cost"))
-    return figure
-
-
-@style.styled
-def layers(table: pd.DataFrame, label: str, baselines: Mapping[str, float]) -> Figure:
-    """A measure per layer: ``table`` has a row per layer (index; 0 is the transformer's input), a column per model.
-
-    ``baselines`` are drawn as dotted horizontal lines.
-    """
-    figure, [axes] = style.panels()
-    for name, marker in zip(table.columns, "osD^vPX*" * len(table.columns), strict=False):
-        axes.plot(table[name].dropna(), marker=marker, markersize=4, label=name)
-    for (name, value), colour in zip(baselines.items(), (style.BLACK, style.GREY) * len(baselines), strict=False):
-        axes.axhline(value, color=colour, linestyle=":", label=name)
-    axes.set(xlabel="layer (0: input of the transformer)", ylabel=label, title="Layer by layer")
-    style.whole_numbers(axes)
-    figure.legend(loc="outside right upper")
     return figure
 
 
