@@ -13,15 +13,14 @@ from fedhubert_lib import identity, params, runs
 
 def listing(outputs: Path) -> str:
     """A row per run, the latest first, with its headline figures; below, the parameters in which the runs differ."""
-    folders = [path.parent for path in outputs.glob("*/run.json")]
-    if not folders:
-        return f"no runs in {outputs} yet: fedhubert run params/quickstart.yaml"
     rows, values = {}, {}
-    for folder in folders:
+    for folder in (path.parent for path in outputs.glob("*/run.json")):
         try:
             rows[folder.name], values[folder.name] = summary(folder), _parameters(folder)
         except (runs.RunError, yaml.YAMLError, UnicodeDecodeError) as error:  # it hides no other
             rows[folder.name] = {"state": str(error), "started": ""}
+    if not rows:
+        return f"no runs in {outputs} yet: fedhubert run params/quickstart.yaml"
     table = pd.DataFrame.from_dict(rows, orient="index").sort_values(["started", "state"], ascending=False)
     text = table.to_string(na_rep="-", float_format="{:.4g}".format)
     parameters = pd.DataFrame(values)
@@ -34,8 +33,8 @@ def summary(run: Path) -> dict[str, Any]:
     facts = runs.read_json(run / "run.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("stages", {}), dict):
         raise runs.RunError(f"{run / 'run.json'}: not the record of a run")
-    states = [facts.get("stages", {}).get(stage) for stage in params.SECTIONS]
-    states, git = [state for state in states if state], facts.get("git") or {}
+    stages, git = facts.get("stages", {}), facts.get("git") or {}
+    states = [stages[stage] for stage in params.SECTIONS if stages.get(stage)]
     row = {
         "study": facts.get("study"),
         "seed": facts.get("seed"),
@@ -45,9 +44,10 @@ def summary(run: Path) -> dict[str, Any]:
         "time": str(timedelta(seconds=round(sum(state.get("seconds", 0) for state in states)))),
         "memory": f"{max((state.get('peak_memory_bytes', 0) for state in states), default=0) / 2**30:.1f} GiB",
     }
-    figures = facts.get("stages", {}).get("evaluate", {}).get("headline", {})
-    mark = " (stale)" if "evaluate" in identity.stale(run) else ""
-    return row | {name: f"{value}{mark}" if mark else value for name, value in figures.items()}
+    figures = stages.get("evaluate", {}).get("headline", {})
+    if "evaluate" in identity.stale(run):
+        figures = {name: f"{value} (stale)" for name, value in figures.items()}
+    return row | figures
 
 
 def state(run: Path, facts: dict[str, Any]) -> str:
@@ -66,11 +66,11 @@ def state(run: Path, facts: dict[str, Any]) -> str:
 def _parameters(run: Path) -> dict[str, Any]:
     """``stage.parameter`` to value, of the stages that were begun; without the run's name and the stages' seeds."""
     files = {stage: run / folder / "params.yaml" for stage, folder in params.FOLDERS.items()}
-    texts = {stage: file.read_text(encoding="utf-8") for stage, file in files.items() if file.exists()}
     return {
         f"{stage}.{name}": value
-        for stage, text in texts.items()
-        for name, value in (yaml.safe_load(text) or {}).items()
+        for stage, file in files.items()
+        if file.exists()
+        for name, value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items()
         if name not in ("run", "seed")
     }
 
@@ -82,10 +82,8 @@ def results(run: Path) -> str:
         return ""
     from fedhubert_lib.evaluation import tables  # here: it imports torch
 
-    paths = [folder.with_suffix(".html"), folder / "report.csv", folder / "report.json"]
-    paths += [place for place in sorted(run.glob("*/figures")) if any(place.iterdir())]
-    lines = [tables.headline(report).to_string(), ""]
-    lines += [str(path) for path in paths if path.exists()]
+    paths = [folder.with_suffix(".html"), folder / "report.csv", folder / "report.json", *sorted(run.glob("*/figures"))]
+    lines = [tables.headline(report).to_string(), "", *(str(path) for path in paths if path.exists())]
     if why := identity.stale(run).get("evaluate"):
         lines.insert(0, f"stale: {why}; fedhubert run without --until evaluates it again")
     return "\n".join(lines)

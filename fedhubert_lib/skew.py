@@ -31,29 +31,21 @@ def clients(table: pd.DataFrame, owner: np.ndarray) -> pd.DataFrame:
     """
     seconds = table["samples"] / table["sample_rate"]
     words = table["text"].str.count(r"\S+").fillna(0)
-    rows = pd.DataFrame(
-        {
-            "seconds": seconds,
-            "female": seconds * (table["sex"] == "F"),
-            "sexed": seconds * table["sex"].isin(["F", "M"]),
-            "words": words,
-            "worded": seconds * (words > 0),
-            "speaker": table["speaker"],
-        }
-    )
-    clients = rows.groupby(owner)
-    total = clients[["seconds", "female", "sexed", "words", "worded"]].sum()
-    quantiles = clients["seconds"].quantile([0.05, 0.5, 0.95], interpolation="lower").unstack()
+
+    def total(amounts: pd.Series) -> pd.Series:
+        return amounts.groupby(owner).sum()
+
+    quantiles = seconds.groupby(owner).quantile([0.05, 0.5, 0.95], interpolation="lower").unstack()
     return pd.DataFrame(
         {
-            "hours": total["seconds"] / 3600,
-            "utterances": clients.size(),
-            "speakers": clients["speaker"].nunique(),
-            "female": total["female"] / total["sexed"],
+            "hours": total(seconds) / 3600,
+            "utterances": seconds.groupby(owner).size(),
+            "speakers": table["speaker"].groupby(owner).nunique(),
+            "female": total(seconds * (table["sex"] == "F")) / total(seconds * table["sex"].isin(["F", "M"])),
             "shortest": quantiles[0.05],
             "median": quantiles[0.5],
             "longest": quantiles[0.95],
-            "words_per_minute": 60 * total["words"] / total["worded"],
+            "words_per_minute": 60 * total(words) / total(seconds * (words > 0)),
         }
     )
 
@@ -64,13 +56,13 @@ def acoustic_counts(
     seed: int,
     clusters: int = 50,
     per_speaker: int = 6,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> np.ndarray:
     """Frames of each utterance in each of ``clusters`` clusters of MFCCs: int32 [utterances, clusters].
 
     Four seconds from the middle of ``per_speaker`` utterances of each speaker, drawn from the seed, are read; the rows
-    of the others stay zero. The clusters are those of k-means over at most 100,000 frames of 1,000 of them, 39
-    dimensions standardised over all speakers, so that a different voice or recording shows.
+    of the others stay zero. K-means is fitted on at most 100,000 frames of 1,000 of them, in 39 dimensions standardised
+    over all speakers, so that a different voice or recording shows.
     """
     from sklearn.cluster import MiniBatchKMeans  # these here: tables do without the half gigabyte that they take
 
@@ -78,8 +70,7 @@ def acoustic_counts(
 
     rng = seeds.numpy_generator(seed, "skew", "utterances")
     order = rng.permutation(len(table))
-    rank = table["speaker"].iloc[order].groupby(table["speaker"].iloc[order]).cumcount().to_numpy()
-    rows = np.sort(order[rank < per_speaker])
+    rows = np.sort(order[table.iloc[order].groupby("speaker").cumcount() < per_speaker])
     samples = table["samples"].to_numpy()
     fitted = rows if len(rows) <= FIT_UTTERANCES else np.sort(rng.choice(rows, FIT_UTTERANCES, replace=False))
     fraction = min(1.0, FIT_FRAMES * features.MFCC_HOP / np.minimum(samples[fitted], EXCERPT).sum())
@@ -97,8 +88,7 @@ def acoustic_counts(
     counts = np.zeros((len(table), clusters), dtype=np.int32)
     for done, row in enumerate(rows, start=1):
         counts[row] = np.bincount(kmeans.predict((mfcc(row) - mean) / std), minlength=clusters)
-        if on_progress:
-            on_progress("listen", done, len(rows))
+        on_progress("listen", done, len(rows))
     return counts
 
 
@@ -122,19 +112,18 @@ def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray
 
 
 def summary(table: pd.DataFrame, owner: np.ndarray, counts: np.ndarray, *, seed: int) -> dict[str, float]:
-    """One row of a comparison of schemes.
+    """One row of a comparison of schemes: ``apart``, and the clients' number, hours and median number of speakers.
 
-    clients; hours_smallest, hours_median, hours_largest; imbalance, the standard deviation of the clients' hours over
-    their mean; speakers, the median per client; within, the mean distance of a client from itself; between, that of two
-    clients; and skew = between - within, the one number.
+    imbalance is the standard deviation of the clients' hours over their mean.
     """
     held = clients(table, owner)
+    hours = held["hours"]
     return {
         "clients": len(held),
-        "hours_smallest": held["hours"].min(),
-        "hours_median": held["hours"].median(),
-        "hours_largest": held["hours"].max(),
-        "imbalance": held["hours"].std(ddof=0) / held["hours"].mean(),
+        "hours_smallest": hours.min(),
+        "hours_median": hours.median(),
+        "hours_largest": hours.max(),
+        "imbalance": hours.std(ddof=0) / hours.mean(),
         "speakers": held["speakers"].median(),
     } | apart(distances(counts, owner, seed=seed))
 
@@ -144,7 +133,6 @@ def apart(distance: np.ndarray) -> dict[str, float]:
 
     One client alone differs from nobody: its skew is 0. NaN where no client has two utterances to compare.
     """
-    parts = [np.diagonal(distance), distance[~np.eye(len(distance), dtype=bool)]]
-    within, between = (part[~np.isnan(part)].mean() if not np.isnan(part).all() else np.nan for part in parts)
-    between = between if len(distance) > 1 else within
+    within = pd.Series(np.diagonal(distance)).mean()  # pandas leaves NaN out
+    between = pd.Series(distance[~np.eye(len(distance), dtype=bool)]).mean() if len(distance) > 1 else within
     return {"within": within, "between": between, "skew": between - within}

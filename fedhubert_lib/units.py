@@ -1,8 +1,8 @@
 """Quality of frame labels as units of speech: purity and PNMI of Hsu et al. 2021 (HuBERT, IV-C), and agreement.
 
 Quality is computed from counts, phone x label, which clients can add up without showing a label. Every PNMI stands
-beside the number of frames N, the PNMI of shuffled labels, and its expected value: with few frames and many clusters,
-random labels look informative. Entropies are in nats.
+beside that of shuffled labels: with few frames and many clusters, random labels look informative. Entropies are in
+nats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -105,12 +105,9 @@ def count_phones(
     """
     names = np.unique(phones.phone.to_numpy(str))
     sequences = {utterance: labels[utterance] for utterance in phones.utterance.unique() if utterance in labels}
-    if not sequences:
-        return names.tolist(), np.zeros((len(names), clusters), np.int64)
     phone = frame_phones(phones, {utterance: len(sequence) for utterance, sequence in sequences.items()})
-    known, label = phone != "", np.concatenate(list(sequences.values()))
-    counts = contingency(np.searchsorted(names, phone[known]), label[known], len(names), clusters)
-    return names.tolist(), counts
+    labelled, label = phone != "", np.concatenate([np.empty(0, np.int64), *sequences.values()])
+    return names.tolist(), contingency(np.searchsorted(names, phone[labelled]), label[labelled], len(names), clusters)
 
 
 def added(tables: Sequence[tuple[Sequence[str], np.ndarray]]) -> tuple[list[str], np.ndarray]:
