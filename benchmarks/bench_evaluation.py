@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 from fedhubert_lib import hubert
-from fedhubert_lib.evaluation import encoders, extraction, keywords, probes
+from fedhubert_lib.evaluation import extraction, keywords, probes, systems
 from fedhubert_lib.evaluation.measures import ABX_CLIPS, ABX_TRIPLETS
 
 CLIPS, WORDS, SPEAKERS, SEEDS, TARGET = 10_000, 35, 200, 3, 120.0
@@ -87,7 +87,7 @@ def _extraction() -> tuple[float, float]:
         path = Path(folder, "clip.wav")
         soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
         clips = pd.DataFrame({"clip": map(str, range(400)), "path": str(path), "word": "yes"})
-        encoder = encoders.of_model(encoders.untrained(hubert.preset("tiny"), 0), torch.device("cpu"))
+        encoder = systems.of_model(systems.untrained(hubert.preset("tiny"), 0), torch.device("cpu"))
         return tuple(_seconds(lambda: extraction.clips(encoder, clips, Path(folder, "rows"))) for _ in range(2))
 
 

@@ -240,7 +240,7 @@ def learning(at: Setting) -> None:
     import torch
 
     from fedhubert_lib import corpora, federated, files, kmeans, params, partition, preflight, pretrained, pretraining
-    from fedhubert_lib.evaluation import encoders, extraction, layers, probes
+    from fedhubert_lib.evaluation import extraction, layers, probes, systems
 
     with tempfile.TemporaryDirectory() as folder:
         run, began = Path(folder), time.perf_counter()
@@ -280,8 +280,8 @@ def learning(at: Setting) -> None:
         labels, speakers = layers.phone_labels(table, phones)
         known = labels >= 0
         model, _ = pretrained.load(checkpoint)
-        for name, network in {"trained": model, "random weights": encoders.untrained(model.config, 0)}.items():
-            encoder = encoders.of_model(network, torch.device(at.device))
+        for name, network in {"trained": model, "random weights": systems.untrained(model.config, 0)}.items():
+            encoder = systems.of_model(network, torch.device(at.device))
             frames = extraction.utterances(encoder, table, run / f"{name.split()[0]}.npy")
             score = {}
             for layer in range(frames.shape[1]):

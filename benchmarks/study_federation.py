@@ -38,7 +38,7 @@ from fedhubert_lib import (
     recipes,
     training,
 )
-from fedhubert_lib.evaluation import encoders, extraction, intervals, layers, probes
+from fedhubert_lib.evaluation import extraction, intervals, layers, probes, systems
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
@@ -133,7 +133,7 @@ def unigram(counts: list[np.ndarray]) -> dict[str, float]:
     return {"unigram_loss": entropy, "unigram_accuracy": sum(int(own.max()) for own in counts) / total}
 
 
-def phone_probe(base: Path, encoder: encoders.Encoder, cache: Path, seed: int) -> list[float]:
+def phone_probe(base: Path, encoder: systems.Encoder, cache: Path, seed: int) -> list[float]:
     """Accuracy of a linear phone classifier on frames of voices that it was not fitted on, for each layer."""
     table, phones = layers.held_out(base, 3.0, seed)
     frames = extraction.utterances(encoder, table, cache)
@@ -163,11 +163,11 @@ def arm(study: str, name: str, seed: int, out: Path, librispeech: str) -> dict[s
     model, _ = pretrained.load(checkpoint)
     result |= unigram(counts)
     cache = base / f"frames-{name}.npy"
-    result["probe"] = phone_probe(base, encoders.of_model(model, torch.device("cpu")), cache, seed)
+    result["probe"] = phone_probe(base, systems.of_model(model, torch.device("cpu")), cache, seed)
     cache.unlink()
     for floor, encoder in {
-        "random weights": encoders.of_model(encoders.untrained(model.config, seed), torch.device("cpu")),
-        "MFCC": encoders.mfcc,
+        "random weights": systems.of_model(systems.untrained(model.config, seed), torch.device("cpu")),
+        "MFCC": systems.mfcc,
     }.items():
         result[f"probe {floor}"] = phone_probe(base, encoder, base / f"frames-{floor}.npy", seed)
     return result

@@ -10,7 +10,7 @@ import torch
 
 from fedhubert_lib import hubert, seeds
 from fedhubert_lib.corpora import CorpusError, speech_commands
-from fedhubert_lib.evaluation import encoders, extraction, keywords
+from fedhubert_lib.evaluation import extraction, keywords, systems
 
 WORDS = ("yes", "no", "up")
 
@@ -99,7 +99,7 @@ def test_clip_of_any_length_becomes_one_second():
 @pytest.mark.parametrize("front_end", ["waveform", "logmel"])
 def test_features_of_a_clip_do_not_depend_on_its_batch(table, tmp_path, front_end):
     config = hubert.preset("tiny", front_end, num_hidden_layers=2, conv_dim=(16,) * 7)
-    encoder = encoders.of_model(encoders.untrained(config, 0), torch.device("cpu"))
+    encoder = systems.of_model(systems.untrained(config, 0), torch.device("cpu"))
     clips = keywords.read_clips(table)
     moments, units = extraction.clips(encoder, clips, tmp_path / "a", whole=np.array([7, 2, 40]), batch=32)
     single, _ = extraction.clips(encoder, clips.iloc[[7]], tmp_path / "b", batch=1)
@@ -135,9 +135,9 @@ def test_broken_encoder_leaves_no_features(table, tmp_path):
 
 def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
     clips = keywords.read_clips(table)
-    moments, _ = extraction.clips(encoders.mfcc, clips, tmp_path / "mfcc")
+    moments, _ = extraction.clips(systems.mfcc, clips, tmp_path / "mfcc")
     assert moments.shape == (54, 2, 1, 39)
-    both, _ = extraction.clips(encoders.mfcc_moments, clips, tmp_path / "moments")
+    both, _ = extraction.clips(systems.mfcc_moments, clips, tmp_path / "moments")
     assert both.shape == (54, 2, 1, 78) and not both[:, 1].any()
     assert keywords.probe(moments[:, 0], keywords.task(clips), 0, steps=100, rate=1e-2).accuracy > 0.9
 
@@ -145,7 +145,7 @@ def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t[t.split != "validation"], "no clip in the validation split.*validation_list.txt"),
+        (lambda t: t[t.split != "validation"], "no clip of the validation split"),
         (lambda t: t[(t.split != "test") | (t.word != "up")], "no test clip of up"),
         (lambda t: t.assign(speaker="one"), "speaker one is in train and in validation"),
     ],
@@ -172,7 +172,7 @@ def test_untrained_encoder_gives_n_plus_one_states_and_is_seeded():
     config = hubert.preset("tiny", "logmel", num_hidden_layers=2)
     waveforms = torch.from_numpy(seeds.numpy_generator(0).normal(size=(2, 16_000)).astype(np.float32))
     cpu = torch.device("cpu")
-    a, b, c = (encoders.of_model(encoders.untrained(config, seed), cpu)(waveforms) for seed in (0, 0, 1))
+    a, b, c = (systems.of_model(systems.untrained(config, seed), cpu)(waveforms) for seed in (0, 0, 1))
     assert len(a) == 3 and a[0].shape == (2, 49, 192)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])
 
@@ -225,7 +225,7 @@ def test_superb_names_what_is_missing(commands):
 
 def test_fine_tuning_learns_words_and_leaves_the_model_alone(table):
     config = hubert.preset("tiny", "logmel", hidden_size=48, intermediate_size=96, num_hidden_layers=1)
-    model = encoders.untrained(config, 0)
+    model = systems.untrained(config, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     clips = keywords.read_clips(table)
     options = {"steps": 30, "rate": 1e-3}

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedhubert_lib import audio, batching, features, hubert, objectives, params, seeds, training
 from fedhubert_lib.corpora import synthetic
-from fedhubert_lib.evaluation import encoders, extraction, layers, probes
+from fedhubert_lib.evaluation import extraction, layers, probes, systems
 from fedhubert_lib.kmeans import clustering
 
 pytest.importorskip("espeakng_loader", reason="needs the extra fedhubert[synthetic]")
@@ -96,7 +96,7 @@ def phone_accuracy(corpus, model: hubert.Hubert) -> float:
     paths = sorted((folder / synthetic.TEST_SUBSET).rglob("*.flac"))
     rows = [(path.stem, str(path), path.parts[-3], len(audio.read(path))) for path in paths]
     table = pd.DataFrame(rows, columns=["utterance", "path", "speaker", "samples"])
-    frames = extraction.utterances(encoders.of_model(model, torch.device("cpu")), table, folder / f"{id(model)}.npy")
+    frames = extraction.utterances(systems.of_model(model, torch.device("cpu")), table, folder / f"{id(model)}.npy")
     labels, speakers = layers.phone_labels(table, phones)
     known = labels >= 0
     return max(

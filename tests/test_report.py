@@ -1,6 +1,5 @@
 """The report: all systems on all measures, stable keys, equal for equal runs, a reason for what is missing."""
 
-import itertools
 import json
 import shutil
 
@@ -12,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
-from fedhubert_lib.evaluation import encoders, extraction, layers, measures, report, systems, tables
+from fedhubert_lib.evaluation import extraction, layers, measures, report, systems, tables, training_seeds
 from fedhubert_lib.index import results
 
 WORDS = ("yes", "no", "up")
@@ -79,16 +78,12 @@ def run(made, tmp_path):
 
 CPU = torch.device("cpu")
 P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
-SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def evaluated(made, tmp_path_factory):
-    """A copy that has been evaluated, with compared students and results of s3prl; its report, and the progress."""
+    """A copy that has been evaluated, with results of s3prl; its report, and the progress."""
     run, seen = shutil.copytree(made, tmp_path_factory.mktemp("evaluated") / "run"), []
-    for seed, place in itertools.product((9, 10), ("hubert/{}", "hubert/{}/centralised", "untrained/{}")):
-        student = encoders.untrained(hubert.preset("tiny", "logmel", **SMALL), len(place) + seed)
-        pretrained.save(run / "04_distill" / "compared" / place.format(seed) / "checkpoint", student)
     teacher = systems.of_run(run, 0, CPU)[0][0]
     for fine_tuned in (False, True):
         leave_s3prl_results(run, teacher.digest, fine_tuned=fine_tuned)
@@ -136,7 +131,7 @@ def test_report_has_every_system_beside_its_baselines(evaluated):
 def test_report_is_documented_plain_json(evaluated):
     run, written, _ = evaluated
     assert json.loads((run / "05_evaluate" / "report.json").read_text()) == written == report.read(run)
-    assert written["format"] == "fedhubert-report" and written["version"] == 1
+    assert written["format"] == "fedhubert-report" and written["version"] == 2
     keys = {"system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"}
     assert all(set(figure) == keys for figure in written["figures"])
     assert {figure["measure"] for figure in written["figures"]} == set(measures.MEASURES)
@@ -160,7 +155,7 @@ def test_report_is_documented_plain_json(evaluated):
 
 def test_equal_runs_give_equal_reports(evaluated, run):
     first = {name: (evaluated[0] / "05_evaluate" / name).read_bytes() for name in ("report.json", "report.csv")}
-    for kept in ("05_evaluate/features", "04_distill/compared", "s3prl"):
+    for kept in ("05_evaluate/features", "s3prl"):
         shutil.copytree(evaluated[0] / kept, run / kept)
     features = sorted((run / "05_evaluate" / "features").iterdir())
     features[0].unlink()  # as after a kill in the middle
@@ -219,7 +214,7 @@ def trained(run, rounds=(1, 2, 3)):
         files.append_row(run / "03_pretrain" / "metrics.jsonl", row)
         if number & (number - 1) == 0:
             place = run / "03_pretrain" / "checkpoints" / f"model-{number:05d}"
-            pretrained.save(place, encoders.untrained(config, number))
+            pretrained.save(place, systems.untrained(config, number))
 
 
 def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tmp_path, capsys):
@@ -248,21 +243,21 @@ def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tm
 def test_intervals_over_training_seeds_need_other_weights(evaluated):
     first = evaluated[1]
     second = json.loads(json.dumps(first)) | {"run": "other"}
-    with pytest.raises(tables.DifferentRunsError, match="the same teacher"):
-        tables.over_training_seeds([first, second])
+    with pytest.raises(training_seeds.DifferentRunsError, match="the same teacher"):
+        training_seeds.means([first, second])
     for each in second["systems"]:
         each["digest"] += "other"
     for each in second["figures"]:
         each["value"] += 0.02 if each["measure"] == "keyword-accuracy" else 0
-    mean = tables.over_training_seeds([first, second])["federated teacher", "keyword-accuracy"]
+    mean = training_seeds.means([first, second])["federated teacher", "keyword-accuracy"]
     value = tables.best(first["figures"])["teacher"]["keyword-accuracy"]["value"]
     assert mean.value == pytest.approx(value + 0.01)
     assert mean.high - mean.value == pytest.approx(12.706 * 0.01, rel=1e-3)  # Student's t of two
-    assert "over 2 training seeds" in tables.markdown([first, second])
-    assert "one training seed, 2 evaluation seeds" in tables.markdown([first])
+    assert "over 2 training seeds" in training_seeds.markdown([first, second])
+    assert "one training seed, 2 evaluation seeds" in training_seeds.markdown([first])
     second["data"]["words"] = ["yes"]
-    with pytest.raises(tables.DifferentRunsError, match="other words"):
-        tables.over_training_seeds([first, second])
+    with pytest.raises(training_seeds.DifferentRunsError, match="other words"):
+        training_seeds.means([first, second])
 
 
 def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_path, capsys):
@@ -278,26 +273,6 @@ def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_p
     (runs[1] / "03_pretrain" / "params.yaml").write_text("run: two\nseed: 1\nengine: inprocess\nrounds: 60\n")
     assert cli.main(command) == runner.USAGE
     assert "differ in pretrain.rounds (40, 60)\n" in capsys.readouterr().err
-
-
-def test_compared_students_stand_between_their_teacher_and_mfcc(evaluated):
-    run, written, _ = evaluated
-    keys = ["objective", "training", "measure", "value", "low", "high", "values"]
-    assert all(list(each) == keys and len(each["values"]) == 2 for each in written["compared"])
-    values = {(each["objective"], each["training"], each["measure"]): each["values"] for each in written["compared"]}
-    trainings = {("hubert", "federated"), ("hubert", "centralised"), ("untrained", "none")}
-    assert set(values) == {(*each, name) for each in trainings for name in tables.COMPARED}
-    table = tables.comparison(written)
-    assert list(table.system.unique()) == ["teacher", "hubert, federated", "hubert, centralised", "untrained", "MFCC"]
-    kept = tables.kept(written).loc[("hubert", "PNMI of units")]
-    federated, centralised = (np.array(values["hubert", training, "pnmi"]) for training in ("federated", "centralised"))
-    assert kept["of the centralised student's"].startswith(f"{(federated / centralised).mean():.3f} ±")
-    teacher = tables.best(written["figures"])["teacher"]["pnmi"]["value"]
-    assert kept["of the teacher's"].startswith(f"{federated.mean() / teacher:.3f} ±")
-    # Seeds are numbers: 9 comes before 10.
-    students = systems.compared(run, CPU)["hubert", "federated"]
-    assert [student.name.split()[-1] for student in students] == ["9", "10"]
-    assert tables.comparison(written | {"compared": []}).empty and tables.kept(written | {"compared": []}).empty
 
 
 def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, tmp_path):
@@ -324,7 +299,7 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, t
 
 def test_given_teacher_stands_beside_its_student(run):
     config = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=1)
-    pretrained.save(run / "public", encoders.untrained(config, 5))
+    pretrained.save(run / "public", systems.untrained(config, 5))
     (run / "04_distill" / "params.yaml").write_text(f"teacher: {run / 'public'}\n")
     compared = {system.name: system for system in systems.of_run(run, 0, CPU)[0]}
     assert systems.teacher_of(compared) == "given-teacher" and "teacher" in compared
@@ -333,14 +308,9 @@ def test_given_teacher_stands_beside_its_student(run):
     assert systems.teacher_of(names(run)) == "teacher"
 
 
-def test_teacher_alone_is_evaluated(run):
+def test_student_that_is_not_done_or_of_an_older_teacher_is_left_out(run):
     (run / "04_distill" / "begun.json").write_text("{}")  # and not done: what lies there may be of other weights
-    written = report.run(run, P)
-    assert [each["system"] for each in written["systems"]] == ["teacher", "random", "mfcc", "mfcc-moments"]
-    assert written["absent"]["student"] == "04_distill is not done"
-
-
-def test_student_of_an_older_teacher_is_left_out(run):
+    assert systems.of_run(run, 0, CPU)[1]["student"] == "04_distill is not done"
     files.write_json(run / "03_pretrain" / "done.json", {"outputs": "new", "identity": {"inputs": {}}})
     inputs = {"03_pretrain": "old"}
     files.write_json(run / "04_distill" / "done.json", {"outputs": "x", "identity": {"inputs": inputs}})
@@ -351,7 +321,7 @@ def test_student_of_an_older_teacher_is_left_out(run):
 
 def test_checkpoint_is_evaluated_without_any_training(run):
     public = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=2)
-    pretrained.save(run / "other" / "03_pretrain" / "checkpoint", encoders.untrained(public, 5))
+    pretrained.save(run / "other" / "03_pretrain" / "checkpoint", systems.untrained(public, 5))
     p = P.model_copy(update={"checkpoint": str(run / "other" / "03_pretrain" / "checkpoint")})
     assert names(run, p.checkpoint)[:4] == ["teacher", "student", "checkpoint", "random"]
     for stage in ("01_partition", "03_pretrain", "04_distill"):

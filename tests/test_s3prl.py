@@ -17,6 +17,7 @@ from fedhubert_lib import cli, files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import keywords, report, systems
 from fedhubert_lib.export import formats, s3prl
 
+OPTIONS = {"steps": 60, "rate": 1e-2, "seed": s3prl.FIRST_SEED, "device": "cpu"}
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
 
 
@@ -128,7 +129,7 @@ def test_a_broken_checkpoint_is_told_before_s3prl_starts(clips, tmp_path):
     config = checkpoint / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
     with pytest.raises(ValueError, match="does not fit"):
-        s3prl.benchmark(checkpoint, tmp_path, tmp_path / "out", steps=1)
+        s3prl.benchmark(checkpoint, tmp_path, tmp_path / "out", fine_tune=False, **OPTIONS)
 
 
 def test_command_exports_and_never_overwrites(tmp_path, capsys):
@@ -169,9 +170,10 @@ def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
 def test_run_downstream_trains_and_evaluates(environment, clips, tmp_path, fine_tune):
     data = s3prl.lay_out(clips, tmp_path / "data", 0)
     checkpoint, out = save(tmp_path / "checkpoint"), tmp_path / "out"
-    result = s3prl.benchmark(checkpoint, data, out, steps=60, rate=1e-3 if fine_tune else 1e-2, fine_tune=fine_tune)
-    assert (result.steps, result.fine_tuned, result.classes) == (60, fine_tune, 12)
-    assert result.test > 0.3  # pitches, of twelve classes; chance is 0.083
+    rate = 1e-3 if fine_tune else 1e-2
+    result = s3prl.benchmark(checkpoint, data, out, fine_tune=fine_tune, **OPTIONS | {"rate": rate})
+    assert (result["steps"], result["fine_tuned"], result["classes"]) == (60, fine_tune, 12)
+    assert result["test"] > 0.3  # pitches, of twelve classes; chance is 0.083
     assert (out / "dev-best.ckpt").is_file()
     # s3prl validates on the clips of our list, and on noise.
     names = {line.split()[0] for line in (out / "dev_truth.txt").read_text().splitlines()}

@@ -1,12 +1,10 @@
-"""Cost of a model: parameters, multiply-accumulates, speed on this machine, bytes on disk."""
+"""Cost of a model: parameters, multiply-accumulates, speed on this machine."""
 
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedhubert_lib import audio, hubert
@@ -38,21 +36,8 @@ def macs(config: hubert.HubertConfig, seconds: float = 1.0) -> int:
     return counter.get_total_flops() // 2 + spectra * SPECTRUM_MACS
 
 
-@torch.no_grad()
 def speed(encode: Callable[[Tensor], object], *, batch: int = 8, repeats: int = 5) -> dict[str, float]:
-    """Audio seconds per second over ``batch`` clips of one second: the median of ``repeats`` after one to warm up."""
-    clips = torch.zeros(batch, audio.SAMPLE_RATE)
-    encode(clips)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        encode(clips)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"real_time_factor": batch / statistics.median(seconds)}
-
-
-def size(folder: Path) -> int:
-    """Bytes of the model's weights in a checkpoint folder."""
-    return (folder / "model.safetensors").stat().st_size
+    """Audio seconds per second over ``batch`` clips of one second: the mean of ``repeats`` after some to warm up."""
+    names = {"encode": encode, "clips": torch.zeros(batch, audio.SAMPLE_RATE)}
+    timer = Timer("encode(clips)", globals=names, num_threads=torch.get_num_threads())
+    return {"real_time_factor": batch / timer.timeit(repeats).mean}

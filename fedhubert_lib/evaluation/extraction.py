@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from fedhubert_lib import audio, files, threads
 from fedhubert_lib.evaluation import keywords, layers
-from fedhubert_lib.evaluation.encoders import Encoder
+from fedhubert_lib.evaluation.systems import Encoder
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of clips or utterances that are done, and of all."""
+"""Called with the number of clips or frames that are done, and of all."""
 NONE = np.empty(0, dtype=np.int64)
 
 
@@ -28,7 +28,7 @@ def clips(
     *,
     whole: np.ndarray = NONE,
     batch: int = 32,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """All that measures of words need of ``encoder``, from one pass over the clips of ``table``.
 
@@ -37,7 +37,7 @@ def clips(
     PATH-clips.npy and PATH-frames.npy. Raises KeywordError where features are not finite.
     """
     moments, frames = path.with_name(f"{path.name}-clips.npy"), path.with_name(f"{path.name}-frames.npy")
-    kept = np.isin(np.arange(len(table)), whole)
+    chosen = np.isin(np.arange(len(table)), whole)
     units: list[np.ndarray] = []
 
     def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,53 +47,48 @@ def clips(
         if not np.isfinite(block).all():
             clip = table["clip"].iloc[start]
             raise keywords.KeywordError(f"features of clip {clip} are not finite; is the checkpoint sound?")
-        chosen = functional.normalize(states[torch.from_numpy(kept[start : start + batch])], dim=-1)
-        return block, chosen.half().cpu().numpy()
+        unit = functional.normalize(states[torch.from_numpy(chosen[start : start + batch])], dim=-1)
+        return block, unit.half().cpu().numpy()
 
     def blocks() -> Iterator[np.ndarray]:
-        starts = range(0, len(table), batch)
-        for start, (block, chosen) in zip(starts, threads.each(encode, starts), strict=True):
-            units.append(chosen)
+        for block, unit in threads.each(encode, range(0, len(table), batch)):
+            units.append(unit)
             yield block
-            if on_progress:
-                on_progress(start + len(block), len(table))
 
     if not (moments.exists() and frames.exists()):
-        _write(moments, len(table), blocks())
+        _write(moments, len(table), blocks(), on_progress)
         _write(frames, len(whole), [np.concatenate(units)[np.argsort(np.argsort(whole))]])
-    of_clips, of_whole = _read(moments), _read(frames)
-    for kept_in, count, wanted in ((moments, len(of_clips), len(table)), (frames, len(of_whole), len(whole))):
-        if count != wanted:
-            raise keywords.KeywordError(f"{kept_in} holds {count} clips where {wanted} are expected; remove the file")
+    of_clips, of_whole = np.load(moments, mmap_mode="r"), np.load(frames, mmap_mode="r")
+    for file, count, expected in ((moments, len(of_clips), len(table)), (frames, len(of_whole), len(whole))):
+        if count != expected:
+            raise keywords.KeywordError(f"{file} holds {count} clips where {expected} are expected; remove the file")
     return of_clips, of_whole
 
 
-def utterances(encoder: Encoder, table: pd.DataFrame, path: Path, on_progress: OnProgress | None = None) -> np.ndarray:
+def utterances(
+    encoder: Encoder, table: pd.DataFrame, path: Path, on_progress: OnProgress = lambda *_: None
+) -> np.ndarray:
     """Frames of all utterances of ``table`` end to end, float32 [frames, layers, width], kept in ``path`` (.npy).
 
     Each is cut at ``layers.LONGEST``. Raises ValueError where an utterance has another length than the table says.
     """
     counts = layers.frame_counts(table)
 
-    def encode(name: str) -> np.ndarray:
+    def encode(utterance: tuple[str, int]) -> np.ndarray:
+        name, count = utterance
         states = encoder(audio.read(name)[None, : layers.LONGEST])
-        return torch.stack([layer[0].float() for layer in states], dim=1).cpu().numpy()
-
-    def blocks() -> Iterator[np.ndarray]:
-        rows = zip(table.path, counts, threads.each(encode, table.path), strict=True)
-        for number, (name, count, block) in enumerate(rows, start=1):
-            if len(block) != count:
-                raise ValueError(f"{name}: {len(block)} frames where {count} were expected; scan the corpus again")
-            yield block
-            if on_progress:
-                on_progress(number, len(table))
+        block = torch.stack([layer[0].float() for layer in states], dim=1).cpu().numpy()
+        if len(block) != count:
+            raise ValueError(f"{name}: {len(block)} frames where {count} were expected; scan the corpus again")
+        return block
 
     if not path.exists():
-        _write(path, int(counts.sum()), blocks())
-    return _read(path)
+        blocks = threads.each(encode, zip(table.path, counts, strict=True))
+        _write(path, int(counts.sum()), blocks, on_progress)
+    return np.load(path, mmap_mode="r")
 
 
-def _write(path: Path, rows: int, blocks: Iterable[np.ndarray]) -> None:
+def _write(path: Path, rows: int, blocks: Iterable[np.ndarray], on_progress: OnProgress = lambda *_: None) -> None:
     """Write ``blocks`` of together ``rows`` rows below each other, without holding them in memory."""
     with files.atomic(path) as temporary:
         table, start = None, 0
@@ -102,9 +97,5 @@ def _write(path: Path, rows: int, blocks: Iterable[np.ndarray]) -> None:
                 table = np.lib.format.open_memmap(temporary, "w+", block.dtype, (rows, *block.shape[1:]))
             table[start : start + len(block)] = block
             start += len(block)
+            on_progress(start, rows)
         table.flush()
-        del table
-
-
-def _read(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,4 +1,4 @@
-"""A figure is a mean over seeds with a 95 % interval. Whoever shows it says over which seeds.
+"""A figure is a mean over seeds with a 95 % interval.
 
 Evaluation seeds vary what is drawn to measure one model: training clips of a probe, its start, k-means' start, folds of
 speakers. Training seeds vary the model itself: its weights, batches, masks and cohorts. A ranking of methods needs the
@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
-
-CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
@@ -29,15 +27,15 @@ class Interval(NamedTuple):
 
 
 def measure(values: Sequence[float]) -> Interval:
-    """Mean of ``values`` and its 95 % interval by Student's t, half as wide as t(n-1) s / sqrt(n).
+    """Mean of ``values`` and its 95 % interval by Student's t: mean ± t(n-1) s / sqrt(n).
 
     Raises ValueError when there is no value or one is not finite.
     """
     array = np.asarray(values, dtype=float)
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"cannot average {list(values)}: at least one value is needed and all must be finite")
-    mean, low, high = float(array.mean()), None, None
-    if array.size > 1:
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, array.size - 1) * stats.sem(array))
-        low, high = mean - half, mean + half
-    return Interval(mean, low, high, array.tolist())
+    mean = float(array.mean())
+    if array.size == 1:
+        return Interval(mean, None, None, array.tolist())
+    half = float(stats.t.ppf(0.975, array.size - 1) * stats.sem(array))
+    return Interval(mean, mean - half, mean + half, array.tolist())

@@ -12,12 +12,12 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -27,11 +27,16 @@ from fedhubert_lib import audio, hubert, seeds
 
 CLIP_SAMPLES = audio.SAMPLE_RATE
 PROJECTION = 256
-BATCH = 32
+BATCH, CHUNK = 32, 4096
+"""Clips per training step, and clips that are standardised or tested at once."""
 SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 """Each split with the part of every noise file that its silence is cut from."""
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 """The ten words of SUPERB's keyword spotting."""
+NOISE = "_background_noise_"
+"""The folder of Speech Commands that silence is cut from, beside those of the words."""
+_DRAWING = threading.Lock()
+"""Held while a probe draws its weights: torch has one generator for all threads."""
 
 
 class KeywordError(ValueError):
@@ -42,69 +47,57 @@ def read_clips(path: Path) -> pd.DataFrame:
     """The table of clips, ``keywords.parquet``: clip, path, word, speaker, split, sorted by clip.
 
     Raises KeywordError when a split is empty, when a word has no clip to train or to test on, or when a speaker is in
-    two splits (the official lists never do this; the accuracy would then not be that of unseen voices).
+    two splits, so that the accuracy would not be that of unseen voices.
     """
     if not path.is_file():
         raise KeywordError(f"{path} is missing; run the corpus stage with a keywords corpus first")
     clips = pd.read_parquet(path).sort_values("clip", ignore_index=True)
-    words = set(clips.word)
     for split in SPLITS:
-        missing = words - set(clips.word[clips.split == split])
-        if missing == words:
-            raise KeywordError(
-                f"{path}: no clip in the {split} split; are validation_list.txt and testing_list.txt there?"
-            )
+        missing = sorted(set(clips.word) - set(clips.word[clips.split == split]))
+        if not (clips.split == split).any():
+            raise KeywordError(f"{path}: no clip of the {split} split; fetch the corpus again, with its lists")
         if missing and split != "validation":
-            raise KeywordError(f"{path}: no {split} clip of {', '.join(sorted(missing))}; fetch the corpus again")
-    for split, other in itertools.combinations(SPLITS, 2):
-        both = set(clips.speaker[clips.split == split]) & set(clips.speaker[clips.split == other])
-        if both:
-            raise KeywordError(f"{path}: speaker {min(both)} is in {split} and in {other}; use the official lists")
+            raise KeywordError(f"{path}: no {split} clip of {', '.join(missing)}; fetch the corpus again")
+    for speaker, splits in clips.groupby("speaker").split.unique().items():
+        if len(splits) > 1:
+            raise KeywordError(f"{path}: speaker {speaker} is in {' and in '.join(splits)}; use the official lists")
     return clips
 
 
 def superb(clips: pd.DataFrame, seed: int, *, silence: bool = True) -> pd.DataFrame:
     """SUPERB's twelve classes: ten commands, ``_unknown_`` and ``_silence_``, over the same speakers and splits.
 
-    Of other words and of silence each split gets as many seeded clips as a command has on average. Silence is cut from
-    the WAV files of ``_background_noise_`` beside the words' folders (``noise``): from their first 80 % for training, a
-    tenth for validation, the last tenth for testing; its column ``start`` is the first sample. There are eleven
-    classes without ``silence``. Raises KeywordError when a command is missing, or the noise cannot be used.
+    Of other words and of silence each split gets as many seeded clips as a command has on average. The column ``start``
+    is the first sample. There are eleven classes without ``silence``. Raises KeywordError when a command is missing,
+    or the noise that silence is cut from cannot be used.
     """
     if missing := sorted(set(COMMANDS) - set(clips.word)):
         raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB's keyword spotting needs its ten commands")
-    files = noise(Path(clips.path.iloc[0]).parents[1]) if silence else {}
-    is_command = clips.word.isin(COMMANDS)
-    parts = [clips[is_command].assign(start=0)]
+    commands = clips[clips.word.isin(COMMANDS)].assign(start=0)
+    others = {"unknown": clips[~clips.word.isin(COMMANDS)].assign(word="_unknown_", start=0)}
+    if silence:
+        others["silence"] = _silence(Path(clips.path.iloc[0]).parents[1])
+    parts = [commands]
     for split in SPLITS:
-        inside = clips.split == split
-        count = round(clips[inside & is_command].groupby("word").size().mean())
-        others = clips[inside & ~is_command]
-        drawn = seeds.numpy_generator(seed, "unknown", split).permutation(len(others))[:count]
-        parts.append(others.iloc[np.sort(drawn)].assign(word="_unknown_", start=0))
-        if silence:
-            parts.append(_silence(files, split, count, seed))
+        count = round(commands[commands.split == split].groupby("word").size().mean())
+        for name, table in others.items():
+            table = table[table.split == split]
+            parts.append(table.iloc[seeds.numpy_generator(seed, name, split).permutation(len(table))[:count]])
     return pd.concat(parts).sort_values("clip", ignore_index=True)
 
 
-def _silence(files: dict[Path, int], split: str, count: int, seed: int) -> pd.DataFrame:
-    """At most ``count`` seconds of noise, half a second apart or more, as clips of ``split``."""
-    begin, end = SPLITS[split]
+def _silence(root: Path) -> pd.DataFrame:
+    """Seconds of noise, half a second apart, as clips of the split whose part of the file they lie in."""
     rows = []
-    for path, samples in files.items():
-        for start in range(int(begin * samples), int(end * samples) - CLIP_SAMPLES + 1, CLIP_SAMPLES // 2):
-            # Each file is another speaker in each split: no voice is in it.
-            speaker = f"silence-{split}-{path.stem}"
-            rows.append((f"_silence_/{path.stem}-{start}", str(path), start, "_silence_", speaker, split))
-    if not rows:
-        raise KeywordError(f"{min(files).parent}: too short to cut a second of {split} silence from")
-    drawn = seeds.numpy_generator(seed, "silence", split).permutation(len(rows))[:count]
+    for path, samples in noise(root).items():
+        for split, (begin, end) in SPLITS.items():
+            speaker = f"silence-{split}-{path.stem}"  # another in each split: no voice is in it
+            for start in range(int(begin * samples), int(end * samples) - CLIP_SAMPLES + 1, CLIP_SAMPLES // 2):
+                rows.append((f"_silence_/{path.stem}-{start}", str(path), start, "_silence_", speaker, split))
     table = pd.DataFrame(rows, columns=["clip", "path", "start", "word", "speaker", "split"])
-    return table.iloc[drawn]
-
-
-_GENERATOR = threading.Lock()
-"""Held while a probe draws its weights: torch's generator is one for all threads, which ``measures`` works in."""
+    if missing := [split for split in SPLITS if split not in set(table.split)]:
+        raise KeywordError(f"{root / NOISE}: too short to cut a second of {missing[0]} silence from")
+    return table
 
 
 def noise(root: Path) -> dict[Path, int]:
@@ -112,22 +105,23 @@ def noise(root: Path) -> dict[Path, int]:
 
     Raises KeywordError if there is none, AudioError if one is no 16 kHz mono.
     """
-    folder = root / "_background_noise_"
-    paths = [path for path in sorted(folder.glob("*.wav")) if not path.name.startswith(".")]  # ._NAME.wav of macOS
+    paths = [path for path in sorted((root / NOISE).glob("*.wav")) if not path.name.startswith(".")]  # macOS: ._NAME
     if not paths:
         raise KeywordError(
-            f"{folder}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"
+            f"{root / NOISE}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"
         )
-    return {path: len(audio.read(path)) for path in paths}
+    for path in paths:
+        audio.read(path, 0, 0)  # its format
+    return {path: soundfile.info(path).frames for path in paths}
 
 
 def waveforms(clips: pd.DataFrame) -> Tensor:
     """The clips as float32 [clips, 16000]; silence from its ``start`` on."""
-    starts = clips.start if "start" in clips else itertools.repeat(0, len(clips))
-    read = []
-    for path, start, word in zip(clips.path, starts, clips.word, strict=True):
-        read.append(one_second(audio.read(path, start, start + CLIP_SAMPLES if word == "_silence_" else None)))
-    return torch.stack(read)
+    spans = [
+        (clip.start, clip.start + CLIP_SAMPLES) if clip.word == "_silence_" else (0, None)
+        for clip in clips.itertuples()
+    ]
+    return torch.stack([one_second(audio.read(path, *span)) for path, span in zip(clips.path, spans, strict=True)])
 
 
 def one_second(waveform: Tensor) -> Tensor:
@@ -145,26 +139,19 @@ class Probe(nn.Module):
         self.projection = nn.Linear(width, PROJECTION)
         self.classifier = nn.Linear(PROJECTION, classes)
 
-    @property
-    def layer_weights(self) -> Tensor:
-        """Weight of each layer in the sum, [layers]; together 1."""
-        return self.layer_logits.softmax(0)
-
     def forward(self, rows: Tensor) -> Tensor:
         """[clips, layers, width] to logits [clips, classes]."""
-        return self.classifier(self.projection(torch.einsum("nlw,l->nw", rows, self.layer_weights)))
+        return self.classifier(self.projection(torch.einsum("nlw,l->nw", rows, self.layer_logits.softmax(0))))
 
 
-@dataclass(frozen=True)
-class Task:
-    """Classes of clips, and which clips to train on, choose by and test on."""
+class Task(NamedTuple):
+    """Keyword spotting: ``train``, ``validation`` and ``test`` are indices of clips."""
 
     words: list[str]
     """The classes, sorted."""
     labels: np.ndarray
     """Of each clip, an index into ``words``: int64 [clips]."""
     train: np.ndarray
-    """Indices of clips, as ``validation`` and ``test``."""
     validation: np.ndarray
     test: np.ndarray
 
@@ -174,7 +161,7 @@ class Outcome(NamedTuple):
 
     accuracy: float
     predicted: np.ndarray
-    """class of each test clip, in the order of ``Task.test``"""
+    """The class of each test clip, in the order of ``Task.test``."""
     validation_accuracy: float
     layer_weights: np.ndarray | None = None
 
@@ -186,36 +173,28 @@ def task(clips: pd.DataFrame) -> Task:
 
 
 def probe(
-    rows: np.ndarray,
-    task: Task,
-    seed: int,
-    *,
-    steps: int,
-    rate: float,
-    fraction: float = 1.0,
-    standardise: bool = True,
+    rows: np.ndarray, task: Task, seed: int, *, steps: int, rate: float, fraction: float = 1.0, standardise: bool = True
 ) -> Outcome:
     """Train one probe on a ``fraction`` of the training clips and test it where its validation accuracy was best.
 
     ``rows``: float32 [clips, layers, width]. As s3prl's ``speech_commands``: Adam at ``rate``, batches of 32, gradient
     norm 1, cross entropy, the checkpoint that is best on validation (looked at 20 times). ``standardise`` first scales
-    each layer and dimension by the mean and standard deviation of the training rows, the same for every encoder, since
-    a short training at one rate would otherwise judge the scale of the features (MFCC in tens, layers near one); False
-    is s3prl to the letter.
+    each layer and dimension by the mean and standard deviation of the training rows: a short training at one rate would
+    otherwise judge the scale of the features (MFCC in tens, layers near one); False is s3prl to the letter.
     """
     module, train, batches = draws(rows, task, seed, fraction)
     mean, scale = np.float32(0), np.float32(1)
     if standardise:
         scaler = StandardScaler()
-        for part in np.split(train, range(4096, len(train), 4096)):
+        for part in np.split(train, range(CHUNK, len(train), CHUNK)):
             scaler.partial_fit(rows[part].reshape(len(part), -1))
-        mean, scale = (each.reshape(rows.shape[1:]).astype(np.float32) for each in (scaler.mean_, scaler.scale_))
+        mean, scale = (moment.reshape(rows.shape[1:]).astype(np.float32) for moment in (scaler.mean_, scaler.scale_))
 
     def logits(clips: np.ndarray) -> Tensor:
         return module(torch.from_numpy((rows[clips] - mean) / scale))
 
     outcome = _fit(module, logits, task, batches, steps=steps, rate=rate, looks=20)
-    return outcome._replace(layer_weights=module.layer_weights.detach().numpy())
+    return outcome._replace(layer_weights=module.layer_logits.detach().softmax(0).numpy())
 
 
 def training_clips(task: Task, seed: int, fraction: float) -> tuple[np.ndarray, np.random.Generator]:
@@ -227,7 +206,7 @@ def training_clips(task: Task, seed: int, fraction: float) -> tuple[np.ndarray, 
 def draws(rows: np.ndarray, task: Task, seed: int, fraction: float) -> tuple[Probe, np.ndarray, Iterator[np.ndarray]]:
     """Draws of ``seed`` for ``probe``: its first weights, its training clips, and batches of them without end."""
     train, rng = training_clips(task, seed, fraction)
-    with _GENERATOR, torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "probe", "weights"))
         module = Probe(*rows.shape[1:], len(task.words))
     return module, train, _batches(train, rng)
@@ -253,13 +232,10 @@ def fine_tune(model: hubert.Hubert, clips: pd.DataFrame, task: Task, seed: int, 
 
 
 def _batches(train: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Batches of indices: every clip once, in random order, then again."""
-    order = np.empty(0, dtype=np.int64)
+    """Batches of indices without end: every clip once, in random order, then again."""
+    order = (clip for _ in itertools.count() for clip in rng.permutation(train))
     while True:
-        while len(order) < BATCH:
-            order = np.concatenate([order, rng.permutation(train)])
-        yield order[:BATCH]
-        order = order[BATCH:]
+        yield np.fromiter(order, np.int64, BATCH)
 
 
 def _fit(
@@ -271,7 +247,7 @@ def _fit(
     steps: int,
     rate: float,
     looks: int,
-    chunk: int = 4096,
+    chunk: int = CHUNK,
 ) -> Outcome:
     """Train ``module``, leave it as it was when its validation accuracy was best, and test it."""
     optimiser, labels = torch.optim.Adam(module.parameters(), lr=rate), torch.from_numpy(task.labels)

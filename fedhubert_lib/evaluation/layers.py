@@ -1,8 +1,7 @@
-"""Hidden layers and phones: the speech they are compared on, and the quality of units that a layer's clusters are.
+"""Hidden layers and phones: the speech they are compared on, and the quality of a layer's clusters as units.
 
-That speech no client trained on: held-out speakers and test subsets, as far as its phones are known. K-means is fitted
-on these frames and scored on them; it sees no phone, and with hundreds of frames per cluster fitting elsewhere changes
-little (HuBERT, Fig. 2: 1 h against 100 h moves PNMI by 0.01).
+No client trained on that speech: held-out speakers and test subsets, as far as its phones are known. K-means is fitted
+on these frames and scored on them: it sees no phone (HuBERT, Fig. 2: fitting on 1 h or 100 h moves PNMI by 0.01).
 """
 
 from pathlib import Path
@@ -29,8 +28,7 @@ def held_out(run: Path, minutes: float, seed: int, clusters: int = 0) -> tuple[p
     """
     manifest = pd.read_parquet(run / "00_corpus" / "manifest.parquet")
     table = manifest[manifest.split == "test"]
-    heldout = run / "01_partition" / "heldout.parquet"
-    if heldout.is_file():
+    if (heldout := run / "01_partition" / "heldout.parquet").is_file():
         table = pd.concat([table, pd.read_parquet(heldout)]).drop_duplicates("utterance")
     path = run / "00_corpus" / "phones.parquet"  # 35 million rows for all of LibriSpeech
     of_table = [("utterance", "in", set(table.utterance))]
@@ -58,7 +56,7 @@ def frame_counts(table: pd.DataFrame) -> np.ndarray:
 
 
 def phone_labels(table: pd.DataFrame, phones: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The phone of each frame, end to end: int64, -1 where none is known; and the speaker of each frame."""
+    """The phone of each frame, end to end: int64, -1 where unknown; and the speaker of each frame."""
     counts = frame_counts(table)
     of_frames = units.frame_phones(phones, dict(zip(table.utterance, counts, strict=True)))
     names, codes = np.unique(of_frames, return_inverse=True)
@@ -69,12 +67,11 @@ def unit_quality(rows: np.ndarray, phones: np.ndarray, *, clusters: int, seed: i
     """Quality of the units of one layer, ``rows`` [frames, width], against ``phones`` as of ``phone_labels``.
 
     Lloyd's k-means, 30 rounds at most from a k-means++ start; on these few minutes it ends at a lower inertia and a
-    higher PNMI than the MiniBatchKMeans of fairseq's ``simple_kmeans``, in a fifth of the time. Below 100 clusters a
-    start matters more: the best of several is taken. Each dimension is first divided by its standard deviation, for
-    every system.
+    higher PNMI than the MiniBatchKMeans of fairseq's ``simple_kmeans``, in a fifth of the time. Below 100 clusters the
+    best of several starts is taken. Each dimension is first divided by its standard deviation.
     """
     scale = rows.std(0)
     scale[scale == 0] = 1
     model = KMeans(clusters, n_init=-(-100 // clusters), max_iter=30, random_state=seeds.derive(seed, "units") % 2**32)
-    labels, known = model.fit_predict(rows / scale), phones >= 0
-    return units.quality(labels[known], phones[known], seed)
+    labels, labelled = model.fit_predict(rows / scale), phones >= 0
+    return units.quality(labels[labelled], phones[labelled], seed)

@@ -5,15 +5,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib import params, threads
+from fedhubert_lib import threads
 from fedhubert_lib.evaluation import cost, extraction, keywords, layers, probes
 from fedhubert_lib.evaluation.intervals import measure
 from fedhubert_lib.evaluation.systems import System
+
+if TYPE_CHECKING:
+    from fedhubert_lib.params import Evaluate
 
 ABX_CLIPS = 400
 ABX_TRIPLETS = 1000
@@ -21,17 +24,9 @@ ABX_TRIPLETS = 1000
 MEASURES = {
     "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen"),
     "fine-tuned-accuracy": ("keyword accuracy, fine-tuned", "higher", "the whole model trained on the words"),
-    "moments-accuracy": (
-        "keyword accuracy, mean and standard deviation",
-        "higher",
-        "linear least squares on mean and standard deviation over time of the best layer",
-    ),
+    "moments-accuracy": ("keyword accuracy, mean and standard deviation", "higher", "of the best layer, least squares"),
     "s3prl-accuracy": ("keyword accuracy, s3prl", "higher", "s3prl's speech_commands on frozen layers"),
-    "s3prl-fine-tuned-accuracy": (
-        "keyword accuracy, s3prl fine-tuned",
-        "higher",
-        "s3prl's speech_commands, the whole model trained",
-    ),
+    "s3prl-fine-tuned-accuracy": ("keyword accuracy, s3prl fine-tuned", "higher", "the same, the whole model trained"),
     "layer-accuracy": ("keyword accuracy, one layer", "higher", "linear least squares on one layer"),
     "layer-weight": ("weight of the layer", "neither", "in the keyword probe's weighted sum"),
     "nearest-accuracy": ("10 nearest neighbours", "higher", "keywords by cosine on the best layer"),
@@ -39,11 +34,7 @@ MEASURES = {
     "abx-error": ("ABX error across speakers", "lower", "words by dynamic time warping on the best layer"),
     "speaker-accuracy": ("speaker identified", "lower", "by a linear probe on the best layer"),
     "pnmi": ("PNMI of units", "higher", "phones known from the layer's clusters; baseline: shuffled labels"),
-    "phone-accuracy": (
-        "phone probe",
-        "higher",
-        "phones of single frames by linear least squares, speakers left out in 3 folds; baseline: the commonest phone",
-    ),
+    "phone-accuracy": ("phone probe", "higher", "frames, least squares, new speakers; baseline: commonest phone"),
     "phone-purity": ("phone purity of units", "higher", "fraction of frames with the main phone of their cluster"),
     "cluster-purity": ("cluster purity of units", "higher", "fraction of frames in the main cluster of their phone"),
     "parameters": ("parameters", "lower", "of the encoder"),
@@ -53,7 +44,7 @@ MEASURES = {
 """Stable name to title, which way is better, and what it is; where no other baseline is named, it is chance."""
 
 ESSENTIALS = ("keyword-accuracy", "phone-accuracy", "pnmi", "abx-error")
-"""Measures of checkpoints along a training and of students that are compared."""
+"""Measures of checkpoints along a training."""
 
 Value = TypeVar("Value")
 
@@ -65,7 +56,7 @@ class Speech:
     clips: pd.DataFrame
     task: keywords.Task
     cache: Path
-    """Where features are kept."""
+    """The folder of cached features."""
     utterances: pd.DataFrame | None = None
     """Of speakers that nobody trained on; None where no phone of them is known."""
     phones: np.ndarray | None = None
@@ -79,7 +70,7 @@ class Speech:
         return self.clips[self.clips.split == "test"].sort_values(["speaker", "clip"]).index[:ABX_CLIPS].to_numpy()
 
     def features(self, system: System, table: pd.DataFrame) -> Path:
-        """Where the features that ``system`` gives for ``table`` are kept."""
+        """Where the features that ``system`` gives for ``table`` are cached."""
         text = table.drop(columns="word", errors="ignore").to_csv()
         return self.cache / f"{system.digest}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
@@ -97,9 +88,7 @@ class Result:
     layer: int = 0
     """The layer that is best on the validation clips: the ``best layer`` of every measure of words."""
 
-    def add(
-        self, name: str, values: Sequence[float], *, layer: int | None = None, baseline: float | None = None
-    ) -> None:
+    def add(self, name: str, values: Sequence[float], layer: int | None = None, baseline: float | None = None) -> None:
         """Append the figure of ``values``, one per seed."""
         figure = {"system": self.system, "measure": name, "layer": layer} | measure(values)._asdict()
         self.figures.append(figure | {"baseline": baseline, "seeds": len(values)})
@@ -116,8 +105,8 @@ class Result:
 def of_system(
     system: System,
     speech: Speech,
-    p: params.Evaluate,
-    on_progress: extraction.OnProgress | None = None,
+    p: "Evaluate",
+    on_progress: extraction.OnProgress = lambda *_: None,
     *,
     essentials: bool = False,
 ) -> Result:
@@ -142,15 +131,19 @@ def of_system(
                 _phones(result, frames, speech, p)
     if not essentials:
         _more_words(result, system, np.ascontiguousarray(moments[:, :, result.layer]), speech, p)
-        _cost(result, system)
+        if system.model is not None:
+            result.add("parameters", [cost.parameters(system.model)])
+            result.add("macs", [cost.macs(system.model.config)])
+        if system.folder is not None:
+            result.add("bytes", [(system.folder / "model.safetensors").stat().st_size])
     return result
 
 
-def _of_seeds(work: Callable[[int], Value], p: params.Evaluate) -> list[Value]:
+def _of_seeds(work: Callable[[int], Value], p: "Evaluate") -> list[Value]:
     return list(threads.each(work, range(p.seed, p.seed + p.seeds)))
 
 
-def _words(result: Result, rows: np.ndarray, speech: Speech, p: params.Evaluate) -> None:
+def _words(result: Result, rows: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """The keyword probe, and a linear one on each layer, which finds the best."""
     task, chance = speech.task, 1 / len(speech.task.words)
     options = {"steps": p.probe_steps, "rate": p.probe_rate, "fraction": p.train_share, "standardise": p.standardise}
@@ -168,7 +161,7 @@ def _words(result: Result, rows: np.ndarray, speech: Speech, p: params.Evaluate)
     result.layer = int(np.argmax([validation for validation, _ in accuracies]))
 
 
-def _abx(result: Result, units: np.ndarray, speech: Speech, p: params.Evaluate) -> None:
+def _abx(result: Result, units: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     clips = speech.clips.iloc[speech.abx_clips]
     labels, speakers = clips.word.to_numpy(dtype=str), clips.speaker.to_numpy(dtype=str)
 
@@ -178,7 +171,7 @@ def _abx(result: Result, units: np.ndarray, speech: Speech, p: params.Evaluate) 
     result.add("abx-error", _of_seeds(error, p), layer=result.layer, baseline=0.5)
 
 
-def _units(result: Result, frames: np.ndarray, speech: Speech, p: params.Evaluate) -> None:
+def _units(result: Result, frames: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """Units of every layer from one start of k-means, and of the best layer from a start per evaluation seed."""
 
     def quality(start: tuple[int, int]) -> dict[str, float]:
@@ -197,15 +190,15 @@ def _units(result: Result, frames: np.ndarray, speech: Speech, p: params.Evaluat
             result.add(name, values, layer=layer, baseline=baseline)
 
 
-def _phones(result: Result, frames: np.ndarray, speech: Speech, p: params.Evaluate) -> None:
+def _phones(result: Result, frames: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """The phone probe of every layer."""
-    known = speech.phones >= 0
-    phones, speakers = speech.phones[known], speech.speakers[known]
+    labelled = speech.phones >= 0
+    phones, speakers = speech.phones[labelled], speech.speakers[labelled]
     # Of three speakers or fewer each is a fold whatever is drawn: there is no interval.
     seeds = range(p.seed, p.seed + (p.seeds if len(np.unique(speakers)) > 3 else 1))
 
     def probe(layer: int) -> list[tuple[float, float]]:
-        rows = frames[known, layer]
+        rows = frames[labelled, layer]
         return [probes.leave_speakers_out(rows, phones, speakers, seed=seed, folds=3) for seed in seeds]
 
     for layer, outcomes in enumerate(threads.each(probe, range(frames.shape[1]))):
@@ -213,35 +206,27 @@ def _phones(result: Result, frames: np.ndarray, speech: Speech, p: params.Evalua
         result.add("phone-accuracy", accuracies, layer=layer, baseline=float(np.mean(chances)))
 
 
-def _more_words(result: Result, system: System, moments: np.ndarray, speech: Speech, p: params.Evaluate) -> None:
+def _more_words(result: Result, system: System, moments: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """Measures of the best layer's ``moments`` [clips, 2, width]: mean and standard deviation; and fine-tuning."""
     task, speakers, chance = speech.task, speech.clips.speaker.to_numpy(dtype=str), 1 / len(speech.task.words)
-    rows, both, where = moments[:, 0], moments.reshape(len(moments), -1), {"layer": result.layer}
+    rows, both, layer = moments[:, 0], moments.reshape(len(moments), -1), result.layer
 
     def linear(seed: int) -> float:
         train, _ = keywords.training_clips(task, seed, p.train_share)
         return probes.ridge(both[train], task.labels[train]).score(both[task.test], task.labels[task.test])
 
     if system.frames:  # otherwise its one frame holds both
-        result.add("moments-accuracy", _of_seeds(linear, p), baseline=chance, **where)
+        result.add("moments-accuracy", _of_seeds(linear, p), layer=layer, baseline=chance)
     nearest = probes.nearest(rows, task.labels, task.train, task.test)
-    result.add("nearest-accuracy", [nearest], baseline=chance, **where)
+    result.add("nearest-accuracy", [nearest], layer=layer, baseline=chance)
     with result.noting("unseen"):
         unseen = _of_seeds(lambda seed: probes.leave_speakers_out(rows, task.labels, speakers, seed=seed), p)
-        result.add("unseen-speaker-accuracy", [accuracy for accuracy, _ in unseen], baseline=chance, **where)
+        result.add("unseen-speaker-accuracy", [accuracy for accuracy, _ in unseen], layer=layer, baseline=chance)
     with result.noting("voice"):
         voice = _of_seeds(lambda seed: probes.speaker_accuracy(rows, speakers, seed=seed), p)
-        result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], baseline=voice[0][1], **where)
+        result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], layer=layer, baseline=voice[0][1])
     if system.model is not None and p.fine_tune_steps:
         options = {"steps": p.fine_tune_steps, "rate": p.fine_tune_rate}
         seeds = range(p.seed, p.seed + p.seeds)
         tuned = [keywords.fine_tune(system.model, speech.clips, task, seed, **options) for seed in seeds]
         result.add("fine-tuned-accuracy", [outcome.accuracy for outcome in tuned], baseline=chance)
-
-
-def _cost(result: Result, system: System) -> None:
-    if system.model is not None:
-        result.add("parameters", [cost.parameters(system.model)])
-        result.add("macs", [cost.macs(system.model.config)])
-    if system.folder is not None:
-        result.add("bytes", [cost.size(system.folder)])

@@ -1,8 +1,7 @@
 """Measures that need no long training and move with the quality of a representation.
 
-Measured on real digits (six speakers): nearest neighbours, a probe on unseen speakers and ABX rank MFCC, random and
-trained layers in the same order; the rank of the feature matrix (RankMe) does not, it is highest for random weights,
-and is not offered. A speaker probe measures how much of the voice is left.
+On real digits, nearest neighbours, a probe on unseen speakers and ABX rank MFCC, random and trained layers equally; the
+rank of the feature matrix (RankMe) is highest for random weights, and is not offered.
 """
 
 import numpy as np
@@ -96,18 +95,14 @@ def triplets(labels: np.ndarray, speakers: np.ndarray, *, seed: int, count: int)
     by_speaker = {speaker: np.flatnonzero(speakers == speaker) for speaker in np.unique(speakers)}
     drawn: list[tuple[int, int, int]] = []
     for _ in range(20 * count):
-        if len(drawn) == count:
-            return np.array(drawn)
         a = int(rng.integers(len(labels)))
-        others = by_speaker[speakers[a]]
-        others = others[labels[others] != labels[a]]
-        same = by_word[labels[a]]
-        same = same[speakers[same] != speakers[a]]
+        others, same = by_speaker[speakers[a]], by_word[labels[a]]
+        others, same = others[labels[others] != labels[a]], same[speakers[same] != speakers[a]]
         if len(others) and len(same):
             drawn.append((a, int(rng.choice(others)), int(rng.choice(same))))
-    raise TooFewClipsError(
-        "too few clips for ABX: it needs words that two speakers said, and speakers who said two words"
-    )
+        if len(drawn) == count:
+            return np.array(drawn)
+    raise TooFewClipsError("ABX needs words that two speakers said, and speakers who said two words")
 
 
 def abx_error(frames: np.ndarray, triples: np.ndarray, chunk: int = 256) -> float:
@@ -130,16 +125,16 @@ def _warped(left: Tensor, right: Tensor) -> np.ndarray:
     cosines = (left @ right.transpose(1, 2)).clamp(-1, 1)  # rounding leaves them a little beyond 1
     angles = torch.arccos(cosines).permute(1, 2, 0).numpy() / np.pi
     rows, columns, pairs = angles.shape
-    # One antidiagonal at a time: cell i of diagonal d is (i, d - i), its neighbours lie on the two diagonals before.
+    # One antidiagonal at a time: cell i of diagonal d is (i, d - i); its neighbours lie on the two diagonals before.
     costs, steps = [np.full((rows + 1, pairs), np.inf) for _ in range(2)], [np.zeros((rows + 1, pairs))] * 2
     costs[0][0] = 0  # the corner before both sequences
     for diagonal in range(rows + columns - 1):
         i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        here, below = slice(i[0], i[-1] + 1), slice(i[0] + 1, i[-1] + 2)
-        cost, step = costs[0][here], steps[0][here]
-        for neighbour in (here, below):
+        cost, step = costs[0][i], steps[0][i]
+        for neighbour in (i, i + 1):
             shorter = costs[1][neighbour] < cost
-            cost, step = (np.where(shorter, of[1][neighbour], best) for of, best in ((costs, cost), (steps, step)))
+            cost = np.where(shorter, costs[1][neighbour], cost)
+            step = np.where(shorter, steps[1][neighbour], step)
         costs, steps = [costs[1], np.full((rows + 1, pairs), np.inf)], [steps[1], np.zeros((rows + 1, pairs))]
-        costs[1][below], steps[1][below] = cost + angles[i, diagonal - i], step + 1
+        costs[1][i + 1], steps[1][i + 1] = cost + angles[i, diagonal - i], step + 1
     return costs[1][-1] / steps[1][-1]

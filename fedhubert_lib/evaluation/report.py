@@ -7,29 +7,28 @@ report that is there, and an evaluation that is run again keeps them as long as 
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sklearn.metrics import confusion_matrix
 
-from fedhubert_lib import audio, files, params, resources
+from fedhubert_lib import audio, files, resources
 from fedhubert_lib.evaluation import cost, keywords, layers, measures, systems, tables
-from fedhubert_lib.evaluation.intervals import measure
 from fedhubert_lib.evaluation.measures import MEASURES, Result, Speech
-from fedhubert_lib.evaluation.systems import System
+
+if TYPE_CHECKING:
+    from fedhubert_lib.params import Evaluate
 
 STAGE = "05_evaluate"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is, and of how much."""
-Essentials = Callable[[System, str], Result]
-"""The essential measures of a system; its progress is shown under a title."""
 
 
-def run(run: Path, p: params.Evaluate, on_progress: OnProgress = lambda *_: None) -> dict[str, Any]:
+def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> dict[str, Any]:
     """Evaluate ``run`` and write its report, which is returned.
 
     Features are extracted once per system and kept under ``05_evaluate/features``. Raises FileNotFoundError without a
@@ -40,12 +39,12 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress = lambda *_: None
     speech, data, notes = gather(run, p)
     report: dict[str, Any] = {
         "format": "fedhubert-report",
-        "version": 1,
+        "version": 2,
         "run": run.name,
         "seed": p.seed,
         "parameters": p.model_dump(mode="json", exclude={"run", "device"}),
         "data": data,
-        "systems": [{"system": each.name, "title": each.title, "digest": each.digest} for each in compared],
+        "systems": [{"system": system.name, "title": system.title, "digest": system.digest} for system in compared],
         "absent": absent,
         "measures": [
             {"measure": name, "title": title, "better": better, "what": what, "headline": name in tables.HEADLINE}
@@ -53,7 +52,6 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress = lambda *_: None
         ],
         "figures": [],
         "along": [],
-        "compared": [],
         "confusion": {},
         "missed": {},
         "notes": notes,
@@ -63,20 +61,24 @@ def run(run: Path, p: params.Evaluate, on_progress: OnProgress = lambda *_: None
         report["figures"] += result.figures
         report["notes"] += [note for note in result.notes if note not in report["notes"]]
         report["confusion"][system.name], report["missed"][system.name] = _mistakes(result, speech)
-
-    def essentials(system: System, title: str) -> Result:
-        return measures.of_system(system, speech, p, functools.partial(on_progress, title), essentials=True)
-
     if p.along:
-        _along(report, systems.along(run, device), essentials)
-    _compared(report, systems.compared(run, device), essentials)
+        ends = {system.digest: system.name for system in compared}
+        for number, hours, system in systems.along(run, device):
+            figures = tables.best(report["figures"]).get(ends.get(system.digest, ""))  # the end is measured already
+            if figures is None:
+                progress = functools.partial(on_progress, f"{system.title}, {hours:.2f} h")
+                result = measures.of_system(system, speech, p, progress, essentials=True)
+                figures = tables.best(result.figures)[system.name]
+            report["along"] += _on_the_way(system.name, number, hours, figures)
+        if not report["along"]:
+            report["notes"].append("along: 03_pretrain has kept no checkpoint on the way")
     _add_s3prl(report, run)
     files.write_json(run / STAGE / "speed.json", {system.name: cost.speed(system.encoder) for system in compared})
     _write(run, report)
     return report
 
 
-def gather(run: Path, p: params.Evaluate) -> tuple[Speech, dict[str, Any], list[str]]:
+def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]:
     """The speech of ``run`` to measure on, its description in the report, and notes of what it does not allow."""
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
     if p.task == "superb":
@@ -112,10 +114,7 @@ def read(run: Path) -> dict[str, Any]:
 
 def add_s3prl(run: Path) -> None:
     """Put what s3prl has measured since into the report of ``run`` and write it anew."""
-    report = read(run)
-    report["figures"] = [each for each in report["figures"] if not each["measure"].startswith("s3prl-")]
-    report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
-    _add_s3prl(report, run)
+    _add_s3prl(report := read(run), run)
     _write(run, report)
 
 
@@ -139,45 +138,24 @@ def _mistakes(result: Result, speech: Speech, most: int = 12) -> tuple[list[list
     return counts.tolist(), missed
 
 
-def _along(report: dict[str, Any], checkpoints: Iterable[tuple[int, float, System]], essentials: Essentials) -> None:
-    """The essentials of the checkpoints on the way; those of the end are among the figures already."""
-    done = {each["digest"]: each["system"] for each in report["systems"]}
-    chosen = tables.best(report["figures"])
-    for number, hours, system in checkpoints:
-        figures = chosen.get(done.get(system.digest, ""))
-        if figures is None:
-            result = essentials(system, f"{system.title}, {hours:.2f} h")
-            figures = tables.best(result.figures)[system.name]
-        for name in measures.ESSENTIALS:
-            if name in figures:
-                kept = {key: figures[name][key] for key in ("measure", "layer", "value", "low", "high", "values")}
-                report["along"].append({"system": system.name, "round": number, "hours": hours} | kept)
-    if not report["along"]:
-        report["notes"].append("along: 03_pretrain has kept no checkpoint on the way")
-
-
-def _compared(report: dict[str, Any], students: dict[tuple[str, str], list[System]], essentials: Essentials) -> None:
-    """Each measure's value (mean over evaluation seeds) of each student that was compared, over training seeds."""
-    for (objective, training), of_seeds in students.items():
-        results = [tables.best(essentials(student, student.title).figures)[student.name] for student in of_seeds]
-        for name in tables.COMPARED:
-            if values := [figures[name]["value"] for figures in results if name in figures]:
-                row = {"objective": objective, "training": training, "measure": name}
-                report["compared"].append(row | measure(values)._asdict())
+def _on_the_way(system: str, number: int, hours: float, best: dict[str, Any]) -> list[dict[str, Any]]:
+    """The essential figures of a checkpoint: those of its best layers."""
+    place = {"system": system, "round": number, "hours": hours}
+    keys = ("measure", "layer", "value", "low", "high", "values")
+    return [place | {key: best[name][key] for key in keys} for name in measures.ESSENTIALS if name in best]
 
 
 def _add_s3prl(report: dict[str, Any], run: Path) -> None:
     """Figures from the results that ``fedhubert s3prl`` left, of weights that are still the same."""
-    by_figure: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted((run / "s3prl").glob("*/seed-*/result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        name = "s3prl-fine-tuned-accuracy" if result["fine_tuned"] else "s3prl-accuracy"
-        by_figure.setdefault((result["system"], name), []).append(result)
-    digests = {each["system"]: each["digest"] for each in report["systems"]}
-    for (system, name), results in by_figure.items():
-        if any(result["digest"] != digests.get(system) for result in results):
-            report["notes"].append(f"s3prl: {system} has changed since; run fedhubert s3prl again")
-            continue
-        added = Result(system)
-        added.add(name, [result["test"] for result in results], baseline=1 / results[0]["classes"])
-        report["figures"] += added.figures
+    report["figures"] = [figure for figure in report["figures"] if not figure["measure"].startswith("s3prl-")]
+    report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
+    digests = {system["system"]: system["digest"] for system in report["systems"]}
+    for folder in sorted((run / "s3prl").glob("*-*")):  # SYSTEM-frozen, SYSTEM-fine-tuned
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*/result.json"))]
+        measured = Result(results[0]["system"] if results else "")
+        if {result["digest"] for result in results} - {digests.get(measured.system)}:
+            report["notes"].append(f"s3prl: {measured.system} has changed since; run fedhubert s3prl again")
+        elif results:
+            name = "s3prl-fine-tuned-accuracy" if results[0]["fine_tuned"] else "s3prl-accuracy"
+            measured.add(name, [result["test"] for result in results], baseline=1 / results[0]["classes"])
+            report["figures"] += measured.figures

@@ -1,7 +1,10 @@
-"""Compared systems: teacher and student, the same trained centrally, and the baselines: random weights and MFCC."""
+"""Compared systems: teacher and student, the same trained centrally, and the baselines: random weights and MFCC.
+
+Trained models, untrained ones and MFCC are one kind of function, so that the same code measures them.
+"""
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
-from fedhubert_lib import files, hubert, identity, pretrained
-from fedhubert_lib.evaluation import encoders
-from fedhubert_lib.evaluation.encoders import Encoder
+from fedhubert_lib import features, files, hubert, identity, pretrained, seeds
 
 CHECKPOINTS = {
     "teacher": ("federated teacher", "03_pretrain/checkpoint"),
@@ -21,10 +23,40 @@ CHECKPOINTS = {
     "centralised-student": ("centralised student", "04_distill/centralised/checkpoint"),
 }
 """Systems that are checkpoints of the run, in the order of the table: title, and folder under the run."""
-CHECKPOINT = "checkpoint"
-"""A model folder that the parameters of 05_evaluate name."""
 GIVEN_TEACHER = "given-teacher"
 """The system that taught the student, where 04_distill was given another teacher than that of 03_pretrain."""
+
+Encoder = Callable[[Tensor], tuple[Tensor, ...]]
+"""Waveforms [B, S] to the states of each layer, equally shaped [B, T, D]."""
+
+
+def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
+    """All N + 1 hidden states of ``model``, from the input of the first layer to the output of the last; no dropout."""
+    model = model.to(device).eval()
+
+    @torch.no_grad()
+    def encode(waveforms: Tensor) -> tuple[Tensor, ...]:
+        return model(waveforms.to(device), hidden_states=True).hidden
+
+    return encode
+
+
+def untrained(config: hubert.HubertConfig, seed: int) -> hubert.Hubert:
+    """The baseline of training: the architecture of ``config`` with random weights drawn from ``seed``."""
+    model = hubert.Hubert(config)
+    hubert.initialise(model, seeds.torch_generator(seed, "untrained"))
+    return model
+
+
+def mfcc(waveforms: Tensor) -> tuple[Tensor, ...]:
+    """Kaldi's 39 MFCC as a single layer [B, T, 39] at 50 Hz: the frames whose clusters are the first targets."""
+    return (torch.stack(features.mfcc(list(waveforms)))[:, ::2],)
+
+
+def mfcc_moments(waveforms: Tensor) -> tuple[Tensor, ...]:
+    """MFCC at 100 Hz as one frame of mean and standard deviation over time, [B, 1, 78]: a stronger baseline."""
+    frames = torch.stack(features.mfcc(list(waveforms)))
+    return (torch.cat([frames.mean(1), frames.std(1)], dim=1)[:, None],)
 
 
 @dataclass(frozen=True)
@@ -67,14 +99,13 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
         folder = Path(checkpoint)
         # Of RUN/03_pretrain/checkpoint the last part alone would say nothing.
         title = folder.name if folder.name != "checkpoint" else "/".join(folder.resolve().parts[-3:-1])
-        systems.append(_of_folder(CHECKPOINT, f"checkpoint {title}", folder, device))
+        systems.append(_of_folder("checkpoint", f"checkpoint {title}", folder, device))
     config = systems[0].model.config
-    untrained = encoders.untrained(config, seed)
-    digest = hashlib.blake2b(repr((config, seed)).encode(), digest_size=8).hexdigest()
-    systems.append(System("random", "random weights", encoders.of_model(untrained, device), digest, untrained))
-    systems.append(System("mfcc", "MFCC", encoders.mfcc, "mfcc-39"))
+    model, digest = untrained(config, seed), hashlib.blake2b(repr((config, seed)).encode(), digest_size=8).hexdigest()
+    systems.append(System("random", "random weights", of_model(model, device), digest, model))
+    systems.append(System("mfcc", "MFCC", mfcc, "mfcc-39"))
     title = "MFCC, mean and standard deviation"
-    systems.append(System("mfcc-moments", title, encoders.mfcc_moments, "mfcc-78", frames=False))
+    systems.append(System("mfcc-moments", title, mfcc_moments, "mfcc-78", frames=False))
     return systems, absent
 
 
@@ -91,7 +122,7 @@ def _unusable(run: Path, place: str) -> str:
 
 def _of_folder(name: str, title: str, folder: Path, device: torch.device) -> System:
     model, _ = pretrained.load(folder)
-    return System(name, title, encoders.of_model(model, device), _digest(folder), model, folder)
+    return System(name, title, of_model(model, device), _digest(folder), model, folder)
 
 
 def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]]:
@@ -113,25 +144,6 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
                 yield row["round"], float(hours), _of_folder(name, title, models[row["round"]], device)
 
 
-def compared(run: Path, device: torch.device) -> dict[tuple[str, str], list[System]]:
-    """The students that 04_distill trained to compare objectives, one per training seed, in the order of the seeds.
-
-    Keys are objective and training: federated, centralised, or none: the ``untrained`` students, as all began.
-    """
-    students: dict[tuple[str, str], list[System]] = {}
-    if _unusable(run, CHECKPOINTS["student"][1]):
-        return students
-    folders = sorted((run / "04_distill" / "compared").glob("*/*"), key=lambda path: (path.parent.name, int(path.name)))
-    for folder in folders:
-        for training, place in (("federated", "checkpoint"), ("centralised", "centralised/checkpoint")):
-            objective, checkpoint = folder.parent.name, folder / place
-            if (checkpoint / "config.json").is_file():
-                name = f"{objective}, {training}, seed {folder.name}"
-                key = objective, "none" if objective == "untrained" else training
-                students.setdefault(key, []).append(_of_folder(name, name, checkpoint, device))
-    return students
-
-
 def teacher_of(systems: Collection[str]) -> str:
     """The name of the student's teacher among the names of ``systems``."""
     return GIVEN_TEACHER if GIVEN_TEACHER in systems else "teacher"
@@ -148,6 +160,5 @@ def _digest(folder: Path) -> str:
     documents = [folder / f"{name}config.json" for name in ("", "preprocessor_", "processor_")]
     for path in [*filter(Path.is_file, documents), *sorted(folder.glob("model*.safetensors"))]:
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ need zero mean and unit variance first. ``extract_features`` gives the N layers 
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,7 @@ def load_published(checkpoint: Path, target: str) -> Hubert:
     if not pretrained.published(model.config):
         raise ExportError(
             f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end} and"
-            f" position_embedding {model.config.position_embedding}. Its exports are ONNX and the s3prl entry; train"
-            " with front_end: waveform for the others"
+            f" position_embedding {model.config.position_embedding}. Export it as ONNX, or train a published one"
         )
     return model
 
@@ -103,28 +103,23 @@ def to_torchaudio(checkpoint: Path, folder: Path) -> float:
     """
     model = load_published(checkpoint, "torchaudio")
     settings = {"model": torchaudio_arguments(model.config), "normalize": model.config.do_normalize}
-    settings["sample_rate"] = audio.SAMPLE_RATE
     with files.atomic(folder) as temporary:
         temporary.mkdir()
-        (temporary / "torchaudio.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        files.write_json(temporary / "torchaudio.json", settings | {"sample_rate": audio.SAMPLE_RATE})
         save_file(torchaudio_weights(model), temporary / "model.safetensors")
-        return _check_torchaudio(model, temporary)
+        settings = json.loads((temporary / "torchaudio.json").read_text(encoding="utf-8"))
+        exported = torchaudio.models.wav2vec2_model(**settings["model"]).eval()
+        exported.load_state_dict(load_file(temporary / "model.safetensors"))
 
+        def encode(waveforms: Tensor) -> list[Tensor]:
+            if settings["normalize"]:
+                waveforms = functional.layer_norm(waveforms, waveforms.shape[-1:])
+            layers, _ = exported.extract_features(waveforms)
+            if model.config.do_stable_layer_norm:  # extract_features leaves the final norm out, forward has it
+                layers = [*layers[:-1], exported(waveforms)[0]]
+            return layers
 
-def _check_torchaudio(model: Hubert, folder: Path) -> float:
-    settings = json.loads((folder / "torchaudio.json").read_text(encoding="utf-8"))
-    exported = torchaudio.models.wav2vec2_model(**settings["model"]).eval()
-    exported.load_state_dict(load_file(folder / "model.safetensors"))
-
-    def encode(waveforms: Tensor) -> list[Tensor]:
-        if settings["normalize"]:
-            waveforms = functional.layer_norm(waveforms, waveforms.shape[-1:])
-        layers, _ = exported.extract_features(waveforms)
-        if settings["model"]["encoder_layer_norm_first"]:  # extract_features leaves the final norm out, forward has it
-            layers = [*layers[:-1], exported(waveforms)[0]]
-        return layers
-
-    return compare(model, encode, skip=1)
+        return compare(model, encode, skip=1)
 
 
 def torchaudio_arguments(config: HubertConfig) -> dict[str, Any]:
@@ -151,10 +146,10 @@ def torchaudio_arguments(config: HubertConfig) -> dict[str, Any]:
 
 def torchaudio_weights(model: Hubert) -> dict[str, Tensor]:
     """The weights of ``model`` under torchaudio's names; the mask embedding, for pretraining only, is left out."""
-    prefixes = {"encoder.": "encoder.transformer.", "feature_projection.": "encoder.feature_projection."}
     weights = {}
     for name, tensor in model.state_dict().items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        weights[prefixes.get(prefix, "") + name.removeprefix(prefix)] = tensor.detach().cpu().float().contiguous()
+        name = re.sub(r"^encoder\.", "encoder.transformer.", name)
+        name = re.sub(r"^feature_projection\.", "encoder.feature_projection.", name)
+        weights[name] = tensor.detach().cpu().float().contiguous()
     del weights["masked_spec_embed"]
     return weights

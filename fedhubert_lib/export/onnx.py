@@ -4,7 +4,6 @@ Input ``waveforms`` [B, S] float32 at 16 kHz; output ``hidden_states`` [N + 1, B
 model's output. Quantising the convolutions, too, would save little more and be slower than float32.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -74,29 +73,23 @@ def export(checkpoint: Path, folder: Path) -> dict[str, float]:
     with files.atomic(folder) as temporary:
         temporary.mkdir()
         path, int8_path = temporary / "model.onnx", temporary / "model.int8.onnx"
-        write(pretrained.load(checkpoint)[0], path)
+        _trace(pretrained.load(checkpoint)[0], path)
         facts = {"difference": formats.compare(model, lambda waveforms: run(path, waveforms))}
         quantize_dynamic(path, int8_path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
         facts["int8_cosine"] = _cosine(model, int8_path)
         facts |= {"bytes": path.stat().st_size, "int8_bytes": int8_path.stat().st_size}
         if facts["int8_cosine"] < INT8_COSINE:
             raise formats.ExportError(f"int8 frames have cosine {facts['int8_cosine']:.4f}; the limit is {INT8_COSINE}")
-        (temporary / "onnx.json").write_text(json.dumps({"opset": OPSET, **facts}, indent=2) + "\n", encoding="utf-8")
+        files.write_json(temporary / "onnx.json", {"opset": OPSET, **facts})
     return facts
 
 
-def write(model: Hubert, path: Path) -> None:
+def _trace(model: Hubert, path: Path) -> None:
     """Trace ``model``, which becomes part of the exported module, with any number of clips and samples."""
-    program = torch.onnx.export(
-        HiddenStates(model),
-        (torch.zeros(2, 16_000),),
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC(min=RECEPTIVE_FIELD)},),
-        input_names=["waveforms"],
-        output_names=["hidden_states"],
-        verbose=False,
-    )
+    shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC(min=RECEPTIVE_FIELD)},)
+    names = {"input_names": ["waveforms"], "output_names": ["hidden_states"]}
+    options = {"dynamo": True, "opset_version": OPSET, "dynamic_shapes": shapes, "verbose": False}
+    program = torch.onnx.export(HiddenStates(model), (torch.zeros(2, 16_000),), **options, **names)
     program.save(path, external_data=False)
 
 

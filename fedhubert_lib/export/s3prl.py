@@ -12,8 +12,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import audio, files, params, pretrained
-from fedhubert_lib.evaluation import keywords, systems
+from fedhubert_lib.evaluation import keywords, report, systems
 from fedhubert_lib.export import formats
 from fedhubert_lib.hubert import Head, Hubert
 
@@ -54,38 +52,17 @@ FAIRSEQ_NAMES = (
 """Patterns of our parameter names and their replacements in fairseq's."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """Accuracies that s3prl reported."""
-
-    dev: float
-    """Best accuracy on its validation clips, which it draws with replacement and balanced: not comparable to test."""
-    test: float
-    """Accuracy of that model on the test clips, from s3prl's separate evaluation of the saved checkpoint."""
-    classes: int
-    """Classes among the test clips: twelve, or eleven where there is no silence."""
-    steps: int
-    rate: float
-    seed: int
-    fine_tuned: bool
-
-
 def call(arguments: list[str], log: Path | None = None) -> str:
     """Run ``export.s3prl_entry`` in s3prl's environment; returns its output, which also goes to ``log``.
 
-    Raises ExportError when the environment is missing, or when it fails: with the last lines of its output.
+    Raises ExportError when the environment is missing; with the last lines of the output when the program fails.
     """
     if not PYTHON.is_file():
         raise formats.ExportError(f"{PYTHON} is missing: s3prl has an environment of its own; run: make s3prl")
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.run(
-        [PYTHON, "-m", "fedhubert_lib.export.s3prl_entry", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | offline | {"PYTHONPATH": str(params.ROOT)},
-    )
+    command = [PYTHON, "-m", "fedhubert_lib.export.s3prl_entry", *arguments]
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(params.ROOT)}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.run(command, env=os.environ | offline, **output)
     if log is not None:
         log.write_text(process.stdout, encoding="utf-8")
     if process.returncode:
@@ -153,21 +130,15 @@ def converted(model: Hubert, head: Head | None) -> dict[str, Any]:
 
 
 def benchmark(
-    checkpoint: Path,
-    data: Path,
-    out: Path,
-    *,
-    steps: int = 200_000,
-    rate: float = 1e-4,
-    fine_tune: bool = False,
-    seed: int = FIRST_SEED,
-    device: str = "cpu",
-) -> Result:
+    checkpoint: Path, data: Path, out: Path, *, steps: int, rate: float, fine_tune: bool, seed: int, device: str
+) -> dict[str, Any]:
     """s3prl's ``run_downstream`` on speech_commands with ``checkpoint`` as its upstream: train, then evaluate.
 
     ``data`` holds ``train`` and ``test`` as ``lay_out`` makes them, or as the official archives unpack. ``fine_tune``
     trains the whole model on its last layer (``-f -s last_hidden_state``); otherwise it is frozen and its layers are
-    summed. Everything that s3prl writes lies in ``out``. Raises ExportError where it fails.
+    summed. Everything that s3prl writes lies in ``out``. Returns the settings; ``dev``, the best accuracy on validation
+    clips, which s3prl draws with replacement and balanced: not comparable to ``test``, that of the same model on the
+    test clips; and the number of ``classes`` among these. Raises ExportError where s3prl fails.
     """
     pretrained.load(checkpoint, weights=False)  # a broken checkpoint is reported here, not after s3prl has started
     out.mkdir(parents=True, exist_ok=True)
@@ -181,34 +152,33 @@ def benchmark(
     }
     (out / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     common = ["--device", device, "--seed", str(seed)]
-    chosen = ["-f", "-s", "last_hidden_state"] if fine_tune else []
-    train = ["-d", "speech_commands", "-u", "fedhubert", "-k", str(checkpoint.resolve()), *chosen]
-    train += ["-p", str(out), "-c", str(out / "config.yaml")]
+    train = ["-d", "speech_commands", "-u", "fedhubert", "-k", str(checkpoint.resolve())]
+    train += ["-p", str(out), "-c", str(out / "config.yaml"), *(["-f", "-s", "last_hidden_state"] if fine_tune else [])]
     trained = call(["run", "-m", "train", *train, *common], out / "train.log")
     evaluated = call(["run", "-m", "evaluate", "-e", str(out / "dev-best.ckpt"), *common], out / "evaluate.log")
     dev = re.findall(r"^dev acc: (\S+)$", trained, re.MULTILINE)
     test = re.findall(r"^test acc: (\S+)$", evaluated, re.MULTILINE)
     if not dev or not test:
         raise formats.ExportError(f"s3prl ended without an accuracy; see train.log and evaluate.log in {out}")
+    settings = {"steps": steps, "rate": rate, "seed": seed, "fine_tuned": fine_tune}
     classes = sum(folder.is_dir() for folder in (data / "test").iterdir())
-    return Result(max(map(float, dev)), float(test[-1]), classes, steps, rate, seed, fine_tune)
+    return {"dev": max(map(float, dev)), "test": float(test[-1]), "classes": classes} | settings
 
 
-def of_run(
-    run: Path, name: str, evaluated: Mapping[str, Any], *, seeds: int = 1, fine_tune: bool = False, **options: Any
-) -> list[Result]:
-    """``benchmark`` of system ``name`` of a run, on the run's own keyword clips, with ``seeds`` seeds and ``options``.
+def of_run(run: Path, name: str, *, seeds: int, fine_tune: bool, **options: Any) -> list[dict[str, Any]]:
+    """``benchmark`` of system ``name`` of an evaluated run, on its keyword clips, with ``seeds`` seeds and ``options``.
 
-    ``evaluated`` is the run's report.json: a system that has changed since, or that s3prl has no use for (MFCC), raises
-    ExportError. Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; earlier ones are removed.
+    Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed, where earlier ones are removed; the test
+    accuracies go into the run's report. Raises ExportError for a system that has changed since the report was written,
+    or that s3prl has no use for (MFCC).
     """
+    evaluated = report.read(run)
     checkpoint = evaluated["parameters"].get("checkpoint", "")
     present, absent = systems.of_run(run, evaluated["seed"], torch.device("cpu"), checkpoint)
     models = {system.name: system for system in present if system.model is not None}
     if name not in models:
-        raise formats.ExportError(
-            f"{name}: {absent.get(name, 'not a model of this run')}; there are {', '.join(models)}"
-        )
+        reason = absent.get(name, "not a model of this run")
+        raise formats.ExportError(f"{name}: {reason}; there are {', '.join(models)}")
     system = models[name]
     if (name, system.digest) not in [(row["system"], row["digest"]) for row in evaluated["systems"]]:
         raise formats.ExportError(f"{name}: has changed since report.json was written; run 05_evaluate again first")
@@ -220,10 +190,10 @@ def of_run(
         pretrained.save(folder / "checkpoint", system.model)
     results = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        out = folder / f"seed-{seed}"
-        source = system.folder or folder / "checkpoint"
+        out, source = folder / f"seed-{seed}", system.folder or folder / "checkpoint"
         results.append(benchmark(source, data, out, fine_tune=fine_tune, seed=seed, **options))
-        files.write_json(out / "result.json", {"system": name, "digest": system.digest, **asdict(results[-1])})
+        files.write_json(out / "result.json", {"system": name, "digest": system.digest, **results[-1]})
+    report.add_s3prl(run)
     return results
 
 
@@ -237,7 +207,7 @@ def lay_out(clips: pd.DataFrame, out: Path, seed: int) -> Path:
     Returns ``out``. Raises KeywordError where a command is missing, or the noise cannot be used.
     """
     root = Path(clips.path.iloc[0]).parents[1]
-    silence = (root / "_background_noise_").is_dir()
+    silence = (root / keywords.NOISE).is_dir()
     test = keywords.superb(clips, seed, silence=silence).query("split == 'test'")
     with files.atomic(out) as temporary:
         for row in clips[clips.split != "test"].itertuples():
@@ -245,13 +215,11 @@ def lay_out(clips: pd.DataFrame, out: Path, seed: int) -> Path:
             _link(row.path, temporary / "train" / row.word / f"{_hashed(speaker, row.split)}_nohash_{take}")
         for row in test[test.word != "_silence_"].itertuples():
             _link(row.path, temporary / "test" / row.word / "-".join(Path(row.path).parts[-2:]))
-        if silence:
-            quiet = test[test.word == "_silence_"]
-            for clip, second in zip(quiet["clip"], keywords.waveforms(quiet), strict=True):
-                _save(second, temporary / "test" / f"{clip}.wav")
-            for path in keywords.noise(root):
-                waveform = audio.read(path)
-                _save(waveform[: int(0.8 * len(waveform))], temporary / "train" / "_background_noise_" / path.name)
+        for row in test[test.word == "_silence_"].itertuples():
+            second = audio.read(row.path, row.start, row.start + keywords.CLIP_SAMPLES)
+            _save(second, temporary / "test" / f"{row.clip}.wav")
+        for path, samples in keywords.noise(root).items() if silence else ():
+            _save(audio.read(path, 0, int(0.8 * samples)), temporary / "train" / keywords.NOISE / path.name)
     return out
 
 
@@ -260,18 +228,15 @@ def _link(path: str, link: Path) -> None:
     link.symlink_to(Path(path).resolve())
 
 
-@functools.cache
-def _hashed(speaker: str, split: str) -> str:
-    """``speaker``, with a number where Speech Commands' hash would not put it into ``split``."""
-    low, high = {"validation": (0, 10), "train": (20, 101)}[split]
-    names = itertools.chain([speaker], (f"{speaker}-{number}" for number in itertools.count(1)))
-    return next(name for name in names if low <= _percentage(name) < high)
-
-
-def _percentage(name: str) -> float:
-    return int(hashlib.sha1(name.encode()).hexdigest(), 16) % 2**27 * 100 / (2**27 - 1)
-
-
 def _save(waveform: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, waveform.numpy(), audio.SAMPLE_RATE)
+
+
+@functools.cache
+def _hashed(speaker: str, split: str) -> str:
+    """``speaker``, with a number where Speech Commands' hash would not put it into ``split``."""
+    low, high = {"validation": (0, 10), "train": (20, 101)}[split]  # per cent
+    names = itertools.chain([speaker], (f"{speaker}-{number}" for number in itertools.count(1)))
+    hashes = ((name, int(hashlib.sha1(name.encode()).hexdigest(), 16) % 2**27 * 100 / (2**27 - 1)) for name in names)
+    return next(name for name, value in hashes if low <= value < high)

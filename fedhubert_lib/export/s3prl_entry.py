@@ -11,7 +11,6 @@ upstream gives for waveforms, for comparisons.
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,11 +44,9 @@ class Upstream(nn.Module):
 
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...] | Tensor]:
         """Waveforms [samples] at 16 kHz to ``hidden_states``, each [B, T, D], and ``last_hidden_state``."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for index, wav in enumerate(wavs):
-            groups[len(wav)].append(index)
         encoded: dict[int, Tensor] = {}
-        for indices in groups.values():
+        for length in dict.fromkeys(map(len, wavs)):
+            indices = [index for index, wav in enumerate(wavs) if len(wav) == length]
             states = self.model(torch.stack([wavs[index] for index in indices]), hidden_states=True).hidden
             encoded |= dict(zip(indices, torch.stack(states, dim=1), strict=True))
         frames_first = [encoded[index].transpose(0, 1) for index in range(len(wavs))]
@@ -87,11 +84,9 @@ def states(upstream: str, checkpoint: str, waveforms: Path, out: Path) -> None:
     from s3prl import hub
 
     entry = getattr(hub, upstream)(ckpt=checkpoint).eval()
-    states_of = {}
     with torch.no_grad():
-        for name, clips in load_file(waveforms).items():
-            states_of[name] = torch.stack(list(entry(list(clips))["hidden_states"])).contiguous()
-    save_file(states_of, out)
+        clips = load_file(waveforms).items()
+        save_file({name: torch.stack(entry(list(tensor))["hidden_states"]).contiguous() for name, tensor in clips}, out)
 
 
 def main(arguments: Sequence[str]) -> None:

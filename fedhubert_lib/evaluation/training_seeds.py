@@ -1,0 +1,90 @@
+"""Several runs of one study with different training seeds: one table, with intervals over these seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from fedhubert_lib import files, identity, params, plots
+from fedhubert_lib.evaluation import report, systems, tables
+from fedhubert_lib.evaluation.intervals import Interval, measure
+from fedhubert_lib.evaluation.tables import HEADLINE, TITLES, Report
+
+IRRELEVANT = params.HOW | params.ADDITIONS - {"patience"}
+IRRELEVANT |= {"seed", "root", "keywords_root", "alignments", "checkpoint"}
+"""Parameters in which the runs of one table may differ."""
+
+
+class DifferentRunsError(identity.RunError):
+    """Runs that cannot stand in one table."""
+
+
+def reports(runs: Sequence[Path]) -> list[Report]:
+    """The reports of ``runs``. Raises DifferentRunsError unless they are of one study and of different seeds."""
+    evaluated = [report.read(run) for run in runs]
+    check_one_study(runs)
+    means(evaluated)
+    return evaluated
+
+
+def draw_along(runs: Sequence[Path], path: Path) -> None:
+    """Draw quality over hours of speech heard as the PNG ``path``. Raises DifferentRunsError."""
+    evaluated = reports(runs)
+    if without := [run["run"] for run in evaluated if not run["along"]]:
+        raise DifferentRunsError(
+            f"{', '.join(without)}: evaluated without its checkpoints on the way; set evaluate.along: true"
+        )
+    with files.atomic(path) as temporary:
+        temporary.write_bytes(plots.png(plots.along(tables.along(evaluated))))
+
+
+def check_one_study(runs: Sequence[Path]) -> None:
+    """Raise DifferentRunsError, with what differs, unless ``runs`` differ in seeds, places and machines only."""
+    recorded = pd.DataFrame(
+        {
+            f"{stage}.{name}": str(value)
+            for stage, folder in params.FOLDERS.items()
+            for name, value in systems.parameters(run / folder).items()
+            if name not in IRRELEVANT
+        }
+        for run in runs
+    )
+    values = {name: column.dropna().unique() for name, column in recorded.items()}
+    if differing := [f"{name} ({', '.join(texts)})" for name, texts in values.items() if len(texts) > 1]:
+        raise DifferentRunsError(
+            f"{', '.join(map(str, runs))}: a mean over training seeds needs runs of one study, and these differ in"
+            f" {', '.join(differing)}"
+        )
+
+
+def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
+    """The headline of runs of one study with different seeds: (system title, measure name) to a mean over runs.
+
+    What not every run has is left out. Raises DifferentRunsError where the words differ, or two runs hold the same
+    model.
+    """
+    first = reports[0]
+    if other := [run["run"] for run in reports if run["data"]["words"] != first["data"]["words"]]:
+        raise DifferentRunsError(f"{', '.join(other)}: measured on other words than {first['run']}")
+    for name in ("teacher", "centralised"):
+        digests = [system["digest"] for run in reports for system in run["systems"] if system["system"] == name]
+        if len(set(digests)) < len(digests):
+            raise DifferentRunsError(f"two runs have the same {name}, bit by bit; give runs of different seeds")
+    chosen = [tables.best(run["figures"]) for run in reports]
+    return {
+        (title, name): measure([run[system][name]["value"] for run in chosen])
+        for system, title in tables.titles(first).items()
+        for name in HEADLINE
+        if all(name in run.get(system, {}) for run in chosen)
+    }
+
+
+def markdown(reports: Sequence[Report]) -> str:
+    """The headline of a run or of several training seeds, in Markdown, with what the intervals span."""
+    if len(reports) == 1:
+        table, span = tables.headline(reports[0]), "one training seed, {seeds} evaluation seeds"
+        span = span.format(**reports[0]["parameters"])
+    else:
+        cells = {(title, TITLES[name]): str(value) for (title, name), value in means(reports).items()}
+        table, span = pd.Series(cells).unstack(sort=False).fillna(""), f"{len(reports)} training seeds"
+    return tables.markdown(table, f"mean and 95 % interval over {span}")
