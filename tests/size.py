@@ -27,14 +27,14 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_883,
+    "library, lines": 15_558,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_930,
-    "closure of pretraining, lines": 5_203,
-    "closure of distillation, lines": 7_236,
-    "closure of evaluation, lines": 3_938,
+    "closure of kmeans, lines": 3_883,
+    "closure of pretraining, lines": 5_195,
+    "closure of distillation, lines": 7_222,
+    "closure of evaluation, lines": 3_683,
     "import circles": 0,
     "upward imports": 0,
 }
