@@ -32,8 +32,10 @@ class CheckpointError(ValueError):
 
 
 def decisive(p: params.Federation) -> dict[str, Any]:
-    """The parameters that must not change when training resumes: not where it runs, nor where a checkpoint lies."""
-    return p.model_dump(mode="json", exclude={*params.HOW, *params.ADDITIONS, *params.places(p)})
+    """The parameters that must not change when training resumes: not where it runs; of a checkpoint whether there is
+    one, not where it lies."""
+    values = p.model_dump(mode="json", exclude={*params.HOW, *params.ADDITIONS})
+    return values | dict.fromkeys(params.places(p), "a folder")
 
 
 @contextlib.contextmanager

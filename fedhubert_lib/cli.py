@@ -1,6 +1,8 @@
 """The ``fedhubert`` command."""
 
 import argparse
+import contextlib
+import functools
 import io
 import os
 import shutil
@@ -8,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedhubert_lib import files, params, runner, runs, studies
 from fedhubert_lib.evaluation import command as evaluation
@@ -27,6 +29,8 @@ exit codes:
   {runner.DIED}   the kernel of a stage died: killed, or out of memory
   {runner.INTERRUPTED}  stopped by a signal; the same command resumes
 """
+STAGES = list(params.SECTIONS)
+DEPLOYED = STAGES[2:]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,19 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _run_study(studies.load(options.study, options.set, options.run), options.first, options.until, options.force)
+    stages = STAGES[STAGES.index(options.first) : STAGES.index(options.until) + 1]
+    if not stages:
+        raise runs.RunError(f"--from {options.first} comes after --until {options.until}: nothing to run")
+    _run_stages(studies.load(options.study, options.set, options.run), stages, options.force)
 
 
-def _run_study(study: params.Study, first: str, last: str, force: bool) -> None:
+def _run_stages(study: params.Study, stages: Sequence[str], force: bool) -> None:
     from fedhubert_lib import index  # here: pandas takes a second to import, which a wrong parameter need not wait for
 
-    runner.run(study, first, last, force)
+    runner.run(study, stages, force)
     if results := index.results(runs.outputs() / study.run):
         print(results)
 
 
 def _params(options: argparse.Namespace) -> None:
-    print("\n\n".join(studies.described(stage) for stage in options.stage or params.SECTIONS))
+    print("\n\n".join(studies.described(stage) for stage in options.stage or STAGES))
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -109,159 +116,108 @@ def _export_client(options: argparse.Namespace) -> None:
         raise runs.RunError(str(error)) from error
 
 
-def _deployment() -> Any:
-    """The module of Flower's programs, which end with this one, also by SIGTERM."""
+def _deploy(options: argparse.Namespace) -> int | None:
+    """A step of a real federation. Flower's programs end with this one, also by SIGTERM."""
+    from fedhubert_lib import federated
     from fedhubert_lib.federated import deployment
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    return deployment
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    from fedhubert_lib import federated
-
-    folder = options.run / _deployment().FOLDER
-    _deployment().prepare(folder, federated.client_ids(options.run), options.host, options.port)
-    print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
-
-
-def _register(options: argparse.Namespace) -> None:
-    added = _deployment().register(options.run / _deployment().FOLDER)
-    print(f"registered: {', '.join(added) or 'no new client'}")
-
-
-def _deploy_run(options: argparse.Namespace) -> None:
-    folder = options.run.resolve()
-    os.environ["FEDHUBERT_OUTPUTS"] = str(folder.parent)
-    engines = [f"{stage}.engine=deployment" for stage in ("kmeans", "pretrain", "distill")]
-    study = studies.load(options.study, [*options.set, *engines], folder.name)
-    _deployment().check_records(folder)
-    _deployment().check(folder)
-    for stage in options.stage or DEPLOYED:
-        _run_study(study, stage, stage, options.force)
-
-
-def _local(options: argparse.Namespace) -> None:
-    _deployment().check_records(options.run)
-    with _deployment().local(options.run / _deployment().FOLDER, options.run, options.device):
-        _deploy_run(options)
-
-
-def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return flags, options
-
-
-class Command(NamedTuple):
-    """A subcommand; one with two words is a step of the first."""
-
-    function: Callable[[argparse.Namespace], int | None]
-    """Its exit code; none: OK."""
-    help: str
-    arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]] = ()
-    epilog: str = ""
-
-
-STAGES = list(params.SECTIONS)
-DEPLOYED = STAGES[2:]
-STUDY = _argument("study", type=Path, help="study file, such as params/quickstart.yaml")
-CHANGES = (
-    _argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="override a value; repeatable"),
-    _argument("--force", action="store_true", help="run the stages anew even if nothing has changed"),
-)
-FOLDER = _argument("run", type=Path, help="the run's folder, such as outputs/toy; with deploy the server's or client's")
-DEVICE = _argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
-STEPS = _argument("stage", nargs="*", choices=[[], *DEPLOYED], default=[], help=f"of {', '.join(DEPLOYED)}: all")
-COMMANDS = {
-    "run": Command(
-        _run,
-        "run a study's notebooks in order into outputs/RUN, those that have changed",
-        (
-            STUDY,
-            _argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)"),
-            _argument("--from", dest="first", choices=STAGES, default="corpus", metavar="STAGE", help="first stage"),
-            _argument("--until", choices=STAGES, default="evaluate", metavar="STAGE", help="last stage"),
-            *CHANGES,
-        ),
-        _RUN,
-    ),
-    "ls": Command(_ls, "list the runs side by side"),
-    "clean": Command(
-        _clean,
-        "show the sizes of a run's stages and of earlier work that it keeps; remove what is named",
-        (
-            _argument("run", help="the run's name or folder, such as toy or outputs/toy"),
-            _argument("folder", nargs="*", help="earlier work to remove, such as .previous/03_pretrain-1"),
-        ),
-    ),
-    "params": Command(
-        _params,
-        "print all parameters: default, allowed values, meaning",
-        (_argument("stage", nargs="*", choices=[[], *STAGES], default=[], help="sections (default: all)"),),
-    ),
-    "export-client": Command(
-        _export_client,
-        "copy the data of one client of a run to a folder, for the client's machine",
-        (
-            FOLDER,
-            _argument("client", help="its id, such as client-003"),
-            _argument("destination", type=Path, help="folder to make"),
-            _argument("--at", type=Path, metavar="FOLDER", help="its path on the client's machine, if another"),
-        ),
-    ),
-    "deploy prepare": Command(
-        _prepare,
-        "write keys, certificates and configuration to RUN/federation",
-        (
-            FOLDER,
-            _argument("--host", default="127.0.0.1", help="name or address by which clients reach the server"),
-            _argument("--port", type=int, default=9092),
-        ),
-    ),
-    "deploy server": Command(
-        lambda options: _deployment().serve(options.run / _deployment().FOLDER, options.bind),
-        "run the SuperLink, until it is stopped",
-        (FOLDER, _argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")),
-    ),
-    "deploy register": Command(_register, "register clients whose keys the running SuperLink does not know", (FOLDER,)),
-    "deploy client": Command(
-        lambda options: _deployment().attend(options.node, options.run, options.device),
-        "run a client's SuperNode, until it is stopped",
-        (FOLDER, _argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT"), DEVICE),
-    ),
-    "deploy run": Command(
-        _deploy_run, "run stages of a study over the connected clients", (FOLDER, STUDY, STEPS, *CHANGES)
-    ),
-    "deploy local": Command(
-        _local,
-        "server, clients and stages on this machine, then stop them",
-        (FOLDER, STUDY, STEPS, *CHANGES, DEVICE),
-    ),
-}
+    folder = options.run / deployment.FOLDER
+    if options.step == "prepare":
+        deployment.prepare(folder, federated.client_ids(options.run), options.host, options.port)
+        print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
+    elif options.step == "server":
+        return deployment.serve(folder, options.bind)
+    elif options.step == "register":
+        print(f"registered: {', '.join(deployment.register(folder)) or 'no new client'}")
+    elif options.step == "client":
+        deployment.attend(options.node, options.run, options.device)
+    else:
+        deployment.check_records(options.run)
+        run = options.run.resolve()
+        os.environ["FEDHUBERT_OUTPUTS"] = str(run.parent)
+        engines = [f"{stage}.engine=deployment" for stage in DEPLOYED[:-1]]
+        study = studies.load(options.study, [*options.set, *engines], run.name)
+        with deployment.local(folder, run, options.device) if options.step == "local" else contextlib.nullcontext():
+            deployment.check(run)
+            _run_stages(study, options.stage or DEPLOYED, options.force)
+    return None
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; ``function`` of a parsed command does its work."""
-    parser = argparse.ArgumentParser(prog="fedhubert", description="Federated HuBERT pretraining and distillation.")
-    groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
-    for name, command in COMMANDS.items():
-        group, _, word = name.rpartition(" ")
-        if group not in groups:
-            about = f"a real federation over Flower's SuperLink and SuperNodes: see docs/{group}ment.md"
-            whole = groups[""].add_parser(group, help=about, description=about)
-            groups[group] = whole.add_subparsers(dest="step", required=True, metavar="STEP")
-        sub = groups[group].add_parser(
-            word,
-            help=command.help,
-            description=command.help,
-            epilog=command.epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for flags, options in command.arguments:
-            sub.add_argument(*flags, **options)
-        sub.set_defaults(function=command.function)
-    evaluation.add(groups[""])
-    export.add(groups[""])
-    return parser
+    whole = argparse.ArgumentParser(prog="fedhubert", description="Federated HuBERT pretraining and distillation.")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    add = functools.partial(_add, commands)
+    argument = add("run", _run, "run a study's notebooks in order into outputs/RUN, those that changed", _RUN)
+    _add_study(argument)
+    argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)")
+    argument("--from", dest="first", choices=STAGES, default="corpus", metavar="STAGE", help="first stage")
+    argument("--until", choices=STAGES, default="evaluate", metavar="STAGE", help="last stage")
+
+    add("ls", _ls, "list the runs side by side")
+
+    about = "show the sizes of a run's stages and of earlier work that it keeps; remove what is named"
+    argument = add("clean", _clean, about)
+    argument("run", help="the run's name or folder, such as toy or outputs/toy")
+    argument("folder", nargs="*", help="earlier work to remove, such as .previous/03_pretrain-1")
+
+    argument = add("params", _params, "print all parameters: default, allowed values, meaning")
+    argument("stage", nargs="*", choices=[[], *STAGES], default=[], help="sections (default: all)")
+
+    argument = add("export-client", _export_client, "copy the data of one client to a folder, for its machine")
+    argument("run", type=Path, help="the run's folder, such as outputs/toy")
+    argument("client", help="its id, such as client-003")
+    argument("destination", type=Path, help="folder to make")
+    argument("--at", type=Path, metavar="FOLDER", help="its path on the client's machine, if another")
+
+    about = "a real federation over Flower's SuperLink and SuperNodes: see docs/deployment.md"
+    steps = commands.add_parser("deploy", help=about, description=about)
+    _add_steps(steps.add_subparsers(dest="step", required=True, metavar="STEP"))
+    evaluation.add(commands)
+    export.add(commands)
+    return whole
+
+
+def _add(commands: Any, name: str, function: Callable, about: str, epilog: str = "") -> Callable:
+    """Add the command ``name``, which is done by ``function``; returns what adds an argument to it."""
+    form = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=form)
+    command.set_defaults(function=function)
+    return command.add_argument
+
+
+def _add_steps(steps: Any) -> None:
+    for step, about in (
+        ("prepare", "write keys, certificates and configuration to RUN/federation"),
+        ("server", "run the SuperLink, until it is stopped"),
+        ("register", "register clients whose keys the running SuperLink does not know"),
+        ("client", "run a client's SuperNode, until it is stopped"),
+        ("run", "run stages of a study over the connected clients"),
+        ("local", "server, clients and stages on this machine, then stop them"),
+    ):
+        argument = _add(steps, step, _deploy, about)
+        argument("run", type=Path, help="the run's folder, such as outputs/toy: the server's, or the client's")
+        if step == "prepare":
+            argument("--host", default="127.0.0.1", help="name or address by which clients reach the server")
+            argument("--port", type=int, default=9092)
+        if step == "server":
+            argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")
+        if step == "client":
+            argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT")
+        if step in ("run", "local"):
+            _add_study(argument)
+            choices = [[], *DEPLOYED]
+            argument("stage", nargs="*", choices=choices, default=[], help=f"of {', '.join(DEPLOYED)}: all")
+        if step in ("client", "local"):
+            argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
+
+
+def _add_study(argument: Callable) -> None:
+    argument("study", type=Path, help="study file, such as params/quickstart.yaml")
+    argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="override a value; repeatable")
+    argument("--force", action="store_true", help="run the stages anew even if nothing has changed")
 
 
 if __name__ == "__main__":

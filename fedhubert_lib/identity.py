@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 
 from fedhubert_lib import files, params
 
-OPTIONAL = {False: frozenset({"pretrain", "distill"}), True: frozenset({"partition", "kmeans", "pretrain", "distill"})}
-"""Stages that an evaluation does not need, without or with a checkpoint to measure: it measures what exists."""
-
 _PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
@@ -60,76 +57,71 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
     """What the results of ``stage`` rest on, JSON-like; code and versions for the record.
 
     Inputs are the outputs of earlier stages, by content, and the files and folders that parameters point to. Raises
-    RunError when an earlier stage is not done, or is stale; an evaluation does without some (``OPTIONAL``).
+    RunError when an earlier stage is not done, or is stale. An evaluation measures what exists: it does without models
+    and, with a checkpoint to measure, without all but the corpus.
     """
-    records: dict[str, dict[str, Any]] = {}
-    inputs = {}
+    optional: dict[str, bool] = {}  # stages that may be absent; whether they may also be stale
+    if isinstance(p, params.Evaluate):
+        optional = {"pretrain": bool(p.checkpoint), "distill": True}
+        optional |= {"partition": False, "kmeans": False} if p.checkpoint else {}
+    outdated, inputs = stale(run), {}
     for before, folder in list(params.FOLDERS.items())[: list(params.FOLDERS).index(stage)]:
         done = read_json(run / folder / "done.json")
-        if done is None:
-            if isinstance(p, params.Evaluate) and before in OPTIONAL[bool(p.checkpoint)]:
-                continue
+        if done is None and before not in optional:
             raise RunError(f"{run / folder}: not done yet; run notebook {folder} first, with run: {run.name}")
-        if outdated := _outdated_inputs(done, records):
-            if isinstance(p, params.Evaluate) and before in ({"pretrain", "distill"} if p.checkpoint else {"distill"}):
-                continue  # its models are left out, which the report says
-            raise RunError(f"{run / folder}: made from an earlier {outdated[0]}; run notebook {folder} again")
-        records[folder] = done
-        if before == "kmeans" and stage == "evaluate":
-            continue  # it reads no labels
-        inputs[folder] = done["outputs"]
-        if before in ("corpus", "partition") and stage != "partition":
-            inputs[folder] = done.get("speech", done["outputs"])  # the audio itself, wherever it lies
-        elif before == "kmeans":  # other codebooks may come and go
-            inputs[folder] = done.get("codebooks", {}).get(p.codebook, done["outputs"])
-    code = [cell[:2] for cell in read_notebook(notebook(stage)) if "parameters" not in cell.tags]
+        if before in outdated and not optional.get(before):
+            raise RunError(f"{run / folder}: {outdated[before]}; run notebook {folder} again")
+        if done is not None and before not in outdated:  # the report says which models are left out
+            inputs[folder] = _read(stage, p, before, done)
+    code = [cell[:2] for cell in cells(notebook(stage)) if "parameters" not in cell.tags]
     return {
         "stage": stage,
         "parameters": json.loads(json.dumps(p.model_dump(exclude={"run"}))),
-        "inputs": inputs | listings(p),
+        "inputs": {name: hash for name, hash in inputs.items() if hash} | listings(p),
         "library": library(),
         "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
         "versions": versions(),
     }
 
 
+def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> str | None:
+    """The hash of what ``stage`` reads of the stage ``before``; none where it reads nothing."""
+    if before == "kmeans":  # other codebooks may come and go, and an evaluation reads no labels
+        return None if stage == "evaluate" else done.get("codebooks", {}).get(p.codebook, done["outputs"])
+    if before in ("corpus", "partition") and stage != "partition":
+        return done.get("speech", done["outputs"])  # the audio itself, wherever it lies
+    return done["outputs"]
+
+
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """The differences between two identities."""
 
-    def differing(kind: str) -> list[str]:
-        before, now = old.get(kind, new[kind]), new[kind]  # records of earlier versions of the bench have no versions
-        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
-    def changed(kind: str, names: Iterable[str]) -> str:
-        words = [f"{name} {old.get(kind, {}).get(name)} -> {new[kind].get(name)}" for name in names]
+    def changed(kind: str, names: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+        words = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
         falls = " (the learning rate falls over all rounds, so every round differs)" if "rounds" in names else ""
         return f"{kind} changed: {_few(words)}{falls}" if words else ""
 
+    # Of parameters that another version of the bench did not have, or had beside these, the defaults count.
+    fields, now = params.SECTIONS[new["stage"]].model_fields, new["parameters"]
+    before = {name: old["parameters"].get(name, field.default) for name, field in fields.items() if name in now}
     # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
     by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}
-    settings = [name for name in differing("parameters") if name not in params.HOW | by_content]
-    # A parameter that only one version of the bench has is a change of its code, unless somebody has set it.
-    fields = params.SECTIONS[new["stage"]].model_fields
-    other_version = [
-        name
-        for name in settings
-        if name not in new["parameters"]
-        or name not in old["parameters"]
-        and new["parameters"][name] == fields[name].default
-    ]
-    settings = [name for name in settings if name not in other_version]
-    patience = [identity["parameters"].get("patience", 0) or float("inf") for identity in (old, new)]  # 0: for ever
-    additions = [
-        name for name in settings if name in params.ADDITIONS and (name != "patience" or patience[1] > patience[0])
-    ]
-    inputs, sources = differing("inputs"), differing("library")
-    results = [changed("parameters", [name for name in settings if name not in additions])]
+    settings = [name for name in differing(before, now) if name not in params.HOW | by_content]
+    additions = [name for name in settings if name in params.ADDITIONS]
+    if (now.get("patience") or float("inf")) < (before.get("patience") or float("inf")):  # 0: for ever
+        additions = [name for name in additions if name != "patience"]
+    inputs, sources = differing(old["inputs"], new["inputs"]), differing(old["library"], new["library"])
+    results = [changed("parameters", [name for name in settings if name not in additions], before, now)]
     results.append(f"inputs changed: {_few(inputs)}" if inputs else "")
-    code = [f"library changed: {_few(sources)}" if sources else "", changed("versions", differing("versions"))]
-    code.append(f"parameters of another version: {_few(other_version)}" if other_version else "")
+    packages = old.get("versions", new["versions"]), new["versions"]
+    code = [f"library changed: {_few(sources)}" if sources else ""]
+    code.append(changed("versions", differing(*packages), *packages))
     return Changes(
         "; ".join(filter(None, results)),
-        changed("parameters", additions),
+        changed("parameters", additions, before, now),
         "notebook changed" if old["notebook"] != new["notebook"] else "",
         "; ".join(filter(None, code)),
     )
@@ -137,24 +129,16 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
 
 def stale(run: Path) -> dict[str, str]:
     """Stages of a run that are done but rest on something older than the run holds now: stage to reason."""
-    records: dict[str, dict[str, Any]] = {}
+    folders = params.FOLDERS.values()
+    states: dict[str, set[str | None]] = {}
     reasons = {}
     for stage, folder in params.FOLDERS.items():
         if (done := read_json(run / folder / "done.json")) is not None:
-            if outdated := _outdated_inputs(done, records):
+            inputs = done["identity"]["inputs"].items()
+            if outdated := [name for name, hash in inputs if name in folders and hash not in states.get(name, ())]:
                 reasons[stage] = f"made from an older {outdated[0]}"
-            records[folder] = done
+            states[folder] = {done["outputs"], done.get("speech"), *done.get("codebooks", {}).values()}
     return reasons
-
-
-def _outdated_inputs(done: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The folders that a stage was made from in another state than ``records``, their done.json by folder, tell."""
-    inputs = done["identity"]["inputs"]
-    states = {
-        folder: (record["outputs"], record.get("speech"), *record.get("codebooks", {}).values())
-        for folder, record in records.items()
-    }
-    return [name for name in params.FOLDERS.values() if name in inputs and inputs[name] not in states.get(name, ())]
 
 
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
@@ -194,19 +178,15 @@ def notebook(stage: str) -> Path:
     return params.ROOT / "notebooks" / f"{params.FOLDERS[stage]}.ipynb"
 
 
-def read_notebook(path: Path) -> list[Cell]:
-    """The cells of a notebook. Raises RunError when it cannot be read."""
+def cells(path: Path, text: str | None = None) -> list[Cell]:
+    """The cells of the notebook ``path``, or of its earlier ``text``. Raises RunError when it cannot be read."""
     try:
-        return _cells(path.read_text(encoding="utf-8"))
+        return [
+            Cell(cell["cell_type"], "".join(cell["source"]), tuple(cell["metadata"].get("tags", ())))
+            for cell in json.loads(path.read_text(encoding="utf-8") if text is None else text)["cells"]
+        ]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RunError(f"{path}: cannot be read as a notebook ({error!r}); restore it with git") from error
-
-
-def _cells(text: str) -> list[Cell]:
-    return [
-        Cell(cell["cell_type"], "".join(cell["source"]), tuple(cell["metadata"].get("tags", ())))
-        for cell in json.loads(text)["cells"]
-    ]
 
 
 def library() -> dict[str, str]:
@@ -228,29 +208,25 @@ def versions() -> dict[str, str | None]:
 
 def git() -> dict[str, Any]:
     """Commit of the project, and whether its files differ from it: ``dirty``. Outputs saved in a notebook are none."""
-    command = ["git", "-C", str(params.ROOT)]
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        commit, status = _git("rev-parse", "HEAD").strip(), _git("status", "--porcelain").splitlines()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an archive of the source
         return {"commit": None, "dirty": None}
-    return {"commit": commit.strip(), "dirty": any(_differs(line) for line in status.splitlines())}
+    modified = [line[3:].strip('"') for line in status if "M" in line[:2] and line.strip('"').endswith(".ipynb")]
+    committed = {params.ROOT / name: _git("show", f"HEAD:./{name}") for name in modified}
+    same = [path for path, text in committed.items() if cells(path) == cells(path, text)]
+    return {"commit": commit, "dirty": len(same) < len(status)}
 
 
-def _differs(line: str) -> bool:
-    """Whether a line of ``git status --porcelain`` reports more than outputs that were saved in a notebook."""
-    state, name = line[:2], line[3:].strip('"')
-    if not name.endswith(".ipynb") or "M" not in state:
-        return True
-    command = ["git", "-C", str(params.ROOT), "show", f"HEAD:./{name}"]
-    committed = subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8")
-    return _cells(committed) != read_notebook(params.ROOT / name)
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(params.ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
 def data_fingerprint(run: Path) -> str | None:
-    """One hash for all utterances of the run's manifest and the fingerprints of their files; none before 00_corpus."""
-    manifest = run / params.FOLDERS["corpus"] / "manifest.parquet"
-    return _columns(manifest, ["utterance", "fingerprint"])[:16] if manifest.exists() else None
+    """Hash of the run's speech, as its tables name it; none before 00_corpus is done."""
+    done = read_json(run / params.FOLDERS["corpus"] / "done.json") or {}
+    return done.get("speech", "")[:16] or None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -276,20 +252,11 @@ def _combined(hashes: Mapping[str, str]) -> str:
 
 def _without_paths(table: Path) -> str:
     """Hash of a table but for its column of paths, if it has one."""
-    import pyarrow.parquet  # here: it is slow to import and `fedhubert run` has no use for it
+    import pandas as pd  # here: it is slow to import and `fedhubert run` has no use for it
 
-    columns = pyarrow.parquet.read_schema(table).names
-    return _columns(table, [name for name in columns if name != "path"]) if "path" in columns else _sha256(table)
-
-
-def _columns(table: Path, columns: list[str]) -> str:
-    import pyarrow.parquet
-
-    digest = hashlib.sha256(repr(columns).encode())
-    for batch in pyarrow.parquet.ParquetFile(table).iter_batches(columns=columns):
-        for column in batch.columns:
-            digest.update(repr(column.to_pylist()).encode())
-    return digest.hexdigest()
+    rows = pd.read_parquet(table).drop(columns="path", errors="ignore")
+    hashes = pd.util.hash_pandas_object(rows, index=False).to_numpy()
+    return hashlib.sha256(repr(list(rows.columns)).encode() + hashes.tobytes()).hexdigest()
 
 
 def _few(names: list[str]) -> str:
@@ -298,12 +265,10 @@ def _few(names: list[str]) -> str:
 
 def _listing(root: Path, by_content: bool) -> str:
     # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
-    below = os.path.join(root, "")
-    lines = []
+    lines, start = [], len(os.path.join(root, ""))
     for file in [entry.path for entry in files.walk(root)] if root.is_dir() else [str(root)]:
         if os.path.isfile(file):
-            place = file.removeprefix(below) if len(file) > len(below) else "."
-            facts = os.stat(file)
+            facts, place = os.stat(file), file[start:] or "."
             state = _sha256(Path(file)) if by_content else f"{facts.st_size} {facts.st_mtime_ns}"
             lines.append((place.split(os.sep), f"{place} {state}\n"))
     return hashlib.sha256(b"".join(os.fsencode(line) for _, line in sorted(lines))).hexdigest()

@@ -9,10 +9,9 @@ import time
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 import pandas as pd
 import torch
 from IPython.display import HTML, Audio, DisplayHandle, Image
@@ -27,12 +26,6 @@ SOUND_SECONDS = 8.0
 """The most that is embedded of a clip: a notebook must stay small."""
 PAGE_SECONDS = 4
 """Length of a page of the browser: on a longer one, labels of 20 ms cannot be read."""
-
-
-class UnitLabels(Protocol):
-    """Labels by utterance: labels.Labels, or a plain mapping to [frames]."""
-
-    def __getitem__(self, utterance: str) -> np.ndarray: ...
 
 
 def show(figure: Figure, folder: Path, name: str) -> None:
@@ -154,11 +147,11 @@ class Browser(widgets.VBox):
         manifest: pd.DataFrame,
         group: str = "speaker",
         phones: pd.DataFrame | None = None,
-        labels: Mapping[str, Mapping[str, UnitLabels]] | None = None,
+        labels: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """``manifest`` has utterance, path, samples and the column ``group``; ``phones`` as in phones.parquet.
 
-        ``labels`` maps the name of a codebook to the labels of each group, and those an utterance to its labels.
+        ``labels`` maps the name of a codebook to the labels of each group: of an utterance [frames].
         """
         self._tables = dict(list(manifest.groupby(group)))
         self._phones = {} if phones is None else dict(list(phones.groupby("utterance")))

@@ -76,7 +76,7 @@ class Corpus(Section):
 
     kind: Literal["synthetic", "librispeech"] = Field("synthetic", description="built-in corpus or LibriSpeech folders")
     root: Place = Field("", description="folder that holds the LibriSpeech subsets (kind: librispeech)")
-    train_subsets: list[Name] = Field(["train-clean-100"], description="subsets to train on")
+    train_subsets: list[Name] = Field(["train-clean-100"], min_length=1, description="subsets to train on")
     test_subsets: list[Name] = Field(["test-clean"], description="subsets for unit quality, never trained on")
     alignments: Place = Field("", description="phone alignments: folder of TextGrids, or JSON; empty: none")
     speakers: Natural = Field(6, description="training speakers of the synthetic corpus")
@@ -102,10 +102,8 @@ class Corpus(Section):
             if choice != kind and value:
                 yield folder, f"{value!r}, but {key} is {choice}; set {key}: {kind}, or leave it empty"
         subsets = self.train_subsets + self.test_subsets
-        if twice := sorted({name for name in subsets if subsets.count(name) > 1}):
-            yield "test_subsets", f"{', '.join(twice)} named twice; test speech is never trained on, name it once"
-        if not self.train_subsets:
-            yield "train_subsets", "an empty list; name at least one subset"
+        if len(set(subsets)) < len(subsets):
+            yield "test_subsets", "names a subset twice; test speech is never trained on, name each once"
 
 
 class Partition(Section):
@@ -127,7 +125,7 @@ class Kmeans(Section):
     """02_kmeans: the targets."""
 
     codebooks: list[Codebook] = Field(["federated", "client"], min_length=1, description="codebooks to fit and compare")
-    features: Place = Field("mfcc", description="mfcc, or a checkpoint folder (the second iteration)")
+    features: Place = Field("mfcc", min_length=1, description="mfcc, or a checkpoint folder (the second iteration)")
     layer: Natural | Literal["auto"] = Field(
         "auto", description="layer of the checkpoint; auto: that of the best units"
     )
@@ -147,8 +145,6 @@ class Kmeans(Section):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(set(self.codebooks)) < len(self.codebooks):
             yield "codebooks", "names one of them twice; keep one"
-        if not self.features:
-            yield "features", "empty; give mfcc, or a checkpoint folder"
         if self.features == "mfcc" and self.layer != "auto":
             yield "layer", f"{self.layer}, but features is mfcc, which has no layers; leave it out"
         if "central" in self.codebooks and self.engine == "deployment":
@@ -434,8 +430,7 @@ class Study(BaseModel):
             yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
 
 
-HOW = frozenset({"run", "engine", "threads", "device", "deadline_seconds", "download"})
-HOW |= {"mirror", "keywords_mirror"}
+HOW = frozenset(["run", "engine", "threads", "device", "deadline_seconds", "download", "mirror", "keywords_mirror"])
 """Parameters that say where and how a stage runs, not what comes out."""
 ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})
 """Parameters that add to what is there and change nothing of it (patience: when it is raised)."""

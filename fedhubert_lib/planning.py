@@ -1,11 +1,13 @@
 """What a run will need on this machine, from one measured training step."""
 
+import bisect
 import json
 import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -86,30 +88,23 @@ def plan(work: Workload, batch_seconds: float, steps: int, device: str = "cpu", 
     return Plan(device, step, parameters, steps, workers)
 
 
-def largest_batch(work: Workload, device: str = "cpu", at_most: float = 400.0, fraction: float = 0.8) -> float:
+def largest_batch(work: Workload, device: str, at_most: float, fraction: float = 0.8) -> float:
     """Seconds of audio of the largest batch whose training step stays below ``fraction`` of the free memory.
 
-    Doubles the clips as long as a step fits, then halves the gap. Raises MemoryError when one clip does not fit.
+    Raises MemoryError when one clip does not fit.
     """
     budget = fraction * resources.free_memory(torch.device(device))
 
-    def fits(clips: int) -> bool:
+    def too_many(clips: int) -> bool:
         try:
-            return measure_step(work, clips, device).bytes <= budget
+            return measure_step(work, clips, device).bytes > budget
         except torch.OutOfMemoryError:
-            return False
+            return True
 
-    most = max(1, int(at_most / work.crop_seconds))
-    fitting, too_many = 0, 1
-    while too_many <= most and fits(too_many):
-        fitting, too_many = too_many, 2 * too_many
-    too_many = min(too_many, most + 1)
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
-    if not fitting:
+    clips = bisect.bisect_left(range(1, int(at_most / work.crop_seconds) + 1), True, key=too_many)
+    if not clips:
         raise MemoryError(f"one clip of {work.crop_seconds} s does not fit on {device}; shorten it, or the model")
-    return fitting * work.crop_seconds
+    return clips * work.crop_seconds
 
 
 def measure_step(work: Workload, clips: int, device: str) -> Step:
@@ -127,16 +122,15 @@ def measure_step(work: Workload, clips: int, device: str) -> Step:
         return Step(audio_seconds, duration, torch.cuda.max_memory_allocated(device) - before)
     order = json.dumps([asdict(work), clips, torch.get_num_threads()])
     child = subprocess.run([sys.executable, "-m", __name__, order], capture_output=True, text=True, check=False)
-    if child.returncode == -signal.SIGKILL or "DefaultCPUAllocator: can't allocate memory" in child.stderr:
+    if child.returncode == -signal.SIGKILL or "can't allocate memory" in child.stderr:
         raise torch.OutOfMemoryError(f"{clips} clips of {work.crop_seconds} s do not fit into memory")
     if child.returncode:
         raise RuntimeError(f"measuring a training step failed: {child.stderr}")
     return Step(audio_seconds, *json.loads(child.stdout))
 
 
-def _measure_here(order: str) -> None:
+def _measure_here(values: dict[str, Any], clips: int, threads: int) -> None:
     """Child of ``measure_step``: prints [seconds, bytes]."""
-    values, clips, threads = json.loads(order)
     torch.set_num_threads(threads)
     before = psutil.Process().memory_info().rss
     duration = _two_steps(Workload(hubert.HubertConfig(**values.pop("config")), **values), clips, "cpu")
@@ -174,4 +168,4 @@ def _two_steps(work: Workload, clips: int, device: str) -> float:
 
 
 if __name__ == "__main__":
-    _measure_here(sys.argv[1])
+    _measure_here(*json.loads(sys.argv[1]))

@@ -6,8 +6,9 @@ before the first, and again once the corpus and the clients exist.
 
 import contextlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,17 +29,18 @@ from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
 from fedhubert_lib.teaching import Teacher
 
+_Problems = Iterator[tuple[str, str]]
+"""Parameters that cannot work, each with the reason."""
+
 
 def check(stage: str, p: params.Section, run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stage`` of the run in folder ``run`` can do its work."""
-    _refuse(_places(stage, p, run))
-    _refuse(_problems(stage, p, run, None))
+    _refuse({stage: p}, run, None)
 
 
 def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
-    _refuse(text for stage in stages for text in _places(stage, getattr(study, stage), run))
-    _refuse(text for stage in stages for text in _problems(stage, getattr(study, stage), run, study))
+    _refuse({stage: getattr(study, stage) for stage in stages}, run, study)
 
 
 def plan(run: Path, p: params.Pretrain) -> planning.Plan:
@@ -57,104 +59,91 @@ def plan(run: Path, p: params.Pretrain) -> planning.Plan:
         return planning.plan(work, p.batch_seconds, steps, resources.resolve(p.device), workers)
 
 
-def missing_packages(*names: str) -> list[str]:
-    """Those of the packages ``names`` that this Python cannot import."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
+def _refuse(sections: dict[str, params.Section], run: Path, study: params.Study | None) -> None:
+    """Raise RunError with all problems of ``sections``: first those of places that parameters name, then the rest."""
+    for look in _places, _problems:
+        found = (f"{stage}.{name}: {why}" for stage, p in sections.items() for name, why in look(stage, p, run, study))
+        if lines := list(dict.fromkeys(found)):
+            raise runs.RunError("\n".join(lines))
 
 
-def _refuse(problems: Iterable[str]) -> None:
-    if lines := list(dict.fromkeys(problems)):
-        raise runs.RunError("\n".join(lines))
-
-
-def _places(stage: str, p: params.Section, run: Path) -> Iterator[str]:
+def _places(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
     """Files and folders that parameters point to and that do not exist, or that the stage is going to make."""
     fetched = {"root", "keywords_root"} if isinstance(p, params.Corpus) and p.download else set()
-    for name, place in params.places(p).items():
-        if name not in fetched and not Path(place).exists():
-            yield f"{stage}.{name}: {place}: no such file or folder"
     made = [(run / folder).resolve() for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]]
     for name, place in params.places(p).items():
+        if name not in fetched and not Path(place).exists():
+            yield name, f"{place}: no such file or folder"
         if any(Path(place).resolve().is_relative_to(folder) for folder in made):
-            remedy = "give the run another name, or copy it first"
-            yield f"{stage}.{name}: {place}: lies in what this run makes from it; {remedy}"
+            yield name, f"{place}: lies in what this run makes from it; give the run another name, or copy it first"
 
 
-def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> Iterator[str]:
-    """Reasons why ``stage`` cannot work; its ``study`` tells what the stages before it are going to make."""
-    checks: list[tuple[str, Iterator[str]]] = []
-    if isinstance(p, params.Corpus):
-        checks = [("root", _speech(p)), ("keywords_root", _words(p))]
-    if isinstance(p, params.Kmeans | params.Federation | params.Evaluate):
-        checks += [("device", _device(p.device, getattr(p, "engine", "")))]
-    if isinstance(p, params.Kmeans | params.Federation):
-        checks += [("engine", _engine(p.engine))]
-    if isinstance(p, params.Federation):
-        checks += [("cohort", _cohort(p, run))]
-    if isinstance(p, params.Kmeans):
-        checks += [("features", _features(p))]
-    if isinstance(p, params.Pretrain):
-        checks += [("initial", _model(p.initial))]
-    if isinstance(p, params.Distill):
-        checks += [("teacher", _teacher(p, run, study))]
-    if isinstance(p, params.Evaluate):
-        checks += [("checkpoint", _model(p.checkpoint)), ("task", _keywords(p, run, study))]
-        checks += [("clusters", _units(p, run))]
-    for name, problems in checks:
+def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
+    """What keeps ``stage`` from working; its ``study`` tells what the stages before it are going to make."""
+    for name, look in _checks(p, run, study).items():
         try:
-            yield from (f"{stage}.{name}: {text}" for text in problems)
-        except (OSError, ValueError) as error:  # the library's own refusal of a corpus, a checkpoint, a teacher
-            yield f"{stage}.{name}: {str(error).removeprefix(f'{stage}.{name}: ')}"
+            look()
+        except (OSError, ValueError) as error:  # also the library's own refusal of a corpus, a checkpoint, a teacher
+            yield name, str(error).removeprefix(f"{stage}.{name}: ")
 
 
-def _speech(p: params.Corpus) -> Iterator[str]:
-    if "synthetic" in (p.kind, p.keywords) and missing_packages("espeakng_loader"):
-        yield "the speech synthesiser espeakng-loader is not installed; run: make install"
+def _checks(p: Any, run: Path, study: params.Study | None) -> dict[str, Callable[[], object]]:
+    """Functions that raise OSError or ValueError where the parameter of that name cannot work."""
+    checks: dict[str, Callable[[], object]] = {}
+    if isinstance(p, params.Corpus):
+        checks = {"root": lambda: _speech(p), "keywords_root": lambda: _words(p)}
+    if isinstance(p, params.Kmeans | params.Federation):
+        checks |= {"engine": lambda: _engine(p.engine)}
+    if isinstance(p, params.Kmeans | params.Federation | params.Evaluate) and getattr(p, "engine", "") != "ray":
+        checks |= {"device": lambda: resources.resolve(p.device)}  # a Ray cluster may have others than this machine
+    if isinstance(p, params.Kmeans) and p.features != "mfcc":
+        checks |= {"features": lambda: _features(p)}
+    if isinstance(p, params.Federation):
+        checks |= {"cohort": lambda: _cohort(p, run)}
+    if isinstance(p, params.Pretrain) and p.initial:
+        checks |= {"initial": lambda: pretrained.load(p.initial, weights=False)}
+    if isinstance(p, params.Distill):
+        checks |= {"teacher": lambda: _teacher(p, run, study)}
+    if isinstance(p, params.Evaluate):
+        checks |= {"task": lambda: _keywords(p, run, study), "clusters": lambda: _units(p, run)}
+        checks |= {"checkpoint": lambda: pretrained.load(p.checkpoint, weights=False)} if p.checkpoint else {}
+    return checks
+
+
+def _speech(p: params.Corpus) -> None:
+    if "synthetic" in (p.kind, p.keywords) and importlib.util.find_spec("espeakng_loader") is None:
+        raise ValueError("the speech synthesiser espeakng-loader is not installed; run: make install")
     if p.kind == "librispeech" and not p.download:
         subsets = p.train_subsets + p.test_subsets
         librispeech.home(Path(p.root), [name for name in subsets if not Path(p.root, f"{name}.tar.gz").is_file()])
 
 
-def _words(p: params.Corpus) -> Iterator[str]:
+def _words(p: params.Corpus) -> None:
     root = Path(p.keywords_root)
     fetched = p.download or any((root / f"{name}.tar.gz").is_file() for name in archives.KEYWORDS)
     if p.keywords == "speech-commands" and (speech_commands.is_home(root) or not fetched):
         speech_commands.usable(speech_commands.home(root))
-    yield from ()
 
 
-def _device(device: str, engine: str) -> Iterator[str]:
-    if engine != "ray":  # a Ray cluster may have other devices than this machine
-        resources.resolve(device)
-    yield from ()
+def _engine(engine: str) -> None:
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("ray given, but it is not installed; run: make ray")
 
 
-def _engine(engine: str) -> Iterator[str]:
-    if engine == "ray" and missing_packages("ray"):
-        yield "ray given, but it is not installed; run: make ray"
-
-
-def _cohort(p: params.Federation, run: Path) -> Iterator[str]:
+def _cohort(p: params.Federation, run: Path) -> None:
     if (run / "01_partition" / "clients.parquet").is_file():
         clients = len(federated.client_ids(run, p.codebook))
         if (size := rounds.sized(p, clients).cohort) > clients:
-            yield f"{size} given, but 01_partition made {clients} clients; give that or fewer"
+            raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _features(p: params.Kmeans) -> Iterator[str]:
-    if p.features != "mfcc":
-        depth = pretrained.load(p.features, weights=False)[0].config.num_hidden_layers
-        if (p.layer or 1) > depth:
-            yield f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them"
+def _features(p: params.Kmeans) -> None:
+    depth = pretrained.load(p.features, weights=False)[0].config.num_hidden_layers
+    if (p.layer or 1) > depth:
+        raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
 
-def _model(folder: str) -> Iterator[str]:
-    if folder:
-        pretrained.load(folder, weights=False)
-    yield from ()
-
-
-def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> Iterator[str]:
+def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> None:
     """Whether the student can learn from its teacher; that of 03_pretrain to come is what the study describes."""
     clusters = study.kmeans.clusters if study else None
     with torch.device("meta"):
@@ -166,10 +155,9 @@ def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> Iterat
             model = model or hubert.Hubert(recipes.model_config(study.pretrain))
             teacher = Teacher(model, hubert.Head(model.config, clusters))
         distillation.check_teacher(run, p, teacher, clusters)
-    yield from ()
 
 
-def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> Iterator[str]:
+def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> None:
     """Whether the clips allow a fair figure; before 00_corpus, whether SUPERB's task has what it needs."""
     path = run / "00_corpus" / "keywords.parquet"
     if path.is_file():
@@ -179,17 +167,17 @@ def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> Iter
     elif p.task == "superb" and study is not None:
         root = Path(study.corpus.keywords_root)
         if study.corpus.keywords == "synthetic":
-            yield "superb given; it needs background noise, which the synthetic keywords lack: give words"
-        elif speech_commands.is_home(root):
+            raise ValueError("superb given; it needs background noise, which the synthetic keywords lack: give words")
+        if speech_commands.is_home(root):
             root = speech_commands.home(root)
             if missing := sorted(set(keywords.COMMANDS) - speech_commands.usable(root)):
-                yield f"superb needs ten commands; {root} has no training or no test clip of {', '.join(missing)}"
+                lacks = f"{root} has no training or no test clip of {', '.join(missing)}"
+                raise ValueError(f"superb needs ten commands; {lacks}")
             keywords.noise(root)
 
 
-def _units(p: params.Evaluate, run: Path) -> Iterator[str]:
+def _units(p: params.Evaluate, run: Path) -> None:
     """Whether the held-out speech, once it is there, has a frame for every cluster."""
     if (run / "00_corpus" / "manifest.parquet").is_file() and (run / "01_partition" / "heldout.parquet").is_file():
         with contextlib.suppress(layers.NoPhonesError):  # units are then left out
             layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
-    yield from ()

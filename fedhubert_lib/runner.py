@@ -6,7 +6,7 @@ is the marker of ``runs.finish``, never the notebook's metadata, which say "comp
 kernel that was killed.
 """
 
-import json
+import contextlib
 import logging
 import os
 import re
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from fedhubert_lib import files, identity, params, runs
 
 OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 """Exit codes. 75 is EX_TEMPFAIL, "try again later": batch systems can requeue on it."""
-DAMAGED = "files that it made are missing or were changed: starts anew"
 
 
 class StageError(RuntimeError):
@@ -59,19 +58,14 @@ class _Stop:
             raise StageError(f"stopped by {self.by}; the same command resumes", INTERRUPTED)
 
 
-def run(study: params.Study, first: str = "corpus", last: str = "evaluate", force: bool = False) -> None:
-    """Run the stages ``first`` to ``last`` of ``study``; ``force`` runs those, too, that have not changed.
+def run(study: params.Study, stages: Sequence[str], force: bool = False) -> None:
+    """Run ``stages`` of ``study``, in this order; ``force`` runs those, too, that have not changed.
 
     Raises RunError when something is wrong that can be known before, StageError when a stage does not end well.
     """
     folder = runs.outputs() / study.run
-    stages = list(params.SECTIONS)
-    stages = stages[stages.index(first) : stages.index(last) + 1]
-    if not stages:
-        raise runs.RunError(f"--from {first} comes after --until {last}: nothing to run")
-    for stage in stages:
-        path = identity.notebook(stage)
-        tagged = sum("parameters" in cell.tags for cell in identity.read_notebook(path))
+    for path in map(identity.notebook, stages):
+        tagged = sum("parameters" in cell.tags for cell in identity.cells(path))
         if tagged != 1:  # without one, papermill puts the parameters above the cell that then overrides them
             raise runs.RunError(f"{path}: {tagged} cells are tagged 'parameters'; tag the one that sets them")
     from fedhubert_lib import preflight  # here: torch takes seconds that a misspelt parameter need not wait for
@@ -82,7 +76,7 @@ def run(study: params.Study, first: str = "corpus", last: str = "evaluate", forc
     try:
         with runs.holding(folder / ".runner.lock", "fedhubert run"):
             with _lock(folder):
-                runs.record(folder, {"study": study.study})
+                runs.record(folder, study=study.study)
             for number, stage in enumerate(stages, start=1):
                 _stage(stage, getattr(study, stage), folder, force, stop)
                 if stage in ("corpus", "partition"):  # now more is known about the stages to come
@@ -94,72 +88,62 @@ def run(study: params.Study, first: str = "corpus", last: str = "evaluate", forc
             signal.signal(number, handler)
 
 
-def reason(stage: str, p: params.Section, run: Path) -> tuple[bool, str]:
-    """Whether ``stage`` has to be run, and why, or why not, in words."""
-    name = params.FOLDERS[stage]
-    future = runs.prospect(stage, identity.of(stage, p, run), run)
-    changes, words = future.changes, runs.announcement(stage, future, run)
-    if future.kind != "keep":
-        return True, words or "not run yet"
-    if identity.outputs(run / name) != runs.read_json(run / name / "done.json")["outputs"]:
-        return True, DAMAGED
-    if stage == "corpus" and (lost := runs.lost_audio(run)):
-        moved = f"{lost}: no such file: the run was moved; its tables are written again"
-        return True, DAMAGED if lost.is_relative_to(run) else moved
-    if changes.code and not changes.additions:
-        return False, f"{changes}: its results are kept, skipped; --force makes them anew"
-    if any(changes):
-        return True, words
-    if (run / f"{name}.ipynb").exists():
+def needed(future: runs.Outlook, executed: Path) -> tuple[bool, str]:
+    """Whether a stage with this outlook and ``executed`` notebook has to be run, and why, or why not, in words."""
+    if future.kind != "done":
+        return True, future.words or "not run yet"
+    if future.changes.code and not future.changes.additions:
+        return False, f"{future.words}, skipped; --force makes them anew"
+    if any(future.changes):
+        return True, future.words
+    if executed.exists():
         return False, "unchanged, skipped"
-    # The runner was killed after the stage's last call and before it had put the notebook in its place.
-    killed = (run / f"{name}.unfinished.ipynb").exists()
-    return True, f"{'its notebook was not saved' if killed else 'was run by hand'}: its results are kept"
+    return True, "its notebook was not saved, or was run by hand: its results are kept"
 
 
 def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -> None:
     """Run one stage, or print why not."""
     name, folder = params.FOLDERS[stage], run / params.FOLDERS[stage]
+    executed, unfinished = run / f"{name}.ipynb", run / f"{name}.unfinished.ipynb"
     stop.check()
-    needed, why = (True, "forced: starts anew") if force else reason(stage, p, run)
-    _print(f"{name}: {why}")
-    if not force and (source := runs.prospect(stage, identity.of(stage, p, run), run).source):
-        with _lock(run):
-            runs.take_back(run, stage, source)
-        needed, why = reason(stage, p, run)
-        _print(f"{name}: {why}")
-    if not needed:
-        return
-    if force or why == DAMAGED:
+    if force:
         runs.forced(run, stage).touch()
-    began, unfinished = time.time(), run / f"{name}.unfinished.ipynb"
+    future = runs.outlook(stage, p, run)
+    if future.source is not None:
+        _print(f"{name}: {future.words}")
+        with _lock(run):
+            runs.take_back(run, stage, future.source)
+        future = runs.outlook(stage, p, run)
+    work, why = needed(future, executed)
+    _print(f"{name}: {why}")
+    if not work:
+        return
+    began = time.time()
     try:
-        with _Progress(folder):
+        with _progress(folder):
             _execute(stage, p, unfinished, stop)
         done = runs.read_json(folder / "done.json")
         if done is None:
             raise StageError("failed: it ended without runs.finish, its last call", FAILED)
-        if done["identity"]["parameters"] != json.loads(json.dumps(p.model_dump(exclude={"run"}))):
+        if done["identity"]["parameters"] != future.identity["parameters"]:
             raise StageError("failed: a cell between its parameters and runs.start has overridden a parameter", FAILED)
     except StageError as error:
         with _lock(run):
             _record_failure(stage, run, error, began)
         where = f"\n{name}: its cells so far: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error
-    with files.atomic(run / f"{name}.ipynb") as temporary:
-        temporary.write_bytes(unfinished.read_bytes())
-    unfinished.unlink()
+    unfinished.replace(executed)
     if stage == "evaluate":
-        save_page(run / f"{name}.ipynb")
+        save_page(executed)
     _print(f"{name}: done in {timedelta(seconds=round(time.time() - began))}")
 
 
 def _record_failure(stage: str, run: Path, error: StageError, began: float) -> None:
     """Record how a stage ended that did not end well, unless its kernel has."""
-    done = runs.read_json(run / params.FOLDERS[stage] / "done.json")
+    marker = run / params.FOLDERS[stage] / "done.json"
+    done, stages = runs.read_json(marker), (runs.read_json(run / "run.json") or {}).get("stages", {})
     if late := done is not None and done["finished"] >= began:  # after its last call
-        (run / params.FOLDERS[stage] / "done.json").unlink()
-    stages = (runs.read_json(run / "run.json") or {"stages": {}})["stages"]
+        marker.unlink()
     if late or stages.get(stage, {}).get("state", "running") == "running":
         state = {DIED: "died", INTERRUPTED: "interrupted"}.get(error.code, "failed")
         runs.give_up(run, stage, state, str(error))
@@ -169,22 +153,16 @@ def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
     """Execute the notebook of ``stage`` in a kernel of this very Python, into ``output``. Raises StageError."""
     # Imported here: it takes seconds, for which a misspelt parameter and `fedhubert ls` need not wait.
     import papermill
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import DeadKernelError
 
-    class ThisPython(KernelSpecManager):
-        """The Python that runs this, whatever kernels a person has registered under the name python3."""
-
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict())
-
     class Kernel(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
-            # ipykernel 7.3 and later warns at each start when its connection is not encrypted.
-            options |= {"kernel_spec_manager": ThisPython(), "ip": "127.0.0.1", "transport_encryption": "auto"}
-            super().__init__(**options)
+            # This Python, whatever kernels a person has registered as python3. ipykernel 7.3 and later warns at each
+            # start when its connection is not encrypted.
+            options |= {"kernel_spec_manager": KernelSpecManager(kernel_dirs=[]), "transport_encryption": "auto"}
+            super().__init__(ip="127.0.0.1", **options)
             stop.kernel = self
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -201,8 +179,9 @@ def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
             kernel_manager_class=Kernel,
             on_cell_start=stop.check,
         )
+        if not executed.metadata.papermill.exception:
+            return
         failure = StageError("failed: a cell left the notebook before its end with sys.exit", FAILED)
-        failure = failure if executed.metadata.papermill.exception else None
     except StageError:
         raise
     except papermill.PapermillExecutionError as error:
@@ -212,10 +191,9 @@ def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
     except RuntimeError as error:  # nbclient's and jupyter_client's for a kernel that does not answer
         failure = StageError(f"its kernel does not answer: {error}", DIED)
     except OSError as error:
-        raise StageError(f"its notebook cannot be written: {error}", FAILED) from error
-    if failure is not None:
-        stop.check()
-        raise failure
+        failure = StageError(f"its notebook cannot be written: {error}", FAILED)
+    stop.check()
+    raise failure
 
 
 def save_page(notebook: Path) -> Path:
@@ -229,69 +207,56 @@ def save_page(notebook: Path) -> Path:
     return page
 
 
-def _lock(run: Path) -> Any:
+def _lock(run: Path) -> contextlib.AbstractContextManager[None]:
     """The lock of a run, between two kernels."""
     return runs.holding(run / ".lock", "fedhubert run")
 
 
-class _Progress:
-    """While a stage runs, prints the rounds in its metrics.jsonl: loss, audio seconds per second, time left."""
+@contextlib.contextmanager
+def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterator[None]:
+    """Inside the block, print the rounds that a stage writes to metrics.jsonl in ``folder``."""
+    over, started = threading.Event(), time.time()
+    paths = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
 
-    def __init__(self, folder: Path, every: float = 2.0, silence: float = 60.0) -> None:
-        self.folder, self.every, self.silence = folder, every, silence
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        started = printed = time.time()
-        streams = [_rounds(self.folder / part, started) for part in ("", "centralised")]
-        while not self.over.wait(self.every):
-            lines = [line for stream in streams if (line := next(stream))]
-            if not lines and time.time() - printed > self.silence:
+    def watch() -> None:
+        sizes, printed = dict.fromkeys(paths, 0), started
+        while not over.wait(every):
+            sizes_now = {path: path.stat().st_size if path.is_file() else 0 for path in paths}
+            changed = [path for path in paths if sizes_now[path] != sizes[path]]
+            lines = [line for path in changed if (line := _last_round(path, started))]
+            if not lines and time.time() - printed > silence:
                 lines = [f"running for {timedelta(seconds=round(time.time() - started))}"]
             for line in lines:
-                _print(f"{self.folder.name}: {line}")
+                _print(f"{folder.name}: {line}")
                 printed = time.time()
+            sizes = sizes_now
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
-def _rounds(folder: Path, since: float) -> Iterator[str]:
-    """In words, the last of the rounds that metrics.jsonl has gained between two calls of ``next``; empty: none."""
-    path, offset, rounds, seconds = folder / "metrics.jsonl", 0, 0, []
-    part = "centralised " if folder.name == "centralised" else ""
-    while True:
-        last = None
-        if path.is_file():
-            if path.stat().st_size < offset:  # the stage has started anew
-                offset, rounds, seconds = 0, 0, []
-            with path.open("rb") as file:
-                file.seek(offset)
-                lines = [line for line in file if line.endswith(b"\n")]  # not one that is still being written
-            offset += sum(map(len, lines))
-            for row in map(json.loads, lines):
-                if row["kind"] == "plan":
-                    rounds = row["rounds"]
-                elif row["kind"] in ("round", "lloyd") and row["time"] >= since:  # not those from before a restart
-                    last = row
-                    seconds.append(row.get("seconds", 0.0))
-        if last is None:
-            yield ""
-            continue
-        words = [f"{part}round {last['round']}" + (f"/{rounds}" if rounds else "")]
-        names = {"loss": "loss", "accuracy_masked": "masked accuracy", "inertia": "inertia"}
-        words += [f"{word} {last[key]:.4g}" for key, word in names.items() if last.get(key) is not None]
-        if last.get("audio_seconds_per_second"):
-            words.append(f"{last['audio_seconds_per_second']:.4g} audio s/s")
-        if rounds > last["round"]:
-            left = (rounds - last["round"]) * sum(seconds) / len(seconds)
-            words.append(f"{timedelta(seconds=round(left))} left")
-        yield ", ".join(words)
+def _last_round(path: Path, since: float) -> str:
+    """The last round of a metrics.jsonl: loss, audio seconds per second, time left; empty if none came ``since``."""
+    rows = files.read_rows(path)
+    done = [row for row in rows if row["kind"] in ("round", "lloyd") and row["time"] >= since]
+    if not done:
+        return ""
+    last, rounds = done[-1], max((row["rounds"] for row in rows if row["kind"] == "plan"), default=0)
+    words = [f"{'centralised ' if path.parent.name == 'centralised' else ''}round {last['round']}"]
+    words[0] += f"/{rounds}" if rounds else ""
+    names = {"loss": "loss", "accuracy_masked": "masked accuracy", "inertia": "inertia"}
+    words += [f"{word} {last[key]:.4g}" for key, word in names.items() if last.get(key) is not None]
+    if last.get("audio_seconds_per_second"):
+        words.append(f"{last['audio_seconds_per_second']:.4g} audio s/s")
+    if rounds > last["round"]:
+        left = (rounds - last["round"]) * sum(row.get("seconds", 0.0) for row in done) / len(done)
+        words.append(f"{timedelta(seconds=round(left))} left")
+    return ", ".join(words)
 
 
 def _print(line: str) -> None:

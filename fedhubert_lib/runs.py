@@ -4,11 +4,12 @@ Every notebook begins with ``start``, which checks and changes nothing, does its
 with ``finish``. ``begun.json`` holds the identity of the work in a stage's folder, ``done.json``, written last, is the
 only sign of success. The same work resumes where it stopped. Other work moves what the folder holds to
 ``RUN/.previous/STAGE-NUMBER``, from where it is taken back when it is asked for again: nothing that cost time is
-deleted.
+deleted. ``outlook`` says which of these it will be, to notebooks and to the runner.
 """
 
 import ast
 import contextlib
+import itertools
 import math
 import os
 import resource
@@ -16,11 +17,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -31,9 +32,9 @@ PREVIOUS = ".previous"
 """The folder of a run that keeps what other work has replaced."""
 LOCK_SECONDS = 5.0
 """How long to wait for a lock: the kernel of a runner that was killed takes a moment to notice."""
-_AT_THE_START = {"begun.json", "params.yaml", "record.json"}
-_locks: set[Path] = set()
-"""The lock files that this process holds."""
+DAMAGED = "files that it made are missing or were changed"
+WAS_DONE = ".done.json"
+"""A stage's done.json while it works again."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,9 +76,15 @@ class Stage:
         Raises RunError when parameters or inputs are no longer those that ``start`` saw. An interrupt ends in
         ``Interrupted``. A stage that fails before it has written anything leaves the run as it was.
         """
-        self._check_current()
+        p = studies.check(self.name, _parameters(self.namespace, type(self.p).model_fields))
+        pairs = ((name, getattr(self.p, name), value) for name, value in p)
+        if changed := [f"{name} is {now!r} now and was {then!r} then" for name, then, now in pairs if now != then]:
+            raise RunError(f"parameters have changed since runs.start ({'; '.join(changed)}): run that cell again")
+        future = outlook(self.name, self.p, self.run)
+        if future.identity["inputs"] != self.identity["inputs"]:
+            raise RunError(f"{self.run}: inputs have changed since runs.start: run that cell again")
         with holding(self.run / ".lock", f"notebook {self.folder.name}"):
-            _begin(self)
+            _begin(self, future)
             try:
                 yield
             except KeyboardInterrupt as error:
@@ -86,19 +93,6 @@ class Stage:
             except Exception as error:
                 give_up(self.run, self.name, "failed", f"{type(error).__name__}: {error}")
                 raise
-
-    def _check_current(self) -> None:
-        names = _assigned(self.namespace)
-        current = studies.check(self.name, _only(self.namespace, names or type(self.p).model_fields))
-        changed = [
-            f"{name} is {value!r} now and was {getattr(self.p, name)!r} then"
-            for name, value in current
-            if value != getattr(self.p, name)
-        ]
-        if changed:
-            raise RunError(f"parameters have changed since runs.start ({'; '.join(changed)}): run that cell again")
-        if identity.of(self.name, self.p, self.run)["inputs"] != self.identity["inputs"]:
-            raise RunError(f"{self.run}: inputs have changed since runs.start: run that cell again")
 
 
 def outputs() -> Path:
@@ -112,29 +106,26 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
     Checks the parameters, that the stages before are done and that nobody else works in the run; prints what will
     become of the folder's content. Writes nothing. Raises ParameterError or RunError.
     """
-    p = studies.check(stage, _only(namespace, _assigned(namespace) or namespace))
+    p = studies.check(stage, _parameters(namespace, namespace))
     run = outputs() / p.run
-    if stage != "corpus" and (lost := lost_audio(run)):
-        raise RunError(
-            f"{lost}: no such file; was this run moved? Run notebooks 00_corpus and 01_partition again: they write"
-            " where it is now, and later stages keep their results. If not: fedhubert run --from corpus --force"
-        )
     if run.exists():
         with holding(run / ".lock", f"notebook {params.FOLDERS[stage]}"):
             pass
-    now = identity.of(stage, p, run)
-    if words := announcement(stage, prospect(stage, now, run), run):
-        print(f"{params.FOLDERS[stage]}: {words}")
+    future = outlook(stage, p, run)
+    if future.words:
+        print(f"{params.FOLDERS[stage]}: {future.words}")
     facts = {
+        "stage": stage,
         "study": (read_json(run / "run.json") or {}).get("study", run.name),
         "run": run.name,
         "seed": p.seed,
         "git": identity.git(),
-        "versions": now["versions"],
+        "versions": future.identity["versions"],
         "hardware": resources.hardware(),
         "data": identity.data_fingerprint(run),
+        "started": clock(time.time()),
     }
-    return Stage(stage, run, p, {"stage": stage, **facts, "started": clock(time.time())}, now, namespace)
+    return Stage(stage, run, p, facts, future.identity, namespace)
 
 
 def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str, Any]:
@@ -151,49 +142,42 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
         work["inputs"] |= identity.listings(stage.p)  # what has been downloaded or unpacked
-        resumed = begun.get("resumed", [])
-        files.write_json(folder / "begun.json", {"identity": work, "started": begun["started"], "resumed": resumed})
-        started = max(begun["started"], stage.began)
-        used = _used_since(started)
-        facts = {**stage.provenance, **used, "data": identity.data_fingerprint(stage.run)}
-        state = {"state": "done", "headline": dict(headline), **used}
-        record(stage.run, {"data": facts["data"]}, stage.name, state)
-        done = {"identity": work, **identity.results(stage.name, stage.p, folder), "headline": dict(headline)}
-        done |= {"started": started, "finished": time.time(), "resumed": resumed}
+        begun = {"identity": work, "started": begun["started"], "resumed": begun.get("resumed", [])}
+        files.write_json(folder / "begun.json", begun)
+        done = begun | identity.results(stage.name, stage.p, folder) | {"headline": dict(headline)}
+        data = done["speech"][:16] if stage.name == "corpus" else identity.data_fingerprint(stage.run)
+        used = _used_since(max(begun["started"], stage.began))
+        done |= {"used": used, "git": stage.provenance["git"], "finished": time.time()}
+        record(stage.run, stage.name, _state(done), data=data)
         files.write_json(folder / "done.json", done)
-    return facts
+        (folder / WAS_DONE).unlink(missing_ok=True)
+    return {**stage.provenance, **used, "data": data}
 
 
-def _begin(stage: Stage) -> None:
-    """Make the stage's folder one of its work, see ``prospect``, and record that it is not done any more.
+def _begin(stage: Stage, future: "Outlook") -> None:
+    """Make the stage's folder one of its work, as ``future`` says, and record that it is not done any more.
 
     The caller holds the run's lock.
     """
     run, folder = stage.run, stage.folder
-    future = prospect(stage.name, stage.identity, run)
-    begun: dict[str, Any] = {"started": time.time()}
     if future.source is not None:
         take_back(run, stage.name, future.source)
-    elif future.kind not in ("keep", "resume"):
-        replaced = _clear(run, stage.name)
-        begun |= {} if replaced is None else {"replaced": replaced}
+    elif future.kind == "anew":
+        _clear(run, stage.name)
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
-    if (before := read_json(folder / "begun.json")) is not None:
-        begun = before
-        if before["started"] < stage.began:
-            changes = identity.compare(before["identity"], stage.identity)
-            note = {"time": clock(time.time()), "changes": str(changes)}
-            begun = before | {"started": time.time(), "resumed": [*before.get("resumed", []), note]}
-    if (done := read_json(folder / "done.json")) is not None:
-        begun |= {"done": done, "state": _states(run).get(stage.name, {})}
+    begun = read_json(folder / "begun.json") or {"started": time.time()}
+    if begun["started"] < stage.began:
+        note = {"time": clock(time.time()), "changes": str(identity.compare(begun["identity"], stage.identity))}
+        begun |= {"started": time.time(), "resumed": [*begun.get("resumed", []), note]}
+    if (folder / "done.json").exists():
+        (folder / "done.json").replace(folder / WAS_DONE)
     with files.atomic(folder / "params.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(stage.p.model_dump(), sort_keys=False), encoding="utf-8")
     files.write_json(folder / "begun.json", begun | {"identity": stage.identity})
-    (folder / "done.json").unlink(missing_ok=True)
     facts = {name: value for name, value in stage.provenance.items() if name not in ("stage", "started")}
-    record(run, facts, stage.name, {"state": "running", "started": clock(begun["started"]), "git": facts["git"]})
+    record(run, stage.name, {"state": "running", "started": clock(begun["started"]), "git": facts["git"]}, **facts)
 
 
 def give_up(run: Path, stage: str, state: str, reason: str) -> None:
@@ -201,103 +185,105 @@ def give_up(run: Path, stage: str, state: str, reason: str) -> None:
 
     Where nothing new was written, a stage that was done is done again, and work that had moved aside is back.
     """
-    folder = run / params.FOLDERS[stage]
-    begun = read_json(folder / "begun.json") or {}
-    replaced, done = run / PREVIOUS / begun.get("replaced", "nothing"), begun.get("done")
-    attempt = {"state": state, "reason": reason.split("\n")[0]}
-    if replaced.is_dir() and not _has_results(folder):
-        shutil.rmtree(folder)
-        take_back(run, stage, replaced)
-        record(run, {}, stage, {"last_attempt": attempt})
-    elif done is not None and identity.outputs(folder) == done["outputs"]:
-        work = {name: done[name] for name in ("identity", "started", "resumed")}
-        files.write_json(folder / "begun.json", work)
-        files.write_json(folder / "done.json", done)
-        record(run, {}, stage, begun["state"] | {"last_attempt": attempt})
+    folder, attempt = run / params.FOLDERS[stage], {"state": state, "reason": reason.split("\n")[0]}
+    if (done := read_json(folder / WAS_DONE)) is not None and identity.outputs(folder) == done["outputs"]:
+        (folder / WAS_DONE).replace(folder / "done.json")
+        record(run, stage, _state(done) | {"last_attempt": attempt})
+    elif not _has_results(folder) and (earlier := previous(run, stage)):
+        take_back(run, stage, earlier[0])
+        record(run, stage, {"last_attempt": attempt})
     else:
-        record(run, {}, stage, attempt)
+        record(run, stage, attempt)
 
 
 # --------------------------------------------------------------------------------------- what becomes of what there is
 
 
-class Prospect(NamedTuple):
-    """The fate of a stage's folder once the stage works: see ``prospect``."""
+@dataclass(frozen=True)
+class Outlook:
+    """The fate of a stage's folder once the stage works: see ``outlook``."""
 
     kind: str
-    """new, resume, keep (it is done), anew (the content moves aside), back (from ``.previous``)."""
+    """done (it stays as it is), resume, anew (what the folder holds moves aside), back (from ``.previous``)."""
+    words: str
+    """Why, and where to; empty where a folder is new, or done and unchanged."""
     changes: Changes
+    """Since the folder's work was begun."""
+    identity: dict[str, Any]
+    """Of the work that is asked for."""
     source: Path | None = None
     """back: where it is now."""
 
 
-def prospect(stage: str, now: Mapping[str, Any], run: Path) -> Prospect:
-    """What will become of the folder of ``stage`` in ``run`` once work of the identity ``now`` begins."""
-    folder = run / params.FOLDERS[stage]
-    begun = read_json(folder / "begun.json")
+def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
+    """What will become of the folder of ``stage`` in ``run`` once work with the parameters ``p`` begins.
+
+    Raises RunError where the stage cannot begin: see ``identity.of``.
+    """
+    lost = lost_audio(run)
+    if lost and stage != "corpus":
+        raise RunError(
+            f"{lost}: no such file; was this run moved? Run notebooks 00_corpus and 01_partition again: they write"
+            " where it is now, and later stages keep their results. If not: fedhubert run --from corpus --force"
+        )
+    folder, now = run / params.FOLDERS[stage], identity.of(stage, p, run)
+    done = read_json(folder / "done.json")
+    work = done or read_json(folder / "begun.json")
+    changes = identity.compare(work["identity"], now) if work else Changes()
     if forced(run, stage).exists():
-        return Prospect("anew" if folder.exists() else "new", Changes("forced"))
-    changes = Changes() if begun is None else identity.compare(begun["identity"], now)
-    if begun is not None and not changes.results:
-        return Prospect("keep" if (folder / "done.json").exists() else "resume", changes)
-    if begun is None and _has_results(folder):
-        return Prospect("anew", Changes("no record of what made it"))
-    for earlier in previous(run, stage):
-        work = read_json(earlier / "begun.json")
-        if work is not None and not identity.compare(work["identity"], now).results:
-            return Prospect("back", changes, earlier)
-    return Prospect("new" if begun is None else "anew", changes)
-
-
-def announcement(stage: str, future: Prospect, run: Path) -> str:
-    """``future`` in words; empty where a folder is new, or done and unchanged."""
-    changes = future.changes
-    if future.kind == "back":
-        return f"{changes.results or 'was moved aside'}: taken back from {future.source}"
-    if future.kind == "anew":
-        words, target = f"{changes.results}: starts anew", _aside(run, stage)
-        if _has_results(run / params.FOLDERS[stage]):
-            words += f"\nits results move to {target}"
-            if stage == "pretrain" and " rounds " in changes.results:
-                words += f"; to train on from its weights instead: initial: {target}/checkpoint, in another run"
-        return words
-    if future.kind == "resume":
-        return "was not finished: resumes" + (f" ({changes})" if any(changes) else "")
-    return f"{changes}: its results are kept" if any(changes) else ""
+        changes = Changes("forced")
+    elif work is None and _has_results(folder):
+        changes = Changes("no record of what made it")
+    elif work is None or changes.results:
+        for earlier in previous(run, stage):
+            work = read_json(earlier / "begun.json")
+            if work and not identity.compare(work["identity"], now).results:
+                words = f"{changes.results or 'was moved aside'}: taken back from {earlier}"
+                return Outlook("back", words, changes, now, earlier)
+    elif done is None:
+        words = "was not finished: resumes" + (f" ({changes})" if any(changes) else "")
+        return Outlook("resume", words, changes, now)
+    elif identity.outputs(folder) != done["outputs"] or (lost and lost.is_relative_to(run)):
+        changes = Changes(DAMAGED)
+    else:
+        if lost:
+            changes = Changes(additions=f"{lost}: no such file: the run was moved; its tables are written again")
+        return Outlook("done", f"{changes}: its results are kept" if any(changes) else "", changes, now)
+    words = f"{changes.results}: starts anew" if changes.results else ""
+    if _has_results(folder):
+        words += f"\nits results move to {_aside(run, stage)}"
+        if stage == "pretrain" and " rounds " in words:
+            words += "; to train on from its weights instead, give another run their checkpoint folder as initial"
+    return Outlook("anew", words, changes, now)
 
 
 def previous(run: Path, stage: str = "") -> list[Path]:
     """The folders of ``stage`` (default: of all) that have moved aside, the latest first."""
     paths = (run / PREVIOUS).glob(f"{params.FOLDERS.get(stage, '*')}-*")
-    return sorted((path for path in paths if path.name.rpartition("-")[2].isdigit()), key=_number, reverse=True)
-
-
-def _number(aside: Path) -> int:
-    return int(aside.name.rpartition("-")[2])
+    return sorted(paths, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def _aside(run: Path, stage: str) -> Path:
     """Where the folder of ``stage`` would move."""
-    return run / PREVIOUS / f"{params.FOLDERS[stage]}-{max(map(_number, previous(run, stage)), default=0) + 1}"
+    places = (run / PREVIOUS / f"{params.FOLDERS[stage]}-{number}" for number in itertools.count(1))
+    return next(place for place in places if not place.exists())
 
 
-def _clear(run: Path, stage: str) -> str | None:
-    """Move the folder of ``stage``, with its executed notebook, to ``.previous/``; returns its name there, if any.
+def _clear(run: Path, stage: str) -> None:
+    """Move the folder of ``stage``, with its executed notebook, to ``.previous/``; one without results goes.
 
-    A folder without results goes. The caller holds the run's lock.
+    The caller holds the run's lock.
     """
     folder, target = run / params.FOLDERS[stage], _aside(run, stage)
     if not _has_results(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        return None
-    files.write_json(folder / "record.json", _states(run).get(stage, {}))
+        return
     notebook = run / f"{folder.name}.ipynb"
     if notebook.exists():
         notebook.replace(folder / notebook.name)
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
     print(f"moved: {folder} -> {target}", flush=True)
-    return target.name
 
 
 def take_back(run: Path, stage: str, source: Path) -> None:
@@ -308,9 +294,8 @@ def take_back(run: Path, stage: str, source: Path) -> None:
     notebook = folder / f"{folder.name}.ipynb"
     if notebook.exists():
         notebook.replace(run / notebook.name)
-    if (state := read_json(folder / "record.json")) is not None:
-        record(run, {}, stage, state)
-        (folder / "record.json").unlink()
+    done = read_json(folder / "done.json")
+    record(run, stage, {"state": "interrupted"} if done is None else _state(done))
     print(f"moved: {source} -> {folder}", flush=True)
 
 
@@ -321,11 +306,8 @@ def forced(run: Path, stage: str) -> Path:
 
 def _has_results(folder: Path) -> bool:
     """Whether a stage's folder holds more than the records of its start, and figures."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return any(
-        name.parts[0] != "figures" and name.as_posix() not in _AT_THE_START and not name.name.startswith(".")
-        for name in names
-    )
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return any(name.parts[0] not in ("figures", "begun.json", "params.yaml") for name in names)
 
 
 def lost_audio(run: Path) -> Path | None:
@@ -345,33 +327,32 @@ def lost_audio(run: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------ parameters of a notebook
 
 
-def _only(namespace: Mapping[str, Any], names: Any) -> dict[str, Any]:
-    return {name: namespace[name] for name in names if name in namespace}
-
-
-def _assigned(namespace: Mapping[str, Any]) -> set[str]:
-    """The names that a notebook's parameters cell has set when it was executed last; none where no cells are kept.
+def _parameters(namespace: Mapping[str, Any], default: Iterable[str]) -> dict[str, Any]:
+    """The variables that a notebook's parameters cell has set when it was executed last; else those named ``default``.
 
     IPython keeps the cells that were executed. A name that only an earlier version of that cell has set is no parameter
     any more; nor is one that a later cell has, but for those that do nothing but set plain values, as papermill's does.
     """
     cells = namespace.get("In")
-    cells = [(source, *_assignments(source)) for source in cells] if isinstance(cells, list) else []
-    numbers = [  # papermill's cell may set any of them
-        number for number, (source, names, _) in enumerate(cells) if {"run", "seed"} <= names and source[:2] != "# "
-    ]
-    if not numbers:
-        return set()
-    return cells[numbers[-1]][1].union(*(names for _, names, plain in cells[numbers[-1] :] if plain))
+    names: set[str] = set()
+    for source in reversed(cells if isinstance(cells, list) else []):
+        assigned, plain = _assignments(source)
+        is_parameters = {"run", "seed"} <= assigned and not source.startswith("# ")  # papermill's cell may set them all
+        names |= assigned if plain or is_parameters else set()
+        if is_parameters:
+            break
+    else:
+        names = set(default)
+    return {name: namespace[name] for name in names if name in namespace}
 
 
 def _assignments(source: str) -> tuple[set[str], bool]:
     """The names that a cell sets if it does nothing else, else none; and whether all their values are plain."""
-    names, plain = set(), True
     try:
         body = ast.parse(source).body
     except SyntaxError:
         return set(), False
+    names, plain = set(), True
     for node in body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if not isinstance(node, ast.Assign | ast.AnnAssign) or not all(isinstance(item, ast.Name) for item in targets):
@@ -387,18 +368,20 @@ def _assignments(source: str) -> tuple[set[str], bool]:
 # ------------------------------------------------------------------------------------------------- record and locks
 
 
-def record(run: Path, facts: Mapping[str, Any], stage: str = "", state: Mapping[str, Any] | None = None) -> None:
-    """Put ``facts`` at the top level of run.json and ``state`` under ``stage``. The caller holds the run's lock."""
+def record(run: Path, stage: str = "", state: Mapping[str, Any] | None = None, /, **facts: Any) -> None:
+    """Put ``facts`` at the top level of run.json and ``state`` under ``stage``: in place of what is there if it says
+    when it started. The caller holds the run's lock."""
     whole = read_json(run / "run.json") or {}
     stages = whole.pop("stages", {})
     if state is not None:
-        before = {} if state.get("state") == "running" else stages.get(stage, {})
-        stages[stage] = before | dict(state)
-    files.write_json(run / "run.json", whole | dict(facts) | {"stages": stages})
+        stages[stage] = ({} if "started" in state else stages.get(stage, {})) | dict(state)
+    files.write_json(run / "run.json", whole | facts | {"stages": stages})
 
 
-def _states(run: Path) -> dict[str, Any]:
-    return (read_json(run / "run.json") or {}).get("stages", {})
+def _state(done: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a stage in run.json that follows from its done.json."""
+    state = {"state": "done", "started": clock(done["started"]), "git": done.get("git"), "headline": done["headline"]}
+    return state | done.get("used", {})
 
 
 def _used_since(started: float) -> dict[str, Any]:
@@ -419,10 +402,7 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def holding(path: Path, who: str) -> Iterator[None]:
-    """Hold the lock file ``path`` inside the block. Raises RunError if another process does."""
-    if path in _locks:
-        yield
-        return
+    """Hold the lock file ``path`` inside the block. Raises RunError if somebody else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(path, LOCK_SECONDS) as free:
         if not free:
@@ -433,11 +413,7 @@ def holding(path: Path, who: str) -> Iterator[None]:
             )
         about = f"{who}, process {os.getpid()} on {socket.gethostname()}, since {clock(time.time())}\n"
         path.write_text(about, encoding="utf-8")
-        _locks.add(path)
-        try:
-            yield
-        finally:
-            _locks.discard(path)
+        yield
 
 
 def is_held(path: Path) -> bool:

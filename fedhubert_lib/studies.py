@@ -21,6 +21,7 @@ Key = tuple[str, ...]
 
 _SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
 """Parameters that a student does not inherit from its teacher's pretraining."""
+_INHERITED = (Federation.model_fields.keys() | {"codebook"}) - Section.model_fields.keys() - _SHAPE
 
 
 class ParameterError(ValueError):
@@ -34,8 +35,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
     """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.
 
     What neither the file nor its ``base`` sets has its default; what ``distill`` does not set and ``pretrain`` does is
-    pretraining's (``inherit``). ``run`` names the folder under outputs/; default: the file's ``run``, else its
-    ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
+    pretraining's, but for the model's shape. ``run`` names the folder under outputs/; default: the file's ``run``, else
+    its ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
     ParameterError with all errors at once.
     """
     path = Path(path)
@@ -46,17 +47,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             places[_override(raw, override)] = f"--set {override}"
         except ValueError as error:
             errors.append(f"--set {override}: {error}")
-    inherited = inherit(raw)
-    raw.setdefault("study", path.stem)
+    raw = {"study": path.stem, "seed": 0, **raw}
     raw["run"] = run or raw.get("run", raw["study"])
-    raw.setdefault("seed", 0)
+    pretrain = raw.get("pretrain")
     for stage in SECTIONS:
-        section = raw[stage] = {} if raw.get(stage) is None else raw[stage]
+        section = {} if raw.get(stage) is None else raw[stage]
         if isinstance(section, dict):
             if "run" in section:
                 errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
-            section["run"] = raw["run"]
-            section.setdefault("seed", raw["seed"])
+            if stage == "distill" and isinstance(pretrain, dict):
+                section = {name: pretrain[name] for name in pretrain.keys() & _INHERITED} | section
+            raw[stage] = {"seed": raw["seed"], **section, "run": raw["run"]}
 
     def place(key: Key) -> str:
         return places.get(key) or places.get(key[:1]) or str(path)
@@ -64,8 +65,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
-        copied = {(stage, key) for stage in SECTIONS for key in ("run", "seed")} - places.keys()
-        copied |= {("distill", key) for key in inherited}
+        copied = {(stage, name) for stage in SECTIONS for name in ("run", "seed")} - places.keys()
+        copied |= {("distill", name) for name in _INHERITED} - places.keys()
         errors += _explained(error, Study, place, copied)
     else:
         errors += [f"{place((stage, key))}: {stage}.{key}: {text}" for stage, key, text in study.conflicts()]
@@ -74,24 +75,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
     return study
 
 
-def inherit(sections: dict[str, Any]) -> set[str]:
-    """Put what ``pretrain`` sets of the federation, and ``distill`` does not, into ``distill``; returns the names."""
-    pretrain, distill = sections.get("pretrain"), sections.get("distill") or {}
-    if not isinstance(pretrain, dict) or not isinstance(distill, dict):
-        return set()
-    common = (Federation.model_fields.keys() | {"codebook"}) - Section.model_fields.keys() - _SHAPE
-    names = (pretrain.keys() & common) - distill.keys()
-    sections["distill"] = {name: pretrain[name] for name in names} | distill
-    return names
-
-
 def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     """The parameters of ``stage`` from ``namespace``, the variables that its notebook has set: its ``globals()``.
 
     A variable with a plain value whose name is no parameter is an error, since papermill injects a misspelt parameter
     without a word; names that begin with an underscore are the notebook's own. What is not set has its default: the
-    parameters cell shows only what its reader may want to change. A study file passed to plain ``papermill -f`` arrives
-    as one mapping per section; the stage's own is then put over the values of the cell.
+    parameters cell shows only what its reader may want to change.
     """
     schema, where = SECTIONS[stage], f"parameters of {FOLDERS[stage]}"
     plain: dict[str, Any] = {
@@ -101,11 +90,6 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
         and not name.startswith("_")
         and name not in ("In", "Out")  # IPython's
     }
-    sections = {name: plain.pop(name) for name in SECTIONS if isinstance(plain.get(name), dict)}
-    if sections:
-        inherit(sections)
-        study = {"run": plain.pop("study")} if "study" in plain else {}
-        plain |= study | sections.get(stage, {})
     for name, value in plain.items():
         if isinstance(value, str) and not _is_text(schema, name):
             plain[name] = _value(value)  # papermill reads YAML 1.1, to which 1e-3 is text
@@ -132,6 +116,18 @@ def described(stage: str) -> str:
             default = default if isinstance(default, str) and default else json.dumps(default)
             lines.append(f"  {name}: {default}  # {content['description']} ({_range(content)})")
     return "\n".join(lines)
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    """In words, what a parameter with this JSON schema may be."""
+    if "anyOf" in schema:
+        return " or ".join(map(_range, schema["anyOf"]))
+    if schema.get("type") == "array":
+        return f"list of {_range(schema['items'])}"
+    words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+    word = ", ".join(schema.get("enum", ())) or schema.get("const") or words.get(schema["type"], "none")
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    return f"{word} {' and '.join(f'{signs[key]} {schema[key]:g}' for key in signs if key in schema)}".strip()
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -224,19 +220,3 @@ def _value(text: str) -> Any:
 
 def _is_text(schema: type[BaseModel], name: str) -> bool:
     return schema.model_json_schema()["properties"].get(name, {}).get("type") == "string"
-
-
-def _range(described: Mapping[str, Any]) -> str:
-    """In words, what a parameter with this JSON schema may be."""
-    if "anyOf" in described:
-        return " or ".join(map(_range, described["anyOf"]))
-    if "enum" in described:
-        return ", ".join(described["enum"])
-    if "const" in described:
-        return described["const"]
-    if described["type"] == "array":
-        return f"list of {_range(described['items'])}"
-    words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {described[limit]:g}" for limit, sign in signs.items() if limit in described]
-    return " ".join([words.get(described["type"], "none"), " and ".join(limits)]).strip()

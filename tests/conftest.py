@@ -1,11 +1,18 @@
-"""What all tests share."""
+"""Fixtures of several test files."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from federation import NARROW
+
+from fedhubert_lib import hubert
 
 ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
+"""A model for exports."""
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +22,21 @@ def real_speech() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real speech: {folder} is no folder; set FEDHUBERT_DATA")
     return folder
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One narrow layer in the preset tiny; clients get the configuration in the message."""
+    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **NARROW})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums split over another number of threads round differently; and two workers fit two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from fedhubert_lib import pretraining
 from fedhubert_lib.federated import client_ids, deployment, keys, pool
 from fedhubert_lib.federated.protocol import Failure, Reply
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 STUDY = {"rounds": 2, "cohort": 3, "local_steps": 1, "validate_every": 2, "layers": 1, "hidden_size": 64}
 STUDY |= {"server": "nesterov", "server_schedule": "clients", "server_rate": 0.7}
@@ -30,15 +30,6 @@ STUDY |= {"server": "nesterov", "server_schedule": "clients", "server_rate": 0.7
 
 def make(folder: Path) -> Path:
     return federation.make(folder, clients=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums split over another number of threads round differently; and two workers fit two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

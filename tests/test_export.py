@@ -5,13 +5,13 @@ import json
 import pandas as pd
 import pytest
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import cost
 from fedhubert_lib.export import card, formats, onnx
 
-SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
 PRESETS = {
     "post-norm": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
     "pre-norm": ("large", "waveform", {**SMALL, "conv_dim": (16,) * 7}),

@@ -11,38 +11,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
-import torch
-from federation import NARROW, make, pretrain, rows, train_narrow
+from federation import make, pretrain, rows, train_narrow
 
-from fedhubert_lib import checkpoints, federated, files, hubert, params, pretraining
+from fedhubert_lib import checkpoints, federated, files, params, pretraining
 from fedhubert_lib.federated import deployment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("narrow")]
 
 
 FORKS = multiprocessing.get_context("forkserver")
 """A child forked from the tests' own process would wait for ever for threads that other tests have started there."""
 FORKS.set_forkserver_preload(["fedhubert_lib.pretraining"])
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as the children have: the same sums in the same order."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
-
-
-@pytest.fixture(autouse=True)
-def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **NARROW})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

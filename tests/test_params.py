@@ -79,8 +79,6 @@ def test_distillation_inherits_the_federation_of_pretraining(tmp_path):
     assert distill.layers == params.Distill().layers
     (line,) = errors(path, "pretrain.server=fedadm")
     assert "pretrain.server" in line
-    injected = {"pretrain": {"server": "fedyogi"}, "distill": {"rounds": 4}}
-    assert studies.check("distill", injected).server == "fedyogi"
 
 
 def test_described_lists_every_parameter_in_its_group():
@@ -233,15 +231,6 @@ def test_check_takes_the_variables_of_a_notebook():
     assert studies.check("kmeans", {"clusters": 7}) == params.Kmeans(clusters=7)
     # papermill reads 1e-3 of a YAML file as text
     assert studies.check("kmeans", plain | {"tolerance": "1e-3"}).tolerance == 0.001
-
-
-def test_check_takes_a_whole_study_from_plain_papermill():
-    plain = params.Kmeans().model_dump()
-    injected = {"study": "mine", "seed": 5, "kmeans": {"clusters": 30}, "corpus": {"minutes": 3.0}}
-    section = studies.check("kmeans", plain | injected)
-    assert (section.run, section.seed, section.clusters) == ("mine", 5, 30)
-    with pytest.raises(studies.ParameterError, match="clustrs: .* did you mean clusters"):
-        studies.check("kmeans", plain | {"kmeans": {"clustrs": 30}})
 
 
 @pytest.mark.parametrize(

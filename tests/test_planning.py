@@ -24,11 +24,11 @@ def test_largest_batch_is_the_last_that_fits(monkeypatch, fits):
         planning, "measure_step", lambda work, n, device: planning.Step(n * 4.0, 1.0, (n << 24) + 2**20)
     )
     monkeypatch.setattr(resources, "free_memory", lambda device: (2**20 + (fits + 0.5) * 2**24) / 0.8)
-    assert planning.largest_batch(WORK) == 4.0 * fits
-    assert planning.largest_batch(WORK, at_most=10.0) == 4.0 * min(fits, 2)
+    assert planning.largest_batch(WORK, "cpu", at_most=400.0) == 4.0 * fits
+    assert planning.largest_batch(WORK, "cpu", at_most=10.0) == 4.0 * min(fits, 2)
     monkeypatch.setattr(resources, "free_memory", lambda device: 2**20)
     with pytest.raises(MemoryError, match="does not fit"):
-        planning.largest_batch(WORK)
+        planning.largest_batch(WORK, "cpu", at_most=400.0)
 
 
 @pytest.mark.slow

@@ -34,17 +34,12 @@ from fedhubert_lib import (
 from fedhubert_lib.federated import flower, handlers, relay, rounds, wire
 from fedhubert_lib.federated.protocol import ClientHome
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("tones"))
-
-
-@pytest.fixture(autouse=True)
-def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One narrow layer is enough here; clients get the configuration in the message."""
-    narrow = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
-    monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **narrow})
 
 
 def fresh(tones: Path, folder: Path) -> Path:

@@ -402,6 +402,10 @@ def test_a_run_with_other_parameters_does_not_resume(run):
     train(run, rounds=2)
     with pytest.raises(checkpoints.CheckpointError, match="learning_rate: 0.001 -> 0.01"):
         train(run, rounds=2, learning_rate=0.01)
+    with pytest.raises(checkpoints.CheckpointError, match="initial: .* -> a folder"):
+        train(run, rounds=2, initial=str(run))
+    train(run, "other", rounds=2, initial=str(run))
+    train(run, "other", rounds=2, initial=str(run / "moved"))
 
 
 @pytest.mark.parametrize("file", ["state.json", "model.safetensors", "server.safetensors"])

@@ -161,8 +161,8 @@ def test_a_stage_whose_files_were_changed_starts_anew(project):
     result = project("--until", "kmeans")
     assert lines(result) == [
         "00_corpus: unchanged, skipped",
-        f"01_partition: {runner.DAMAGED}",
-        f"02_kmeans: {runner.DAMAGED}",
+        f"01_partition: {runs.DAMAGED}: starts anew",
+        f"02_kmeans: {runs.DAMAGED}: starts anew",
     ]
     assert made.read_bytes() == before and (project.folder("kmeans") / "made.bin").exists()
 
@@ -177,7 +177,8 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     assert {"seconds", "peak_memory_bytes", "headline"} <= record["stages"]["corpus"].keys()
     assert lines(project("--until", "corpus")) == ["00_corpus: unchanged, skipped"]
     (project.run / "00_corpus.ipynb").rename(project.run / "00_corpus.unfinished.ipynb")  # killed just before that
-    assert lines(project("--until", "corpus")) == ["00_corpus: its notebook was not saved: its results are kept"]
+    (line,) = lines(project("--until", "corpus"))
+    assert "its notebook was not saved" in line and "its results are kept" in line
     result = project("--until", "corpus", "--set", "corpus.seed=5")
     assert lines(result) == ["00_corpus: parameters changed: seed 0 -> 5: starts anew"]
     aside = project.run / ".previous/00_corpus-1"

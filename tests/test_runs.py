@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 from IPython.core.interactiveshell import InteractiveShell
 
-from fedhubert_lib import cli, identity, index, params, runner, runs, studies
+from fedhubert_lib import cli, identity, index, params, runs, studies
 
 
 def begin(stage: str = "corpus", **changes: object) -> runs.Stage:
@@ -163,7 +163,8 @@ def test_the_same_work_resumes_and_other_work_moves_it_aside(outputs, capsys):
 
 def test_results_without_a_record_move_aside_too(outputs):
     folder = do("corpus", "a")
-    (folder / "begun.json").unlink()
+    for name in ("begun", "done"):
+        (folder / f"{name}.json").unlink()
     with begin().working():
         assert not (folder / "made.bin").exists()
     assert (outputs / "toy/.previous/00_corpus-1/made.bin").read_text() == "a"
@@ -282,7 +283,7 @@ def test_a_codebook_that_is_added_leaves_a_teacher_of_another_as_it_is(outputs):
     assert not identity.stale(outputs / "toy")
     for name in ("pretrain", "distill", "evaluate"):
         p = params.SECTIONS[name]()
-        assert runs.prospect(name, identity.of(name, p, outputs / "toy"), outputs / "toy").kind == "keep"
+        assert runs.outlook(name, p, outputs / "toy").kind == "done"
     do("kmeans", "other", "clients/c/federated/labels.bin", codebooks=["federated", "client"])
     assert identity.stale(outputs / "toy") == dict.fromkeys(("pretrain", "distill"), "made from an older 02_kmeans")
     with begin("pretrain").working():
@@ -308,13 +309,13 @@ def test_which_parameters_decide_the_results(change, kind):
     assert {name for name, words in changes.items() if words} == ({kind} if kind else set())
 
 
-def test_parameters_that_only_another_version_has_are_a_change_of_code():
+def test_parameters_that_only_another_version_has_count_as_their_defaults():
     values = params.Pretrain().model_dump()
     one = {"stage": "pretrain", "parameters": values, "inputs": {}, "library": {}, "notebook": ""}
     older = one | {"parameters": {k: v for k, v in values.items() if k != "proximal"} | {"width": 96}}
     now = one | {"versions": {"torch": "1.0"}}
-    assert identity.compare(older, now) == ("", "", "", "parameters of another version: proximal, width")
-    assert "proximal None -> 0.1" in identity.compare(older, now | {"parameters": values | {"proximal": 0.1}}).results
+    assert not any(identity.compare(older, now))
+    assert "proximal 0.0 -> 0.1" in identity.compare(older, now | {"parameters": values | {"proximal": 0.1}}).results
 
 
 def test_code_and_versions_are_shown_and_results_kept(monkeypatch, outputs, capsys):
@@ -400,16 +401,16 @@ def test_a_run_that_was_moved_writes_its_tables_again_and_keeps_the_rest(outputs
     run, moved = outputs / "moved", {"run": "moved"}
     with pytest.raises(runs.RunError, match=r"a\.flac: no such file; was this run moved"):
         begin("kmeans", **moved)
-    assert runner.reason("corpus", params.Corpus(**moved), run)[0]
+    assert "the run was moved" in runs.outlook("corpus", params.Corpus(**moved), run).words
     for stage in ("corpus", "partition"):
         begun = begin(stage, **moved)
         with begun.working():
             _speak(begun.folder, run / "00_corpus/synthetic/a.flac")
         runs.finish(begun, {})
     assert not identity.stale(run)
-    assert runs.prospect("kmeans", identity.of("kmeans", params.Kmeans(**moved), run), run).kind == "keep"
+    assert runs.outlook("kmeans", params.Kmeans(**moved), run).kind == "done"
     (run / "00_corpus/synthetic/a.flac").unlink()
-    assert runner.reason("corpus", params.Corpus(**moved), run) == (True, runner.DAMAGED), "removed, not moved"
+    assert runs.outlook("corpus", params.Corpus(**moved), run).changes.results == runs.DAMAGED, "removed, not moved"
     table = pd.DataFrame({"path": [str(outputs / "LibriSpeech" / "a.flac")]})
     table.to_parquet(run / "00_corpus/manifest.parquet")
     assert runs.lost_audio(run) is None, "a missing file of another corpus tells nothing of the run"
@@ -462,8 +463,8 @@ def test_a_run_with_a_broken_record_hides_no_other(outputs):
         (outputs / f"odd{number}/00_corpus/params.yaml").write_bytes(values)
     text = index.listing(outputs)
     assert "broken0/run.json: cannot be read" in text and "00_corpus done" in text and "odd2" in text
-    (outputs / "toy/00_corpus/begun.json").write_text('{"identity": ')
-    with pytest.raises(runs.RunError, match=r"begun\.json: cannot be read"):
+    (outputs / "toy/00_corpus/done.json").write_text('{"identity": ')
+    with pytest.raises(runs.RunError, match=r"done\.json: cannot be read"):
         begin()
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import cli, files, hubert, pretrained, seeds
@@ -18,7 +19,6 @@ from fedhubert_lib.evaluation import keywords, report, systems
 from fedhubert_lib.export import formats, s3prl
 
 OPTIONS = {"steps": 60, "rate": 1e-2, "seed": s3prl.FIRST_SEED, "device": "cpu"}
-SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 3}
 
 
 def save(folder, name="tiny", front_end="waveform", head=True):
