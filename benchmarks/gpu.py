@@ -112,7 +112,7 @@ def speed(at: Setting) -> None:
     import torch
     from bench_model import Work, of_torchaudio, of_transformers
 
-    from fedhubert_lib import hubert, kernels, planning, training
+    from fedhubert_lib import hubert, kernels, params, planning, training
     from fedhubert_lib.evaluation import cost
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -173,7 +173,8 @@ def speed(at: Setting) -> None:
             skip(f"{preset} waveform, largest batch", "no time left")
             continue
         config = hubert.preset(preset, layerdrop=0.0)
-        seconds = planning.largest_batch(planning.Workload(config, 100, 15.0, "bfloat16"), at.device, at_most=1_000)
+        p = params.Pretrain(batch_seconds=1_000.0, crop_seconds=15.0, precision="bfloat16")
+        seconds = planning.largest_batch(p, config, 100, at.device)
         work = Work(preset, "waveform", int(seconds / 15), 15.0, at.device)
         measure(f"{preset} waveform {work.clips} x 15 s, ours, largest batch", work, make_ours, update)
     if not at.gpu:
@@ -239,7 +240,7 @@ def learning(at: Setting) -> None:
     import numpy as np
     import torch
 
-    from fedhubert_lib import corpora, federated, files, kmeans, params, partition, preflight, pretrained, pretraining
+    from fedhubert_lib import corpora, federated, files, kmeans, params, partition, planning, pretrained, pretraining
     from fedhubert_lib.evaluation import extraction, layers, probes, systems
 
     with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +264,7 @@ def learning(at: Setting) -> None:
             "local_steps": 2 if at.tiny else 10,
         }
         p = params.Pretrain(**sizes, learning_rate=4e-3, validate_every=5, centralised=False, device=at.device)
-        step = preflight.plan(run, p.model_copy(update={"rounds": 1})).step.seconds
+        step = planning.plan(run, p.model_copy(update={"rounds": 1})).step.seconds
         seconds = at.left - 45
         p = p.model_copy(
             update={"rounds": 2 if at.tiny else max(2, int(0.8 * seconds / (step * clients * p.local_steps)))}

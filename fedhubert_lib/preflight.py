@@ -12,18 +12,7 @@ from typing import Any
 
 import torch
 
-from fedhubert_lib import (
-    distillation,
-    federated,
-    hubert,
-    params,
-    planning,
-    pretrained,
-    recipes,
-    resources,
-    runs,
-    threads,
-)
+from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, resources, runs
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
@@ -41,22 +30,6 @@ def check(stage: str, p: params.Section, run: Path) -> None:
 def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
     _refuse({stage: getattr(study, stage) for stage in stages}, run, study)
-
-
-def plan(run: Path, p: params.Pretrain) -> planning.Plan:
-    """What pretraining will take on this machine, from a measured training step: see ``planning.plan``.
-
-    Twice the federation's steps with ``p.centralised``; epochs are counted as ``local_steps``, the most that they are.
-    """
-    p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
-    config = pretrained.read_config(Path(p.initial)) if p.initial else recipes.model_config(p)
-    work = planning.Workload(
-        config, recipes.clusters(run, p.codebook), p.crop_seconds, p.precision, p.gradient_checkpointing
-    )
-    steps = p.rounds * p.cohort * p.local_steps * (1 + p.centralised)
-    with threads.limited(p.threads):
-        workers = min(federated.side_by_side(p.engine, p.device), p.cohort)
-        return planning.plan(work, p.batch_seconds, steps, resources.resolve(p.device), workers)
 
 
 def _refuse(sections: dict[str, params.Section], run: Path, study: params.Study | None) -> None:
@@ -80,37 +53,18 @@ def _places(stage: str, p: params.Section, run: Path, study: params.Study | None
 
 def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
     """What keeps ``stage`` from working; its ``study`` tells what the stages before it are going to make."""
-    for name, look in _checks(p, run, study).items():
+    for section, name, look in CHECKS:
         try:
-            look()
+            if isinstance(p, section):
+                look(p, run, study)
         except (OSError, ValueError) as error:  # also the library's own refusal of a corpus, a checkpoint, a teacher
             yield name, str(error).removeprefix(f"{stage}.{name}: ")
 
 
-def _checks(p: Any, run: Path, study: params.Study | None) -> dict[str, Callable[[], object]]:
-    """Functions that raise OSError or ValueError where the parameter of that name cannot work."""
-    checks: dict[str, Callable[[], object]] = {}
-    if isinstance(p, params.Corpus):
-        checks = {"root": lambda: _speech(p), "keywords_root": lambda: _words(p)}
-    if isinstance(p, params.Kmeans | params.Federation):
-        checks |= {"engine": lambda: _engine(p.engine)}
-    if isinstance(p, params.Kmeans | params.Federation | params.Evaluate) and getattr(p, "engine", "") != "ray":
-        checks |= {"device": lambda: resources.resolve(p.device)}  # a Ray cluster may have others than this machine
-    if isinstance(p, params.Kmeans) and p.features != "mfcc":
-        checks |= {"features": lambda: _features(p)}
-    if isinstance(p, params.Federation):
-        checks |= {"cohort": lambda: _cohort(p, run)}
-    if isinstance(p, params.Pretrain) and p.initial:
-        checks |= {"initial": lambda: pretrained.load(p.initial, weights=False)}
-    if isinstance(p, params.Distill):
-        checks |= {"teacher": lambda: _teacher(p, run, study)}
-    if isinstance(p, params.Evaluate):
-        checks |= {"task": lambda: _keywords(p, run, study), "clusters": lambda: _units(p, run)}
-        checks |= {"checkpoint": lambda: pretrained.load(p.checkpoint, weights=False)} if p.checkpoint else {}
-    return checks
+# The checks raise OSError or ValueError.
 
 
-def _speech(p: params.Corpus) -> None:
+def _speech(p: params.Corpus, *_: Any) -> None:
     if "synthetic" in (p.kind, p.keywords) and importlib.util.find_spec("espeakng_loader") is None:
         raise ValueError("the speech synthesiser espeakng-loader is not installed; run: make install")
     if p.kind == "librispeech" and not p.download:
@@ -118,28 +72,37 @@ def _speech(p: params.Corpus) -> None:
         librispeech.home(Path(p.root), [name for name in subsets if not Path(p.root, f"{name}.tar.gz").is_file()])
 
 
-def _words(p: params.Corpus) -> None:
+def _words(p: params.Corpus, *_: Any) -> None:
     root = Path(p.keywords_root)
     fetched = p.download or any((root / f"{name}.tar.gz").is_file() for name in archives.KEYWORDS)
     if p.keywords == "speech-commands" and (speech_commands.is_home(root) or not fetched):
         speech_commands.usable(speech_commands.home(root))
 
 
-def _engine(engine: str) -> None:
-    if engine == "ray" and importlib.util.find_spec("ray") is None:
+def _engine(p: Any, *_: Any) -> None:
+    if p.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError("ray given, but it is not installed; run: make ray")
 
 
-def _cohort(p: params.Federation, run: Path) -> None:
+def _device(p: Any, *_: Any) -> None:
+    if getattr(p, "engine", "") != "ray":  # a Ray cluster may have other devices than this machine
+        resources.resolve(p.device)
+
+
+def _model(folder: str) -> Any:
+    return pretrained.load(folder, weights=False)[0] if folder else None
+
+
+def _cohort(p: params.Federation, run: Path, *_: Any) -> None:
     if (run / "01_partition" / "clients.parquet").is_file():
         clients = len(federated.client_ids(run, p.codebook))
         if (size := rounds.sized(p, clients).cohort) > clients:
             raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _features(p: params.Kmeans) -> None:
-    depth = pretrained.load(p.features, weights=False)[0].config.num_hidden_layers
-    if (p.layer or 1) > depth:
+def _features(p: params.Kmeans, *_: Any) -> None:
+    model = _model("" if p.features == "mfcc" else p.features)
+    if model and p.layer != "auto" and p.layer > (depth := model.config.num_hidden_layers):
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
 
@@ -150,9 +113,7 @@ def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> None:
         if p.teacher or study is None:
             teacher = Teacher(*pretrained.load(distillation.teacher_folder(run, p), weights=False))
         else:
-            first = study.pretrain.initial
-            model = pretrained.load(first, weights=False)[0] if first else None
-            model = model or hubert.Hubert(recipes.model_config(study.pretrain))
+            model = _model(study.pretrain.initial) or hubert.Hubert(recipes.model_config(study.pretrain))
             teacher = Teacher(model, hubert.Head(model.config, clusters))
         distillation.check_teacher(run, p, teacher, clusters)
 
@@ -176,8 +137,24 @@ def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> None
             keywords.noise(root)
 
 
-def _units(p: params.Evaluate, run: Path) -> None:
+def _units(p: params.Evaluate, run: Path, *_: Any) -> None:
     """Whether the held-out speech, once it is there, has a frame for every cluster."""
     if (run / "00_corpus" / "manifest.parquet").is_file() and (run / "01_partition" / "heldout.parquet").is_file():
         with contextlib.suppress(layers.NoPhonesError):  # units are then left out
             layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
+
+
+CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
+    (params.Corpus, "root", _speech),
+    (params.Corpus, "keywords_root", _words),
+    (params.Kmeans | params.Federation, "engine", _engine),
+    (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
+    (params.Kmeans, "features", _features),
+    (params.Federation, "cohort", _cohort),
+    (params.Pretrain, "initial", lambda p, *_: _model(p.initial)),
+    (params.Distill, "teacher", _teacher),
+    (params.Evaluate, "checkpoint", lambda p, *_: _model(p.checkpoint)),
+    (params.Evaluate, "task", _keywords),
+    (params.Evaluate, "clusters", _units),
+)
+"""Sections, the parameter that is checked, and the check."""

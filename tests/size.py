@@ -41,14 +41,13 @@ CEILINGS = {
 
 LAYERS = (
     "audio files seeds units threads params studies identity resources meter plots",
-    "corpora labels features kernels hubert pretrained masking batching objectives teaching training planning partition"
-    " skew",
+    "corpora labels features kernels hubert pretrained masking batching objectives teaching training partition skew",
     "weights checkpoints",
     "recipes federated",
     "kmeans pooled pretraining distillation",
     "evaluation",
     "export",
-    "runs index notebook preflight runner",
+    "runs index notebook planning preflight runner",
     "cli evaluation.command export.command",
 )
 """From the bottom to the top: a module imports from its layer and those below it. A package stands for its modules."""

@@ -59,7 +59,8 @@ def test_another_kind_of_model_is_refused_before_any_stage(values, words, checkp
 
 
 def test_a_layer_or_head_that_the_checkpoint_lacks_is_found(checkpoint, tmp_path):
-    assert not problems(tmp_path, f"kmeans.features={checkpoint}", "kmeans.layer=3")
+    for layer in ("auto", "3"):
+        assert not problems(tmp_path, f"kmeans.features={checkpoint}", f"kmeans.layer={layer}")
     assert "layer 4 given, but" in problems(tmp_path, f"kmeans.features={checkpoint}", "kmeans.layer=4")
     teacher = f"distill.teacher={checkpoint}"
     assert "has no head.safetensors" in problems(tmp_path, teacher)
