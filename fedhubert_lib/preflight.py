@@ -74,7 +74,7 @@ def _speech(p: params.Corpus, *_: Any) -> None:
 
 def _words(p: params.Corpus, *_: Any) -> None:
     root = Path(p.keywords_root)
-    fetched = p.download or any((root / f"{name}.tar.gz").is_file() for name in archives.KEYWORDS)
+    fetched = p.download or (root / f"{archives.KEYWORDS}.tar.gz").is_file()
     if p.keywords == "speech-commands" and (speech_commands.is_home(root) or not fetched):
         speech_commands.usable(speech_commands.home(root))
 

@@ -64,10 +64,7 @@ def _speech(folder: Path, p: params.Corpus, on_progress: Progress | None) -> tup
         return root, [synthetic.TRAIN_SUBSET], [synthetic.TEST_SUBSET]
     subsets = p.train_subsets + p.test_subsets
     for name in subsets:
-        archives.provide(
-            Path(p.root), name, archives.LIBRISPEECH, p.mirror,
-            download=p.download, inside="LibriSpeech", on_progress=on_progress,
-        )  # fmt: skip
+        archives.provide(Path(p.root), name, p.mirror, download=p.download, on_progress=on_progress)
     return librispeech.home(Path(p.root), subsets), p.train_subsets, p.test_subsets
 
 
@@ -79,10 +76,8 @@ def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> t
     else:
         root = Path(p.keywords_root)
         if not speech_commands.is_home(root):
-            archives.provide(
-                root, "speech_commands_v0.02", archives.KEYWORDS, p.keywords_mirror,
-                download=p.download, inside="", on_progress=on_progress,
-            )  # fmt: skip
+            mirror = p.keywords_mirror
+            archives.provide(root, archives.KEYWORDS, mirror, download=p.download, on_progress=on_progress)
         root = speech_commands.home(root)
     words = speech_commands.words(root)
     scanned = scan.scan(words, folder / "scan_keywords.parquet", on_progress, decode=p.decode_check)

@@ -1,40 +1,24 @@
-"""The speech synthesiser behind the synthetic corpus: a separate program, run as ``python -I espeak.py JOB``.
+"""The speech synthesiser behind the synthetic corpus: a separate program, run as ``python -I espeak.py VOICE SEED``.
 
 eSpeak NG is GPL-3.0-or-later and keeps its state in globals, so nothing of it is loaded into the process of the
-library. This file imports nothing of fedhubert either: it reads a job (a JSON file, see below), forks one fresh
-process per speaker, and writes one JSON line per finished speaker to its output. A fresh process, a seed and a fixed
-order of utterances make eSpeak NG's output the same byte for byte; carrying on in a used process does not.
+library. This file imports nothing of fedhubert either. A fresh process, a voice, a seed and a fixed order of texts make
+eSpeak NG's output the same byte for byte; carrying on in a used process does not.
 
-A job is ``{"workers": n, "speakers": [...]}``; a speaker is::
-
-    {"folder": where its audio goes,    "notes": path of what else it writes, without suffix,
-     "voice": an eSpeak NG voice file,  "seed": 31-bit seed,
-     "rate": words per minute,          "noise": RMS of the recording's noise,
-     "peak": of the loudest sample,     "seconds": length to stop at, or null,
-     "clip_samples": cut or pad every clip to this, or null,
-     "utterances": [{"path": file name below folder, "text": ..., "rate": factor}, ...]}
-
-Notes are the voice file, ``NOTES.txt``, and ``NOTES.json``: ``{path: [samples, [[start, end, phone], ...]]}``, in
-samples at 16 kHz. Phones are folded to the 39 ARPAbet classes of the TIMIT/LibriSpeech tradition plus ``sil``.
+``VOICE`` is an eSpeak NG voice file. Each line of the input is ``[text, words per minute]`` as JSON. Each answer is a
+JSON line, ``[samples, [[first sample, phone], ...]]``, then the samples: int16 at 22.05 kHz. Phones are the 39 ARPAbet
+classes of the TIMIT/LibriSpeech tradition plus ``sil``; ``;`` palatalises the phone before it.
 """
 
 import ctypes
 import json
-import math
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import espeakng_loader
-import numpy as np
-import soundfile
-from scipy.signal import resample_poly
 
-RATE_IN, RATE_OUT = 22_050, 16_000
+RATE = 22_050
 RETRIEVAL = 1  # AUDIO_OUTPUT_RETRIEVAL: samples come to the callback, no sound card is opened
 PHONEME_EVENTS = 0x0001
 DONT_EXIT = 0x8000
@@ -50,7 +34,7 @@ ARPABET = {
     "G": "g", "HH": "h", "IH": "I I2 i@ i@3 I@ y", "IY": "i i: i2 i/ iI@", "JH": "dZ", "K": "k x", "L": "l l# L l/ -l",
     "M": "m m-", "N": "n n- n^", "NG": "N", "OW": "oU o oU# o# @U", "OY": "OI OI2 oI", "P": "p", "R": "r r/ r2 r- R R2",
     "S": "s", "SH": "S", "T": "t t# t2 t[ ? *", "TH": "T", "UH": "U U@ U2", "UW": "u: u U: u# uu", "V": "v",
-    "W": "w w# w2", "Y": "j", "Z": "z z/ z#", "ZH": "Z", "sil": "_: _ _:: _! _| __ :",
+    "W": "w w# w2", "Y": "j", "Z": "z z/ z#", "ZH": "Z", "sil": "_: _ _:: _! _| __ :", ";": ";",
 }  # fmt: skip
 FOLD = {mnemonic: phone for phone, mnemonics in ARPABET.items() for mnemonic in mnemonics.split()}
 
@@ -86,8 +70,8 @@ class Synthesiser:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
         rate = self._library.espeak_Initialize(RETRIEVAL, 0, data, PHONEME_EVENTS | DONT_EXIT)
-        if rate != RATE_IN:
-            raise RuntimeError(f"eSpeak NG started with {rate} where {RATE_IN} Hz was expected")
+        if rate != RATE:
+            raise RuntimeError(f"eSpeak NG started with {rate} where {RATE} Hz was expected")
         self._chunks: list[bytes] = []
         self._events: list[tuple[int, str]] = []
         self._callback = _CALLBACK(self._receive)  # kept, or it would be collected while the library still calls it
@@ -111,96 +95,23 @@ class Synthesiser:
             i += 1
         return 0
 
-    def __call__(self, text: str, words_per_minute: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """Samples (int16 at 22.05 kHz) and (first sample, mnemonic) of each phone."""
+    def __call__(self, text: str, words_per_minute: int) -> tuple[bytes, list[tuple[int, str]]]:
+        """Samples (int16 at 22.05 kHz) and (first sample, phone) of each phone."""
         self._chunks, self._events = [], []
         self._check("espeak_SetParameter", 1, words_per_minute, 0)
         raw = text.encode()
         self._check("espeak_Synth", raw, len(raw) + 1, 0, 1, 0, UTF8, None, None)
         self._check("espeak_Synchronize")
-        return np.frombuffer(b"".join(self._chunks), dtype=np.int16), self._events
-
-
-def phones(events: list[tuple[int, str]], total: int) -> list[list]:
-    """``[[start, end, phone], ...]`` at 16 kHz from phone starts at 22.05 kHz; neighbours of one class are joined."""
-    starts = [min(total, round(sample * RATE_OUT / RATE_IN)) for sample, _ in events]
-    spans: list[list] = []
-    if starts and starts[0] > 0:
-        spans.append([0, starts[0], "sil"])
-    for (_, mnemonic), start, end in zip(events, starts, [*starts[1:], total], strict=True):
-        phone = spans[-1][2] if mnemonic == ";" else fold(mnemonic)  # ; only says: palatalise what went before
-        if end <= start:  # eSpeak NG marks some pauses of no length
-            continue
-        if spans and spans[-1][2] == phone:
-            spans[-1][1] = end
-        else:
-            spans.append([start, end, phone])
-    return spans
-
-
-def speak(speaker: dict) -> None:
-    """Synthesise one speaker, in a fresh process."""
-    folder = Path(speaker["folder"])
-    voice_file = Path(speaker["notes"] + ".txt")
-    voice_file.write_text(speaker["voice"], encoding="utf-8")
-    say = Synthesiser(voice_file, speaker["seed"])
-    rng = np.random.Generator(np.random.PCG64(speaker["seed"]))
-    limit = math.inf if speaker["seconds"] is None else speaker["seconds"] * RATE_OUT
-    times: dict[str, list] = {}
-    total = 0
-    for utterance in speaker["utterances"]:
-        if total >= limit:
-            break
-        spoken, events = say(utterance["text"], round(speaker["rate"] * utterance["rate"]))
-        waveform = resample_poly(spoken / 32_768, 320, 441)
-        spans = phones(events, len(waveform))
-        if speaker["clip_samples"]:
-            waveform, spans = _clip(waveform, spans, speaker["clip_samples"])
-        waveform *= speaker["peak"] / np.abs(waveform).max()
-        waveform += rng.normal(0, speaker["noise"], len(waveform))
-        path = folder / utterance["path"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, (waveform * 32_767).round().astype(np.int16), RATE_OUT, subtype="PCM_16")
-        times[utterance["path"]] = [len(waveform), spans]
-        total += len(waveform)
-    if limit != math.inf and total < limit:
-        raise RuntimeError(f"{folder}: text for {total / RATE_OUT:.0f} of {speaker['seconds']:.0f} seconds only")
-    Path(speaker["notes"] + ".json").write_text(json.dumps(times), encoding="utf-8")
-
-
-def _clip(waveform: np.ndarray, spans: list[list], samples: int) -> tuple[np.ndarray, list[list]]:
-    """Centre the voiced part in exactly ``samples`` samples, as the one-second clips of Speech Commands."""
-    voiced = [span for span in spans if span[2] != "sil"]
-    begin, end = voiced[0][0], voiced[-1][1]
-    end = min(end, begin + samples)
-    lead = (samples - (end - begin)) // 2
-    clip = np.zeros(samples)
-    clip[lead : lead + end - begin] = waveform[begin:end]
-    shift = lead - begin
-    moved = [[a + shift, min(b, end) + shift, phone] for a, b, phone in spans if a < end and b > begin and a >= begin]
-    head = [[0, lead, "sil"]] if lead else []
-    tail = [[moved[-1][1], samples, "sil"]] if moved[-1][1] < samples else []
-    return clip, head + moved + tail
+        return b"".join(self._chunks), [(sample, fold(mnemonic)) for sample, mnemonic in self._events]
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving so ends the daemon processes, too
-    context = multiprocessing.get_context("fork")  # safe: this process has no threads and has not loaded eSpeak NG
-    waiting: list[dict] = job["speakers"][::-1]
-    running: dict[Any, tuple[Any, str]] = {}
-    while waiting or running:
-        while waiting and len(running) < job["workers"]:
-            speaker = waiting.pop()
-            process = context.Process(target=speak, args=(speaker,), daemon=True)
-            process.start()
-            running[process.sentinel] = process, speaker["notes"]
-        for sentinel in multiprocessing.connection.wait(list(running)):
-            process, notes = running.pop(sentinel)
-            process.join()
-            if process.exitcode != 0:
-                sys.exit(f"the process of speaker {notes} ended with exit status {process.exitcode}")
-            print(json.dumps({"done": notes}), flush=True)
+    """Answer every line of the input."""
+    say = Synthesiser(Path(sys.argv[1]), int(sys.argv[2]))
+    for line in sys.stdin:
+        samples, phones = say(*json.loads(line))
+        sys.stdout.buffer.write(json.dumps([len(samples) // 2, phones]).encode() + b"\n" + samples)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

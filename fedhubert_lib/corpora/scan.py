@@ -51,7 +51,7 @@ class Header(NamedTuple):
     reason: str
 
 
-def refused(reason: str) -> Header:
+def _refused(reason: str) -> Header:
     return Header(0, 0, 0, "", reason)
 
 
@@ -61,22 +61,22 @@ def header(path: str, decode: bool = False) -> Header:
     What is wrong with the file is the ``reason``, not an error.
     """
     if not path.lower().endswith((".flac", ".wav")):
-        return refused("neither .flac nor .wav")
+        return _refused("neither .flac nor .wav")
     try:
         with open(path, "rb", buffering=0, opener=_open) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                return refused("not a plain file")
+                return _refused("not a plain file")
             start = file.read(FLAC_HEADER)
             if reason := _unlike_audio(start, status.st_size):
-                return refused(reason)
+                return _refused(reason)
             try:
                 return _flac(path, start, decode) if start[:4] == b"fLaC" else _wav(path)
             except soundfile.SoundFileError as error:
                 file.readall()  # a disk that fails looks like damage: it says so here
-                return refused(f"truncated or damaged: {error}")
+                return _refused(f"truncated or damaged: {error}")
     except OSError as error:
-        return refused(f"{UNREADABLE}: {error.strerror}")
+        return _refused(f"{UNREADABLE}: {error.strerror}")
 
 
 def _open(path: str, flags: int) -> int:
@@ -101,18 +101,15 @@ def _flac(path: str, start: bytes, decode: bool) -> Header:
     fingerprint = start[26:].hex()
     with soundfile.SoundFile(path) as file:
         reason = _unfit(file)
-        if not reason and decode:
-            samples, width = file.read(dtype="int32"), FLAC_BYTES.get(file.subtype)
+        if not reason:
+            file.seek(0 if decode else file.frames - 1)
+            samples, width = file.read(dtype="int32"), FLAC_BYTES.get(file.subtype, 0)
             # The MD5 is that of samples of their width; libsndfile puts them to the upper end of 32 bits.
-            stored = samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - (width or 0) :]
-            if len(samples) != file.frames:
-                reason = f"damaged: decodes to {len(samples)} samples, its header promises {file.frames}"
-            elif width and int(fingerprint, 16) and hashlib.md5(stored.tobytes()).hexdigest() != fingerprint:
+            stored = samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :]
+            if len(samples) != (file.frames if decode else 1):
+                reason = f"truncated or damaged: does not end with sample {file.frames}, as its header promises"
+            elif decode and width and int(fingerprint, 16) and hashlib.md5(stored.tobytes()).hexdigest() != fingerprint:
                 reason = "damaged: the decoded audio is not what its header's MD5 says"
-        elif not reason:
-            file.seek(file.frames - 1)
-            if not len(file.read(1, dtype="int32")):
-                reason = "truncated or damaged: does not end with the frame its header promises"
         return Header(file.frames, file.samplerate, file.channels, fingerprint, reason)
 
 
@@ -167,36 +164,34 @@ def scan(
     """
     rows = [row for root in roots for row in listing(root.absolute())]
     table = pd.DataFrame(sorted(rows), columns=KEYS).astype({"size": "int64", "modified": "int64"})
-    cached = _table(table[:0], [], decode)
-    if cache is not None and cache.exists():
-        cached = pd.read_parquet(cache)
+    cached = pd.read_parquet(cache) if cache and cache.exists() else _table(table[:0], [], decode)
     usable = ~cached["reason"].str.startswith(UNREADABLE) & (cached["decoded"] | (not decode))
     table = table.merge(cached[usable], on=KEYS, how="left")
     unread = table["decoded"].isna()
     before, todo = table[~unread].astype(TYPES), table.loc[unread, KEYS]
-    chunks = [todo["path"].iloc[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
     headers: list[Header] = []
+
+    def read_so_far() -> pd.DataFrame:
+        result = pd.concat([before, _table(todo, headers, decode)]).sort_values("path", ignore_index=True)
+        if cache:
+            with files.atomic(cache) as temporary:
+                result.to_parquet(temporary, index=False)
+        return result
+
+    chunks = [todo["path"].iloc[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
     saved = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         for chunk in pool.map(lambda paths: [header(path, decode) for path in paths], chunks):
             headers += chunk
             if on_progress:
                 on_progress("decode" if decode else "scan", len(headers), len(todo))
-            if cache is not None and time.monotonic() > saved + SAVE_EVERY:
-                _save(cache, pd.concat([before, _table(todo, headers, decode)]))
+            if time.monotonic() > saved + SAVE_EVERY:
+                read_so_far()
                 saved = time.monotonic()
-    table = pd.concat([before, _table(todo, headers, decode)]).sort_values("path", ignore_index=True)
-    if cache is not None and (headers or len(cached) != len(table) or not cache.exists()):
-        _save(cache, table)
-    return table
+    return read_so_far()
 
 
 def _table(todo: pd.DataFrame, headers: list[Header], decode: bool) -> pd.DataFrame:
     """The first rows of ``todo`` with their headers, of as many as were read."""
     read = pd.DataFrame(headers, columns=Header._fields, index=todo.index[: len(headers)])
     return todo[: len(headers)].join(read).assign(decoded=decode).astype(TYPES)
-
-
-def _save(cache: Path, table: pd.DataFrame) -> None:
-    with files.atomic(cache) as temporary:
-        table.to_parquet(temporary, index=False)

@@ -1,28 +1,39 @@
 """The built-in corpus: any number of speakers and minutes, with true phone times, in the public layouts.
 
 Voices are drawn at random (pitch, formants, roughness, breath, accent, rate), one seed each, so that speakers are
-unlimited and no two corpora of different seeds share one. ``espeak.py`` speaks them, in a process of its own. Training
+unlimited and no two corpora of different seeds share one. ``espeak.py`` speaks them, a process for each. Training
 speakers, test speakers and the voices of the keywords' training, validation and test lists are all different.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pandas as pd
+import soundfile
+from scipy.signal import resample_poly
 
 from fedhubert_lib import files, params, seeds, threads
+from fedhubert_lib.audio import SAMPLE_RATE
 from fedhubert_lib.corpora import sentences
 from fedhubert_lib.corpora.archives import Progress
 
 TRAIN_SUBSET, TEST_SUBSET = "synthetic-train", "synthetic-test"
 CHAPTER_UTTERANCES = 8
-CLIP_SAMPLES = 16_000
+ESPEAK_RATE = 22_050
+
+Span = tuple[int, int, str]
+"""Start, end and name of a phone, in samples at 16 kHz."""
+Spoken = dict[str, tuple[int, list[Span]]]
+"""The samples and the phones of each file of a speaker, by the file's name."""
 
 # The 35 words of Speech Commands v0.02.
 KEYWORDS = """
@@ -57,7 +68,7 @@ def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) 
         for i, share in enumerate(shares / shares.sum()):
             seconds = 60 * minutes * share
             speakers.append(_speaker(p.seed, str(first + i), subset, sex="FM"[i % 2], seconds=seconds))
-    _synthesise(folder, speakers, on_progress, lambda temporary: _finish_speech(temporary, speakers))
+    _synthesise(folder, speakers, on_progress, lambda place, spoken: _finish_speech(place, speakers, spoken))
 
 
 def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
@@ -74,10 +85,10 @@ def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None
     validation = max(1, p.keyword_voices // 8)
     lists = {"testing_list.txt": voices[:testing], "validation_list.txt": voices[testing : testing + validation]}
 
-    def finish(temporary: Path) -> None:
+    def finish(place: Path, spoken: list[Spoken]) -> None:
         for name, chosen in lists.items():
             lines = sorted(u["path"] for speaker in chosen for u in speaker["utterances"])
-            (temporary / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (place / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     _synthesise(folder, voices, on_progress, finish)
 
@@ -145,12 +156,12 @@ def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
         for word in KEYWORDS
         for take in range(takes)
     ]
-    place = {"below": "", "seconds": None, "clip_samples": CLIP_SAMPLES}
+    place = {"below": "", "seconds": None, "clip_samples": SAMPLE_RATE}
     return fields | place | {"utterances": utterances, "name": name}
 
 
 def _synthesise(
-    folder: Path, speakers: list[dict], on_progress: Progress | None, finish: Callable[[Path], None]
+    folder: Path, speakers: list[dict], on_progress: Progress | None, finish: Callable[[Path, list[Spoken]], None]
 ) -> None:
     """Write the audio of ``speakers`` to ``folder``, unless it was made by the same plan; ``finish`` adds the rest."""
     plan = json.dumps(speakers, indent=1)
@@ -159,52 +170,93 @@ def _synthesise(
         return
     with files.atomic(folder.absolute()) as temporary:
         (temporary / "_voices").mkdir(parents=True)
-        _run_synthesiser(temporary, speakers, on_progress)
-        finish(temporary)
+        spoken: list[Spoken] = []
+        with ThreadPoolExecutor(threads.cores()) as pool:  # after an error or an interrupt nobody else begins to speak
+            for files_of_speaker in pool.map(lambda speaker: _speak(speaker, temporary), speakers):
+                spoken.append(files_of_speaker)
+                if on_progress:
+                    on_progress("synthesise", len(spoken), len(speakers))
+        finish(temporary, spoken)
         (temporary / "plan.json").write_text(plan, encoding="utf-8")
 
 
-def _run_synthesiser(folder: Path, speakers: list[dict], on_progress: Progress | None) -> None:
-    placed = [
-        speaker | {"folder": str(folder / speaker["below"]), "notes": str(folder / "_voices" / speaker["name"])}
-        for speaker in speakers
-    ]
-    job = folder / "job.json"
-    job.write_text(json.dumps({"workers": min(len(speakers), threads.cores()), "speakers": placed}), encoding="utf-8")
-    command = [sys.executable, "-I", str(Path(__file__).with_name("espeak.py")), str(job)]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            try:
-                for done, _ in enumerate(process.stdout or (), start=1):
-                    if on_progress:
-                        on_progress("synthesise", done, len(speakers))
-            except BaseException:  # an interrupt, too: it must not keep writing into a folder that is removed
-                process.terminate()
-                process.wait()
-                raise
-        errors.seek(0)
-        output = errors.read().strip()
-    if process.returncode != 0:
-        missing = "No module named 'espeakng_loader'" in output
-        remedy = "install it: make install" if missing else "its output follows"
-        raise RuntimeError(f"the speech synthesiser failed (exit status {process.returncode}); {remedy}\n{output}")
-    job.unlink()
+def _speak(speaker: dict, folder: Path) -> Spoken:
+    """Write the audio of one speaker, until it is long enough. Raises RuntimeError where the synthesiser fails."""
+    voice_file = folder / "_voices" / f"{speaker['name']}.txt"
+    voice_file.write_text(speaker["voice"], encoding="utf-8")
+    rng = np.random.Generator(np.random.PCG64(speaker["seed"]))
+    spoken: Spoken = {}
+    total, limit = 0, math.inf if speaker["seconds"] is None else speaker["seconds"] * SAMPLE_RATE
+    command = [sys.executable, "-I", Path(__file__).with_name("espeak.py"), voice_file, str(speaker["seed"])]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+        for utterance in speaker["utterances"]:
+            if total >= limit:
+                break
+            waveform, phones = _say(process, utterance["text"], round(speaker["rate"] * utterance["rate"]))
+            spans = _spans(phones, len(waveform))
+            if speaker["clip_samples"]:
+                waveform = _clip(waveform, spans, speaker["clip_samples"])
+            waveform *= speaker["peak"] / np.abs(waveform).max()
+            waveform += rng.normal(0, speaker["noise"], len(waveform))
+            path = folder / speaker["below"] / utterance["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, (waveform * 32_767).round().astype(np.int16), SAMPLE_RATE, subtype="PCM_16")
+            spoken[utterance["path"]] = len(waveform), spans
+            total += len(waveform)
+    if total < limit < math.inf:
+        raise RuntimeError(f"{voice_file}: text for {total / SAMPLE_RATE:.0f} of {speaker['seconds']:.0f} s only")
+    return spoken
 
 
-def _finish_speech(folder: Path, speakers: list[dict]) -> None:
+def _say(process: subprocess.Popen, text: str, words_per_minute: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Samples at 16 kHz (float64), and (first sample at 22.05 kHz, phone) of each phone."""
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+        process.stdin.write(json.dumps([text, words_per_minute]).encode() + b"\n")
+        process.stdin.flush()
+    if not (answer := process.stdout.readline()):
+        output = process.stderr.read().decode(errors="replace").strip()
+        remedy = "install it: make install" if "No module named 'espeakng_loader'" in output else "its output follows"
+        raise RuntimeError(f"the speech synthesiser failed (exit status {process.wait()}); {remedy}\n{output}")
+    count, phones = json.loads(answer)
+    samples = np.frombuffer(process.stdout.read(2 * count), dtype=np.int16)
+    return resample_poly(samples / 32_768, 320, 441), phones
+
+
+def _spans(phones: list[tuple[int, str]], total: int) -> list[Span]:
+    """The phones of ``total`` samples; neighbours of one class are joined."""
+    starts = [min(total, round(sample * SAMPLE_RATE / ESPEAK_RATE)) for sample, _ in phones]
+    spans: list[Span] = []
+    if starts and starts[0] > 0:
+        spans.append((0, starts[0], "sil"))
+    for (_, name), start, end in zip(phones, starts, [*starts[1:], total], strict=True):
+        phone = spans[-1][2] if name == ";" else name  # ; only says: palatalise what went before
+        if end <= start:  # eSpeak NG marks some pauses of no length
+            continue
+        begin = spans.pop()[0] if spans and spans[-1][2] == phone else start
+        spans.append((begin, end, phone))
+    return spans
+
+
+def _clip(waveform: np.ndarray, spans: list[Span], samples: int) -> np.ndarray:
+    """Centre the voiced part in exactly ``samples`` samples, as the one-second clips of Speech Commands."""
+    voiced = [span for span in spans if span[2] != "sil"]
+    begin, end = voiced[0][0], min(voiced[-1][1], voiced[0][0] + samples)
+    lead = (samples - (end - begin)) // 2
+    return np.pad(waveform[begin:end], (lead, samples - lead - (end - begin)))
+
+
+def _finish_speech(folder: Path, speakers: list[dict], spoken: list[Spoken]) -> None:
     """Write SPEAKERS.TXT, the chapters' transcripts and the phones."""
     rows, phones = [], []
-    for speaker in speakers:
-        home = folder / speaker["below"]
-        times = json.loads((folder / "_voices" / f"{speaker['name']}.json").read_text(encoding="utf-8"))
-        minutes = sum(samples for samples, _ in times.values()) / 16_000 / 60
+    for speaker, times in zip(speakers, spoken, strict=True):
+        minutes = sum(samples for samples, _ in times.values()) / SAMPLE_RATE / 60
         rows.append(f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice")
         transcripts: dict[Path, list[str]] = {}
-        for spoken in speaker["utterances"][: len(times)]:
-            path = home / spoken["path"]
+        for utterance in speaker["utterances"][: len(times)]:
+            path = folder / speaker["below"] / utterance["path"]
             chapter = path.with_name(f"{speaker['name']}-{path.parent.name}.trans.txt")
-            transcripts.setdefault(chapter, []).append(f"{path.stem} {sentences.transcript(spoken['text'])}\n")
-            phones += [(path.stem, *span) for span in times[spoken["path"]][1]]
+            transcripts.setdefault(chapter, []).append(f"{path.stem} {sentences.transcript(utterance['text'])}\n")
+            phones += [(path.stem, *span) for span in times[utterance["path"]][1]]
         for chapter, lines in transcripts.items():
             chapter.write_text("".join(lines), encoding="utf-8")
     header = ";ID | SEX | SUBSET | MINUTES | NAME\n"
