@@ -177,7 +177,7 @@ def spent(folder: Path, p: params.Pretrain, asked: list[list[str]]) -> float | N
         round = SimpleNamespace(number=number, attempt=0, message={}, asked=cohort)
         hook.draw(round)
         hook.message(round)
-    return hook._account(round).epsilon()
+    return accounting.spent(folder / privacy.ACCOUNT, p.privacy_delta)
 
 
 def test_a_trusted_servers_rounds_cost_what_the_sampled_gaussian_does(tmp_path):
@@ -200,16 +200,16 @@ def test_an_untrusted_server_knows_who_took_part_and_sees_each_update(tmp_path, 
     assert hidden < alone  # with a quantile each still sends a noisy bit by itself
 
 
-def test_the_account_forgets_nothing_but_a_repeated_draw_of_a_seed(tmp_path):
+def test_no_draw_is_forgotten_but_one_that_a_seed_repeats(tmp_path):
     """A server killed after its noise was sent draws other noise for the same round: both have been seen."""
-    for repeatable, draws in ((False, 3), (True, 2)):
+    for repeatable, draws in ((False, 4), (True, 2)):
         path = tmp_path / f"{repeatable}.jsonl"
-        for following in (1, 2):
-            account = accounting.Account(path, 1e-5, (following, 0), repeatable)
-            for number in range(following, 3):
-                account.charge({"round": number, "attempt": 0, "probability": 16 / 64, "multiplier": 1.0})
-        assert account.epsilon() == accounting.epsilon([(16 / 64, 1.0, draws)], 1e-5)
+        for number in (1, 2, 1, 2):  # killed after round 2
+            row = {"round": number, "attempt": 0, "probability": 16 / 64, "multiplier": 1.0}
+            accounting.charge(path, row, repeatable)
+        assert accounting.spent(path, 1e-5) == accounting.epsilon([(16 / 64, 1.0, draws)], 1e-5)
         assert len(files.read_rows(path)) == draws
+        assert accounting.spent(path, 1e-5, until=(1, 0)) == accounting.epsilon([(16 / 64, 1.0, draws // 2)], 1e-5)
 
 
 @pytest.mark.parametrize(

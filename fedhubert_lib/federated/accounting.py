@@ -1,4 +1,4 @@
-"""The privacy that a training run has spent: Renyi accounting of sampled Gaussians, and the account of its draws."""
+"""The privacy that a training run has spent: Renyi accounting of sampled Gaussians, and the file of its draws."""
 
 import math
 from collections import Counter, defaultdict
@@ -51,45 +51,38 @@ def epsilon(releases: Iterable[tuple[float, float, int]], delta: float) -> float
     return max(float(spent.min()), 0.0) if total.any() else 0.0
 
 
-class Account:
-    """A file of JSON lines: one for each draw of a cohort, written before the draw's first message and never taken
-    back, so that a round which is repeated after a kill costs twice.
+def charge(path: Path, row: Mapping[str, Any], repeatable: bool) -> None:
+    """Note the draw of a cohort in the file of JSON lines ``path``, before its first message. It is never taken back: a
+    round that is repeated after a kill costs twice.
 
     A row is ``round``, ``attempt`` and either ``probability`` and ``multiplier`` of a sampled Gaussian, or ``clients``
-    that took part and the ``multiplier`` for each. With ``repeatable`` draws (from a seed), one that is repeated is the
-    same draw: it counts once.
+    that took part and the ``multiplier`` for each. A ``repeatable`` draw (from a seed) is noted once.
     """
+    if not (repeatable and any(place(row) == place(earlier) for earlier in files.read_rows(path))):
+        files.append_row(path, dict(row))
 
-    def __init__(self, path: Path, delta: float, following: tuple[int, int], repeatable: bool = False) -> None:
-        """The account of a run whose next draw is that of ``following``: round and attempt."""
-        self._path, self._delta = path, delta
-        self._draws: Counter[tuple[float, float]] = Counter()
-        self._clients: defaultdict[str, float] = defaultdict(float)
-        rows = files.read_rows(path)
-        self._charged = {(row["round"], row["attempt"]) for row in rows} if repeatable else set()
-        for row in rows:
-            if not repeatable or (row["round"], row["attempt"]) < following:
-                self._count(row)
 
-    def charge(self, row: Mapping[str, Any]) -> None:
-        """Note a draw; to be called before anything is sent."""
-        if (row["round"], row["attempt"]) not in self._charged:
-            files.append_row(self._path, dict(row))
-        self._count(row)
+def place(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Round and attempt of a draw."""
+    return row["round"], row["attempt"]
 
-    def _count(self, row: Mapping[str, Any]) -> None:
-        if "probability" in row:
-            self._draws[row["probability"], row["multiplier"]] += 1
+
+def spent(path: Path, delta: float, until: tuple[int, int] | None = None) -> float | None:
+    """The epsilon of the draws in ``path``, by the client that spent most; None: infinite.
+
+    ``until`` is the place of the present draw where draws repeat: later ones were taken before a kill.
+    """
+    rows = [row for row in files.read_rows(path) if until is None or place(row) <= until]
+    draws = Counter((row["probability"], row["multiplier"]) for row in rows if "probability" in row)
+    clients: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
         for client in row.get("clients", ()):
-            self._clients[client] += inverse_square(row["multiplier"])
-
-    def epsilon(self) -> float | None:
-        """The epsilon that is spent, by the client that spent most; None: infinite."""
-        releases = [(probability, multiplier, count) for (probability, multiplier), count in self._draws.items()]
-        if self._clients:
-            releases.append((1.0, max(self._clients.values()) ** -0.5, 1))
-        spent = epsilon(releases, self._delta)
-        return spent if math.isfinite(spent) else None
+            clients[client] += inverse_square(row["multiplier"])
+    releases = [(probability, multiplier, count) for (probability, multiplier), count in draws.items()]
+    if clients:
+        releases.append((1.0, max(clients.values()) ** -0.5, 1))
+    total = epsilon(releases, delta)
+    return total if math.isfinite(total) else None
 
 
 def inverse_square(multiplier: float) -> float:

@@ -1,26 +1,20 @@
 """Client-level differential privacy: what one client adds to a round is bounded, and noise hides what it added.
 
-A client scales its update down to norm C. The noise is added by the party that is trusted, and nobody can draw it
-again: it comes from the system's entropy.
+A client scales its update down to norm C, which is fixed, or follows a quantile of the norms (Andrew et al. 2021, arXiv
+1905.03871). Every draw of a cohort is charged before updates are asked for, whatever becomes of it.
 
-``privacy: server``. The server is trusted with updates, metrics and validation losses; whoever sees a model is not. It
-draws a secret Poisson cohort (a client joins with probability q), sums the updates, adds noise of standard deviation
-z C and divides by the expected cohort q N, not by the number of answers, which depends on who is there (McMahan et al.
-2018, arXiv 1710.06963). A small or empty cohort is a round like any other. Epsilon, of the sampled Gaussian, holds for
-adding or removing one client, against all who see models of this run but not its ledger: its losses have no noise.
+``privacy: server``: the server draws a secret Poisson cohort (a client joins with probability q), sums the updates,
+adds noise of standard deviation z C and divides by the expected cohort q N, not by the number of answers, which depends
+on who is there (McMahan et al. 2018, arXiv 1710.06963). A small or empty cohort is a round like any other. Epsilon is
+that of the sampled Gaussian, for adding or removing one client.
 
-``privacy: client``. The server is not trusted. It knows who takes part, so that sampling hides nobody, and it would see
-each update: every client adds noise of standard deviation z C / sqrt(cohort) itself and sends no metrics. Epsilon is
-that of the client which took part most often, for what its speech changes in its updates, against the server and all
-others. With secure aggregation the server sees sums alone, and the noise of all k in a sum hides each: a multiplier of
-z sqrt(k / cohort) instead of z / sqrt(cohort). Clients that pool what they know with the server take their noise out.
+``privacy: client``: every client adds noise of z C / sqrt(cohort) itself and sends no metrics. The server knows who
+takes part, so that sampling hides nobody: epsilon is that of the client which took part most often, at a multiplier of
+z / sqrt(cohort). With secure aggregation, which shows sums alone, the noise of all k in a sum hides each: z sqrt(k /
+cohort).
 
-C is fixed, or follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871). Every draw of a cohort is charged
-before updates are asked for, whatever becomes of it. Not covered: cluster statistics of 02_kmeans, how long a
-client takes, and the last bits of floating point (Mironov 2012).
-
-``privacy_seeded: true`` draws cohorts and noise from the seed, so that a simulation can be repeated. Whoever knows the
-seed can subtract such noise: ledger and card say "not private".
+Noise and secret cohorts come from the system's entropy, or, with ``privacy_seeded``, from the seed: then a simulation
+repeats, and nobody is protected. docs/privacy.md says who is hidden from whom, and what epsilon does not cover.
 """
 
 import math
@@ -40,7 +34,7 @@ if TYPE_CHECKING:
     from fedhubert_lib.federated.local import Update
 
 ACCOUNT = "privacy.jsonl"
-"""File of a private run: ``accounting.Account``."""
+"""File of a private run: ``accounting.charge``."""
 SMALLEST_SUM = 3
 """Clients below which a sum reveals too much: with two, each could subtract its own update."""
 
@@ -113,9 +107,7 @@ def protect(
 ) -> dict[str, float]:
     """Make what a client sends in round ``number`` private, in place; return the metric that adaptive clipping needs.
 
-    ``privacy: server`` clips; ``privacy: client`` adds the client's part of the noise, too: the parts of a cohort of
-    the size asked for add up to what a trusted server would add. Raises ValueError when a real server asks for noise
-    from its seed.
+    Raises ValueError when a real server asks for noise from its seed.
     """
     if p.privacy_seeded and not home.simulated:
         raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
@@ -136,7 +128,7 @@ class Bounding(Hook):
     def __init__(self, server) -> None:
         super().__init__(server)
         p = self.p
-        self._opened: accounting.Account | None = None
+        self._account = server.out / ACCOUNT
         server.state["clip"] = p.privacy_clip
         server.plan["privacy"] = label(p)
         server.bounded, server.judging = True, False  # the choice of the best model would reveal losses
@@ -146,8 +138,7 @@ class Bounding(Hook):
             server.metrics |= {"within_bound"}
 
     def draw(self, round) -> list[str] | None:
-        """With a trusted server a Poisson cohort, which may be small, or empty: to draw again would draw its clients
-        more often than is accounted for."""
+        """With a trusted server a Poisson cohort; to draw another in place of a small one is not accounted for."""
         p, ids = self.p, self.server.clients.ids
         if p.privacy == "client":
             return None
@@ -175,20 +166,16 @@ class Bounding(Hook):
     def step(self, round, update: Arrays) -> None:
         """Add the noise; the ledger says what the run has spent."""
         state, p = self.server.state, self.p
-        round.row |= {"clip": state["clip"], "epsilon": self._account(round).epsilon(), "privacy": label(p)}
+        until = (round.number, round.attempt) if p.privacy_seeded else None
+        epsilon = accounting.spent(self._account, p.privacy_delta, until)
+        round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": label(p)}
         fewest = SMALLEST_SUM if p.secure_aggregation else 1
         within = round.sums["within_bound"]
         state["clip"] = release(update, p, state["clip"], round.number, round.clients, within, fewest)
 
     def _charge(self, round, **row) -> None:
-        self._account(round).charge({"round": round.number, "attempt": round.attempt, **row})
-
-    def _account(self, round) -> accounting.Account:
-        """The account of the run, opened at its first draw."""
-        if self._opened is None:
-            path, following = self.server.out / ACCOUNT, (round.number, round.attempt)
-            self._opened = accounting.Account(path, self.p.privacy_delta, following, self.p.privacy_seeded)
-        return self._opened
+        row |= {"round": round.number, "attempt": round.attempt}
+        accounting.charge(self._account, row, self.p.privacy_seeded)
 
 
 def release(
