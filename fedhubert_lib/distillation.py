@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -85,7 +86,8 @@ def validate(
 def receive(
     home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[Arrays, dict[str, float]]:
-    """Say whether the teacher of ``config["digest"]`` is kept here (metric ``held``); one that comes along is kept.
+    """Say whether the teacher of ``config["digest"]`` is kept here (metric ``held``); one that comes along is kept, in
+    place of earlier ones.
 
     Raises TeacherError when what came is not what the digest names.
     """
@@ -96,6 +98,8 @@ def receive(
         if (found := digest(teacher)) != config["digest"]:
             raise TeacherError(f"{home.client}: received a teacher {found} where {config['digest']} was announced")
         pretrained.save(folder, teacher.model, teacher.head)
+        for other in set(folder.parent.iterdir()) - {folder}:  # copies of the server's, which sends them again
+            shutil.rmtree(other)
     return {}, {"held": float(folder.exists())}
 
 

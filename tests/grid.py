@@ -27,7 +27,11 @@ class Message:
 
     @property
     def metadata(self) -> SimpleNamespace:
-        return SimpleNamespace(src_node_id=self.reply_to.dst_node_id)
+        return SimpleNamespace(reply_to_message_id=identifier(self.reply_to))
+
+
+def identifier(message: Message) -> str:
+    return f"message-{id(message)}"
 
 
 class InProcessGrid:
@@ -45,7 +49,7 @@ class InProcessGrid:
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages; their clients run when the replies are pulled."""
-        pushed = {f"message-{id(message)}": message for message in messages}
+        pushed = {identifier(message): message for message in messages}
         self._waiting |= pushed
         return list(pushed)
 
@@ -53,6 +57,3 @@ class InProcessGrid:
         for identifier in identifiers:
             message = self._waiting.pop(identifier)
             yield flower.answer(message, SimpleNamespace(node_config=self.configs[message.dst_node_id]))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        return InProcessGrid.pull_messages(self, self.push_messages(messages))

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
@@ -34,9 +35,10 @@ def make(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def no_children_left() -> Callable[[], bool]:
-    """True where no process runs that was started here; other tests of this process may have left a fork server."""
+    """True where no process is left that was started here; other tests of this process may have left a fork server."""
+    multiprocessing.resource_tracker.ensure_running()  # of the standard library, which never ends
     before = set(psutil.Process().children())
-    return lambda: set(psutil.Process().children()) <= before
+    return lambda: not psutil.wait_procs(set(psutil.Process().children()) - before, timeout=60)[1]
 
 
 def digest(checkpoint: Path) -> str:
@@ -76,30 +78,24 @@ def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
     assert not ray.is_initialized()
 
 
-def messages(tmp_path: Path) -> Path:
-    """A folder for messages, outside of the run."""
-    folder = tmp_path / "messages"
-    folder.mkdir()
-    return folder
+@pytest.fixture
+def two_workers(monkeypatch) -> None:
+    monkeypatch.setattr(pool, "devices", lambda device: ["cpu", "cpu"])
 
 
-def test_a_killed_worker_costs_one_clients_answer(tmp_path, no_children_left):
-    run = make(tmp_path)
-    ids, rows = client_ids(run), []
-    clients = pool.PoolClients(run, ids, ["cpu", "cpu"], messages(tmp_path))
-    first = [worker.process.pid for worker in clients.workers]
+def test_a_killed_worker_costs_one_clients_answer(tmp_path, two_workers, no_children_left):
+    run, rows = make(tmp_path), []
 
     def on_row(row: dict) -> None:
         rows.append(row)
         if row["kind"] == "round" and row["round"] == 1:
             os.kill(first[0], signal.SIGKILL)
 
-    try:
+    with pool.connect(run, client_ids(run), "cpu") as clients:
+        first = [worker.process.pid for worker in clients.workers]
         p = federation.pretrain(**STUDY | {"rounds": 3, "validate_every": 3})
         pretraining.run(run, p, on_row, clients)
         assert [worker.process.pid == pid for worker, pid in zip(clients.workers, first, strict=True)] == [False, True]
-    finally:
-        clients.close()
     assert [row["clients"] for row in rows if row["kind"] == "round"] == [3, 2, 3]
     (failure,) = [row for row in rows if row["kind"] == "failure"]
     assert failure["round"] == 2
@@ -107,10 +103,9 @@ def test_a_killed_worker_costs_one_clients_answer(tmp_path, no_children_left):
     assert no_children_left()
 
 
-def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
+def test_a_straggler_is_stopped_at_its_deadline(tmp_path, two_workers):
     run = make(tmp_path)
-    clients = pool.PoolClients(run, client_ids(run), ["cpu", "cpu"], messages(tmp_path))
-    try:
+    with pool.connect(run, client_ids(run), "cpu") as clients:
         assert len(list(clients.ask("identify"))) == 3  # both workers are up
         hung = clients.workers[0].process.pid
         os.kill(hung, signal.SIGSTOP)
@@ -120,8 +115,6 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path):
         assert sum(isinstance(answer, Reply) for answer in answers) == 1
         assert not psutil.pid_exists(hung)
         assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
-    finally:
-        clients.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- deployment

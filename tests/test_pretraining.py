@@ -31,7 +31,7 @@ from fedhubert_lib import (
     training,
     weights,
 )
-from fedhubert_lib.federated import flower, handlers, relay, rounds, wire
+from fedhubert_lib.federated import flower, handlers, rounds, wire
 from fedhubert_lib.federated.protocol import ClientHome
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -406,16 +406,16 @@ class Gathering(InProcessGrid):
 
 
 @contextmanager
-def through_the_server_app(grid: InProcessGrid, ids: list[str]) -> Iterator[relay.RelayClients]:
+def through_the_server_app(grid: InProcessGrid, ids: list[str]) -> Iterator[wire.RemoteClients]:
     """The clients of ``grid`` over the ServerApp's function, which Flower would call in a process of its own."""
     with (
         wire.folder() as folder,
-        Listener(f"{folder}/relay", family="AF_UNIX") as listener,
+        Listener(f"{folder}/socket", family="AF_UNIX") as listener,
         ThreadPoolExecutor(1) as pool,
     ):
         ended = pool.submit(flower.main, grid, SimpleNamespace(run_config={"socket": listener.address}))
         with listener.accept() as pipe:
-            clients = relay.RelayClients(pipe, ids, folder)
+            clients = wire.RemoteClients(pipe, ids, folder)
             yield clients
             clients.end()
             ended.result(timeout=60)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from federation import digest, pretrain, rows
-from grid import InProcessGrid
+from grid import InProcessGrid, Message
 
 from fedhubert_lib import checkpoints, federated, files, seeds
 from fedhubert_lib.federated import accounting, client_state, flower, handlers, privacy, robust, rounds, scaffold
@@ -188,6 +188,40 @@ def test_weights_do_not_depend_on_node_ids_or_on_who_answers_first(run, monkeypa
     for name, grid in ("two", InProcessGrid), ("three", LateAndShuffled), ("four", LateAndShuffled):
         clients = flower.GridClients(grid(run, CLIENTS, monkeypatch), CLIENTS)
         assert digest(train(run, name, clients=clients)) == expected
+
+
+class SlowToSay(InProcessGrid):
+    """The first node it asks needs a while to say its name; the second fails at first."""
+
+    def __init__(self, run, clients, monkeypatch):
+        super().__init__(run, clients, monkeypatch)
+        self.pulls = 0
+
+    def pull_messages(self, message_ids):
+        self.pulls += 1
+        for name in message_ids:
+            node = self._waiting[name].dst_node_id
+            if self._waiting[name].content["request"]["action"] == "identify" and node <= 3 and self.pulls < 9:
+                if node == 3:
+                    yield Failed(None, reply_to=self._waiting.pop(name))
+            else:
+                yield from super().pull_messages([name])
+
+
+class Failed(Message):
+    def has_error(self):
+        return True
+
+
+def test_a_node_that_is_slow_to_say_its_name_joins_a_later_round(run, monkeypatch):
+    monkeypatch.setattr(flower, "POLL_SECONDS", 0)
+    monkeypatch.setattr(flower, "IDENTIFY_SECONDS", 0)
+    train(run, cohort=6, rounds=6, clients=flower.GridClients(SlowToSay(run, CLIENTS, monkeypatch), CLIENTS))
+    ledger = files.read_rows(run / "toy/metrics.jsonl")
+    for client in CLIENTS[:2]:
+        first, *others = [row["kind"] for row in ledger if row.get("client") == client]
+        assert first == "failure" and others[-1] == "client"
+    assert {row["client"] for row in failures(run)} == set(CLIENTS[:2])
 
 
 def failures(run: Path) -> list[dict]:

@@ -80,6 +80,7 @@ def test_a_client_masks_only_among_enough_others_and_once_per_key(tmp_path):
         secure.mask(update("client-1"), home(tmp_path, "client-1"), config(peers=peers), P)
     with pytest.raises(ValueError, match="another key"):
         secure.mask(update("client-0"), mine, config(peers=forged), P)
+    assert not list(mine.state.iterdir())  # of a spent key nothing stays
 
 
 def test_values_beyond_the_clipping_norm_are_refused(tmp_path):

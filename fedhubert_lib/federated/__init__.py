@@ -5,16 +5,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 import torch
 
-from fedhubert_lib import params, resources
+from fedhubert_lib import resources
 from fedhubert_lib.federated.protocol import Clients
-
-ENGINES = get_args(params.Engine)
-"""Modules that deliver messages, each with a ``connect``."""
 
 
 def client_ids(run: Path, codebook: str = "") -> list[str]:
@@ -54,16 +50,14 @@ def side_by_side(engine: str, device: str) -> int:
 
 @contextmanager
 def connect(run: Path, engine: str = "inprocess", device: str = "cpu", codebook: str = "") -> Iterator[Clients]:
-    """The clients of ``run`` over ``engine``, for as long as the ``with`` block lasts; see ``client_ids``.
+    """The clients of ``run`` over ``engine`` (``params.Engine``) until the ``with`` block ends; see ``client_ids``.
 
     ``device`` is where clients compute (``auto``, ``cpu``, ``cuda:0`` ...). Raises FileNotFoundError when 01_partition
     has not been written.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r}: not one of {', '.join(ENGINES)}")
     ids = client_ids(run, codebook)
     if engine != "ray" or device == "auto":  # a Ray cluster may have other devices than this machine
         device = resources.resolve(device)
-    chosen = importlib.import_module(f"fedhubert_lib.federated.{engine}")  # Ray, and Flower, only where chosen
-    with chosen.connect(run, ids, device) as clients:
+    module = importlib.import_module(f"fedhubert_lib.federated.{engine}")  # Ray, and Flower, only where chosen
+    with module.connect(run, ids, device) as clients:
         yield clients

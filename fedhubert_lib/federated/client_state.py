@@ -2,12 +2,13 @@
 
 Kept under the session (one start of a study) and the round that wrote it. A server that dies resumes from its last
 durable checkpoint and asks for a round again: the client then starts from what it had before that round, and writes the
-same. Other sessions are left alone: another study's may be resumed; delete their folders by hand.
+same. Other sessions are left alone, since they may be resumed and nobody else has a copy: delete them by hand.
 
 The message's configuration says where it stands: ``session``, ``round``, and ``durable``, the last round that the
 server has on disk.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def save(home: ClientHome, config: Mapping[str, Any], name: str, arrays: Mapping
     for number, file in saved.items():
         if number < needed:
             file.unlink()
+
+
+def take(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | None:
+    """The tensors called ``name`` that this client saved in this round, which are then forgotten, else None."""
+    if (file := _files(home, config, name).get(config["round"])) is None:
+        return None
+    arrays = load_file(file)
+    file.unlink()
+    with contextlib.suppress(OSError):  # the session keeps something else
+        file.parent.rmdir()
+    return arrays
 
 
 def _session(home: ClientHome, config: Mapping[str, Any]) -> Path:

@@ -1,8 +1,7 @@
 """The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to connect a stage to them.
 
 ``prepare`` writes all that the machines need into one folder: the server's certificate, a key per client, Flower's
-configuration, and a Flower app that only imports this library. Nodes trust the server's certificate and no other; the
-server lets in only nodes whose keys were registered.
+configuration, and a Flower app that only imports this library.
 
     federation/federation.json, app/, flower/config.toml, server/server.pem, server/server.key
     federation/nodes/CID/ server.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
@@ -29,7 +28,7 @@ from typing import Any, NoReturn
 import psutil
 
 from fedhubert_lib import files
-from fedhubert_lib.federated import keys, relay, wire
+from fedhubert_lib.federated import keys, wire
 from fedhubert_lib.federated.protocol import Clients
 
 FOLDER = "federation"
@@ -96,13 +95,10 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
     certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
     config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:{port}"\n'
     config += f"root-certificates = {certificate}\n"
-    for path, content in {
-        "app/pyproject.toml": _PROJECT,
-        "app/fedhubert_app.py": _APP,
-        "flower/config.toml": config,
-    }.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(content, encoding="utf-8")
+    documents = {"app/pyproject.toml": _PROJECT, "app/fedhubert_app.py": _APP, "flower/config.toml": config}
+    for name, content in documents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
     files.write_json(folder / "federation.json", {"host": host, "port": port})
     for client in clients:
         add_client(folder, client)
@@ -131,16 +127,13 @@ def _address(folder: Path) -> dict[str, Any]:
 def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
     """The command of the server's SuperLink. ``bind`` is the address to listen on; default: the host's, or all
     where nodes reach it by name."""
-    where, server = _address(folder), folder / "server"
+    address, certificate = _address(folder), str(folder / "server" / "server.pem")
     return [
         *_program("flower-superlink"),
-        *("--ssl-ca-certfile", str(server / "server.pem")),
-        *("--ssl-certfile", str(server / "server.pem")),
-        *("--ssl-keyfile", str(server / "server.key")),
-        "--enable-supernode-auth",
-        "--disable-runtime-dependency-installation",
-        *("--host", bind or where["host"]),
-        *("--port", str(where["port"])),
+        *("--ssl-ca-certfile", certificate, "--ssl-certfile", certificate),
+        *("--ssl-keyfile", str(folder / "server" / "server.key")),
+        *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        *("--host", bind or address["host"], "--port", str(address["port"])),
     ]
 
 
@@ -155,8 +148,7 @@ def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0)
         *("--superlink", f"{about['host']}:{about['port']}"),
         *("--auth-supernode-private-key", str(node / "node.key")),
         *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
-        *("--host", "127.0.0.1"),
-        *("--port", str(port or free_port())),
+        *("--host", "127.0.0.1", "--port", str(port or free_port())),
     ]
 
 
@@ -186,8 +178,8 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
     (folder / REGISTERED).unlink(missing_ok=True)
     process = _start(superlink_command(folder, bind), folder, log)
     try:
-        address, deadline = _address(folder), time.monotonic() + START_SECONDS
-        while not _listens(address):
+        deadline = time.monotonic() + START_SECONDS
+        while not _listens(folder):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise DeploymentError(f"the SuperLink did not start.{_tail(log)}")
             time.sleep(0.2)
@@ -238,8 +230,8 @@ def _program(name: str) -> list[str]:
 def register(folder: Path) -> list[str]:
     """Let in the clients that have not been let in since the running SuperLink began; return them."""
     _address(folder)  # raises where nothing was prepared
-    known = {row["client"] for row in files.read_rows(folder / REGISTERED)}
-    new = [path for path in sorted(folder.glob("nodes/*/node.pub")) if path.parent.name not in known]
+    registered = {row["client"] for row in files.read_rows(folder / REGISTERED)}
+    new = [path for path in sorted(folder.glob("nodes/*/node.pub")) if path.parent.name not in registered]
 
     def let_in(key: Path) -> str:
         flwr(folder, "supernode", "register", str(key), CONNECTION, "--name", key.parent.name)
@@ -260,8 +252,8 @@ def flwr(folder: Path, *arguments: str) -> str:
 
 
 @contextlib.contextmanager
-def connect(run: Path, clients: Sequence[str], device: str = "") -> Iterator[Clients]:
-    """The ``clients`` of the federation that was prepared in ``run``, over its running SuperLink: ``flwr run``.
+def connect(run: Path, ids: Sequence[str], device: str = "") -> Iterator[Clients]:
+    """The clients ``ids`` of the federation that was prepared in ``run``, over its running SuperLink: ``flwr run``.
 
     Their nodes choose the device. Raises DeploymentError where no SuperLink listens, no client connects, or Flower's
     part ends too early.
@@ -270,16 +262,16 @@ def connect(run: Path, clients: Sequence[str], device: str = "") -> Iterator[Cli
     check(run)
     log = folder / "logs" / "flwr-run.log"
     with wire.folder() as scratch, socket.socket(socket.AF_UNIX) as listener:
-        address = str(scratch / "relay")  # not in the run folder: such addresses have 107 characters at most
+        address = str(scratch / "socket")  # not in the run folder: such addresses have 107 characters at most
         listener.bind(address)
         listener.listen()
         command = ["run", str(folder / "app"), CONNECTION, "--stream", "--run-config", f"socket={json.dumps(address)}"]
         process = _start([*_program("flwr"), *command], folder, log)
         try:
             with _accept(listener, process, log) as pipe:
-                relayed = relay.RelayClients(pipe, clients, scratch)
-                yield relayed
-                relayed.end()
+                remote = wire.RemoteClients(pipe, ids, scratch)
+                yield remote
+                remote.end()
         except ConnectionError as error:
             raise DeploymentError(f"{error}; the same command resumes.{_tail(log)}") from error
         finally:
@@ -288,11 +280,10 @@ def connect(run: Path, clients: Sequence[str], device: str = "") -> Iterator[Cli
 
 def check(run: Path) -> None:
     """Raise DeploymentError, or FileNotFoundError, unless a SuperLink of the federation of ``run`` listens."""
-    address = _address(run / FOLDER)
-    if not _listens(address):
+    if not _listens(run / FOLDER):
         raise DeploymentError(
-            f"{address['host']}:{address['port']}: no SuperLink answers; start it with `fedhubert deploy server {run}`,"
-            " and the clients with `fedhubert deploy client`"
+            "{host}:{port}: no SuperLink answers; start it with `fedhubert deploy server {run}`, and the clients with"
+            " `fedhubert deploy client`".format(**_address(run / FOLDER), run=run)
         )
 
 
@@ -305,7 +296,8 @@ def check_records(run: Path) -> None:
         )
 
 
-def _listens(address: dict[str, Any]) -> bool:
+def _listens(folder: Path) -> bool:
+    address = _address(folder)
     try:
         socket.create_connection((address["host"], address["port"]), timeout=10).close()
     except OSError:
@@ -317,13 +309,12 @@ def _accept(listener: socket.socket, process: subprocess.Popen, log: Path) -> Co
     """The connection of the ServerApp that ``process`` starts."""
     listener.settimeout(0.5)
     deadline = time.monotonic() + START_SECONDS
-    while True:
+    while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(TimeoutError):
             accepted, _ = listener.accept()
             accepted.setblocking(True)
             return Connection(accepted.detach())
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise DeploymentError(f"flwr run did not start the ServerApp.{_tail(log)}")
+    raise DeploymentError(f"flwr run did not start the ServerApp.{_tail(log)}")
 
 
 def _start(command: Sequence[str], home: Path, log: Path | None = None) -> subprocess.Popen:
@@ -332,27 +323,19 @@ def _start(command: Sequence[str], home: Path, log: Path | None = None) -> subpr
         return subprocess.Popen(command, env=environment(home))
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as stream:
-        return subprocess.Popen(
-            command,
-            env=environment(home),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        output = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment(home), start_new_session=True, **output)
 
 
 def _end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
-    """End processes and all that they started (Flower gives its children sessions of their own): politely, then not."""
+    """End processes and all that they started (Flower gives its children sessions of their own); kill what does not
+    end within ``seconds``."""
     family = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(process.pid)
-            family += [parent, *parent.children(recursive=True)]
-    for process in processes:
+            family += [parent := psutil.Process(process.pid), *parent.children(recursive=True)]
         process.terminate()
-    _, stubborn = psutil.wait_procs(family, timeout=seconds)
-    for member in stubborn:
+    for member in psutil.wait_procs(family, timeout=seconds)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     for process in processes:

@@ -8,7 +8,7 @@ it failed). Nothing else travels.
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fedhubert_lib.federated import handlers, relay, wire
+from fedhubert_lib.federated import handlers, wire
 from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 POLL_SECONDS = 0.05
 IDENTIFY_SECONDS = 120.0
-"""Deadline of a node's first answer: its process has to import PyTorch."""
+"""Time that a request waits for a new node to name its client: the node's process has to import PyTorch."""
 WAIT_SECONDS = 120
 """Time to wait for all clients at the start; those still missing then are left out until they come."""
 
@@ -32,14 +32,6 @@ logger = logging.getLogger(__name__)
 
 client = ClientApp()
 server = ServerApp()
-
-
-def content(action: str, arrays: ArrayRecord, config: Mapping[str, Any]) -> RecordDict:
-    """The content of a request. Each message has its own records, since a Flower mod may change them; the arrays in
-    them are shared, so that a model is packed once for a whole cohort.
-    """
-    record = ConfigRecord({"action": action, "config": json.dumps(dict(config))})
-    return RecordDict({"arrays": arrays.copy(), "request": record})
 
 
 def packed(arrays: Mapping[str, Tensor]) -> ArrayRecord:
@@ -65,20 +57,15 @@ def answer(message: Message, context: Context) -> Message:
     The node's configuration names the client, the ``run`` folder on its machine, and its device.
     """
     records: Mapping[str, Any] = message.content
-    node, asked = context.node_config, records["request"]
+    node, request = context.node_config, records["request"]
     run, device = Path(str(node["run"])), str(node.get("device", "cpu"))
-    home = handlers.home(run, str(node["client"]), asked["action"], device, simulated=False)
-    answer = handlers.answer(home, asked["action"], unpacked(records["arrays"]), json.loads(asked["config"]))
+    home = handlers.home(run, str(node["client"]), request["action"], device, simulated=False)
+    answer = handlers.answer(home, request["action"], unpacked(records["arrays"]), json.loads(request["config"]))
     if isinstance(answer, Failure):
         reply = RecordDict({"client": ConfigRecord({"id": answer.client, "failure": answer.reason})})
     else:
-        reply = RecordDict(
-            {
-                "arrays": packed(answer.arrays),
-                "metrics": MetricRecord(dict(answer.metrics)),
-                "client": ConfigRecord({"id": answer.client}),
-            }
-        )
+        metrics, name = MetricRecord(dict(answer.metrics)), ConfigRecord({"id": answer.client})
+        reply = RecordDict({"arrays": packed(answer.arrays), "metrics": metrics, "client": name})
     return Message(reply, reply_to=message)
 
 
@@ -90,28 +77,26 @@ class GridClients(Clients):
 
     Replies are pulled one by one in sorted order of client id: those that came early wait where Flower keeps them, so
     the server holds one at a time, and sums do not depend on the order of arrival. ``ids`` are all clients. A node is
-    asked who it is before the first message after it connected.
+    asked which client it is when it connects.
     """
 
     def __init__(self, grid: Grid, ids: Sequence[str]) -> None:
         super().__init__(ids)
         self._grid = grid
         self._nodes: dict[str, int] = {}
+        """By client."""
+        self._asked: dict[str, int] = {}
+        """Nodes that have not said yet who they are, by the message that asks them."""
+        self._met: set[int] = set()
+        """Nodes that were asked before."""
         self._strangers: set[int] = set()
-        """Nodes that did not say who they are, or are not among ``ids``."""
+        """Nodes of clients that are not among ``ids``."""
 
     def answers(self, request: Request) -> Answers:
         """A client that is not connected is a Failure, not an exception."""
-        record, nodes = packed(request.arrays), self.connected()
-        messages = {
-            name: Message(
-                content(request.action, record, request.config), nodes[name], MessageType.TRAIN, ttl=request.timeout
-            )
-            for name in request.clients
-            if name in nodes
-        }
-        identifiers = dict(zip(messages, self._grid.push_messages(messages.values()), strict=True))
-        del messages, record
+        connected = self.connected()
+        nodes = {name: connected[name] for name in request.clients if name in connected}
+        identifiers = dict(zip(nodes, self._push(request, list(nodes.values())), strict=True))
         for name in request.clients:
             if name not in identifiers:
                 yield Failure(name, "not connected")
@@ -130,35 +115,55 @@ class GridClients(Clients):
             time.sleep(0.5)
 
     def connected(self) -> dict[str, int]:
-        """Nodes by client, of those that are connected now."""
+        """Nodes by client, of those that are connected now.
+
+        A new node has IDENTIFY_SECONDS to say which client it is; the name of a slower one is taken whenever it comes,
+        and a node that failed is asked again. Raises ValueError when two say that they are the same client.
+        """
         nodes = set(self._grid.get_node_ids())
-        if unknown := nodes - set(self._nodes.values()) - self._strangers:
-            named = identify(self._grid, unknown)
-            self._nodes |= {name: node for name, node in named.items() if name in self.ids}
-            self._strangers |= unknown - set(self._nodes.values())
+        if unnamed := sorted(nodes - {*self._nodes.values(), *self._asked.values()} - self._strangers):
+            sent = self._push(Request("identify", {}, {}, (), None), unnamed)
+            self._asked |= {identifier: node for identifier, node in zip(sent, unnamed, strict=True) if identifier}
+        new, deadline = set(unnamed) - self._met, time.monotonic() + IDENTIFY_SECONDS
+        self._met |= new
+        while self._asked:
+            for message in self._grid.pull_messages(list(self._asked)):
+                self._name(self._asked.pop(message.metadata.reply_to_message_id), message, nodes)
+            if new.isdisjoint(self._asked.values()) or time.monotonic() > deadline:
+                break
+            time.sleep(POLL_SECONDS)
         return {name: node for name, node in self._nodes.items() if node in nodes}
+
+    def _push(self, request: Request, nodes: Sequence[int]) -> list[Any]:
+        """Send ``request`` to ``nodes``: Flower's identifier of the message to each, or None.
+
+        Each message has its own records, since a Flower mod may change them; the arrays in them are shared, so that a
+        model is packed once for a whole cohort.
+        """
+        arrays, fields = packed(request.arrays), {"action": request.action, "config": json.dumps(request.config)}
+        contents = (RecordDict({"arrays": arrays.copy(), "request": ConfigRecord(fields)}) for _ in nodes)
+        pairs = zip(contents, nodes, strict=True)
+        messages = [Message(content, node, MessageType.TRAIN, ttl=request.timeout) for content, node in pairs]
+        return list(self._grid.push_messages(messages))
+
+    def _name(self, node: int, message: Message, connected: set[int]) -> None:
+        """Take down which client ``node`` says it is."""
+        if message.has_error():
+            return
+        records: Mapping[str, Any] = message.content
+        name = str(records.get("client", {}).get("id"))
+        if name not in self.ids:
+            self._strangers.add(node)
+            return
+        if self._nodes.get(name, node) in connected - {node}:
+            raise ValueError(f"two connected nodes say that they are {name!r}; give each its own in --node-config")
+        self._nodes[name] = node
 
     def _answer(self, name: str, identifier: str) -> Reply | Failure:
         while True:  # ends: past a message's time to live Flower answers with an error
             for message in self._grid.pull_messages([identifier]):
                 return read_reply(name, message)
             time.sleep(POLL_SECONDS)
-
-
-def identify(grid: Grid, nodes: Iterable[int]) -> dict[str, int]:
-    """Ask ``nodes`` which client each is: node by client. Those that do not answer in time are left out.
-
-    Raises ValueError when two say that they are the same client.
-    """
-    named: dict[str, int] = {}
-    asked = [Message(content("identify", ArrayRecord(), {}), node, MessageType.TRAIN) for node in sorted(nodes)]
-    for message in grid.send_and_receive(asked, timeout=IDENTIFY_SECONDS):
-        if message.has_error():
-            continue
-        name, node = str(message.content["client"]["id"]), message.metadata.src_node_id
-        if named.setdefault(name, node) != node:
-            raise ValueError(f"two connected nodes say that they are {name!r}; give each its own in --node-config")
-    return named
 
 
 def read_reply(name: str, message: Message) -> Reply | Failure:
@@ -187,4 +192,4 @@ def main(grid: Grid, context: Context) -> None:
         clients.wait(WAIT_SECONDS)
         wire.send(pipe, connected := sorted(clients.connected()))
         if connected:
-            relay.serve(pipe, clients)
+            wire.serve(pipe, clients)

@@ -1,6 +1,6 @@
 """A client's half of every message, whatever carries it: the handler that a stage registered, and the client's folders.
 
-Whatever reads audio, features or labels happens below ``answer``; ``acting`` says so to the audit that proves it.
+Whatever reads audio, features or labels runs below ``answer``; ``acting`` names the client to the audit that proves it.
 """
 
 import importlib
@@ -49,14 +49,8 @@ def home(run: Path, client: str, action: str, device: str, simulated: bool) -> C
     In simulation that is the one run folder, in deployment one of the same layout that holds this client's part alone.
     """
     stage = params.FOLDERS.get(action.partition(".")[0], "")
-    return ClientHome(
-        client=client,
-        data=run / "01_partition" / "clients" / client,
-        labels=run / "02_kmeans" / "clients" / client,
-        state=run / stage / "clients" / client,
-        device=device,
-        simulated=simulated,
-    )
+    data, labels, state = (run / folder / "clients" / client for folder in ("01_partition", "02_kmeans", stage))
+    return ClientHome(client, data, labels, state, device, simulated)
 
 
 def answer(home: ClientHome, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Reply | Failure:

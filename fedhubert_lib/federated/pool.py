@@ -1,120 +1,169 @@
 """The engine for one machine with several devices: a worker process each, alive for the whole run.
 
-Requests and answers are files of ``wire``; what to read, and for whom, is JSON on a pipe.
+Requests and answers are files of ``wire``; which to read, and for whom, is JSON on a pipe.
 """
 
 import contextlib
 import copy
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator, Sequence
-from multiprocessing import Pipe
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fedhubert_lib.federated import devices, handlers, wire
-from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
-from fedhubert_lib.federated.workers import Worker, WorkerClients
+from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
+
+SPAWN = multiprocessing.get_context("spawn")  # not fork: CUDA forbids it
 
 
-class Process(Worker):
-    """A worker process on ``device``.
+class Worker(Protocol):
+    """A process that computes for one client after another."""
 
-    A fresh interpreter, not a fork (CUDA forbids it), and not multiprocessing's spawn (which runs the caller's main
-    module again).
+    def answer(self, client: str, packed: Any, timeout: float | None) -> Reply | Failure:
+        """The answer of ``client`` to a request. Raises TimeoutError where it takes longer, without the worker's start,
+        and ConnectionError, with how, where the worker dies."""
+
+    def stop(self) -> None:
+        """Stop at once; an ``answer`` that is waited for ends in ConnectionError."""
+
+
+class WorkerClients(Clients):
+    """Clients over workers side by side, of this engine and of ``ray``: one for each function of ``starts``.
+
+    A worker that dies, or is late, costs its client's answer and nothing else: another takes its place. Clients start
+    in the order of their ids. Answers not yet read are few, since none starts while twice as many as workers wait:
+    memory does not grow with the cohort. ``pack`` makes what the workers get of a request, its tensors once for all.
     """
 
+    def __init__(
+        self, ids: Sequence[str], starts: Sequence[Callable[[], Worker]], pack: Callable[[Request], Any]
+    ) -> None:
+        super().__init__(ids)
+        self._starts, self._pack, self._closed = starts, pack, False
+        self.workers = [start() for start in starts]
+
+    def close(self) -> None:
+        """Stop all workers."""
+        self._closed = True
+        self._last.close()
+        for worker in self.workers:
+            worker.stop()
+
+    def answers(self, request: Request) -> Answers:
+        """When they are not read to the end, workers that are busy with them are replaced."""
+        packed = self._pack(request)
+        idle: SimpleQueue[int] = SimpleQueue()
+        for slot in range(len(self.workers)):
+            idle.put(slot)
+        busy: set[int] = set()
+
+        def answer(client: str) -> Reply | Failure:
+            busy.add(slot := idle.get())
+            try:
+                return self.workers[slot].answer(client, packed, request.timeout)
+            except (TimeoutError, ConnectionError) as error:
+                self.workers[slot].stop()
+                if not self._closed:
+                    self.workers[slot] = self._starts[slot]()
+                return Failure(client, str(error))
+            finally:
+                busy.discard(slot)
+                idle.put(slot)
+
+        pending: deque[Future[Reply | Failure]] = deque()
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            try:
+                for client in request.clients:
+                    pending.append(pool.submit(answer, client))
+                    if len(pending) == 2 * len(self.workers):
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+                for slot in list(busy):
+                    self.workers[slot].stop()
+
+
+class Process:
+    """A worker process on ``device``."""
+
     def __init__(self, run: Path, device: str) -> None:
-        self._pipe, theirs = Pipe()
+        self._pipe, far_end = SPAWN.Pipe()
         self._up = False
-        command = "import sys; from fedhubert_lib.federated import pool; pool.work(int(sys.argv[1]))"
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-                start_new_session=True,  # Ctrl-C is for this process; the workers end with it
-            )
-        wire.send(self._pipe, {"run": str(run), "device": device, "threads": torch.get_num_threads()})
+        self.process = SPAWN.Process(target=work, args=(far_end, run, device, torch.get_num_threads()), daemon=True)
+        self.process.start()
+        far_end.close()
 
     def answer(self, client: str, packed: Path, timeout: float | None) -> Reply | Failure:
         try:
             self._up = self._up or wire.receive(self._pipe)
             path = packed.with_name(f"answer-{self.process.pid}")
-            wire.send(self._pipe, {"client": client, "request": str(packed), "answer": str(path)})
+            wire.send(self._pipe, [client, str(packed), str(path)])
             if not self._pipe.poll(timeout):
                 raise TimeoutError(f"no answer before the deadline of {timeout:.1f} s")
             wire.receive(self._pipe)
+        except TimeoutError:
+            raise
         except (EOFError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise ConnectionError(self._death()) from error
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise ConnectionError(
+                f"the worker process died ({how}); its standard error says more, and the system log if memory ran out"
+            ) from error
         return wire.read_answer(path)
-
-    def _death(self) -> str:
-        code = self.process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"the worker process died ({how}); its standard error says more, and the system log if memory ran out"
 
     def stop(self) -> None:
         """Kill it: what a client writes is written atomically."""
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
 
-class PoolClients(WorkerClients):
-    """Clients over one persistent process per entry of ``devices``; messages lie in ``folder``."""
-
-    def __init__(self, run: Path, clients: Sequence[str], devices: Sequence[str], folder: Path) -> None:
-        self._folder, self._requests = folder, itertools.count()
-        super().__init__(clients, devices, lambda device: Process(run, device))
-
-    def packed(self, request: Request) -> Path:
-        for last in self._folder.glob("request-*"):
-            last.unlink()
-        path = self._folder / f"request-{next(self._requests)}"
-        wire.write(path, {"action": request.action, "config": request.config}, request.arrays)
-        return path
-
-
-def work(descriptor: int) -> None:
+def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
     """A worker's main: answer requests until the process that started it is gone."""
-    pipe = Connection(descriptor)
-    requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
-
-    def listen() -> None:
-        try:
-            while True:
-                requests.put(wire.receive(pipe))
-        except (EOFError, OSError):
-            os._exit(0)  # at once, in the middle of training: nobody waits for the answer
-
-    threading.Thread(target=listen, daemon=True).start()
-    setup = requests.get()
-    torch.set_num_threads(setup["threads"])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # It then ends in the middle of training: nobody waits for the answer.
+    threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process
+    torch.set_num_threads(threads)
     read = functools.lru_cache(maxsize=1)(wire.read)  # a cohort's clients get the same tensors: see weights.placed
-    wire.send(pipe, True)  # up
+    wire.send(pipe, "up")
     while True:
-        task = requests.get()
-        (request, arrays), run = read(Path(task["request"])), Path(setup["run"])
-        home = handlers.home(run, task["client"], request["action"], setup["device"], simulated=True)
+        client, request_path, answer_path = wire.receive(pipe)
+        request, arrays = read(Path(request_path))
+        home = handlers.home(run, client, request["action"], device, simulated=True)
         answer = handlers.answer(home, request["action"], dict(arrays), copy.deepcopy(request["config"]))
-        wire.write_answer(Path(task["answer"]), answer)
-        wire.send(pipe, True)
+        wire.write_answer(Path(answer_path), answer)
+        wire.send(pipe, "done")
 
 
 @contextlib.contextmanager
-def connect(run: Path, clients: Sequence[str], device: str) -> Iterator[Clients]:
+def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[WorkerClients]:
     """The clients of ``run`` in worker processes, one per device that ``device`` stands for."""
-    with wire.folder() as folder, contextlib.closing(PoolClients(run, clients, devices(device), folder)) as pool:
-        yield pool
+    with wire.folder() as folder:
+        numbers = itertools.count()
+
+        def pack(request: Request) -> Path:
+            for last in folder.glob("request-*"):
+                last.unlink()
+            path = folder / f"request-{next(numbers)}"
+            wire.write(path, {"action": request.action, "config": request.config}, request.arrays)
+            return path
+
+        starts = [functools.partial(Process, run, place) for place in devices(device)]
+        with contextlib.closing(WorkerClients(ids, starts, pack)) as clients:
+            yield clients

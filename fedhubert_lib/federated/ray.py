@@ -8,6 +8,7 @@ in common go into Ray's object store once.
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fedhubert_lib.federated import handlers
-from fedhubert_lib.federated.protocol import Clients, Failure, Reply, Request
-from fedhubert_lib.federated.workers import Worker, WorkerClients
+from fedhubert_lib.federated.pool import WorkerClients
+from fedhubert_lib.federated.protocol import Failure, Reply, Request
 from fedhubert_lib.resources import cores
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
@@ -44,15 +45,13 @@ class Actor:
         """The reply of ``client`` as NumPy arrays and metrics, or its failure."""
         home = handlers.home(self._run, client, action, self._device, simulated=True)
         answer = handlers.answer(home, action, _tensors(arrays), config)
-        if isinstance(answer, Failure):
-            return answer
-        return {name: tensor.numpy() for name, tensor in answer.arrays.items()}, answer.metrics
+        return answer if isinstance(answer, Failure) else (_arrays(answer.arrays), answer.metrics)
 
 
-class RemoteActor(Worker):
-    """An actor of the cluster with ``resources`` of its own, made of ``arguments``."""
+class RemoteActor:
+    """A worker of ``pool.WorkerClients``: an actor of the cluster, with ``resources``, made of ``arguments``."""
 
-    def __init__(self, resources: Mapping[str, int], arguments: Sequence[Any]) -> None:
+    def __init__(self, resources: Mapping[str, int], *arguments: Any) -> None:
         self._actor = ray.remote(Actor).options(**resources).remote(*arguments)
 
     def answer(self, client: str, packed: Sequence[Any], timeout: float | None) -> Reply | Failure:
@@ -69,41 +68,38 @@ class RemoteActor(Worker):
         ray.kill(self._actor)
 
 
-class RayClients(WorkerClients):
-    """Clients over Ray actors that compute on ``device``: as many as the cluster has room for."""
-
-    def __init__(self, run: Path, clients: Sequence[str], device: str) -> None:
-        gpu, threads = device.startswith("cuda"), torch.get_num_threads()
-        resources = {"num_cpus": 0, "num_gpus": 1} if gpu else {"num_cpus": threads}
-        count = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0) / (1 if gpu else threads))
-        if count == 0:
-            raise RuntimeError(
-                f"Ray has no room for a worker on {device!r} ({resources}); it has {ray.cluster_resources()}"
-            )
-        # In an actor, Ray shows only the actor's own GPU.
-        arguments = (str(run.resolve()), "cuda:0" if gpu else device, threads)
-        super().__init__(clients, [arguments] * count, lambda arguments: RemoteActor(resources, arguments))
-
-    def packed(self, request: Request) -> Sequence[Any]:
-        stored = ray.put({name: tensor.numpy() for name, tensor in request.arrays.items()})
-        return request.action, stored, json.loads(json.dumps(request.config))
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
+def _pack(request: Request) -> Sequence[Any]:
+    return request.action, ray.put(_arrays(request.arrays)), json.loads(json.dumps(request.config))
+
+
 @contextlib.contextmanager
-def connect(run: Path, clients: Sequence[str], device: str) -> Iterator[Clients]:
-    """The clients of ``run`` over a Ray cluster whose machines all see that folder under the same path."""
-    started = not ray.is_initialized()
+def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[WorkerClients]:
+    """The clients of ``run`` over a Ray cluster whose machines all see that folder under the same path: as many actors
+    as the cluster has room for on ``device``."""
+    gpu, width, started = device.startswith("cuda"), torch.get_num_threads(), not ray.is_initialized()
+    resources = {"num_cpus": 0, "num_gpus": 1} if gpu else {"num_cpus": width}
     if started:
         # A cluster that is started here has as many workers as this process may use cores, and no web page.
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": cores(), "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="warning", **local)
     try:
-        with contextlib.closing(RayClients(run, clients, device)) as actors:
-            yield actors
+        count = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0) / (1 if gpu else width))
+        if count == 0:
+            raise RuntimeError(
+                f"Ray has no room for a worker on {device!r} ({resources}); it has {ray.cluster_resources()}"
+            )
+        # In an actor, Ray shows only the actor's own GPU.
+        start = functools.partial(RemoteActor, resources, str(run.resolve()), "cuda:0" if gpu else device, width)
+        with contextlib.closing(WorkerClients(ids, [start] * count, _pack)) as clients:
+            yield clients
     finally:
         if started:
             ray.shutdown()

@@ -1,13 +1,4 @@
-"""Federated training, round by round. Pretraining and distillation share it; ``run`` is all of it:
-
-    with serving(clients, p, task, weights, out) as server:
-        for round in server.rounds():
-            cohort = round.draw()
-            replies = round.ask(cohort)
-            update = round.collect(replies)
-            if update is not None:  # enough clients gave a usable update
-                round.step(update)
-                round.save()
+"""Federated training, round by round: pretraining and distillation share it, and ``run`` is all of it.
 
 The server knows clients through ``protocol.Clients`` only. Every draw comes from (seed, round), updates are added in
 the order of client ids, and each round ends with a checkpoint: a run that is killed resumes and ends with the same
@@ -99,12 +90,12 @@ def panel(ids: Sequence[str], p: Federation) -> list[str]:
 
 
 def run(server: "Server") -> None:
-    """All rounds that are left."""
+    """All rounds that are left, of the server that ``serving`` yields."""
     for round in server.rounds():
         cohort = round.draw()
         replies = round.ask(cohort)
         update = round.collect(replies)
-        if update is not None:
+        if update is not None:  # enough clients gave a usable update
             round.step(update)
             round.save()
 
@@ -141,13 +132,9 @@ class Server:
         self.clients, self.p, self.task, self.out, self.writer = clients, p, task, out, writer
         self.weights, self.tensors = weights, optimisers.moments(p, weights)
         settings = {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}
-        self.state: dict[str, Any] = {
-            "round": 0,
-            "session": uuid.uuid4().hex,
-            "reference_norm": None,
-            "settings": checkpoints.decisive(p) | settings,
-            **checkpoints.UNJUDGED,
-        }
+        settings = checkpoints.decisive(p) | settings
+        self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "reference_norm": None}
+        self.state |= {"settings": settings, **checkpoints.UNJUDGED}
         plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
         self.plan = plan | {"parameters": sum(tensor.numel() for tensor in weights.values())}
         # What hooks may change:
@@ -159,7 +146,7 @@ class Server:
         """Whether the best round, by its loss, is kept beside the last."""
         self.metrics = METRICS
         self.hooks = [hook(self) for hook, chosen in HOOKS if chosen(p)]
-        saved = checkpoints.resume(out, self.state["settings"], self.weights, self.tensors)
+        saved = checkpoints.resume(out, settings, self.weights, self.tensors)
         if saved is not None:
             self.weights, self.tensors, state = saved
             self.state |= state
@@ -183,9 +170,8 @@ class Server:
             else:
                 self.settle()
                 raise QuorumError(
-                    f"round {number}: {ATTEMPTS} times too few usable updates; {self.out / 'metrics.jsonl'} has the"
-                    f" reasons (kind: failure). The state after round {number - 1} is saved: the same command resumes"
-                    " from it, with another cohort"
+                    f"round {number}: {ATTEMPTS} times too few usable updates, see {self.out / 'metrics.jsonl'} (kind:"
+                    f" failure); the same command resumes after round {number - 1}, with another cohort"
                 )
 
     def finished(self) -> bool:
@@ -195,13 +181,11 @@ class Server:
 
     def message(self, number: int) -> dict[str, Any]:
         """The configuration of a message of round ``number``."""
-        stand = {"round": number, "session": self.state["session"], "durable": self.durable}
-        return {**self.task.config, **stand}
+        return {**self.task.config, "round": number, "session": self.state["session"], "durable": self.durable}
 
     def ask(self, action: str, config: Mapping[str, Any], clients: Sequence[str], arrays: Arrays | None = None):
         """``Clients.ask`` for an action of the task, with the study's deadline."""
-        deadline = self.p.deadline_seconds or None
-        action = f"{self.task.name}.{action}"
+        action, deadline = f"{self.task.name}.{action}", self.p.deadline_seconds or None
         return self.clients.ask(action, arrays=arrays, config=config, clients=clients, timeout=deadline)
 
     def averages(self, sums: Mapping[str, float]) -> Mapping[str, float | None]:
@@ -246,11 +230,10 @@ class Round:
 
     def draw(self) -> list[str]:
         """The clients of this round, sorted."""
-        drawn = [hook.draw(self) for hook in self.server.hooks]
-        chosen = next((ids for ids in drawn if ids is not None), None)
-        if chosen is None:
-            chosen = cohort(self.server.clients.ids, self.p.cohort, self.p.seed, self.number, self.attempt)
-        return chosen
+        for hook in self.server.hooks:
+            if (drawn := hook.draw(self)) is not None:
+                return drawn
+        return cohort(self.server.clients.ids, self.p.cohort, self.p.seed, self.number, self.attempt)
 
     def ask(self, cohort: Sequence[str]) -> Iterator[Reply | Failure]:
         """Send the weights to ``cohort``; the clients' updates, as they arrive, in the order of client ids."""
@@ -259,16 +242,13 @@ class Round:
         self.message, self.payload = self.server.message(self.number), dict(self.server.weights)
         for hook in self.server.hooks:
             hook.message(self)
-        collectors = [hook.collector(self) for hook in self.server.hooks]
+        collectors = (hook.collector(self) for hook in self.server.hooks)
         self.collector = next(filter(None, collectors), None) or optimisers.Mean()
         self.bytes_down += size(self.payload) * len(self.asked)
         return self.server.ask("update", self.message, self.asked, self.payload) if self.asked else iter(())
 
     def collect(self, replies: Iterator[Reply | Failure]) -> Arrays | None:
-        """The mean of the usable updates, or what stands in its place; None below the quorum.
-
-        A row of the ledger for each client.
-        """
+        """The collected update, of the usable ones; None below the quorum. Each client gets a row of the ledger."""
         for reply, norm in self._without_outliers(self._usable(replies)):
             self._add(reply, norm)
             reply.arrays.clear()  # several loops still hold this reply while the next client works
@@ -331,13 +311,12 @@ class Round:
             yield from replies
             return
         usual = self.server.state["reference_norm"]
-        if usual is None:
+        if usual is None and (first := list(itertools.islice(replies, 2))):
             # No earlier round says how large an update is. The first two do, or the first three if these disagree.
-            first = list(itertools.islice(replies, 2))
             norms = [norm for _, norm in first]
-            if first and max(norms) > self.p.outlier * min(norms):
+            if max(norms) > self.p.outlier * min(norms):
                 first += itertools.islice(replies, 1)
-            usual = statistics.median_low(norm for _, norm in first) if first else 0.0
+            usual = statistics.median_low(norm for _, norm in first)
             replies = itertools.chain(first, replies)
             del first
         for reply, norm in replies:
@@ -350,8 +329,7 @@ class Round:
     def _add(self, reply: Reply, norm: float) -> None:
         began, metrics = time.perf_counter(), reply.metrics
         self.collector.add(reply.arrays, metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0)
-        self.clients += 1
-        self.learning_rate = metrics["learning_rate"]
+        self.clients, self.learning_rate = self.clients + 1, metrics["learning_rate"]
         self.sums.update(metrics)
         self.server_seconds += time.perf_counter() - began
         row = {"round": self.number, "client": reply.client, **self.server.averages(metrics)}
@@ -375,20 +353,19 @@ class Round:
                 server.fail(number, reply.client, f"validation: {reply.reason}")
             else:
                 sums.update(reply.metrics)
-        if not sums:  # nobody on the panel has validation utterances
-            return {}
-        return {f"validation_{name}": value for name, value in server.task.averages(sums).items()}
+        averages = server.task.averages(sums) if sums else {}  # none: nobody on the panel has validation utterances
+        return {f"validation_{name}": value for name, value in averages.items()}
 
     def _cost(self) -> dict[str, Any]:
         """Rates, bytes and times of the round; None where clients do not say."""
         seconds, sums = time.perf_counter() - self.began, self.sums if self.server.trusted else {}
         audio_seconds = sums.get("audio_seconds")
-        sent = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         failed = self.server.ledger.failed  # attempts cost bytes, too
         return self.server.meter.used() | {
             "learning_rate": self.learning_rate,
             "server_rate": optimisers.rate(self.p, self.number),
-            **{name: count + sum(row.get(name, 0) for row in failed) for name, count in sent.items()},
+            "bytes_up": self.bytes_up + sum(row.get("bytes_up", 0) for row in failed),
+            "bytes_down": self.bytes_down + sum(row.get("bytes_down", 0) for row in failed),
             "clients": self.clients,
             "server_seconds": self.server_seconds,
             "seconds": seconds,

@@ -67,7 +67,9 @@ def mask(update: Mapping[str, Tensor], home: ClientHome, config: Mapping[str, An
     peers = dict(config["peers"])
     if len(peers) < SMALLEST_SUM:
         raise ValueError(f"asked for a sum with {len(peers) - 1} others; fewer than {SMALLEST_SUM} clients hide nobody")
-    private = _take_key(home, config)
+    if (saved := client_state.take(home, config, _KEY)) is None:
+        raise ValueError("no unused key of this round; ask for keys first")
+    private = X25519PrivateKey.from_private_bytes(saved["private"].numpy().tobytes())
     if peers.pop(home.client, None) != private.public_key().public_bytes_raw().hex():
         raise ValueError("the peers hold another key in this client's name")
     count = len(peers) + 1
@@ -81,16 +83,8 @@ def mask(update: Mapping[str, Tensor], home: ClientHome, config: Mapping[str, An
     return {name: torch.from_numpy(values.view(np.int32)) for name, values in masked.items()}
 
 
-def _take_key(home: ClientHome, config: Mapping[str, Any]) -> X25519PrivateKey:
-    """This round's private key, which is then forgotten."""
-    saved = client_state.load(home, {**config, "round": config["round"] + 1}, _KEY)
-    if saved is None or not len(saved["private"]):
-        raise ValueError("no unused key of this round; ask for keys first")
-    client_state.save(home, config, _KEY, {"private": _tensor(b"")})
-    return X25519PrivateKey.from_private_bytes(saved["private"].numpy().tobytes())
-
-
 def _fixed(name: str, values: Tensor, factor: float, limit: float) -> np.ndarray:
+    """``values`` times ``factor`` as integers modulo 2^32."""
     scaled = np.asarray(np.rint(values.double().numpy() * factor))
     if not (np.abs(scaled) < limit).all():
         raise ValueError(f"{name} has values beyond the range that the clipping norm allows")
@@ -124,16 +118,6 @@ class Summing(Hook):
         With too few keys nobody is asked. In a private study that is a round like any other.
         """
         round.message["clip"] = self.p.privacy_clip  # unless privacy has another one
-        peers = self._public_keys(round)
-        if self.p.privacy != "server":
-            round.quorum = max(round.quorum, SMALLEST_SUM)
-        round.asked = sorted(peers) if len(peers) >= max(round.quorum, SMALLEST_SUM) else []
-        if len(peers) >= round.quorum:
-            round.quorum = len(round.asked)
-        round.message["peers"] = peers
-
-    def _public_keys(self, round) -> dict[str, str]:
-        """The public keys of those of the cohort that are there, by client."""
         peers = {}
         for reply in self.server.ask("keys", round.message, round.cohort):
             try:
@@ -142,7 +126,12 @@ class Summing(Hook):
                 peers[reply.client] = public_key(reply.arrays)
             except UpdateError as error:
                 self.server.fail(round.number, reply.client, str(error))
-        return peers
+        if self.p.privacy != "server":
+            round.quorum = max(round.quorum, SMALLEST_SUM)
+        round.asked = sorted(peers) if len(peers) >= max(round.quorum, SMALLEST_SUM) else []
+        if len(peers) >= round.quorum:
+            round.quorum = len(round.asked)
+        round.message["peers"] = peers
 
     def collector(self, round) -> "Sum | None":
         if not round.asked:
@@ -152,10 +141,8 @@ class Summing(Hook):
 
 def scale(p: Federation, clip: float, clients: int) -> float:
     """Fixed-point steps per unit: as fine as lets a sum of ``clients`` values of the largest size fit 32 bits."""
-    bound = clip
-    if p.privacy == "client":
-        bound *= 1 + NOISE_ROOM * privacy.update_multiplier(p) / math.sqrt(p.cohort)
-    return (2**31 - clients) / (bound * clients)
+    room = 1 + NOISE_ROOM * privacy.update_multiplier(p) / math.sqrt(p.cohort) if p.privacy == "client" else 1
+    return (2**31 - clients) / (clip * room * clients)
 
 
 class Sum:

@@ -1,22 +1,34 @@
-"""Messages between processes of one machine: a safetensors file, with the rest as JSON in its metadata.
+"""Messages between processes of one machine, and the two ends of such a connection.
 
-A reader maps the file and copies nothing; what it changes is its own, and the file may be removed while it is in use.
-Files lie in a temporary folder (TMPDIR names another place); paths and small news travel as JSON over a pipe.
+A message is a safetensors file in a temporary folder (TMPDIR names another place), with the rest as JSON in its
+metadata; its path is sent as JSON over a pipe. A reader maps the file and copies nothing: its changes are private, and
+the file may be removed while it is in use.
+
+``RemoteClients`` and ``serve`` connect a stage, in the process that asked for it, with Flower's ServerApp, which ``flwr
+run`` starts on the same machine. Answers are fetched one at a time: neither end holds a cohort of them.
 """
 
+import itertools
 import json
+import os
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib.federated.protocol import Failure, Reply
+from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
+
+NEXT, END = "next", "end"
+"""Requests of a stage beside files: the next answer; nothing more."""
 
 
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
@@ -26,7 +38,7 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What ``write`` wrote, tensors in the same order."""
+    """The header and the arrays that ``write`` wrote, in the same order."""
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
         arrays = {name: opened.get_tensor(name) for name in json.loads(metadata["names"])}
@@ -35,10 +47,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def write_answer(path: Path, answer: Reply | Failure) -> None:
     """Write a client's answer."""
-    if isinstance(answer, Failure):
-        write(path, {"client": answer.client, "reason": answer.reason}, {})
-    else:
-        write(path, {"client": answer.client, "metrics": dict(answer.metrics)}, answer.arrays)
+    header = dict(vars(answer))
+    write(path, header, header.pop("arrays", {}))
 
 
 def read_answer(path: Path) -> Reply | Failure:
@@ -50,7 +60,7 @@ def read_answer(path: Path) -> Reply | Failure:
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A temporary folder for messages, gone at the end."""
+    """A temporary folder for messages, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="fedhubert-", ignore_cleanup_errors=True) as path:
         yield Path(path)
 
@@ -63,3 +73,63 @@ def send(pipe: Connection, document: Any) -> None:
 def receive(pipe: Connection) -> Any:
     """Wait for a JSON document. Raises EOFError or OSError when the other end is gone."""
     return json.loads(pipe.recv_bytes())
+
+
+class RemoteClients(Clients):
+    """Clients at the stage's end of ``pipe``; messages lie in ``folder``."""
+
+    def __init__(self, pipe: Connection, ids: Sequence[str], folder: Path) -> None:
+        """Send ``ids`` to the ServerApp and wait until it has looked for them. Raises ConnectionError if none comes."""
+        super().__init__(ids)
+        self._pipe, self._folder, self._requests = pipe, folder, itertools.count()
+        send(pipe, self.ids)
+        if not self._receive():
+            raise ConnectionError("no client is connected; start them with `fedhubert deploy client`")
+
+    def answers(self, request: Request) -> Answers:
+        """Raises ConnectionError when the ServerApp has ended."""
+        path, header = self._folder / f"request-{next(self._requests)}", dict(vars(request))
+        write(path, header, header.pop("arrays"))
+        send(self._pipe, str(path))
+        for _ in request.clients:
+            send(self._pipe, NEXT)
+            yield read_answer(Path(self._receive()))
+
+    def end(self) -> None:
+        """Tell the ServerApp that the stage needs nothing more."""
+        send(self._pipe, END)
+
+    def _receive(self) -> Any:
+        try:
+            return receive(self._pipe)
+        except EOFError as error:
+            raise ConnectionError("Flower's ServerApp has ended") from error
+
+
+def serve(pipe: Connection, clients: Clients) -> None:
+    """Answer the requests that arrive at ``pipe`` with the answers of ``clients``, until the stage ends.
+
+    When the process at the other end dies or is interrupted, this one ends at once: nobody waits for its answers.
+    """
+    requests: SimpleQueue[str] = SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                requests.put(request := receive(pipe))
+                if request == END:
+                    return
+        except (EOFError, OSError):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=listen, daemon=True).start()
+    path, answers = Path(), iter(list[Reply | Failure]())
+    while (request := requests.get()) != END:
+        if request == NEXT:
+            write_answer(path.with_name("answer"), next(answers))
+            send(pipe, str(path.with_name("answer")))
+        else:
+            path = Path(request)
+            header, arrays = read(path)
+            path.unlink()
+            answers = clients.ask(**header, arrays=arrays)
