@@ -27,14 +27,14 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_558,
+    "library, lines": 15_147,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_883,
-    "closure of pretraining, lines": 5_195,
-    "closure of distillation, lines": 7_222,
-    "closure of evaluation, lines": 3_683,
+    "closure of kmeans, lines": 3_859,
+    "closure of pretraining, lines": 5_136,
+    "closure of distillation, lines": 7_167,
+    "closure of evaluation, lines": 3_643,
     "import circles": 0,
     "upward imports": 0,
 }
