@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedhubert_lib import files, params, runner, runs, studies
-from fedhubert_lib.evaluation import command as evaluation
-from fedhubert_lib.export import command as export
+from fedhubert_lib import export, files, params, runner, runs, studies
 
 _RUN = f"""\
 A stage is skipped when it is done and its notebook, parameters and inputs have not changed; the reason is printed.
@@ -116,6 +114,44 @@ def _export_client(options: argparse.Namespace) -> None:
         raise runs.RunError(str(error)) from error
 
 
+def _table(options: argparse.Namespace) -> None:
+    from fedhubert_lib.evaluation import training_seeds
+
+    print(training_seeds.markdown(training_seeds.reports(options.runs)))
+
+
+def _along(options: argparse.Namespace) -> None:
+    from fedhubert_lib.evaluation import training_seeds
+
+    training_seeds.draw_along(options.runs, options.to)
+    print(options.to)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fedhubert_lib.export.formats import ExportError
+
+    try:
+        facts = export.write(options.format, options.checkpoint, options.out)
+    except (ExportError, ValueError) as error:  # a ValueError: a checkpoint that cannot be read
+        raise runner.StageError(str(error), runner.FAILED) from error
+    print(f"{options.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
+
+
+def _s3prl(options: argparse.Namespace) -> None:
+    from fedhubert_lib.evaluation import report
+    from fedhubert_lib.export import formats, s3prl
+
+    chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
+    report.read(options.run)  # says what to do where there is none, before a lock is asked of a folder that is no run
+    try:
+        with runs.holding(options.run / ".lock", "fedhubert s3prl"):
+            results = s3prl.of_run(options.run, options.system, **chosen)
+    except (formats.ExportError, ValueError) as error:
+        raise runner.StageError(str(error), runner.FAILED) from error
+    for result in results:
+        print(f"seed {result['seed']}: dev {result['dev']:.4f}, test {result['test']:.4f}")
+
+
 def _deploy(options: argparse.Namespace) -> int | None:
     """A step of a real federation. Flower's programs end with this one, also by SIGTERM."""
     from fedhubert_lib import federated
@@ -175,8 +211,7 @@ def parser() -> argparse.ArgumentParser:
     about = "a real federation over Flower's SuperLink and SuperNodes: see docs/deployment.md"
     steps = commands.add_parser("deploy", help=about, description=about)
     _add_steps(steps.add_subparsers(dest="step", required=True, metavar="STEP"))
-    evaluation.add(commands)
-    export.add(commands)
+    _add_evaluation(add)
     return whole
 
 
@@ -186,6 +221,32 @@ def _add(commands: Any, name: str, function: Callable, about: str, epilog: str =
     command = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=form)
     command.set_defaults(function=function)
     return command.add_argument
+
+
+def _add_evaluation(add: Callable) -> None:
+    runs = {"type": Path, "nargs": "+", "metavar": "RUN", "help": "folder of an evaluated run; several: other seeds"}
+    argument = add("table", _table, "the headline table of a run, or of training seeds with intervals, in Markdown")
+    argument("runs", **runs)
+
+    argument = add("along", _along, "draw quality over hours of speech heard, of runs with evaluate.along, as a PNG")
+    argument("runs", **runs)
+    argument("--to", type=Path, default=Path("along.png"), metavar="FILE", help="(default: along.png)")
+
+    formats = "\n".join(f"  {name:13} {text}" for name, text in export.FORMATS.items())
+    argument = add("export", _export, "write a checkpoint for other software, and compare it with the source", formats)
+    argument("format", choices=list(export.FORMATS), metavar="FORMAT", help="one of those below")
+    argument("checkpoint", type=Path, help="such as outputs/RUN/04_distill/checkpoint")
+    argument("out", type=Path, help="folder or file to write")
+
+    about = "train and evaluate s3prl's speech_commands on a model of a run, and add its accuracy to the report"
+    argument = add("s3prl", _s3prl, about, "Needs s3prl's environment: make s3prl.")
+    argument("run", type=Path, help="folder of an evaluated run, such as outputs/quickstart")
+    argument("--system", default="teacher", help="teacher (default), student, random: as report.json says")
+    argument("--fine-tune", action="store_true", help="train the whole model on its last layer")
+    argument("--steps", type=int, default=200_000, help="optimiser steps (default: 200000, as SUPERB)")
+    argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4, as SUPERB)")
+    argument("--seeds", type=int, default=1, help="runs, each with its own seed (default: 1)")
+    argument("--device", default="cpu", help="cpu or cuda")
 
 
 def _add_steps(steps: Any) -> None:

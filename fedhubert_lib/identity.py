@@ -16,18 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedhubert_lib import files, params
+from fedhubert_lib.records import RunError, read_json, stale
 
 _PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
-
-
-class RunError(RuntimeError):
-    """A run that cannot continue, and the remedy."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython's name: in a notebook the message alone
-        return [str(self)]
 
 
 class Cell(NamedTuple):
@@ -127,20 +121,6 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     )
 
 
-def stale(run: Path) -> dict[str, str]:
-    """Stages of a run that are done but rest on something older than the run holds now: stage to reason."""
-    folders = params.FOLDERS.values()
-    states: dict[str, set[str | None]] = {}
-    reasons = {}
-    for stage, folder in params.FOLDERS.items():
-        if (done := read_json(run / folder / "done.json")) is not None:
-            inputs = done["identity"]["inputs"].items()
-            if outdated := [name for name, hash in inputs if name in folders and hash not in states.get(name, ())]:
-                reasons[stage] = f"made from an older {outdated[0]}"
-            states[folder] = {done["outputs"], done.get("speech"), *done.get("codebooks", {}).values()}
-    return reasons
-
-
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
@@ -227,16 +207,6 @@ def data_fingerprint(run: Path) -> str | None:
     """Hash of the run's speech, as its tables name it; none before 00_corpus is done."""
     done = read_json(run / params.FOLDERS["corpus"] / "done.json") or {}
     return done.get("speech", "")[:16] or None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file of a run; none if there is no such file. Raises RunError when it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); remove it and run the stage again") from error
 
 
 def _data(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from fedhubert_lib import identity, params, runs
+from fedhubert_lib import params, records, runs
 
 
 def listing(outputs: Path) -> str:
@@ -16,14 +16,14 @@ def listing(outputs: Path) -> str:
     rows, values = {}, {}
     for folder in (path.parent for path in outputs.glob("*/run.json")):
         try:
-            rows[folder.name], values[folder.name] = summary(folder), _parameters(folder)
+            rows[folder.name], values[folder.name] = summary(folder), records.all_parameters(folder)
         except (runs.RunError, yaml.YAMLError, UnicodeDecodeError) as error:  # it hides no other
             rows[folder.name] = {"state": str(error), "started": ""}
     if not rows:
         return f"no runs in {outputs} yet: fedhubert run params/quickstart.yaml"
     table = pd.DataFrame.from_dict(rows, orient="index").sort_values(["started", "state"], ascending=False)
     text = table.to_string(na_rep="-", float_format="{:.4g}".format)
-    parameters = pd.DataFrame(values)
+    parameters = pd.DataFrame(values).filter(regex=r"\.(?!run$|seed$)", axis=0)
     differ = parameters[parameters.map(json.dumps).replace("NaN", None).nunique(axis=1) > 1]
     return f"{text}\n\nparameters that differ:\n{differ.to_string(na_rep='-')}" if len(differ) else text
 
@@ -45,7 +45,7 @@ def summary(run: Path) -> dict[str, Any]:
         "memory": f"{max((state.get('peak_memory_bytes', 0) for state in states), default=0) / 2**30:.1f} GiB",
     }
     figures = stages.get("evaluate", {}).get("headline", {})
-    if "evaluate" in identity.stale(run):
+    if "evaluate" in records.stale(run):
         figures = {name: f"{value} (stale)" for name, value in figures.items()}
     return row | figures
 
@@ -60,19 +60,7 @@ def state(run: Path, facts: dict[str, Any]) -> str:
     if word == "running" and not any(runs.is_held(run / lock) for lock in (".lock", ".runner.lock")):
         word = "not finished"  # its process was killed, or has stopped after its work
     word = "done" if word == "done" and len(begun) == len(params.SECTIONS) else f"{params.FOLDERS[last]} {word}"
-    return "; ".join([word, *(f"{params.FOLDERS[stage]} stale" for stage in identity.stale(run))])
-
-
-def _parameters(run: Path) -> dict[str, Any]:
-    """``stage.parameter`` to value, of the stages that were begun; without the run's name and the stages' seeds."""
-    files = {stage: run / folder / "params.yaml" for stage, folder in params.FOLDERS.items()}
-    return {
-        f"{stage}.{name}": value
-        for stage, file in files.items()
-        if file.exists()
-        for name, value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items()
-        if name not in ("run", "seed")
-    }
+    return "; ".join([word, *(f"{params.FOLDERS[stage]} stale" for stage in records.stale(run))])
 
 
 def results(run: Path) -> str:
@@ -84,7 +72,7 @@ def results(run: Path) -> str:
 
     paths = [folder.with_suffix(".html"), folder / "report.csv", folder / "report.json", *sorted(run.glob("*/figures"))]
     lines = [tables.headline(report).to_string(), "", *(str(path) for path in paths if path.exists())]
-    if why := identity.stale(run).get("evaluate"):
+    if why := records.stale(run).get("evaluate"):
         lines.insert(0, f"stale: {why}; fedhubert run without --until evaluates it again")
     return "\n".join(lines)
 

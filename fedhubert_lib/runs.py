@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 from fedhubert_lib import files, identity, params, resources, studies
-from fedhubert_lib.identity import Changes, RunError, read_json
+from fedhubert_lib.identity import Changes
+from fedhubert_lib.records import RunError, read_json
 
 PREVIOUS = ".previous"
 """The folder of a run that keeps what other work has replaced."""

@@ -27,20 +27,20 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_147,
+    "library, lines": 15_098,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
     "closure of kmeans, lines": 3_859,
     "closure of pretraining, lines": 5_136,
     "closure of distillation, lines": 7_167,
-    "closure of evaluation, lines": 3_643,
+    "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
 }
 
 LAYERS = (
-    "audio files seeds units threads params studies identity resources meter plots",
+    "audio files seeds units threads params studies records identity resources meter plots",
     "corpora labels features kernels hubert pretrained masking batching objectives teaching training partition skew",
     "weights checkpoints",
     "recipes federated",
@@ -48,7 +48,7 @@ LAYERS = (
     "evaluation",
     "export",
     "runs index notebook planning preflight runner",
-    "cli evaluation.command export.command",
+    "cli",
 )
 """From the bottom to the top: a module imports from its layer and those below it. A package stands for its modules."""
 

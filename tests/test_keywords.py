@@ -9,7 +9,6 @@ import soundfile
 import torch
 
 from fedhubert_lib import hubert, seeds
-from fedhubert_lib.corpora import CorpusError, speech_commands
 from fedhubert_lib.evaluation import extraction, keywords, systems
 
 WORDS = ("yes", "no", "up")
@@ -90,7 +89,7 @@ def test_probe_standardises_the_scale_of_features_away():
     assert a.accuracy == pytest.approx(b.accuracy, abs=0.03)
 
 
-def test_clip_of_any_length_becomes_one_second():
+def test_one_second_of_clips_of_any_length():
     short, long = torch.ones(9_000), torch.arange(17_001.0)
     assert keywords.one_second(short).tolist() == [1.0] * 9_000 + [0.0] * 7_000
     assert keywords.one_second(long).tolist() == list(range(500, 16_500))
@@ -123,8 +122,6 @@ def test_features_are_extracted_once(table, tmp_path):
     clips = keywords.read_clips(table)
     first, again = (extraction.clips(encoder, clips, tmp_path / "rows", batch=20)[0] for _ in range(2))
     assert sorted(calls) == [14, 20, 20] and (first == again).all()
-    with pytest.raises(keywords.KeywordError, match="rows-clips.npy holds 54 clips where 53 are expected"):
-        extraction.clips(encoder, clips.iloc[1:], tmp_path / "rows")
 
 
 def test_broken_encoder_leaves_no_features(table, tmp_path):
@@ -133,7 +130,7 @@ def test_broken_encoder_leaves_no_features(table, tmp_path):
     assert not list(tmp_path.glob("rows*"))
 
 
-def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
+def test_probe_tells_pitches_apart_by_mfcc(table, tmp_path):
     clips = keywords.read_clips(table)
     moments, _ = extraction.clips(systems.mfcc, clips, tmp_path / "mfcc")
     assert moments.shape == (54, 2, 1, 39)
@@ -150,20 +147,13 @@ def test_mfcc_alone_tells_pitches_apart(table, tmp_path):
         (lambda t: t.assign(speaker="one"), "speaker one is in train and in validation"),
     ],
 )
-def test_unfair_tables_are_refused(table, change, message):
+def test_read_clips_refuses_unfair_tables(table, change, message):
     change(pd.read_parquet(table)).to_parquet(table)
     with pytest.raises(keywords.KeywordError, match=message):
         keywords.read_clips(table)
 
 
-def test_a_speech_commands_folder_without_its_lists_is_refused(tmp_path):
-    (tmp_path / "yes").mkdir()
-    (tmp_path / "testing_list.txt").write_text("yes/0b_nohash_0.wav\n")
-    with pytest.raises(CorpusError, match=f"{tmp_path} holds no Speech Commands folder .*validation_list.txt"):
-        speech_commands.home(tmp_path)
-
-
-def test_missing_table_says_what_to_run(tmp_path):
+def test_read_clips_without_a_table(tmp_path):
     with pytest.raises(keywords.KeywordError, match="run the corpus stage"):
         keywords.read_clips(tmp_path / "keywords.parquet")
 
@@ -196,7 +186,7 @@ def commands(tmp_path):
     return pd.DataFrame(rows)
 
 
-def test_superb_has_twelve_classes_of_like_size(commands):
+def test_superb_has_twelve_classes_of_equal_size(commands):
     clips = keywords.superb(commands, 0)
     sizes = clips.groupby(["split", "word"]).size().unstack()
     assert set(sizes.columns) == {*keywords.COMMANDS, "_unknown_", "_silence_"}
@@ -204,7 +194,7 @@ def test_superb_has_twelve_classes_of_like_size(commands):
     assert keywords.superb(commands, 0).equals(clips) and not keywords.superb(commands, 1).equals(clips)
 
 
-def test_silence_of_one_split_is_not_heard_in_another(commands):
+def test_superb_cuts_the_silence_of_each_split_from_other_noise(commands):
     clips = keywords.superb(commands, 0)
     silence = clips[clips.word == "_silence_"]
     heard = keywords.waveforms(silence)  # the noise is a ramp: a sample's value is its place

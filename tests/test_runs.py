@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 from IPython.core.interactiveshell import InteractiveShell
 
-from fedhubert_lib import cli, identity, index, params, runs, studies
+from fedhubert_lib import cli, identity, index, params, records, runs, studies
 
 
 def begin(stage: str = "corpus", **changes: object) -> runs.Stage:
@@ -280,12 +280,12 @@ def test_a_codebook_that_is_added_leaves_a_teacher_of_another_as_it_is(outputs):
             (stage.folder / f"clients/c/{kind}").mkdir(parents=True)
             (stage.folder / f"clients/c/{kind}/labels.bin").write_text(labels)
     runs.finish(stage, {})
-    assert not identity.stale(outputs / "toy")
+    assert not records.stale(outputs / "toy")
     for name in ("pretrain", "distill", "evaluate"):
         p = params.SECTIONS[name]()
         assert runs.outlook(name, p, outputs / "toy").kind == "done"
     do("kmeans", "other", "clients/c/federated/labels.bin", codebooks=["federated", "client"])
-    assert identity.stale(outputs / "toy") == dict.fromkeys(("pretrain", "distill"), "made from an older 02_kmeans")
+    assert records.stale(outputs / "toy") == dict.fromkeys(("pretrain", "distill"), "made from an older 02_kmeans")
     with begin("pretrain").working():
         assert not (teacher / "made.bin").exists()
 
@@ -368,7 +368,7 @@ def test_results_that_rest_on_older_ones_are_stale_everywhere(outputs):
         do(stage)
     assert index.summary(outputs / "toy")["state"] == "done" and "stale" not in index.listing(outputs)
     do("pretrain", "longer")
-    assert identity.stale(outputs / "toy") == dict.fromkeys(("distill", "evaluate"), "made from an older 03_pretrain")
+    assert records.stale(outputs / "toy") == dict.fromkeys(("distill", "evaluate"), "made from an older 03_pretrain")
     assert "1.0 (stale)" in (text := index.listing(outputs)) and "04_distill stale; 05_evaluate stale" in text
 
 
@@ -376,7 +376,7 @@ def test_the_evaluation_runs_without_a_student_and_sees_one_that_comes(outputs):
     for stage in ("corpus", "partition", "kmeans", "pretrain"):
         do(stage)
     folder = do("evaluate")
-    assert not identity.stale(outputs / "toy")
+    assert not records.stale(outputs / "toy")
     do("distill")
     begun = json.loads((folder / "begun.json").read_text())["identity"]
     assert identity.compare(begun, begin("evaluate").identity).results == "inputs changed: 04_distill"
@@ -407,7 +407,7 @@ def test_a_run_that_was_moved_writes_its_tables_again_and_keeps_the_rest(outputs
         with begun.working():
             _speak(begun.folder, run / "00_corpus/synthetic/a.flac")
         runs.finish(begun, {})
-    assert not identity.stale(run)
+    assert not records.stale(run)
     assert runs.outlook("kmeans", params.Kmeans(**moved), run).kind == "done"
     (run / "00_corpus/synthetic/a.flac").unlink()
     assert runs.outlook("corpus", params.Corpus(**moved), run).changes.results == runs.DAMAGED, "removed, not moved"

@@ -98,7 +98,7 @@ def test_lay_out_names_a_missing_command_and_does_without_silence(clips, tmp_pat
     assert {path.name for path in (out / "test").iterdir()} == {*keywords.COMMANDS, "_unknown_"}
 
 
-def test_without_s3prl_the_way_to_get_it_is_said(tmp_path, monkeypatch, capsys):
+def test_missing_environment_names_make_s3prl(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(s3prl, "PYTHON", tmp_path / "none")
     checkpoint = save(tmp_path / "checkpoint")
     with pytest.raises(formats.ExportError, match="make s3prl"):
@@ -108,7 +108,7 @@ def test_without_s3prl_the_way_to_get_it_is_said(tmp_path, monkeypatch, capsys):
     assert "make s3prl" in capsys.readouterr().err
 
 
-def test_what_the_command_cannot_run_is_told_before_s3prl_starts(evaluated, tmp_path, monkeypatch, capsys):
+def test_command_refuses_what_it_cannot_run_before_s3prl_starts(evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(s3prl, "PYTHON", tmp_path / "none")
     assert cli.main(["s3prl", str(evaluated), "--system", "mfcc"]) == 1
     assert "mfcc: not a model of this run; there are teacher, random" in capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_what_the_command_cannot_run_is_told_before_s3prl_starts(evaluated, tmp_
     assert "report.json: not there; run 05_evaluate first" in capsys.readouterr().err
 
 
-def test_a_broken_checkpoint_is_told_before_s3prl_starts(clips, tmp_path):
+def test_benchmark_refuses_a_broken_checkpoint(clips, tmp_path):
     checkpoint = save(tmp_path / "checkpoint")
     config = checkpoint / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
@@ -132,7 +132,7 @@ def test_a_broken_checkpoint_is_told_before_s3prl_starts(clips, tmp_path):
         s3prl.benchmark(checkpoint, tmp_path, tmp_path / "out", fine_tune=False, **OPTIONS)
 
 
-def test_command_exports_and_never_overwrites(tmp_path, capsys):
+def test_export_never_overwrites(tmp_path, capsys):
     checkpoint = save(tmp_path / "checkpoint")
     assert cli.main(["export", "torchaudio", str(checkpoint), str(tmp_path / "out")]) == 0
     assert "difference" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_command_exports_and_never_overwrites(tmp_path, capsys):
     assert "front_end logmel" in capsys.readouterr().err
 
 
-def test_pickle_holds_plain_data_only(tmp_path, monkeypatch):
+def test_hubert_local_is_a_pickle_of_plain_data(tmp_path, monkeypatch):
     monkeypatch.setattr(s3prl, "check", lambda *_: 0.0)
     s3prl.to_hubert_local(save(tmp_path / "checkpoint"), tmp_path / "model.pt")
     written = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -160,7 +160,7 @@ def test_hubert_local_gives_our_numbers(environment, tmp_path, name, head):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("front_end", ["waveform", "logmel"])
-def test_the_entry_gives_our_numbers(environment, tmp_path, front_end):
+def test_entry_gives_our_numbers(environment, tmp_path, front_end):
     checkpoint = save(tmp_path / "checkpoint", front_end=front_end)
     assert s3prl.check(pretrained.load(checkpoint)[0], "fedhubert", checkpoint) < 1e-4
 
@@ -183,7 +183,7 @@ def test_run_downstream_trains_and_evaluates(environment, clips, tmp_path, fine_
 
 
 @pytest.mark.slow
-def test_our_keyword_probe_and_s3prls_agree(environment, tmp_path):
+def test_keyword_probe_agrees_with_s3prls(environment, tmp_path):
     """Same features, lists, start and batches: within a point. Words are directions in noise, some of them near."""
     rng = seeds.numpy_generator(0, "agreement")
     labels = rng.integers(8, size=1200)
@@ -209,7 +209,7 @@ def test_our_keyword_probe_and_s3prls_agree(environment, tmp_path):
 
 @pytest.mark.slow
 def test_command_puts_s3prls_accuracy_into_the_report(environment, evaluated, capsys):
-    for system in ("teacher", "random"):  # the floor is at no place on disk
+    for system in ("teacher", "random"):  # random weights are nowhere on disk
         options = ["--system", system, "--steps", "20", "--rate", "0.01"]
         assert cli.main(["s3prl", str(evaluated), *options]) == 0
         assert "seed 1337: dev" in capsys.readouterr().out

@@ -7,14 +7,12 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from fedhubert_lib import features, files, hubert, identity, pretrained, seeds
+from fedhubert_lib import features, files, hubert, pretrained, records, seeds
 
 CHECKPOINTS = {
     "teacher": ("federated teacher", "03_pretrain/checkpoint"),
@@ -93,7 +91,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
         raise FileNotFoundError(
             f"{run / CHECKPOINTS['teacher'][1]}: {absent['teacher']}; run 03_pretrain first, or set evaluate.checkpoint"
         )
-    if "student" not in absent and (teacher := parameters(run / "04_distill").get("teacher")):
+    if "student" not in absent and (teacher := records.parameters(run / "04_distill").get("teacher")):
         systems.append(_of_folder(GIVEN_TEACHER, "the student's teacher", Path(teacher), device))
     if checkpoint:
         folder = Path(checkpoint)
@@ -116,7 +114,7 @@ def _unusable(run: Path, place: str) -> str:
         return f"no checkpoint in {place}"
     if (stage / "begun.json").is_file() and not (stage / "done.json").is_file():
         return f"{stage.name} is not done"
-    why = identity.stale(run).get(stage.name.partition("_")[2])
+    why = records.stale(run).get(stage.name.partition("_")[2])
     return f"{stage.name} is {why}; run it again" if why else ""
 
 
@@ -147,12 +145,6 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
 def teacher_of(systems: Collection[str]) -> str:
     """The name of the student's teacher among the names of ``systems``."""
     return GIVEN_TEACHER if GIVEN_TEACHER in systems else "teacher"
-
-
-def parameters(stage: Path) -> dict[str, Any]:
-    """The parameters that a stage's folder records; empty where it has none."""
-    path = stage / "params.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
 def _digest(folder: Path) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedhubert_lib import files, identity, params, plots
-from fedhubert_lib.evaluation import report, systems, tables
+from fedhubert_lib import files, params, plots, records
+from fedhubert_lib.evaluation import report, tables
 from fedhubert_lib.evaluation.intervals import Interval, measure
 from fedhubert_lib.evaluation.tables import HEADLINE, TITLES, Report
 
@@ -15,7 +15,7 @@ IRRELEVANT |= {"seed", "root", "keywords_root", "alignments", "checkpoint"}
 """Parameters in which the runs of one table may differ."""
 
 
-class DifferentRunsError(identity.RunError):
+class DifferentRunsError(records.RunError):
     """Runs that cannot stand in one table."""
 
 
@@ -41,12 +41,7 @@ def draw_along(runs: Sequence[Path], path: Path) -> None:
 def check_one_study(runs: Sequence[Path]) -> None:
     """Raise DifferentRunsError, with what differs, unless ``runs`` differ in seeds, places and machines only."""
     recorded = pd.DataFrame(
-        {
-            f"{stage}.{name}": str(value)
-            for stage, folder in params.FOLDERS.items()
-            for name, value in systems.parameters(run / folder).items()
-            if name not in IRRELEVANT
-        }
+        {key: str(value) for key, value in records.all_parameters(run).items() if key.split(".")[1] not in IRRELEVANT}
         for run in runs
     )
     values = {name: column.dropna().unique() for name, column in recorded.items()}

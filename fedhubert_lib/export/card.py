@@ -11,8 +11,8 @@ import pandas as pd
 
 from fedhubert_lib import files, pretrained
 from fedhubert_lib.evaluation import cost, tables
-from fedhubert_lib.evaluation.systems import parameters
 from fedhubert_lib.export.formats import ExportError
+from fedhubert_lib.records import parameters
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
 """Stages whose ``checkpoint`` can have a card, and the model's name in the report."""

@@ -116,9 +116,7 @@ def converted(model: Hubert, head: Head | None) -> dict[str, Any]:
             "encoder_attention_heads": config.num_attention_heads,
             "final_dim": config.classifier_proj_size,
             "layer_norm_first": config.do_stable_layer_norm,
-            "conv_feature_layers": repr(
-                list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
-            ),
+            "conv_feature_layers": repr([*zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)]),
             "conv_bias": config.conv_bias,
             "conv_pos": config.num_conv_pos_embeddings,
             "conv_pos_groups": config.num_conv_pos_embedding_groups,

@@ -1,0 +1,49 @@
+"""Records that stages leave in the folders of a run, and what of them rests on something older than the run holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RunError(RuntimeError):
+    """A run that cannot continue, and the remedy."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's name: in a notebook the message alone
+        return [str(self)]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file of a run; none if there is no such file. Raises RunError when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); remove it and run the stage again") from error
+
+
+def parameters(stage: Path) -> dict[str, Any]:
+    """The parameters that the folder of a stage records; empty where it has none."""
+    path = stage / "params.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def all_parameters(run: Path) -> dict[str, Any]:
+    """The parameters of all stages of a run that were begun, as ``stage.name``."""
+    stages = sorted(run.glob("[0-9][0-9]_*"))
+    return {f"{stage.name[3:]}.{name}": value for stage in stages for name, value in parameters(stage).items()}
+
+
+def stale(run: Path) -> dict[str, str]:
+    """Stages of a run that are done but rest on something older than the run holds now: stage to reason."""
+    states: dict[str, set[str | None]] = {}
+    reasons = {}
+    for path in sorted(run.glob("[0-9][0-9]_*/done.json")):
+        done, folder = read_json(path) or {}, path.parent.name
+        inputs = [(name, hash) for name, hash in done["identity"]["inputs"].items() if name[:2].isdigit()]  # of stages
+        if outdated := [name for name, hash in inputs if hash not in states.get(name, ())]:
+            reasons[folder[3:]] = f"made from an older {outdated[0]}"
+        states[folder] = {done["outputs"], done.get("speech"), *done.get("codebooks", {}).values()}
+    return reasons
