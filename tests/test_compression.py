@@ -7,7 +7,7 @@ import torch
 
 from fedhubert_lib import seeds
 from fedhubert_lib.federated import compression
-from fedhubert_lib.federated.optimisers import UpdateError
+from fedhubert_lib.federated.optimisers import UpdateError, checked_norm
 
 SHAPES = {"layer.weight": (64, 257), "layer.bias": (257,), "conv.weight": (16, 8, 3), "scale": ()}
 LOSSY = ["float16", "int8", "top-k"]
@@ -104,26 +104,26 @@ def spoil(encoded: dict[str, torch.Tensor], **changes: torch.Tensor | None) -> d
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("float16", {"bias": None}, "missing"),
-        ("float16", {"more": torch.zeros(1)}, "not expected"),
+        ("float16", {"bias": None}, "lacks"),
+        ("float16", {"more": torch.zeros(1)}, "has"),
         ("float16", {"bias": torch.zeros(4, dtype=torch.float16)}, "bias"),
         ("float16", {"bias": torch.zeros(3)}, "float32"),
-        ("float16", {"bias": torch.full((3,), math.inf, dtype=torch.float16)}, "infinite"),
+        ("float16", {"bias": torch.full((3,), math.inf, dtype=torch.float16)}, "infinity"),
         ("int8", {"bias/scales": torch.tensor([math.nan])}, "NaN"),
-        ("int8", {"bias/scales": torch.tensor([3e38]), "bias": torch.full((3,), 127, dtype=torch.int8)}, "infinite"),
+        ("int8", {"bias/scales": torch.tensor([3e38]), "bias": torch.full((3,), 127, dtype=torch.int8)}, "infinity"),
         ("int8", {"bias/scales": torch.ones(2)}, "scales"),
         ("int8", {"bias": torch.zeros(3)}, "int8"),
         ("top-k", {"indices": torch.tensor([0, 5], dtype=torch.int32)}, "positions"),
         ("top-k", {"indices": torch.tensor([-1, 1], dtype=torch.int32)}, "positions"),
         ("top-k", {"indices": torch.tensor([1, 1], dtype=torch.int32)}, "positions"),
         ("top-k", {"indices": torch.tensor([1], dtype=torch.int32)}, "indices"),
-        ("top-k", {"values": torch.tensor([math.inf, 0.0])}, "infinite"),
+        ("top-k", {"values": torch.tensor([math.inf, 0.0])}, "infinity"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(kind, changes, message):
     like = {"bias": torch.zeros(3), "scale": torch.zeros(())}
     sent = {"bias": torch.tensor([1.0, -2.0, 0.5]), "scale": torch.tensor(3.0)}
     encoded = compression.encode(sent, kind, fraction=0.5)
-    compression.decode(encoded, kind, like)
+    checked_norm(compression.decode(encoded, kind, like), like)
     with pytest.raises(UpdateError, match=message):
-        compression.decode(spoil(encoded, **changes), kind, like)
+        checked_norm(compression.decode(spoil(encoded, **changes), kind, like), like)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedhubert_lib import pretraining
-from fedhubert_lib.federated import client_ids, deployment, keys, pool
+from fedhubert_lib.federated import client_ids, deployment, pool
 from fedhubert_lib.federated.protocol import Failure, Reply
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -199,12 +199,12 @@ def test_an_unregistered_node_is_refused(deployed):
     node.mkdir()
     for name in ("server.pem", "node.json"):
         (node / name).write_bytes((folder / "nodes" / "client-000" / name).read_bytes())
-    keys.node(node)
+    deployment.write_node_keys(node)
     assert "Failed to activate SuperNode" in refused(node, deployed)
 
 
 def test_another_servers_certificate_is_refused(deployed, tmp_path):
-    keys.server(tmp_path, ["127.0.0.1"])
+    deployment.write_server_keys(tmp_path, ["127.0.0.1"])
     node = deployed / deployment.FOLDER / "nodes" / "client-000"
     said = refused(node, deployed, ("--root-certificates", str(tmp_path / "server.pem")))
     assert "CERTIFICATE_VERIFY_FAILED" in said

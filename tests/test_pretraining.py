@@ -330,10 +330,12 @@ def test_a_codebook_that_was_not_made_is_named(run):
 
 _opened: list[str] | None = None
 """Paths that Python code opens or lists while a test watches. An audit hook cannot be removed, so there is one."""
+_client_acts = False
+"""Whether code of a client runs, its decoding threads included."""
 
 
 def _watch(event: str, arguments: tuple) -> None:
-    if _opened is not None and event in ("open", "os.listdir", "os.scandir") and handlers.acting() is None:
+    if _opened is not None and event in ("open", "os.listdir", "os.scandir") and not _client_acts:
         _opened.append(os.fspath(arguments[0]) if isinstance(arguments[0], str | os.PathLike) else "")
 
 
@@ -356,19 +358,20 @@ def test_server_code_opens_no_file_of_a_client(run, tmp_path, monkeypatch):
     for client in (ids := federated.client_ids(base)):
         move(client, base, hidden)
     acted = []
-    act = handlers._act
+    answer = handlers.answer
 
-    @contextmanager
-    def present(client):
-        acted.append(client)
-        move(client, hidden, base)
+    def present(home, *message):
+        global _client_acts
+        acted.append(home.client)
+        move(home.client, hidden, base)
+        _client_acts = True
         try:
-            with act(client):
-                yield
+            return answer(home, *message)
         finally:
-            move(client, base, hidden)
+            _client_acts = False
+            move(home.client, base, hidden)
 
-    monkeypatch.setattr(handlers, "_act", present)
+    monkeypatch.setattr(handlers, "answer", present)
     sys.addaudithook(_watch)
     _opened = []
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.hooks import Hook
-from fedhubert_lib.federated.optimisers import UpdateError
+from fedhubert_lib.federated.optimisers import UpdateError, check
 from fedhubert_lib.federated.protocol import Arrays
 from fedhubert_lib.params import Compression
 
@@ -83,24 +83,25 @@ def encode(update: Mapping[str, Tensor], kind: Compression, *, fraction: float =
 def decode(encoded: Mapping[str, Tensor], kind: Compression, like: Mapping[str, Tensor]) -> Arrays:
     """The float32 update in ``encoded``, of the names and shapes of ``like``.
 
-    Whatever does not fit ``like`` exactly (a name, shape, dtype, non-finite value or position) is an UpdateError
-    that names it: the sender may be broken or hostile.
+    Raises UpdateError where names, shapes, dtypes or positions do not fit: the sender may be broken or hostile. Values
+    that are not finite pass, and are refused with the decoded update (``optimisers.checked_norm``).
     """
     if kind == "float16":
-        _check_names(encoded, like)
-        return {name: _checked(encoded, name, torch.float16, like[name].shape).float() for name in like}
+        check(encoded, like, torch.float16)
+        return {name: encoded[name].float() for name in like}
     if kind == "int8":
-        _check_names(encoded, [*like, *(name + _SCALES for name in like)])
-        return {name: _dequantise(encoded, name, like[name].shape) for name in like}
-    _check_names(encoded, (_INDICES, _VALUES))
-    total = sum(value.numel() for value in like.values())
-    shape = encoded[_VALUES].shape
-    indices = _checked(encoded, _INDICES, torch.int32, torch.Size([shape.numel()])).long()
+        scales = {name: value for name, value in encoded.items() if name.endswith(_SCALES)}
+        check(scales, {name + _SCALES: torch.empty(-(-value.numel() // BLOCK)) for name, value in like.items()})
+        check({name: encoded[name] for name in encoded.keys() - scales.keys()}, like, torch.int8)
+        return {name: _dequantise(encoded[name], encoded[name + _SCALES]) for name in like}
+    values, total = encoded.get(_VALUES, torch.zeros(0)).flatten(), sum(value.numel() for value in like.values())
+    check({name: value for name, value in encoded.items() if name != _INDICES}, {_VALUES: values})
+    check({name: value for name, value in encoded.items() if name != _VALUES}, {_INDICES: values}, torch.int32)
+    indices = encoded[_INDICES].long()
     if len(indices) and not (indices[0] >= 0 and indices[-1] < total and (indices.diff() > 0).all()):
         raise UpdateError(f"top-k positions are not increasing within 0..{total - 1}")
-    flat = torch.zeros(total)
-    flat[indices] = _checked(encoded, _VALUES, torch.float32, shape)
-    names = sorted(like)
+    flat, names = torch.zeros(total), sorted(like)
+    flat[indices] = values
     pieces = flat.split([like[name].numel() for name in names])
     return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}
 
@@ -123,31 +124,10 @@ def _quantise(value: Tensor) -> tuple[Tensor, Tensor]:
     return quantised.to(torch.int8).view(-1)[: value.numel()].view(value.shape), scales
 
 
-def _dequantise(encoded: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    scales = _checked(encoded, name + _SCALES, torch.float32, torch.Size([-(-shape.numel() // BLOCK)]))
-    blocks = _blocks(_checked(encoded, name, torch.int8, shape).float())
-    value = (blocks * scales[:, None]).view(-1)[: shape.numel()].view(shape)
-    if not torch.isfinite(value).all():  # scales near the end of float32
-        raise UpdateError(f"{name} of the update has NaN or infinite values")
-    return value
+def _dequantise(value: Tensor, scales: Tensor) -> Tensor:
+    return (_blocks(value.float()) * scales[:, None]).view(-1)[: value.numel()].view(value.shape)
 
 
 def _blocks(value: Tensor) -> Tensor:
     """``value`` flat, zero-padded to whole blocks: [blocks, BLOCK]."""
     return torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % BLOCK)).view(-1, BLOCK)
-
-
-def _check_names(encoded: Mapping[str, Tensor], expected: Mapping[str, Tensor] | list[str] | tuple[str, ...]) -> None:
-    missing, surplus = sorted(set(expected) - set(encoded)), sorted(set(encoded) - set(expected))
-    if missing or surplus:
-        raise UpdateError(f"the update does not fit the model: missing {missing[:3]}, not expected {surplus[:3]}")
-
-
-def _checked(encoded: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    value = encoded[name]
-    if value.dtype != dtype or value.shape != shape:
-        actual, expected = f"{value.dtype} {tuple(value.shape)}", f"{dtype} {tuple(shape)}"
-        raise UpdateError(f"{name} of the update is {actual}, not {expected}")
-    if dtype.is_floating_point and not torch.isfinite(value).all():
-        raise UpdateError(f"{name} of the update has NaN or infinite values")
-    return value

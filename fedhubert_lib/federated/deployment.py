@@ -12,6 +12,8 @@ checkpoints hold the rest.
 """
 
 import contextlib
+import datetime
+import ipaddress
 import json
 import os
 import shutil
@@ -26,9 +28,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import NameOID
 
 from fedhubert_lib import files
-from fedhubert_lib.federated import keys, wire
+from fedhubert_lib.federated import wire
 from fedhubert_lib.federated.protocol import Clients
 
 FOLDER = "federation"
@@ -37,6 +44,8 @@ CONNECTION = "fedhubert"
 PORT = 9092
 REGISTERED = "flower/registered.jsonl"
 """The clients that were let in since the SuperLink began, which keeps them in memory."""
+YEARS = 5
+"""Validity of the certificate."""
 START_SECONDS = 180
 AGAIN_SECONDS = 10
 
@@ -91,7 +100,7 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
     if (folder / "federation.json").exists():
         raise FileExistsError(f"{folder}: has keys already; add a client with add_client, or delete the folder")
     # Flower's own processes on the server's machine come by its loopback address.
-    keys.server(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
+    write_server_keys(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
     certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
     config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:{port}"\n'
     config += f"root-certificates = {certificate}\n"
@@ -109,7 +118,7 @@ def add_client(folder: Path, client: str) -> None:
     node = folder / "nodes" / client
     if node.exists():
         raise FileExistsError(f"{node}: this client has its key already")
-    keys.node(node)
+    write_node_keys(node)
     shutil.copy(folder / "server" / "server.pem", node)
     files.write_json(node / "node.json", {"client": client, **_address(folder)})
 
@@ -119,6 +128,43 @@ def _address(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no federation yet; prepare it first")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_server_keys(folder: Path, names: Sequence[str]) -> None:
+    """Write ``server.key`` and ``server.pem`` for a server that is reached by ``names`` (host names or IP addresses).
+
+    The certificate is signed by its own key. Clients have it beforehand, so no authority has to vouch for it.
+    """
+    key, now = ec.generate_private_key(ec.SECP384R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(hours=1))
+    builder = builder.not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+    builder = builder.add_extension(x509.SubjectAlternativeName([_host(name) for name in names]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    _write_private(folder / "server.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "server.pem").write_bytes(builder.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM))
+
+
+def write_node_keys(folder: Path) -> None:
+    """Write a new key pair for a client, ``node.key`` and ``node.pub``, in the form that Flower reads."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_private(folder / "node.key", key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    (folder / "node.pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+
+
+def _host(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Readable by its owner alone, from the first moment on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(content)
 
 
 # ----------------------------------------------------------------------------------------------------------- processes

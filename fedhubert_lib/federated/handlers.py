@@ -1,12 +1,11 @@
 """A client's half of every message, whatever carries it: the handler that a stage registered, and the client's folders.
 
-Whatever reads audio, features or labels runs below ``answer``; ``acting`` names the client to the audit that proves it.
+Whatever reads audio, features or labels runs below ``answer``.
 """
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,6 @@ MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillati
 """Where handlers are: a process that is started for one message imports what the message is for, no more."""
 
 logger = logging.getLogger(__name__)
-
-_acting: str | None = None
-
-
-def acting() -> str | None:
-    """The client whose code runs in this process now, its decoding threads included; None while server code runs."""
-    return _acting
-
-
-@contextmanager
-def _act(client: str) -> Iterator[None]:
-    global _acting
-    _acting = client
-    try:
-        yield
-    finally:
-        _acting = None
 
 
 def home(run: Path, client: str, action: str, device: str, simulated: bool) -> ClientHome:
@@ -60,8 +42,7 @@ def answer(home: ClientHome, action: str, arrays: Mapping[str, Tensor], config: 
             importlib.import_module(f"fedhubert_lib.{module}")
         if action not in HANDLERS:
             raise ValueError(f"no handler {action!r}; this client knows {', '.join(sorted(HANDLERS))}")
-        with _act(home.client):
-            arrays, metrics = HANDLERS[action](home, arrays, config)
+        arrays, metrics = HANDLERS[action](home, arrays, config)
         arrays = {name: tensor.detach() for name, tensor in arrays.items()}
         return Reply(home.client, arrays, {name: float(value) for name, value in metrics.items()})
     except Exception as error:  # whatever a client's code raises is that client's failure, never the federation's

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedhubert_lib import recipes, resources, seeds, threads, training, weights
 from fedhubert_lib.batching import Batch
-from fedhubert_lib.federated import compression, fedprox, personal, privacy, scaffold, secure
+from fedhubert_lib.federated import client_state, compression, fedprox, privacy, scaffold, secure
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.params import Federation
 
@@ -39,8 +39,8 @@ class Update:
 
 
 HOOKS: list[tuple[Callable[[Update], Iterator[None]], Callable[[Federation], bool]]] = [
-    (personal.kept_parameters, lambda p: True),
-    (personal.kept_moments, lambda p: p.local_state == "keep"),
+    (client_state.personal, lambda p: True),
+    (client_state.moments, lambda p: p.local_state == "keep"),
     (fedprox.proximal, lambda p: p.proximal > 0),
     (scaffold.corrected, lambda p: p.server == "scaffold"),
     (privacy.protected, lambda p: p.privacy != "none"),

@@ -34,18 +34,21 @@ class Collector(Protocol):
         """The collected update; the collector is spent. Empty where nothing was added."""
 
 
-def checked_norm(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
-    """The Euclidean norm of ``update``, all tensors together.
-
-    Raises UpdateError when its names, shapes or dtypes are not those of ``like``, or a value is not finite.
-    """
+def check(update: Mapping[str, Tensor], like: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Raise UpdateError unless ``update`` has the names and shapes of ``like``, and ``dtype``."""
     if update.keys() != like.keys():
         missing, surplus = sorted(like.keys() - update.keys()), sorted(update.keys() - like.keys())
         raise UpdateError(f"the update lacks {missing[:3]} and has {surplus[:3]}, which the model does not have")
     for name, tensor in update.items():
-        if tensor.shape != like[name].shape or tensor.dtype != torch.float32:
-            actual = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise UpdateError(f"{name} of the update is {actual}, not torch.float32 {tuple(like[name].shape)}")
+        if tensor.shape != like[name].shape or tensor.dtype != dtype:
+            actual, expected = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype} {tuple(like[name].shape)}"
+            raise UpdateError(f"{name} of the update is {actual}, not {expected}")
+
+
+def checked_norm(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of ``update``, all tensors together. Raises UpdateError as ``check``, and for NaN and
+    infinity."""
+    check(update, like)
     norm = math.sqrt(sum(float(torch.linalg.vector_norm(tensor)) ** 2 for tensor in update.values()))
     if not math.isfinite(norm):
         raise UpdateError("the update holds a NaN or an infinity")

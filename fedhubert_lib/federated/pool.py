@@ -30,6 +30,9 @@ SPAWN = multiprocessing.get_context("spawn")  # not fork: CUDA forbids it
 class Worker(Protocol):
     """A process that computes for one client after another."""
 
+    def start(self) -> None:
+        """Start it, or another in its place."""
+
     def answer(self, client: str, packed: Any, timeout: float | None) -> Reply | Failure:
         """The answer of ``client`` to a request. Raises TimeoutError where it takes longer, without the worker's start,
         and ConnectionError, with how, where the worker dies."""
@@ -39,47 +42,42 @@ class Worker(Protocol):
 
 
 class WorkerClients(Clients):
-    """Clients over workers side by side, of this engine and of ``ray``: one for each function of ``starts``.
+    """Clients over workers side by side, of this engine and of ``ray``.
 
-    A worker that dies, or is late, costs its client's answer and nothing else: another takes its place. Clients start
-    in the order of their ids. Answers not yet read are few, since none starts while twice as many as workers wait:
-    memory does not grow with the cohort. ``pack`` makes what the workers get of a request, its tensors once for all.
+    A worker that dies, or is late, costs its client's answer and nothing else: it is started again. Clients start in
+    the order of their ids. Answers not yet read are few, since none starts while twice as many as workers wait: memory
+    does not grow with the cohort. ``pack`` makes what the workers get of a request, its tensors once for all.
     """
 
-    def __init__(
-        self, ids: Sequence[str], starts: Sequence[Callable[[], Worker]], pack: Callable[[Request], Any]
-    ) -> None:
+    def __init__(self, ids: Sequence[str], workers: Sequence[Worker], pack: Callable[[Request], Any]) -> None:
         super().__init__(ids)
-        self._starts, self._pack, self._closed = starts, pack, False
-        self.workers = [start() for start in starts]
+        self.workers, self._pack, self._closed = workers, pack, False
+        for worker in workers:
+            worker.start()
 
     def close(self) -> None:
-        """Stop all workers."""
+        """Stop all workers, whatever they do."""
         self._closed = True
-        self._last.close()
         for worker in self.workers:
             worker.stop()
+        self._last.close()
 
     def answers(self, request: Request) -> Answers:
-        """When they are not read to the end, workers that are busy with them are replaced."""
-        packed = self._pack(request)
-        idle: SimpleQueue[int] = SimpleQueue()
-        for slot in range(len(self.workers)):
-            idle.put(slot)
-        busy: set[int] = set()
+        packed, idle = self._pack(request), SimpleQueue[Worker]()
+        for worker in self.workers:
+            idle.put(worker)
 
         def answer(client: str) -> Reply | Failure:
-            busy.add(slot := idle.get())
+            worker = idle.get()
             try:
-                return self.workers[slot].answer(client, packed, request.timeout)
+                return worker.answer(client, packed, request.timeout)
             except (TimeoutError, ConnectionError) as error:
-                self.workers[slot].stop()
+                worker.stop()
                 if not self._closed:
-                    self.workers[slot] = self._starts[slot]()
+                    worker.start()
                 return Failure(client, str(error))
             finally:
-                busy.discard(slot)
-                idle.put(slot)
+                idle.put(worker)
 
         pending: deque[Future[Reply | Failure]] = deque()
         with ThreadPoolExecutor(len(self.workers)) as pool:
@@ -93,17 +91,18 @@ class WorkerClients(Clients):
             finally:
                 for future in pending:
                     future.cancel()
-                for slot in list(busy):
-                    self.workers[slot].stop()
 
 
 class Process:
     """A worker process on ``device``."""
 
     def __init__(self, run: Path, device: str) -> None:
+        self._arguments = run, device, torch.get_num_threads()
+
+    def start(self) -> None:
         self._pipe, far_end = SPAWN.Pipe()
         self._up = False
-        self.process = SPAWN.Process(target=work, args=(far_end, run, device, torch.get_num_threads()), daemon=True)
+        self.process = SPAWN.Process(target=work, args=(far_end, *self._arguments), daemon=True)
         self.process.start()
         far_end.close()
 
@@ -164,6 +163,6 @@ def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[WorkerClient
             wire.write(path, {"action": request.action, "config": request.config}, request.arrays)
             return path
 
-        starts = [functools.partial(Process, run, place) for place in devices(device)]
-        with contextlib.closing(WorkerClients(ids, starts, pack)) as clients:
+        workers = [Process(run, place) for place in devices(device)]
+        with contextlib.closing(WorkerClients(ids, workers, pack)) as clients:
             yield clients

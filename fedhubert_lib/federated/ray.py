@@ -8,7 +8,6 @@ in common go into Ray's object store once.
 """
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +51,10 @@ class RemoteActor:
     """A worker of ``pool.WorkerClients``: an actor of the cluster, with ``resources``, made of ``arguments``."""
 
     def __init__(self, resources: Mapping[str, int], *arguments: Any) -> None:
-        self._actor = ray.remote(Actor).options(**resources).remote(*arguments)
+        self._resources, self._arguments = resources, arguments
+
+    def start(self) -> None:
+        self._actor = ray.remote(Actor).options(**self._resources).remote(*self._arguments)
 
     def answer(self, client: str, packed: Sequence[Any], timeout: float | None) -> Reply | Failure:
         try:
@@ -97,8 +99,9 @@ def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[WorkerClient
                 f"Ray has no room for a worker on {device!r} ({resources}); it has {ray.cluster_resources()}"
             )
         # In an actor, Ray shows only the actor's own GPU.
-        start = functools.partial(RemoteActor, resources, str(run.resolve()), "cuda:0" if gpu else device, width)
-        with contextlib.closing(WorkerClients(ids, [start] * count, _pack)) as clients:
+        arguments = str(run.resolve()), "cuda:0" if gpu else device, width
+        workers = [RemoteActor(resources, *arguments) for _ in range(count)]
+        with contextlib.closing(WorkerClients(ids, workers, _pack)) as clients:
             yield clients
     finally:
         if started:

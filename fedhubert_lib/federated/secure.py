@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedhubert_lib.federated import client_state, noise, privacy
 from fedhubert_lib.federated.hooks import Hook
-from fedhubert_lib.federated.optimisers import UpdateError
+from fedhubert_lib.federated.optimisers import UpdateError, check
 from fedhubert_lib.federated.privacy import SMALLEST_SUM
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure
 from fedhubert_lib.params import Federation
@@ -153,13 +153,8 @@ class Sum:
         self._factor, self._count = factor, 0
 
     def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
-        """NaN: the values of a masked update say nothing. Raises UpdateError unless it has the names and shapes of
-        ``like``, int32."""
-        if update.keys() != like.keys():
-            raise UpdateError(f"the masked update differs from the model in {sorted(update.keys() ^ like.keys())[:3]}")
-        for name, tensor in update.items():
-            if tensor.dtype != torch.int32 or tensor.shape != like[name].shape:
-                raise UpdateError(f"{name} of the masked update is {tensor.dtype} {tuple(tensor.shape)}")
+        """NaN: the values of a masked update say nothing. Raises UpdateError as ``optimisers.check``, for int32."""
+        check(update, like, torch.int32)
         return math.nan
 
     def add(self, update: Arrays, weight: float) -> None:
