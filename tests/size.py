@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_098,
+    "library, lines": 15_045,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_859,
-    "closure of pretraining, lines": 5_136,
-    "closure of distillation, lines": 7_167,
+    "closure of kmeans, lines": 3_840,
+    "closure of pretraining, lines": 5_088,
+    "closure of distillation, lines": 7_119,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
