@@ -16,8 +16,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-_LONGEST_ROW = 1 << 16
-"""Bytes looked at for the end of the last whole row."""
 _UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of file systems that have no locks, or cannot flush a folder."""
 _REMEDIES = {
@@ -61,10 +59,7 @@ def atomic(path: Path) -> Iterator[Path]:
                 temporary.replace(path)
             _flush(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -99,13 +94,9 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
     with path.open("ab+", buffering=0) as stream:
-        size = stream.seek(0, os.SEEK_END)
-        tail_size = min(size, _LONGEST_ROW)
-        stream.seek(size - tail_size)
-        tail = stream.read(tail_size)
-        if tail and not tail.endswith(b"\n"):
-            size -= tail_size - (tail.rfind(b"\n") + 1)
-            stream.truncate(size)
+        if (size := stream.tell()) and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+            stream.seek(0)
+            size = stream.truncate(stream.read().rfind(b"\n") + 1)
         if stream.write(line) != len(line):
             stream.truncate(size)
             raise explained(errno.ENOSPC, path)
@@ -157,10 +148,8 @@ def sweep(folder: Path) -> None:
         target = path.with_name(path.name[1:].rsplit(".", 2)[0])
         if path.suffix == ".old" and not target.exists():
             path.rename(target)
-        elif path.is_dir():
-            shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 @contextlib.contextmanager
@@ -194,6 +183,13 @@ def explained(number: int, path: str | Path) -> OSError:
 @functools.cache
 def _warn_of_no_locks(folder: str) -> None:
     print(f"{folder}: its file system has no locks; see to it that one process at a time works there", file=sys.stderr)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -31,35 +31,34 @@ def listing(outputs: Path) -> str:
 def summary(run: Path) -> dict[str, Any]:
     """The columns of ``listing``. Raises RunError where the run's record cannot be read."""
     facts = runs.read_json(run / "run.json")
-    if not isinstance(facts, dict) or not isinstance(facts.get("stages", {}), dict):
+    if not isinstance(facts, dict):
         raise runs.RunError(f"{run / 'run.json'}: not the record of a run")
-    stages, git = facts.get("stages", {}), facts.get("git") or {}
-    states = [stages[stage] for stage in params.SECTIONS if stages.get(stage)]
+    states = {stage: state for stage in params.SECTIONS if (state := runs.state(run, stage))}
+    git, used = facts.get("git") or {}, states.values()
     row = {
         "study": facts.get("study"),
         "seed": facts.get("seed"),
         "commit": (git.get("commit") or "unknown")[:8] + ("+changes" if git.get("dirty") else ""),
-        "state": state(run, facts),
-        "started": min((state["started"] for state in states if "started" in state), default=""),
-        "time": str(timedelta(seconds=round(sum(state.get("seconds", 0) for state in states)))),
-        "memory": f"{max((state.get('peak_memory_bytes', 0) for state in states), default=0) / 2**30:.1f} GiB",
+        "state": _state(run, states),
+        "started": min((runs.clock(state["started"]) for state in used), default=""),
+        "time": str(timedelta(seconds=round(sum(state.get("seconds", 0) for state in used)))),
+        "memory": f"{max((state.get('peak_memory_bytes', 0) for state in used), default=0) / 2**30:.1f} GiB",
     }
-    figures = stages.get("evaluate", {}).get("headline", {})
+    figures = states.get("evaluate", {}).get("headline", {})
     if "evaluate" in records.stale(run):
         figures = {name: f"{value} (stale)" for name, value in figures.items()}
     return row | figures
 
 
-def state(run: Path, facts: dict[str, Any]) -> str:
-    """``done``, or the state of the last stage that was begun; and which stages are stale."""
-    begun = {stage: facts["stages"][stage]["state"] for stage in params.SECTIONS if stage in facts.get("stages", {})}
-    if not begun:
+def _state(run: Path, states: dict[str, dict[str, Any]]) -> str:
+    """``done``, or the state of the first stage that is not, else of the last; and which stages are stale."""
+    if not states:
         return "nothing run"
-    last = next((stage for stage in begun if begun[stage] != "done"), list(begun)[-1])
-    word = begun[last]
+    last = next((stage for stage in states if states[stage]["state"] != "done"), list(states)[-1])
+    word = states[last]["state"]
     if word == "running" and not any(runs.is_held(run / lock) for lock in (".lock", ".runner.lock")):
         word = "not finished"  # its process was killed, or has stopped after its work
-    word = "done" if word == "done" and len(begun) == len(params.SECTIONS) else f"{params.FOLDERS[last]} {word}"
+    word = "done" if word == "done" and len(states) == len(params.SECTIONS) else f"{params.FOLDERS[last]} {word}"
     return "; ".join([word, *(f"{params.FOLDERS[stage]} stale" for stage in records.stale(run))])
 
 

@@ -140,11 +140,10 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -
 
 def _record_failure(stage: str, run: Path, error: StageError, began: float) -> None:
     """Record how a stage ended that did not end well, unless its kernel has."""
-    marker = run / params.FOLDERS[stage] / "done.json"
-    done, stages = runs.read_json(marker), (runs.read_json(run / "run.json") or {}).get("stages", {})
-    if late := done is not None and done["finished"] >= began:  # after its last call
-        marker.unlink()
-    if late or stages.get(stage, {}).get("state", "running") == "running":
+    last = runs.state(run, stage)
+    if late := last.get("finished", 0.0) >= began:  # after its last call
+        (run / params.FOLDERS[stage] / "done.json").unlink()
+    if late or last.get("state") == "running":
         state = {DIED: "died", INTERRUPTED: "interrupted"}.get(error.code, "failed")
         runs.give_up(run, stage, state, str(error))
 

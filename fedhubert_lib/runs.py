@@ -143,13 +143,12 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
         work["inputs"] |= identity.listings(stage.p)  # what has been downloaded or unpacked
-        begun = {"identity": work, "started": begun["started"], "resumed": begun.get("resumed", [])}
-        files.write_json(folder / "begun.json", begun)
-        done = begun | identity.results(stage.name, stage.p, folder) | {"headline": dict(headline)}
-        data = done["speech"][:16] if stage.name == "corpus" else identity.data_fingerprint(stage.run)
+        files.write_json(folder / "begun.json", begun | {"identity": work})
         used = _used_since(max(begun["started"], stage.began))
-        done |= {"used": used, "git": stage.provenance["git"], "finished": time.time()}
-        record(stage.run, stage.name, _state(done), data=data)
+        done = begun | {"identity": work, "headline": dict(headline), "finished": time.time()} | used
+        done |= identity.results(stage.name, stage.p, folder)
+        data = done["speech"][:16] if stage.name == "corpus" else identity.data_fingerprint(stage.run)
+        record(stage.run, data=data)
         files.write_json(folder / "done.json", done)
         (folder / WAS_DONE).unlink(missing_ok=True)
     return {**stage.provenance, **used, "data": data}
@@ -176,9 +175,9 @@ def _begin(stage: Stage, future: "Outlook") -> None:
         (folder / "done.json").replace(folder / WAS_DONE)
     with files.atomic(folder / "params.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(stage.p.model_dump(), sort_keys=False), encoding="utf-8")
-    files.write_json(folder / "begun.json", begun | {"identity": stage.identity})
-    facts = {name: value for name, value in stage.provenance.items() if name not in ("stage", "started")}
-    record(run, stage.name, {"state": "running", "started": clock(begun["started"]), "git": facts["git"]}, **facts)
+    begun |= {"identity": stage.identity, "git": stage.provenance["git"], "state": "running", "reason": ""}
+    files.write_json(folder / "begun.json", begun)
+    record(run, **{name: value for name, value in stage.provenance.items() if name not in ("stage", "started")})
 
 
 def give_up(run: Path, stage: str, state: str, reason: str) -> None:
@@ -186,15 +185,13 @@ def give_up(run: Path, stage: str, state: str, reason: str) -> None:
 
     Where nothing new was written, a stage that was done is done again, and work that had moved aside is back.
     """
-    folder, attempt = run / params.FOLDERS[stage], {"state": state, "reason": reason.split("\n")[0]}
+    folder = run / params.FOLDERS[stage]
     if (done := read_json(folder / WAS_DONE)) is not None and identity.outputs(folder) == done["outputs"]:
         (folder / WAS_DONE).replace(folder / "done.json")
-        record(run, stage, _state(done) | {"last_attempt": attempt})
     elif not _has_results(folder) and (earlier := previous(run, stage)):
         take_back(run, stage, earlier[0])
-        record(run, stage, {"last_attempt": attempt})
-    else:
-        record(run, stage, attempt)
+    if (begun := read_json(folder / "begun.json")) is not None:
+        files.write_json(folder / "begun.json", begun | {"state": state, "reason": reason.split("\n")[0]})
 
 
 # --------------------------------------------------------------------------------------- what becomes of what there is
@@ -295,8 +292,6 @@ def take_back(run: Path, stage: str, source: Path) -> None:
     notebook = folder / f"{folder.name}.ipynb"
     if notebook.exists():
         notebook.replace(run / notebook.name)
-    done = read_json(folder / "done.json")
-    record(run, stage, {"state": "interrupted"} if done is None else _state(done))
     print(f"moved: {source} -> {folder}", flush=True)
 
 
@@ -369,28 +364,29 @@ def _assignments(source: str) -> tuple[set[str], bool]:
 # ------------------------------------------------------------------------------------------------- record and locks
 
 
-def record(run: Path, stage: str = "", state: Mapping[str, Any] | None = None, /, **facts: Any) -> None:
-    """Put ``facts`` at the top level of run.json and ``state`` under ``stage``: in place of what is there if it says
-    when it started. The caller holds the run's lock."""
-    whole = read_json(run / "run.json") or {}
-    stages = whole.pop("stages", {})
-    if state is not None:
-        stages[stage] = ({} if "started" in state else stages.get(stage, {})) | dict(state)
-    files.write_json(run / "run.json", whole | facts | {"stages": stages})
+def record(run: Path, /, **facts: Any) -> None:
+    """Put ``facts`` into run.json. The caller holds the run's lock."""
+    files.write_json(run / "run.json", (read_json(run / "run.json") or {}) | facts)
 
 
-def _state(done: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a stage in run.json that follows from its done.json."""
-    state = {"state": "done", "started": clock(done["started"]), "git": done.get("git"), "headline": done["headline"]}
-    return state | done.get("used", {})
+def state(run: Path, stage: str) -> dict[str, Any]:
+    """The record of a stage's folder: ``state``, when it started, what it used; empty where it was not begun.
+
+    A stage whose last attempt left its results as they were is done.
+    """
+    folder = run / params.FOLDERS[stage]
+    if done := read_json(folder / "done.json"):
+        return done | {"state": "done"}
+    begun = read_json(folder / "begun.json")
+    return {"state": "running", **begun} if begun else {}
 
 
 def _used_since(started: float) -> dict[str, Any]:
     """Time since ``started``, and the peak memory of the notebook or of its largest worker, whichever is more."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = [resources.peak_memory(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit]
-    now, torch = time.time(), sys.modules.get("torch")
-    used = {"finished": clock(now), "seconds": round(now - started, 1), "peak_memory_bytes": max(peaks)}
+    torch = sys.modules.get("torch")
+    used = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": max(peaks)}
     if torch and torch.cuda.is_initialized():
         used["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     return used

@@ -89,7 +89,7 @@ class Project:
         return self.run / params.FOLDERS[stage]
 
     def state(self, stage: str) -> str:
-        return json.loads((self.run / "run.json").read_text())["stages"][stage]["state"]
+        return runs.state(self.run, stage)["state"]
 
     def rounds(self) -> list[int]:
         path = self.folder("corpus") / "rounds.json"
@@ -174,7 +174,7 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     assert not list(project.run.glob("*unfinished*"))
     record = json.loads((project.run / "run.json").read_text())
     assert {"study", "seed", "git", "versions", "hardware", "data"} <= record.keys()
-    assert {"seconds", "peak_memory_bytes", "headline"} <= record["stages"]["corpus"].keys()
+    assert {"seconds", "peak_memory_bytes", "headline"} <= runs.state(project.run, "corpus").keys()
     assert lines(project("--until", "corpus")) == ["00_corpus: unchanged, skipped"]
     (project.run / "00_corpus.ipynb").rename(project.run / "00_corpus.unfinished.ipynb")  # killed just before that
     (line,) = lines(project("--until", "corpus"))
@@ -240,7 +240,7 @@ def test_the_whole_chain_and_what_each_change_runs_again(project):
 @pytest.mark.parametrize(
     ("work", "end", "message"),
     [
-        ("sys.exit(0)", "", "sys.exit"),
+        ("with stage.working():\n    sys.exit(0)", "", "sys.exit"),
         pytest.param(WORK, "runs.finish(stage, {})\nsys.exit(0)", "sys.exit", marks=pytest.mark.slow),
         pytest.param(WORK, "", "without runs.finish", marks=pytest.mark.slow),
         pytest.param("1 / 0", "", "failed in cell [4]: ZeroDivisionError: division by zero", marks=pytest.mark.slow),

@@ -31,7 +31,7 @@ def do(stage: str, content: str = "", name: str = "made.bin", **changes: object)
 
 
 def state(run: Path, stage: str = "corpus") -> dict:
-    return json.loads((run / "run.json").read_text())["stages"][stage]
+    return runs.state(run, stage)
 
 
 def test_start_working_and_finish(outputs):
@@ -196,7 +196,7 @@ def test_a_refusal_leaves_everything_as_it_was(outputs, changes):
     assert (outputs / "toy/00_corpus.ipynb").exists() and not any((outputs / "toy/.previous").glob("*"))
     record = state(outputs / "toy")
     assert record["state"] == "done" and record["headline"] == {"figure": 1.0}
-    assert record["last_attempt"] == {"state": "failed", "reason": "ValueError: no such teacher"}
+    assert runs.read_json(folder / "begun.json")["reason"] == "ValueError: no such teacher"
     assert not runs.is_held(outputs / "toy/.lock")
     begin("partition")
 
