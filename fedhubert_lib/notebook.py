@@ -6,7 +6,8 @@ the final figure, and the browser its first page as a PNG beside the widget.
 
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -95,45 +96,37 @@ class Progress:
         return self._bars[task]
 
 
-class LiveCurves:
+@contextmanager
+def live_curves(folder: Path, clusters: int | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Training curves that grow while a stage trains: one output, redrawn from metrics.jsonl as rows are written.
 
-    Use it as a context, and give it to the stage as ``on_row``. On leaving, also by an error, the last figure is drawn,
-    so that a headless run holds the final state. At most one twentieth of the time goes into drawing.
+    ``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained. The block
+    gets the stage's ``on_row``. ``clusters`` draws what guessing among them would give. On leaving, also by an error,
+    the last figure is drawn, so that a headless run holds the final state, and saved as figures/curves. At most one
+    twentieth of the time goes into drawing.
     """
+    handle, due = DisplayHandle(), 0.0
+    handle.display(HTML("<em>waiting for the first round …</em>"))
 
-    def __init__(self, folder: Path, clusters: int | None = None) -> None:
-        """``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained.
-
-        ``clusters`` draws what guessing among them would give. The last figure is saved as figures/curves.
-        """
-        self._folder, self._clusters = folder, clusters
-        self._next = 0.0
-        self._handle = DisplayHandle()
-
-    def __enter__(self) -> "LiveCurves":
-        self._handle.display(HTML("<em>waiting for the first round …</em>"))
-        return self
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        """A row was written: draw again, unless that was done a moment ago."""
-        if time.monotonic() >= self._next:
-            start = time.monotonic()
-            self._draw()
-            self._next = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
-
-    def __exit__(self, *exception: object) -> None:
-        figure = self._draw()
-        if figure is not None:
-            plots.save(figure, self._folder / "figures", "curves")
-
-    def _draw(self) -> Figure | None:
-        rows, centralised = (read_rows(self._folder / part / "metrics.jsonl") for part in ("", "centralised"))
+    def draw() -> Figure | None:
+        rows, centralised = (read_rows(folder / part / "metrics.jsonl") for part in ("", "centralised"))
         if not any(row["kind"] == "round" for row in rows + centralised):
             return None
-        figure = plots.curves(rows, centralised, self._clusters)
-        self._handle.update(Image(data=plots.png(figure)))
+        figure = plots.curves(rows, centralised, clusters)
+        handle.update(Image(data=plots.png(figure)))
         return figure
+
+    def on_row(row: Mapping[str, Any]) -> None:
+        nonlocal due
+        if (start := time.monotonic()) >= due:
+            draw()
+            due = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
+
+    try:
+        yield on_row
+    finally:
+        if (figure := draw()) is not None:
+            plots.save(figure, folder / "figures", "curves")
 
 
 class Browser(widgets.VBox):

@@ -175,7 +175,7 @@ def _two_steps(p: Pretrain, config: hubert.HubertConfig, clusters: int, clips: i
             seconds = training.local_update(
                 module,
                 [batch],
-                lambda one, _: objectives.masked_prediction(*module, one),
+                lambda one, _: objectives.masked_prediction(module[0], module[1], one),
                 settings,
                 first_step=0,
                 total_steps=2,

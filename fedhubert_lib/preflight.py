@@ -93,7 +93,7 @@ def _model(folder: str) -> Any:
     return pretrained.load(folder, weights=False)[0] if folder else None
 
 
-def _cohort(p: params.Federation, run: Path, *_: Any) -> None:
+def _cohort(p: Any, run: Path, *_: Any) -> None:
     if (run / "01_partition" / "clients.parquet").is_file():
         clients = len(federated.client_ids(run, p.codebook))
         if (size := rounds.sized(p, clients).cohort) > clients:
@@ -114,7 +114,7 @@ def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> None:
             teacher = Teacher(*pretrained.load(distillation.teacher_folder(run, p), weights=False))
         else:
             model = _model(study.pretrain.initial) or hubert.Hubert(recipes.model_config(study.pretrain))
-            teacher = Teacher(model, hubert.Head(model.config, clusters))
+            teacher = Teacher(model, hubert.Head(model.config, study.kmeans.clusters))
         distillation.check_teacher(run, p, teacher, clusters)
 
 

@@ -92,24 +92,16 @@ def _settings(controller: str, name: str) -> Iterator[str]:
                         yield (folder / name).read_text(encoding="utf-8").strip()
 
 
-def fast_bfloat16(device: "torch.device") -> bool:
-    """Whether the device has bfloat16 arithmetic in hardware."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def autocast(device: "torch.device | str", precision: str) -> "torch.autocast":
-    """bfloat16 autocast where ``precision`` asks for it; a context that does nothing for float32."""
+    """bfloat16 autocast where ``precision`` asks for it, and for auto where the hardware has bfloat16 arithmetic."""
     import torch
 
     device = torch.device(device)
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"precision is {precision!r}; it must be auto, float32 or bfloat16")
-    enabled = precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" or precision == "auto" and fast)
 
 
 def hardware() -> dict[str, Any]:

@@ -350,12 +350,12 @@ def _assignments(source: str) -> tuple[set[str], bool]:
         return set(), False
     names, plain = set(), True
     for node in body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or not all(isinstance(item, ast.Name) for item in targets):
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
             return set(), False
-        names |= {target.id for target in targets}
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
         try:
-            ast.literal_eval(node.value)
+            ast.literal_eval(node.value or "")
         except ValueError:
             plain = False
     return names, plain

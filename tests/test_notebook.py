@@ -46,7 +46,7 @@ def manifest(tmp_path) -> pd.DataFrame:
 
 
 def test_curves_are_drawn_while_rows_come_and_once_more_at_the_end(tmp_path, handle):
-    with notebook.LiveCurves(tmp_path, clusters=20) as live:
+    with notebook.live_curves(tmp_path, clusters=20) as live:
         for number in (1, 2, 3):
             files.append_row(tmp_path / "metrics.jsonl", ROUND | {"round": number})
             live(ROUND)
@@ -56,10 +56,10 @@ def test_curves_are_drawn_while_rows_come_and_once_more_at_the_end(tmp_path, han
 
 
 def test_curves_are_kept_when_training_fails_and_absent_without_a_round(tmp_path, handle):
-    with notebook.LiveCurves(tmp_path):
+    with notebook.live_curves(tmp_path):
         files.append_row(tmp_path / "metrics.jsonl", {"kind": "plan", "rounds": 3})
     assert not (tmp_path / "figures").exists()
-    with pytest.raises(KeyboardInterrupt), notebook.LiveCurves(tmp_path):
+    with pytest.raises(KeyboardInterrupt), notebook.live_curves(tmp_path):
         files.append_row(tmp_path / "metrics.jsonl", ROUND | {"round": 1})
         raise KeyboardInterrupt
     assert isinstance(handle.shown[-1], notebook.Image)

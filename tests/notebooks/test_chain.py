@@ -32,7 +32,7 @@ def test_every_stage_is_done_with_its_parameters(chain, stage):
 @pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_every_picture_is_shown_and_saved_twice(chain, stage):
     source = "\n".join(cell.source for cell in chain.executed[stage].cells if cell.cell_type == "code")
-    names = set(re.findall(r'stage\.figures, f?"(\w+)', source)) | ({"curves"} if "LiveCurves" in source else set())
+    names = set(re.findall(r'stage\.figures, f?"(\w+)', source)) | ({"curves"} if "live_curves" in source else set())
     names -= {"along"}  # drawn only where models on the way are evaluated
     figures = chain.folder(stage) / "figures"
     written = {path.stem for path in figures.glob("*.png")}
@@ -58,7 +58,7 @@ def test_browsers_keep_a_picture_beside_the_widget(chain):
 
 def test_training_ends_with_its_final_curves(chain):
     for stage in ("pretrain", "distill"):
-        (cell,) = [cell for cell in chain.executed[stage].cells if "LiveCurves" in cell.source]
+        (cell,) = [cell for cell in chain.executed[stage].cells if "live_curves" in cell.source]
         pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         assert len(pictures) == 1, "one output, redrawn"
 
