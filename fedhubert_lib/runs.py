@@ -9,7 +9,6 @@ deleted. ``outlook`` says which of these it will be, to notebooks and to the run
 
 import ast
 import contextlib
-import itertools
 import math
 import os
 import resource
@@ -257,14 +256,14 @@ def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
 
 def previous(run: Path, stage: str = "") -> list[Path]:
     """The folders of ``stage`` (default: of all) that have moved aside, the latest first."""
-    paths = (run / PREVIOUS).glob(f"{params.FOLDERS.get(stage, '*')}-*")
+    paths = (run / PREVIOUS).glob(f"{params.FOLDERS.get(stage, '*')}-[0-9]*")
     return sorted(paths, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def _aside(run: Path, stage: str) -> Path:
     """Where the folder of ``stage`` would move."""
-    places = (run / PREVIOUS / f"{params.FOLDERS[stage]}-{number}" for number in itertools.count(1))
-    return next(place for place in places if not place.exists())
+    number = max((int(path.name.rpartition("-")[2]) for path in previous(run, stage)), default=0) + 1
+    return run / PREVIOUS / f"{params.FOLDERS[stage]}-{number}"
 
 
 def _clear(run: Path, stage: str) -> None:
