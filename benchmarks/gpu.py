@@ -112,7 +112,7 @@ def speed(at: Setting) -> None:
     import torch
     from bench_model import Work, of_torchaudio, of_transformers
 
-    from fedhubert_lib import hubert, kernels, params, planning, training
+    from fedhubert_lib import hubert, kernels, params, planning, resources, training
     from fedhubert_lib.evaluation import cost
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -173,9 +173,10 @@ def speed(at: Setting) -> None:
             skip(f"{preset} waveform, largest batch", "no time left")
             continue
         config = hubert.preset(preset, layerdrop=0.0)
-        p = params.Pretrain(batch_seconds=1_000.0, crop_seconds=15.0, precision="bfloat16")
-        seconds = planning.largest_batch(p, config, 100, at.device)
-        work = Work(preset, "waveform", int(seconds / 15), 15.0, at.device)
+        p = params.Pretrain(crop_seconds=15.0, precision="bfloat16")
+        one, two = (planning.measure_step(p, config, 100, clips, at.device).bytes for clips in (1, 2))
+        budget = 0.8 * resources.free_memory(torch.device(at.device))
+        work = Work(preset, "waveform", max(1, int((budget - one) / (two - one)) + 1), 15.0, at.device)
         measure(f"{preset} waveform {work.clips} x 15 s, ours, largest batch", work, make_ours, update)
     if not at.gpu:
         skip("largest batch", "needs CUDA")

@@ -48,7 +48,7 @@ class Changes(NamedTuple):
 
 
 def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
-    """What the results of ``stage`` rest on, JSON-like; code and versions for the record.
+    """All that the results of ``stage`` rest on, JSON-like; code and versions for the record.
 
     Inputs are the outputs of earlier stages, by content, and the files and folders that parameters point to. Raises
     RunError when an earlier stage is not done, or is stale. An evaluation measures what exists: it does without models

@@ -1,4 +1,4 @@
-"""What a training takes of its machine."""
+"""Memory and energy of a training."""
 
 import torch
 

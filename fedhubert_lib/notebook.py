@@ -1,4 +1,4 @@
-"""What only a notebook shows: figures in place, sound to play, curves that grow, a browser of utterances.
+"""Output of notebooks: figures in place, sound to play, curves that grow, a browser of utterances.
 
 The one module that imports IPython and ipywidgets. Everything here works headless too: the executed notebook then holds
 the final figure, and the browser its first page as a PNG beside the widget.

@@ -1,6 +1,5 @@
-"""What pretraining will need on this machine, from one measured training step."""
+"""Time and memory that pretraining will need on this machine, from one measured training step."""
 
-import bisect
 import json
 import signal
 import subprocess
@@ -44,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What pretraining will need on this machine."""
+    """Time and memory that pretraining will need on this machine."""
 
     device: str
     step: Step
@@ -89,40 +88,22 @@ def fitting_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, device
     """A measured step on ``p.batch_seconds`` of audio. ``workers`` run side by side: on a CPU they share its memory,
     while each GPU has but one.
 
-    Raises MemoryError when a step does not fit, with the largest batch that does, or when the steps of all workers
-    together do not.
+    Raises MemoryError when a step does not fit, or when the steps of all workers together do not.
     """
     free = resources.free_memory(torch.device(device))
     try:
         step = measure_step(p, config, clusters, max(1, int(p.batch_seconds / p.crop_seconds)), device)
     except torch.OutOfMemoryError:
-        most = largest_batch(p, config, clusters, device)
-        raise MemoryError(f"batch_seconds {p.batch_seconds} does not fit on {device}; {most:.0f} does") from None
+        raise MemoryError(
+            f"batch_seconds {p.batch_seconds} does not fit on {device}, of which {free / 2**30:.1f} GiB are free:"
+            " set it or crop_seconds lower, or gradient_checkpointing: true"
+        ) from None
     if device == "cpu" and workers > 1 and workers * step.bytes > free:
         raise MemoryError(
             f"{workers} workers' steps need {workers * step.bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} are free:"
             " set OMP_NUM_THREADS higher for fewer workers, or batch_seconds lower"
         )
     return step
-
-
-def largest_batch(p: Pretrain, config: hubert.HubertConfig, clusters: int, device: str) -> float:
-    """Seconds of audio, up to ``p.batch_seconds``, of the largest batch whose step stays below 80 % of the free memory.
-
-    Raises MemoryError when one clip does not fit.
-    """
-    budget = 0.8 * resources.free_memory(torch.device(device))
-
-    def too_many(clips: int) -> bool:
-        try:
-            return measure_step(p, config, clusters, clips, device).bytes > budget
-        except torch.OutOfMemoryError:
-            return True
-
-    clips = bisect.bisect_left(range(1, int(p.batch_seconds / p.crop_seconds) + 1), True, key=too_many)
-    if not clips:
-        raise MemoryError(f"one clip of {p.crop_seconds} s does not fit on {device}; shorten it, or the model")
-    return clips * p.crop_seconds
 
 
 def measure_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, clips: int, device: str) -> Step:

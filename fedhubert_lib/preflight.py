@@ -35,9 +35,9 @@ def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
 def _refuse(sections: dict[str, params.Section], run: Path, study: params.Study | None) -> None:
     """Raise RunError with all problems of ``sections``: first those of places that parameters name, then the rest."""
     for look in _places, _problems:
-        found = (f"{stage}.{name}: {why}" for stage, p in sections.items() for name, why in look(stage, p, run, study))
-        if lines := list(dict.fromkeys(found)):
-            raise runs.RunError("\n".join(lines))
+        lines = [f"{stage}.{name}: {why}" for stage, p in sections.items() for name, why in look(stage, p, run, study)]
+        if lines:
+            raise runs.RunError("\n".join(dict.fromkeys(lines)))
 
 
 def _places(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
@@ -52,7 +52,7 @@ def _places(stage: str, p: params.Section, run: Path, study: params.Study | None
 
 
 def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
-    """What keeps ``stage`` from working; its ``study`` tells what the stages before it are going to make."""
+    """Parameters that keep ``stage`` from working; its ``study`` tells what the stages before it are going to make."""
     for section, name, look in CHECKS:
         try:
             if isinstance(p, section):

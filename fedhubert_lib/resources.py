@@ -1,4 +1,4 @@
-"""What this machine grants to this process, and what the process has used of it."""
+"""Cores, memory and devices that this machine grants to this process, and its peak memory."""
 
 import contextlib
 import os

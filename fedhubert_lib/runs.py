@@ -31,7 +31,7 @@ from fedhubert_lib.records import RunError, read_json
 PREVIOUS = ".previous"
 """The folder of a run that keeps what other work has replaced."""
 LOCK_SECONDS = 5.0
-"""How long to wait for a lock: the kernel of a runner that was killed takes a moment to notice."""
+"""Time to wait for a lock: the kernel of a runner that was killed takes a moment to notice."""
 DAMAGED = "files that it made are missing or were changed"
 WAS_DONE = ".done.json"
 """A stage's done.json while it works again."""
@@ -198,7 +198,7 @@ def give_up(run: Path, stage: str, state: str, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Outlook:
-    """The fate of a stage's folder once the stage works: see ``outlook``."""
+    """The answer of ``outlook``."""
 
     kind: str
     """done (it stays as it is), resume, anew (what the folder holds moves aside), back (from ``.previous``)."""
@@ -213,7 +213,7 @@ class Outlook:
 
 
 def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
-    """What will become of the folder of ``stage`` in ``run`` once work with the parameters ``p`` begins.
+    """The fate of the folder of ``stage`` in ``run`` once work with the parameters ``p`` begins.
 
     Raises RunError where the stage cannot begin: see ``identity.of``.
     """

@@ -1,4 +1,4 @@
-"""How values reach the parameters: by a study file, ``--set`` or a notebook; every error names its place."""
+"""Values of the parameters, from a study file, ``--set`` or a notebook; every error names its place."""
 
 import difflib
 import inspect

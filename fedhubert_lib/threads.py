@@ -1,4 +1,4 @@
-"""How many threads to compute with, and work that is spread over them without one waiting for another.
+"""The number of threads to compute with, and work that is spread over them without one waiting for another.
 
 A library's thread that waits for others spins, and where a core is shared with another process it spins in place of the
 thread that it waits for: two runs on two cores then take not twice but many times as long. Threads that sleep at once

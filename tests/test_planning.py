@@ -21,18 +21,6 @@ def test_measure_step_needs_more_memory_for_a_larger_batch():
     assert "1.5 M parameters on cpu" in str(plan) and "50 steps, by 2 workers" in str(plan)
 
 
-@pytest.mark.parametrize("fits", [1, 2, 3, 7, 16, 29])
-def test_largest_batch_is_the_last_that_fits(monkeypatch, fits):
-    """With steps of known memory: measured ones depend on what the system reclaims meanwhile."""
-    pretend(monkeypatch, 0, int((fits + 0.5) * GIB / 0.8))
-    for batch_seconds, most in ((400.0, 4.0 * fits), (10.0, 4.0 * min(fits, 2))):
-        p = P.model_copy(update={"batch_seconds": batch_seconds})
-        assert planning.largest_batch(p, *MODEL, "cpu") == most
-    monkeypatch.setattr(resources, "free_memory", lambda device: 2**20)
-    with pytest.raises(MemoryError, match="does not fit"):
-        planning.largest_batch(P, *MODEL, "cpu")
-
-
 def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:
     """A machine with ``gpus`` GPUs of ``free`` bytes, as this process sees them, on which a clip needs 1 GiB."""
 
@@ -68,7 +56,7 @@ def test_eight_gpus(monkeypatch):
 def test_two_gpus_of_eight_gib(monkeypatch):
     pretend(monkeypatch, 2, 8 * GIB)
     assert workers("pool", "cuda") == 2
-    with pytest.raises(MemoryError, match="64.0 does not fit on cuda; 24 does"):
+    with pytest.raises(MemoryError, match="64.0 does not fit on cuda, of which 8.0 GiB are free"):
         workers("pool", "cuda", 64.0)
 
 
