@@ -41,12 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.function(options)
         sys.stdout.flush()
         return code or runner.OK
-    except runner.StageError as error:
+    except (runner.StageError, studies.ParameterError, runs.RunError) as error:
         print(f"fedhubert: {error}", file=sys.stderr)
-        return error.code
-    except (studies.ParameterError, runs.RunError) as error:
-        print(f"fedhubert: {error}", file=sys.stderr)
-        return runner.USAGE
+        return error.code if isinstance(error, runner.StageError) else runner.USAGE
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough: print to nowhere from now on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -200,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     argument("folder", nargs="*", help="earlier work to remove, such as .previous/03_pretrain-1")
 
     argument = add("params", _params, "print all parameters: default, allowed values, meaning")
-    argument("stage", nargs="*", choices=[[], *STAGES], default=[], help="sections (default: all)")
+    argument("stage", nargs="*", choices=[[], *STAGES], default=[], metavar="STAGE", help="sections (default: all)")
 
     argument = add("export-client", _export_client, "copy the data of one client to a folder, for its machine")
     argument("run", type=Path, help="the run's folder, such as outputs/toy")
@@ -269,8 +266,8 @@ def _add_steps(steps: Any) -> None:
             argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT")
         if step in ("run", "local"):
             _add_study(argument)
-            choices = [[], *DEPLOYED]
-            argument("stage", nargs="*", choices=choices, default=[], help=f"of {', '.join(DEPLOYED)}: all")
+            some = {"nargs": "*", "choices": [[], *DEPLOYED], "default": [], "metavar": "STAGE"}
+            argument("stage", **some, help=f"of {', '.join(DEPLOYED)} (default: all)")
         if step in ("client", "local"):
             argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
 

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedhubert_lib import files, params
+from fedhubert_lib import __version__, files, params
 from fedhubert_lib.records import RunError, read_json, stale
 
-_PACKAGES = ("fedhubert", "torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
+_PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
@@ -175,15 +175,10 @@ def library() -> dict[str, str]:
     return {path.relative_to(package).as_posix(): _sha256(path) for path in sorted(package.rglob("*.py"))}
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that results may depend on."""
-    installed: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            installed[package] = None
-    return installed
+def versions() -> dict[str, str]:
+    """Versions of Python, this library and the packages that results may depend on."""
+    packages = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), "fedhubert": __version__, **packages}
 
 
 def git() -> dict[str, Any]:

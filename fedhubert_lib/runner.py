@@ -106,9 +106,7 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -
     name, folder = params.FOLDERS[stage], run / params.FOLDERS[stage]
     executed, unfinished = run / f"{name}.ipynb", run / f"{name}.unfinished.ipynb"
     stop.check()
-    if force:
-        runs.forced(run, stage).touch()
-    future = runs.outlook(stage, p, run)
+    future = runs.outlook(stage, p, run, force)
     if future.source is not None:
         _print(f"{name}: {future.words}")
         with _lock(run):
@@ -118,6 +116,8 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -
     _print(f"{name}: {why}")
     if not work:
         return
+    if force:
+        runs.forced(run, stage).touch()
     began = time.time()
     try:
         with _progress(folder):

@@ -212,8 +212,8 @@ class Outlook:
     """back: where it is now."""
 
 
-def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
-    """The fate of the folder of ``stage`` in ``run`` once work with the parameters ``p`` begins.
+def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Outlook:
+    """The fate of the folder of ``stage`` in ``run`` once work with the parameters ``p`` begins; ``force``: anew.
 
     Raises RunError where the stage cannot begin: see ``identity.of``.
     """
@@ -227,7 +227,7 @@ def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
     done = read_json(folder / "done.json")
     work = done or read_json(folder / "begun.json")
     changes = identity.compare(work["identity"], now) if work else Changes()
-    if forced(run, stage).exists():
+    if force or forced(run, stage).exists():
         changes = Changes("forced")
     elif work is None and _has_results(folder):
         changes = Changes("no record of what made it")

@@ -67,7 +67,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
     except ValidationError as error:
         copied = {(stage, name) for stage in SECTIONS for name in ("run", "seed")} - places.keys()
         copied |= {("distill", name) for name in _INHERITED} - places.keys()
-        errors += _explained(error, Study, place, copied)
+        errors += _explained(error, place, copied)
     else:
         errors += [f"{place((stage, key))}: {stage}.{key}: {text}" for stage, key, text in study.conflicts()]
     if errors:
@@ -96,7 +96,7 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     try:
         section = schema.model_validate(plain)
     except ValidationError as error:
-        raise ParameterError("\n".join(_explained(error, schema, lambda key: where, above=(stage,)))) from None
+        raise ParameterError("\n".join(_explained(error, lambda key: where, above=(stage,)))) from None
     if errors := [f"{where}: {stage}.{key}: {text}" for key, text in section.conflicts()]:
         raise ParameterError("\n".join(errors))
     return section
@@ -137,30 +137,26 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _explained(
-    error: ValidationError,
-    schema: type[BaseModel],
-    place: Callable[[Key], str],
-    copied: Collection[Key] = (),
-    above: Key = (),
+    error: ValidationError, place: Callable[[Key], str], copied: Collection[Key] = (), above: Key = ()
 ) -> list[str]:
     """One line for each mistake: its place, its parameter, pydantic's message and the nearest valid name.
 
-    ``copied`` are the values that another place has set, where the mistake is shown; ``above`` is the section that
-    ``schema`` is.
+    ``copied`` are the values that another place has set, where the mistake is shown; ``above`` is the section that was
+    validated, if it was one alone.
     """
     lines = {}
     for item in error.errors(include_url=False):
-        key = tuple(part for part in item["loc"] if isinstance(part, str))[: 2 if schema is Study else 1]
+        key = tuple(part for part in (*above, *item["loc"]) if isinstance(part, str))[:2]
         if key in copied or key in lines:  # a union has a message for each of its types
             continue
-        fields = SECTIONS[key[0]].model_fields if len(key) == 2 else schema.model_fields
+        fields = SECTIONS[key[0]].model_fields if len(key) == 2 else Study.model_fields
         if item["type"] == "extra_forbidden":
             text = "no such parameter or section" + nearest(key[-1], fields)
         else:
             choices = re.findall(r"'([^']+)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
             hint = difflib.get_close_matches(str(item["input"]), choices, n=1)
             text = f"{item['msg']}, not {reprlib.repr(item['input'])}" + "".join(f"; did you mean {h}?" for h in hint)
-        lines[key] = f"{place(key)}: {'.'.join(above + key)}: {text}"
+        lines[key] = f"{place(key)}: {'.'.join(key)}: {text}"
     return list(lines.values())
 
 
