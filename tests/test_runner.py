@@ -243,7 +243,12 @@ def test_the_whole_chain_and_what_each_change_runs_again(project):
         ("with stage.working():\n    sys.exit(0)", "", "sys.exit"),
         pytest.param(WORK, "runs.finish(stage, {})\nsys.exit(0)", "sys.exit", marks=pytest.mark.slow),
         pytest.param(WORK, "", "without runs.finish", marks=pytest.mark.slow),
-        pytest.param("with stage.working():\n    1 / 0", "", "failed in cell [4]: ZeroDivisionError: division by zero", marks=pytest.mark.slow),
+        pytest.param(
+            "with stage.working():\n    1 / 0",
+            "",
+            "failed in cell [4]: ZeroDivisionError: division by zero",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_notebook_that_does_not_reach_its_end_has_failed(project, work, end, message):
