@@ -80,10 +80,10 @@ class Stage:
         pairs = ((name, getattr(self.p, name), value) for name, value in p)
         if changed := [f"{name} is {now!r} now and was {then!r} then" for name, then, now in pairs if now != then]:
             raise RunError(f"parameters have changed since runs.start ({'; '.join(changed)}): run that cell again")
-        future = outlook(self.name, self.p, self.run)
-        if future.identity["inputs"] != self.identity["inputs"]:
-            raise RunError(f"{self.run}: inputs have changed since runs.start: run that cell again")
         with holding(self.run / ".lock", f"notebook {self.folder.name}"):
+            future = outlook(self.name, self.p, self.run)
+            if future.identity["inputs"] != self.identity["inputs"]:
+                raise RunError(f"{self.run}: inputs have changed since runs.start: run that cell again")
             _begin(self, future)
             try:
                 yield
