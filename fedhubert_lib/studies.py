@@ -91,8 +91,8 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
         and name not in ("In", "Out")  # IPython's
     }
     for name, value in plain.items():
-        if isinstance(value, str) and not _is_text(schema, name):
-            plain[name] = _value(value)  # papermill reads YAML 1.1, to which 1e-3 is text
+        if isinstance(value, str):  # papermill reads YAML 1.1, to which 1e-3 is text
+            plain[name] = _value(schema, name, value)
     try:
         section = schema.model_validate(plain)
     except ValidationError as error:
@@ -194,25 +194,22 @@ def _override(raw: dict[str, Any], override: str) -> Key:
     if not equals or not all(key) or len(key) > 2 or key[0] in SECTIONS and len(key) == 1:
         raise ValueError("section.parameter=value is expected, or study, run or seed=value")
     if len(key) == 1:
-        raw[key[0]] = _value(text)
+        raw[key[0]] = _value(Study, key[0], text)
     elif key[0] not in SECTIONS:
         raise ValueError(f"no section {key[0]!r}{nearest(key[0], SECTIONS)}")
     else:
         section = raw[key[0]] = {} if raw.get(key[0]) is None else raw[key[0]]
         if not isinstance(section, dict):
             raise ValueError(f"section {key[0]} of the file is not a mapping")
-        # A path may hold any character, so text is taken as it stands.
-        section[key[1]] = text if _is_text(SECTIONS[key[0]], key[1]) else _value(text)
+        section[key[1]] = _value(SECTIONS[key[0]], key[1], text)
     return key
 
 
-def _value(text: str) -> Any:
-    """One value as it may stand behind a key: a word, quoted text, or a list. Raises ValueError."""
+def _value(schema: type[BaseModel], name: str, text: str) -> Any:
+    """The value of a parameter: of text, such as a path, as it stands, else read as YAML. Raises ValueError."""
+    if schema.model_json_schema()["properties"].get(name, {}).get("type") == "string":
+        return text
     try:
         return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, RecursionError) as error:
         raise ValueError(f"cannot be read as YAML: {error}") from None
-
-
-def _is_text(schema: type[BaseModel], name: str) -> bool:
-    return schema.model_json_schema()["properties"].get(name, {}).get("type") == "string"
