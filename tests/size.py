@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_045,
+    "library, lines": 14_985,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_840,
-    "closure of pretraining, lines": 5_088,
-    "closure of distillation, lines": 7_119,
+    "closure of kmeans, lines": 3_828,
+    "closure of pretraining, lines": 5_076,
+    "closure of distillation, lines": 7_107,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
