@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import psutil
 import pytest
 import soundfile
 import torch
@@ -406,6 +407,31 @@ def test_disk_that_is_too_small_is_seen_before_anything_is_computed(run, monkeyp
     (run / "01_partition" / "clients.parquet").unlink()  # a federation: each client looks at its own disk
     with pytest.raises(OSError, match="features take"):
         kmeans.run(run, settings(), clients)
+
+
+def test_disk_is_looked_at_before_a_layer_is_chosen(run, monkeypatch):
+    pandas.DataFrame({"client": Direct(run).ids, "hours": 1.0}).to_parquet(run / "01_partition" / "clients.parquet")
+    pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 50_000, 50_000))
+    monkeypatch.setattr(reading, "hidden", None)  # nothing passes through the model
+    with pytest.raises(OSError, match="features take"):
+        kmeans.run(run, settings(features=str(run / "first")), Direct(run))
+
+
+def test_central_codebook_starts_from_all_clients_however_many_they_are(run, monkeypatch):
+    """A client's part of FIT_FRAMES may be shorter than any of its utterances."""
+    monkeypatch.setattr(reading, "FIT_FRAMES", 150)
+    fitted, fit = [], clustering.fit
+    monkeypatch.setattr(clustering, "fit", lambda points, *more: fitted.append(len(points)) or fit(points, *more))
+    kmeans.run(run, settings(codebooks=["central"]), Direct(run))
+    assert 150 - 125 < fitted[0] <= 150  # up to the first utterance that is too long, of 125 frames at most
+
+
+def test_pooled_labels_keep_no_file_open(run):
+    kmeans.run(run, settings(codebooks=["federated", "client"]), Direct(run))
+    before = psutil.Process().num_fds()
+    labels = pooled.labels(sorted((run / "02_kmeans" / "clients").glob("*/federated")))
+    assert len(labels) == 15 and psutil.Process().num_fds() == before
 
 
 def test_work_of_other_settings_moves_aside_and_comes_back(run, monkeypatch):

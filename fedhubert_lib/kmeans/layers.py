@@ -1,7 +1,7 @@
 """Public speech at the server, and which hidden layer to cluster: it decides where its phones are known."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +61,31 @@ def choose(run: Path, p: params.Kmeans, exchange: Exchange, device: str, log: Lo
 
 def rate(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
     """How good this client finds each layer, on ten minutes of its speech: float64 [layers], and the frames used."""
-    layers = _layers(arrays, config, reading.within(reading.sampled(home, config), config, FRAMES), home.device)
-    scores, frames = torch.zeros(config["model"]["num_hidden_layers"], dtype=torch.float64), len(layers[0])
+    table = reading.within(reading.sampled(home, config), config, FRAMES)
+    depth, frames = config["model"]["num_hidden_layers"], int(table.samples.map(audio.frame_count).sum())
     if frames < 2 * config["clusters"]:
-        return {"scores": scores, "frames": torch.tensor(0.0).double()}, {}
-    sequences = {f"{number:02}": _labels(layer, config) for number, layer in enumerate(layers)}
+        nothing = torch.zeros(depth, dtype=torch.float64)
+        return {"scores": nothing, "frames": torch.tensor(0.0).double()}, {}
+    layers = enumerate(_layers(arrays, config, table, home.device))
+    sequences = {f"{number:02}": _labels(layer, config) for number, layer in layers}
     agreement = torch.from_numpy(units.agreement_matrices(sequences)["nmi"].to_numpy())
-    scores = (agreement.sum(1) - 1) / max(len(layers) - 1, 1)
+    scores = (agreement.sum(1) - 1) / max(depth - 1, 1)
     return {"scores": scores, "frames": torch.tensor(float(frames)).double()}, {}
 
 
-def _layers(arrays: Arrays, config: Mapping[str, Any], table: pd.DataFrame, device: str) -> list[Tensor]:
-    """Frames of every layer from the first on, normalised per speaker or over all of ``table``: [N, D] each."""
+def _layers(arrays: Arrays, config: Mapping[str, Any], table: pd.DataFrame, device: str) -> Iterator[Tensor]:
+    """Frames of every layer from the first on, normalised per speaker or over all of ``table``: [N, D] each.
+
+    All wait as float16, and one at a time is more: ten minutes of a base model's are 0.6 GB.
+    """
     layers = range(1, config["model"]["num_hidden_layers"] + 1)
-    batches = list(reading.extracted(arrays, config, table, device, layers))
-    parts = [part.half().float() for _, batch in batches for part in batch]
-    by_layer = [[part[number] for part in parts] for number in range(len(layers))]
+    parts = [part.half() for _, batch in reading.extracted(arrays, config, table, device, layers) for part in batch]
     speakers = list(table.speaker) if config["normalisation"] == "speaker" else [reading.EVERYBODY] * len(table)
-    if config["normalisation"] != "none":
-        by_layer = [scaled(states, speakers) for states in by_layer]
-    return [torch.cat([torch.zeros(0, config["width"]), *states]) for states in by_layer]
+    for number in range(len(layers)):
+        states = [part[number].float() for part in parts]
+        if config["normalisation"] != "none":
+            states = scaled(states, speakers)
+        yield torch.cat([torch.zeros(0, config["width"]), *states])
 
 
 def scaled(parts: Sequence[Tensor], speakers: Sequence[str]) -> list[Tensor]:

@@ -73,11 +73,18 @@ def within(table: pd.DataFrame, config: Mapping[str, Any], frames: int) -> pd.Da
 
 
 def in_memory(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], most: int = FIT_FRAMES
+    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame | None = None
 ) -> Tensor:
-    """The sampled frames in memory, normalised: [N, D], N <= ``most``, whole utterances."""
-    batches = stream(home, arrays, config, within(sampled(home, config), config, most))
-    return torch.cat([torch.zeros(0, config["width"], device=home.device), *(part for _, p in batches for part in p)])
+    """Frames of ``table`` in memory, normalised: [N, D]; default: of the sampled utterances, ``FIT_FRAMES`` at most."""
+    if table is None:
+        table = within(sampled(home, config), config, FIT_FRAMES)
+    frames = torch.empty(int(table.samples.map(audio.frame_count).sum()), config["width"], device=home.device)
+    free = frames  # filled as it is read: lists of parts would take the memory twice
+    for _, parts in stream(home, arrays, config, table):
+        for part in parts:
+            free[: len(part)] = part
+            free = free[len(part) :]
+    return frames
 
 
 def stream(

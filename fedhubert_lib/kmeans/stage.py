@@ -53,14 +53,17 @@ def run(
             on_row(row)
 
     exchange, started = Exchange(clients, log, p.missing_clients), time.perf_counter()
-    device = resources.resolve(p.device)
+    device, finished = resources.resolve(p.device), folder / "quality.json"
+    if not finished.exists():  # before a layer is chosen, which takes long
+        _state_space(run, p, server.describe(p, None)[0], log)
     config, weights = server.describe(p, layers.choose(run, p, exchange, device, log))
     settings = config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
-    settings, finished = json.loads(json.dumps(settings)), folder / "quality.json"
-    if finished.exists() and (stored := json.loads(finished.read_text(encoding="utf-8")))["settings"] == settings:
-        list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
-        return _table(stored["codebooks"])
-    _state_space(run, p, config, log)
+    settings = json.loads(json.dumps(settings))
+    if finished.exists():
+        if (stored := json.loads(finished.read_text(encoding="utf-8")))["settings"] == settings:
+            list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
+            return _table(stored["codebooks"])
+        _state_space(run, p, config, log)
     arrays = server.prepare(exchange, config, weights)
     log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
     probe = _probe(run, arrays, weights, config, device)
@@ -188,7 +191,14 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
     for home in homes:
         if not (home.data / "train.parquet").exists():
             raise KmeansError(f"{home.data}: codebook central needs all clients' data; leave it out of codebooks")
-    parts = [reading.in_memory(home, arrays, config, reading.FIT_FRAMES // len(homes)) for home in homes]
+    # One draw from all: of many clients a part of FIT_FRAMES each would be less than an utterance.
+    tables = pd.concat({number: reading.sampled(home, config) for number, home in enumerate(homes)})
+    tables = reading.within(tables, config, reading.FIT_FRAMES).groupby(level=0)
+    parts = [reading.in_memory(homes[number], arrays, config, table) for number, table in tables]
+    if not parts:
+        raise KmeansError(
+            "no client has speech to fit codebook central on; lower clusters, or leave it out of codebooks"
+        )
     rng = seeds.numpy_generator(config["seed"], "kmeans-central")
     return clustering.fit(torch.cat(parts), config["clusters"], rng)[0].float().cpu()
 
