@@ -77,7 +77,7 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
     """
     folder, device = Path(folder), "cpu" if weights else "meta"
     config = read_config(folder)
-    paths = _weight_files(folder)
+    paths = weight_files(folder)
     embedding = torch.rand(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     tensors = {"masked_spec_embed": embedding}
     for name, tensor in _read_tensors(paths, weights).items():
@@ -150,8 +150,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """``model.safetensors``, or the shards that its index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors`` in ``folder``, or the shards that its index names. Raises as ``load`` does."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"

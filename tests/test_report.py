@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
 from fedhubert_lib.evaluation import extraction, layers, measures, report, systems, tables, training_seeds
@@ -319,10 +320,17 @@ def test_student_that_is_not_done_or_of_an_older_teacher_is_left_out(run):
     assert absent["student"] == "04_distill is made from an older 03_pretrain; run it again"
 
 
-def test_checkpoint_is_evaluated_without_any_training(run):
+def test_checkpoint_in_shards_is_evaluated_without_any_training(run):
     public = hubert.preset("tiny", "logmel", hidden_size=96, intermediate_size=96, num_hidden_layers=2)
     pretrained.save(run / "other" / "03_pretrain" / "checkpoint", systems.untrained(public, 5))
-    p = P.model_copy(update={"checkpoint": str(run / "other" / "03_pretrain" / "checkpoint")})
+    folder = run / "other" / "03_pretrain" / "checkpoint"
+    tensors = load_file(folder / "model.safetensors")
+    shards = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model.safetensors").unlink()
+    p = P.model_copy(update={"checkpoint": str(folder)})
     assert names(run, p.checkpoint)[:4] == ["teacher", "student", "checkpoint", "random"]
     for stage in ("01_partition", "03_pretrain", "04_distill"):
         shutil.rmtree(run / stage)
@@ -330,6 +338,8 @@ def test_checkpoint_is_evaluated_without_any_training(run):
     titles = [each["title"] for each in written["systems"]]
     assert titles[:3] == ["checkpoint other/03_pretrain", "random weights", "MFCC"] and len(titles) == 4
     assert max(each["layer"] for each in written["figures"] if each["measure"] == "phone-accuracy") == 2
+    sizes = [each["value"] for each in written["figures"] if each["measure"] == "bytes"]
+    assert sizes == [sum((folder / shard).stat().st_size for shard in set(shards.values()))]
 
 
 def test_nothing_to_evaluate_is_refused(run):

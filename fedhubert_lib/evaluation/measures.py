@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib import threads
+from fedhubert_lib import pretrained, threads
 from fedhubert_lib.evaluation import cost, extraction, keywords, layers, probes
 from fedhubert_lib.evaluation.intervals import measure
 from fedhubert_lib.evaluation.systems import System
@@ -135,7 +135,7 @@ def of_system(
             result.add("parameters", [cost.parameters(system.model)])
             result.add("macs", [cost.macs(system.model.config)])
         if system.folder is not None:
-            result.add("bytes", [(system.folder / "model.safetensors").stat().st_size])
+            result.add("bytes", [sum(path.stat().st_size for path in pretrained.weight_files(system.folder))])
     return result
 
 
