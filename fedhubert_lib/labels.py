@@ -32,10 +32,13 @@ class Ragged:
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, width: int | None = None) -> None:
         self.folder = Path(folder)
-        index = self.folder / "index.parquet"
+        index, remedy = self.folder / "index.parquet", f"delete {self.folder}, run 02_kmeans again"
         if not index.exists():
             raise LabelsError(f"{self.folder}: no index.parquet, {name} absent or unfinished; run 02_kmeans again")
-        table = pd.read_parquet(index)
+        try:
+            table = pd.read_parquet(index)
+        except (OSError, ValueError) as error:
+            raise LabelsError(f"{index}: cannot be read ({error}); {remedy}") from error
         self.utterances: list[str] = table.utterance.tolist()
         self._offsets = table.offset.to_numpy()
         self._frames = table.frames.to_numpy()
@@ -43,7 +46,7 @@ class Ragged:
         path = self.folder / f"{name}.bin"
         promised = int(np.prod(shape)) * dtype.itemsize
         if not path.exists() or path.stat().st_size != promised:
-            raise LabelsError(f"{path}: not the {promised} bytes that its index promises; delete {self.folder}")
+            raise LabelsError(f"{path}: not the {promised} bytes that its index promises; {remedy}")
         self.flat = np.memmap(path, dtype, "r", shape=shape) if promised else np.zeros(shape, dtype)
 
     @functools.cached_property

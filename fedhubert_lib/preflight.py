@@ -16,6 +16,7 @@ from fedhubert_lib import distillation, federated, hubert, params, pretrained, r
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
+from fedhubert_lib.labels import Labels
 from fedhubert_lib.teaching import Teacher
 
 _Problems = Iterator[tuple[str, str]]
@@ -100,6 +101,19 @@ def _cohort(p: Any, run: Path, *_: Any) -> None:
             raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
 
 
+def _labels(p: params.Federation, run: Path, study: params.Study | None) -> None:
+    """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
+    if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
+        return
+    if not (run / "02_kmeans").is_dir():
+        return
+    clusters = recipes.clusters(run, p.codebook)
+    for client in federated.client_ids(run, p.codebook):
+        labels = Labels(run / "02_kmeans" / "clients" / client / p.codebook)
+        if (highest := int(labels.flat.max(initial=0))) >= clusters:
+            raise ValueError(f"{labels.folder}: label {highest} of {clusters} clusters; delete it, run 02_kmeans again")
+
+
 def _features(p: params.Kmeans, *_: Any) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
     if model and p.layer != "auto" and p.layer > (depth := model.config.num_hidden_layers):
@@ -151,6 +165,7 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
     (params.Kmeans, "features", _features),
     (params.Federation, "cohort", _cohort),
+    (params.Federation, "codebook", _labels),
     (params.Pretrain, "initial", lambda p, *_: _model(p.initial)),
     (params.Distill, "teacher", _teacher),
     (params.Evaluate, "checkpoint", lambda p, *_: _model(p.checkpoint)),

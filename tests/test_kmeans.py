@@ -23,8 +23,10 @@ from fedhubert_lib import (
     labels,
     params,
     pooled,
+    preflight,
     pretrained,
     pretraining,
+    runs,
 )
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
@@ -280,6 +282,13 @@ def test_every_kind_end_to_end(run):
     assert {action for action, _ in again.asked} == {"kmeans.forget"}
 
 
+def test_phones_of_one_kind_alone_are_as_good_as_none(run):
+    for path in [*run.glob("01_partition/clients/*/phones.parquet"), run / "00_corpus" / "phones.parquet"]:
+        pandas.read_parquet(path).assign(phone="sil").to_parquet(path)
+    table = kmeans.run(run, settings(), Direct(run))
+    assert table.loc["federated", "label_entropy"] > 0 and "pnmi" not in table and "heldout_pnmi" not in table
+
+
 def test_labels_are_those_of_every_second_mfcc_frame(run):
     """Through the whole stage: label i is the nearest centroid to MFCC frame 2 i."""
     kmeans.run(run, settings(), Direct(run))
@@ -447,6 +456,29 @@ def test_work_of_other_settings_moves_aside_and_comes_back(run, monkeypatch):
     kmeans.run(run, settings(codebooks=["federated", "client"]), Direct(run))
     assert labels_of(run, "client-001").flat.tolist() == whole and len(codebook(run)) == 8
     assert labels.LABELS not in [writer._dtype for writer in written]
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "unreadable", "beyond"])
+def test_damaged_labels_are_found_before_training_and_made_again(run, damage):
+    """By what the message says and the same call: no codebook is fitted again, no other client's labels are touched."""
+    pandas.DataFrame({"client": Direct(run).ids, "hours": 0.01}).to_parquet(run / "01_partition" / "clients.parquet")
+    kmeans.run(run, settings(), Direct(run))
+    p, folder = params.Pretrain(), run / "02_kmeans" / "clients" / "client-001" / "federated"
+    preflight.check("pretrain", p, run)
+    whole, centroids = labels_of(run, "client-001").flat.tolist(), codebook(run).tolist()
+    if damage == "missing":
+        shutil.rmtree(folder)
+    elif damage == "unreadable":
+        (folder / "index.parquet").write_bytes(b"PAR1")
+    else:
+        content = (folder / "labels.bin").read_bytes()
+        (folder / "labels.bin").write_bytes(content[:-2] if damage == "short" else b"\xff" * len(content))
+    with pytest.raises(runs.RunError, match=rf"pretrain.codebook: {folder}.* run 02_kmeans again"):
+        preflight.check("pretrain", p, run)
+    shutil.rmtree(folder, ignore_errors=True)
+    kmeans.run(run, settings(), Direct(run))
+    preflight.check("pretrain", p, run)
+    assert labels_of(run, "client-001").flat.tolist() == whole and codebook(run).tolist() == centroids
 
 
 def test_labels_of_another_partition_are_not_kept(run):

@@ -388,6 +388,19 @@ def test_held_out_speech_is_of_no_training_speaker(run):
     assert len(layers.held_out(run, 0.01, 0)[0]) == 1
 
 
+@pytest.mark.parametrize("lacking", ["speech", "phones"])
+def test_without_held_out_speech_or_with_one_phone_alone_units_are_left_out(run, lacking):
+    if lacking == "phones":
+        path = run / "00_corpus" / "phones.parquet"
+        pd.read_parquet(path).assign(phone="sil").to_parquet(path)
+    else:
+        for path in (run / "00_corpus" / "manifest.parquet", run / "01_partition" / "heldout.parquet"):
+            table = pd.read_parquet(path)
+            (table[table.split != "test"] if "manifest" in path.name else table[:0]).to_parquet(path)
+    with pytest.raises(layers.NoPhonesError):
+        layers.held_out(run, 1.0, 0)
+
+
 def test_phone_labels_are_laid_out_as_frames(run):
     table, phones = layers.held_out(run, 1.0, 0)
     labels, speakers = layers.phone_labels(table, phones.sample(frac=1, random_state=0))

@@ -31,8 +31,9 @@ def held_out(run: Path, minutes: float, seed: int, clusters: int = 0) -> tuple[p
     if (heldout := run / "01_partition" / "heldout.parquet").is_file():
         table = pd.concat([table, pd.read_parquet(heldout)]).drop_duplicates("utterance")
     path = run / "00_corpus" / "phones.parquet"  # 35 million rows for all of LibriSpeech
-    of_table = [("utterance", "in", set(table.utterance))]
-    phones = pd.read_parquet(path, filters=of_table) if path.is_file() else pd.DataFrame(columns=["utterance"])
+    phones = pd.DataFrame(columns=["utterance", "phone"])
+    if path.is_file() and len(table):
+        phones = pd.read_parquet(path, filters=[("utterance", "in", set(table.utterance))])
     table = table[table.utterance.isin(set(phones.utterance)) & (table.samples >= audio.RECEPTIVE_FIELD)]
     if table.empty:
         raise NoPhonesError(
@@ -47,7 +48,10 @@ def held_out(run: Path, minutes: float, seed: int, clusters: int = 0) -> tuple[p
             f"evaluate.clusters: {clusters} given, but the held-out speech with phones has {frames} frames; give fewer,"
             " or raise evaluate.unit_minutes"
         )
-    return table, phones[phones.utterance.isin(set(table.utterance))]
+    phones = phones[phones.utterance.isin(set(table.utterance))]
+    if phones.phone.nunique() < 2:
+        raise NoPhonesError(f"all that the held-out speech says is {phones.phone.iloc[0]}; look at corpus.alignments")
+    return table, phones
 
 
 def frame_counts(table: pd.DataFrame) -> np.ndarray:

@@ -123,8 +123,8 @@ def _phones(run: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def public_phones(run: Path, table: pd.DataFrame) -> np.ndarray | None:
-    """The phone of each frame of the utterances of ``table``, "" where none; None where no phones are known."""
+    """The phone of each frame of the utterances of ``table``, "" where none; None where fewer than two are known."""
     phones = _phones(run, table)
-    if phones.empty:
+    if phones.empty or phones.phone.nunique() < 2:
         return None
     return units.frame_phones(phones, dict(zip(table.utterance, table.samples.map(audio.frame_count), strict=True)))

@@ -60,7 +60,8 @@ def run(
     settings = config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
     settings = json.loads(json.dumps(settings))
     if finished.exists():
-        if (stored := json.loads(finished.read_text(encoding="utf-8")))["settings"] == settings:
+        stored = json.loads(finished.read_text(encoding="utf-8"))
+        if stored["settings"] == settings and all(_labelled(folder, kind, p) for kind in p.codebooks):
             list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
             return _table(stored["codebooks"])
         _state_space(run, p, config, log)
@@ -83,6 +84,13 @@ def run(
     files.write_json(finished, {"codebooks": rows, "agreement": matrices, "settings": settings})
     list(exchange.ask("forget", {}, config))
     return _table(rows)
+
+
+def _labelled(folder: Path, kind: str, p: params.Kmeans) -> bool:
+    """Whether all labels of a codebook are still there; in a real federation the clients alone know."""
+    facts = json.loads((folder / "codebooks" / kind / "codebook.json").read_text(encoding="utf-8"))
+    indices = (folder / "clients" / client / kind / "index.parquet" for client in facts["labelled"])
+    return p.engine == "deployment" or all(index.exists() for index in indices)
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
