@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_985,
+    "library, lines": 15_040,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_828,
-    "closure of pretraining, lines": 5_076,
-    "closure of distillation, lines": 7_107,
+    "closure of kmeans, lines": 3_861,
+    "closure of pretraining, lines": 5_082,
+    "closure of distillation, lines": 7_143,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
