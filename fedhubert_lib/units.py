@@ -5,6 +5,7 @@ beside that of shuffled labels: with few frames and many clusters, random labels
 nats.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -138,8 +139,7 @@ def agreement_matrices(labels: Mapping[str, np.ndarray]) -> dict[str, pandas.Dat
     """``agreement`` of every pair of clients that labelled the same frames: a clients x clients table per measure."""
     clients = sorted(labels)
     tables = {name: pandas.DataFrame(1.0, clients, clients) for name in ("nmi", "match", "same")}
-    for i, client in enumerate(clients):
-        for other in clients[:i]:
-            for name, value in agreement(labels[client], labels[other]).items():
-                tables[name].loc[client, other] = tables[name].loc[other, client] = value
+    for other, client in itertools.combinations(clients, 2):
+        for name, value in agreement(labels[client], labels[other]).items():
+            tables[name].loc[client, other] = tables[name].loc[other, client] = value
     return tables

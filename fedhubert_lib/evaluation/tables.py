@@ -95,12 +95,17 @@ def _text(figure: dict[str, Any]) -> str:
     return str(Interval(*(figure[key] for key in Interval._fields))).replace(" ", NO_BREAK)
 
 
-def student(report: Report) -> tuple[dict[str, float], dict[str, float]]:
-    """Quality and cost of the student as fractions of its teacher's, by title; empty without a student."""
+def student(report: Report) -> pd.DataFrame:
+    """Quality and cost of the student as fractions of its teacher's, for ``plots.bars``; empty without a student."""
     chosen = best(report["figures"])
     of_student, of_teacher = chosen.get("student", {}), chosen.get(systems.teacher_of(chosen), {})
-    ratios = {name: of_student[name]["value"] / of_teacher[name]["value"] for name in of_student if name in of_teacher}
-    return tuple({TITLES[name]: ratios[name] for name in names if name in ratios} for names in (QUALITY, COST))
+    rows = [
+        (TITLES[name], f"{kind}: fraction of the teacher's", of_student[name]["value"] / of_teacher[name]["value"], 1.0)
+        for kind, names in (("quality", QUALITY), ("cost", COST))
+        for name in names
+        if name in of_student and name in of_teacher
+    ]
+    return pd.DataFrame(rows, columns=["system", "measure", "value", "baseline"])
 
 
 def along(reports: Sequence[Report]) -> pd.DataFrame:

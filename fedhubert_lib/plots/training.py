@@ -108,9 +108,10 @@ def _rows(rows: Sequence[Mapping[str, Any]], kind: str) -> pd.DataFrame:
 def bars(table: pd.DataFrame) -> Figure:
     """A panel per measure, a bar per system with its interval.
 
-    ``table`` has the columns system, measure, value, low, high (the interval, or NaN) and baseline (chance or shuffled
-    labels, or NaN), drawn as a dotted line across the system's bar. Systems and measures keep their order.
+    ``table`` has the columns system, measure and value and, where there are any, low and high (the interval) and
+    baseline (such as chance), a dotted line across the system's bar. Systems and measures keep their order.
     """
+    table = table.reindex(columns=["system", "measure", "value", "low", "high", "baseline"])
     measures, systems = list(table.measure.unique()), list(table.system.unique())
     columns = 2 if len(measures) == 4 else min(len(measures), 3)
     lines = -(-len(measures) // columns)
@@ -132,23 +133,6 @@ def bars(table: pd.DataFrame) -> Figure:
             panel.set_xlim(max(left, 0.0), min(right, 1.0))
     for panel in axes[len(measures) :]:
         panel.set_axis_off()
-    return figure
-
-
-@style.styled
-def kept(quality: Mapping[str, float], cost: Mapping[str, float]) -> Figure:
-    """Quality and cost of a student, each as a fraction of its teacher's."""
-    figure, [axes] = style.panels(width=7, height=0.9 + 0.3 * (len(quality) + len(cost)))
-    fractions, place = [*quality.values(), *cost.values()], np.arange(len(quality) + len(cost))
-    bars = axes.barh(place, fractions, 0.7, color=[style.BLUE] * len(quality) + [style.RED] * len(cost))
-    axes.bar_label(bars, [f"{fraction:.0%}" for fraction in fractions], padding=3, fontsize=8)
-    axes.axvline(1, color=style.BLACK, linestyle=":")
-    axes.set_yticks(place, [*quality, *cost])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="fraction of the teacher's", xlim=(0, 1.1 * max(1.0, *fractions)))
-    axes.set_title("Student against teacher: " + ("quality (blue), cost (red)" if quality else "cost"))
     return figure
 
 
