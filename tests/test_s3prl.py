@@ -124,6 +124,20 @@ def test_command_refuses_what_it_cannot_run_before_s3prl_starts(evaluated, tmp_p
     assert "report.json: not there; run 05_evaluate first" in capsys.readouterr().err
 
 
+def test_results_are_kept_and_move_aside_for_other_settings(evaluated, monkeypatch):
+    def benchmark(checkpoint, data, out, *, fine_tune, device, **settings):
+        out.mkdir(parents=True)
+        return {"dev": 0.5, "test": settings["rate"], "classes": 12, "fine_tuned": fine_tune, **settings}
+
+    monkeypatch.setattr(s3prl, "lay_out", lambda *_: evaluated)
+    monkeypatch.setattr(s3prl, "benchmark", benchmark)
+    options = {"fine_tune": False, "steps": 20, "device": "cpu"}
+    for number, rate in ((2, 0.5), (3, 0.5), (1, 0.25)):  # the second would fail if it measured the first two again
+        s3prl.of_run(evaluated, "teacher", seeds=number, rate=rate, **options)
+    assert [figure["values"] for figure in report.read(evaluated)["figures"]] == [[0.25]]
+    assert len(list((evaluated / "s3prl" / "previous").glob("teacher-frozen-seed-*/result.json"))) == 3
+
+
 def test_benchmark_refuses_a_broken_checkpoint(clips, tmp_path):
     checkpoint = save(tmp_path / "checkpoint")
     config = checkpoint / "config.json"

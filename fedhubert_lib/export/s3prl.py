@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, pretrained
+from fedhubert_lib import audio, files, params, pretrained, records
 from fedhubert_lib.evaluation import keywords, report, systems
 from fedhubert_lib.export import formats
 from fedhubert_lib.hubert import Head, Hubert
@@ -163,12 +162,14 @@ def benchmark(
     return {"dev": max(map(float, dev)), "test": float(test[-1]), "classes": classes} | settings
 
 
-def of_run(run: Path, name: str, *, seeds: int, fine_tune: bool, **options: Any) -> list[dict[str, Any]]:
-    """``benchmark`` of system ``name`` of an evaluated run, on its keyword clips, with ``seeds`` seeds and ``options``.
+def of_run(
+    run: Path, name: str, *, seeds: int, fine_tune: bool, steps: int, rate: float, device: str
+) -> list[dict[str, Any]]:
+    """``benchmark`` of system ``name`` of an evaluated run, on its keyword clips, with ``seeds`` seeds.
 
-    Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed, where earlier ones are removed; the test
-    accuracies go into the run's report. Raises ExportError for a system that has changed since the report was written,
-    or that s3prl has no use for (MFCC).
+    Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; what is there of the same weights and
+    settings is kept, other results move to RUN/s3prl/previous. The test accuracies go into the run's report. Raises
+    ExportError for a system that has changed since the report was written, or that s3prl has no use for (MFCC).
     """
     evaluated = report.read(run)
     checkpoint = evaluated["parameters"].get("checkpoint", "")
@@ -183,14 +184,21 @@ def of_run(run: Path, name: str, *, seeds: int, fine_tune: bool, **options: Any)
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
     data = lay_out(clips, run / FOLDER / "data", evaluated["seed"])
     folder = run / FOLDER / f"{name}-{'fine-tuned' if fine_tune else 'frozen'}"
-    shutil.rmtree(folder, ignore_errors=True)
+    settings = {"system": name, "digest": system.digest, "steps": steps, "rate": rate}
+    previous = run / FOLDER / "previous"
+    for out in sorted(folder.glob("seed-*")):
+        if not settings.items() <= (records.read_json(out / "result.json") or {}).items():
+            previous.mkdir(exist_ok=True)
+            out.rename(previous / f"{folder.name}-{out.name}-{sum(1 for _ in previous.iterdir())}")
     if system.folder is None:  # random weights are nowhere on disk
         pretrained.save(folder / "checkpoint", system.model)
     results = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        out, source = folder / f"seed-{seed}", system.folder or folder / "checkpoint"
-        results.append(benchmark(source, data, out, fine_tune=fine_tune, seed=seed, **options))
-        files.write_json(out / "result.json", {"system": name, "digest": system.digest, **results[-1]})
+        path, source = folder / f"seed-{seed}" / "result.json", system.folder or folder / "checkpoint"
+        if not path.is_file():
+            options = {"steps": steps, "rate": rate, "fine_tune": fine_tune, "seed": seed, "device": device}
+            files.write_json(path, settings | benchmark(source, data, path.parent, **options))
+        results.append(records.read_json(path) or {})
     report.add_s3prl(run)
     return results
 
