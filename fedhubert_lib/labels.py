@@ -5,12 +5,10 @@ A folder holds ``labels.bin``, the frames of all utterances end to end (little-e
 samples, so the length of ``labels.bin`` shows how far a writer that was killed had come.
 """
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -71,48 +69,43 @@ class Labels(Ragged):
         super().__init__(folder, "labels", LABELS)
 
 
-class Writer:
-    """Appends the frames of utterances in their order; see ``writing``."""
+def write(
+    folder: Path,
+    name: str,
+    table: pd.DataFrame,
+    dtype: np.dtype,
+    width: int | None,
+    frames_of: Callable[[pd.DataFrame], Iterable[Sequence[np.ndarray]]],
+) -> None:
+    """Write, or resume writing, the ragged array ``name`` of all utterances of ``table`` (columns utterance, samples),
+    unless it is complete.
 
-    def __init__(self, stream: BinaryIO, missing: pd.Series, dtype: np.dtype) -> None:
-        self.missing: list[str] = missing.index.tolist()
-        """Utterances without frames when writing began, in their order."""
-        self._stream, self._dtype, self._expected = stream, dtype, iter(missing.items())
-
-    def append(self, batch: Iterable[np.ndarray]) -> None:
-        """Append the frames of the next utterances of ``missing``, and flush them to disk."""
-        for frames in batch:
-            utterance, count = next(self._expected)
-            if len(frames) != count:
-                raise LabelsError(f"{utterance}: {len(frames)} frames where its samples make {count}")
-            self._stream.write(np.ascontiguousarray(frames, self._dtype).tobytes())
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-
-@contextlib.contextmanager
-def writing(
-    folder: Path, name: str, table: pd.DataFrame, dtype: np.dtype, width: int | None = None
-) -> Iterator[Writer]:
-    """Write, or resume writing, the ragged array ``name`` of all utterances of ``table`` (columns utterance, samples).
-
-    Raises LabelsError where the array is complete, or an utterance stands in ``table`` twice.
+    ``frames_of`` gives the frames of the utterances of a table, batch by batch in their order: it is asked for those
+    that are missing. Raises LabelsError where an utterance stands in ``table`` twice, or gets another number of frames
+    than its samples make.
     """
     if (folder / "index.parquet").exists():
-        raise LabelsError(f"{folder}: is complete; delete it to write it anew")
+        return
     if not table.utterance.is_unique:
         raise LabelsError(f"{table.utterance[table.utterance.duplicated()].iloc[0]}: stands twice in a client's lists")
     folder.mkdir(parents=True, exist_ok=True)
-    frames = table.samples.map(audio.frame_count).astype("int64").set_axis(table.utterance)
+    frames = table.samples.map(audio.frame_count).to_numpy(np.int64)
     ends = np.cumsum([0, *frames])
     with (folder / f"{name}.bin").open("ab") as stream:
         size = (width or 1) * dtype.itemsize
-        done = np.searchsorted(ends, stream.tell() // size, side="right") - 1
+        done = int(np.searchsorted(ends, stream.tell() // size, side="right")) - 1
         stream.truncate(ends[done] * size)  # the rest of an utterance that a killed writer left
-        writer = Writer(stream, frames.iloc[done:], dtype)
-        yield writer
+        expected = zip(table.utterance[done:], frames[done:], strict=True)
+        for batch in frames_of(table.iloc[done:]):
+            for rows in batch:
+                utterance, count = next(expected)
+                if len(rows) != count:
+                    raise LabelsError(f"{utterance}: {len(rows)} frames where its samples make {count}")
+                stream.write(np.ascontiguousarray(rows, dtype).tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
         if stream.tell() != ends[-1] * size:
             raise LabelsError(f"{folder}: not all of its {len(table)} utterances were written")
-    index = pd.DataFrame({"utterance": frames.index, "offset": ends[:-1], "frames": frames.to_numpy()})
+    index = pd.DataFrame({"utterance": table.utterance, "offset": ends[:-1], "frames": frames})
     with files.atomic(folder / "index.parquet") as temporary:
         index.to_parquet(temporary, index=False)

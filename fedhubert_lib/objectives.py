@@ -8,21 +8,22 @@ steps or clients are then the whole batch's. With fairseq's equal number of mask
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedhubert_lib.batching import Batch
-from fedhubert_lib.hubert import Head, Hubert
+from fedhubert_lib.hubert import Head, Hubert, HubertOutput
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What an objective returns for a batch."""
+    """An objective's values for a batch."""
 
     loss: Tensor
     """Scalar with gradient: the SUM that is minimised, to be divided by ``count`` after everything has been added."""
     count: int
-    """What the sum is divided by: masked frames."""
+    """Divisor of the sum: masked frames."""
     measured: dict[str, Tensor]
     """Detached scalar sums and counts for the ledger; they add up over batches and clients."""
 
@@ -38,30 +39,36 @@ def masked_prediction(model: Hubert, head: Head, batch: Batch, *, unmasked_weigh
     Cross-entropy over normalised matmul / 0.1 equals the reference's stacked (K+1)×S×D logits (to 5e-7) at a fortieth
     of the time. All frames are scored at once, since picking frames by a mask makes a GPU wait for their number.
 
-    ``measured`` holds loss_sum (nats, masked frames), unmasked_loss_sum, penalty_sum (mean squared feature × masked
-    frames), masked_frames, unmasked_frames, correct_masked, correct_unmasked.
+    ``measured`` holds objective (the loss), penalty_sum (mean squared feature × masked frames) and ``label_sums``.
     """
     output = model(batch.waveforms, batch.mask, normalised=batch.normalised)
-    masked = batch.mask
     logits = head(output.last)
-    losses = frame_losses(logits, batch.labels)
-    correct = logits.detach().argmax(-1) == batch.labels
-    loss_sum, other_sum = (losses * masked).sum(), (losses * ~masked).sum()
-    loss = loss_sum + unmasked_weight * other_sum
-    penalty = loss_sum.new_zeros(())
-    if output.features is not None:
-        penalty = (output.features.to(loss_sum.dtype).square().mean((1, 2)) * masked.sum(1)).sum()
-        loss = loss + PENALTY * penalty
-    measured = {
-        "loss_sum": loss_sum,
-        "unmasked_loss_sum": other_sum,
-        "penalty_sum": penalty,
+    sums = label_sums(logits, frame_losses(logits, batch.labels), batch)
+    penalty = feature_penalty(output, batch)
+    loss = sums["loss_sum"] + unmasked_weight * sums["unmasked_loss_sum"] + PENALTY * penalty
+    measured = {"objective": loss, "penalty_sum": penalty, **sums}
+    return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
+
+
+def label_sums(logits: Tensor, losses: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """loss_sum and unmasked_loss_sum (nats) of frames' ``losses`` [B, T], masked_frames, unmasked_frames, and of these
+    the frames whose best logit is their label's: correct_masked, correct_unmasked."""
+    masked, correct = batch.mask, logits.detach().argmax(-1) == batch.labels
+    return {
+        "loss_sum": (losses * masked).sum(),
+        "unmasked_loss_sum": (losses * ~masked).sum(),
         "masked_frames": masked.sum(),
         "unmasked_frames": (~masked).sum(),
         "correct_masked": (correct & masked).sum(),
         "correct_unmasked": (correct & ~masked).sum(),
     }
-    return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
+
+
+def feature_penalty(output: HubertOutput, batch: Batch) -> Tensor:
+    """Mean squared feature of the convolutions × masked frames, summed over clips; 0 for a log-mel front end."""
+    if output.features is None:
+        return torch.zeros((), device=batch.mask.device)
+    return (output.features.float().square().mean((1, 2)) * batch.mask.sum(1)).sum()
 
 
 def frame_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -338,24 +338,15 @@ class Distill(Federation):
     teacher_clusters: Clusters = Field(20, description="clusters of that layer, K")
     regression_weight: Positive = Field(1.0, description="weight of distilhubert in the sum")
     hubert_weight: Positive = Field(1.0, description="weight of hubert in the sum")
-    compare: list[Objective | Literal["labels"]] = Field(
-        [], description="objectives to compare, each alone; labels: without a teacher"
-    )
-    compare_seeds: Natural = Field(3, description="training seeds of that comparison")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
-        if self.uses_soft_targets and self.soft_weight + self.label_weight == 0:
+        if "soft-targets" in self.objectives and self.soft_weight + self.label_weight == 0:
             yield "soft_weight", "0, and label_weight is 0, too: nothing is left to learn from"
         if len(set(self.objectives)) < len(self.objectives):
             yield "objectives", "names one of them twice; keep one, and give it the weight"
         if {"hubert", "soft-targets"} <= set(self.objectives):
             yield "objectives", "hubert and soft-targets predict different clusters; keep one of them"
-
-    @property
-    def uses_soft_targets(self) -> bool:
-        """Whether some student learns from the teacher's predictions."""
-        return "soft-targets" in {*self.objectives, *self.compare}
 
 
 class Evaluate(Section):
@@ -420,11 +411,11 @@ class Study(BaseModel):
                 text = f"{section.codebook}, but kmeans.codebooks has {', '.join(codebooks)}; add it there"
                 yield stage, "codebook", text
         pretrain, distill = self.pretrain, self.distill
-        if distill.teacher or not distill.uses_soft_targets:
+        if distill.teacher or "soft-targets" not in distill.objectives:
             return
         if distill.soft_weight > 0 and pretrain.head == "personal":
             text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give others"
-            yield "distill", "objectives" if "soft-targets" in distill.objectives else "compare", text
+            yield "distill", "objectives", text
         if distill.label_weight > 0 and distill.codebook != pretrain.codebook:
             text = f"{distill.codebook}, but the teacher's soft targets are over pretrain.codebook: {pretrain.codebook}"
             yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
@@ -432,7 +423,7 @@ class Study(BaseModel):
 
 HOW = frozenset(["run", "engine", "threads", "device", "deadline_seconds", "download", "mirror", "keywords_mirror"])
 """Parameters that say where and how a stage runs, not what comes out."""
-ADDITIONS = frozenset({"centralised", "compare", "compare_seeds", "along", "patience"})
+ADDITIONS = frozenset({"centralised", "along", "patience"})
 """Parameters that add to what is there and change nothing of it (patience: when it is raised)."""
 
 

@@ -6,7 +6,8 @@ masking. It exists in simulation only, where one machine can read all clients' f
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,13 +17,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from fedhubert_lib import checkpoints, files, recipes, seeds, training
+from fedhubert_lib import checkpoints, federated, files, recipes, resources, seeds, threads, training
 from fedhubert_lib import weights as named
-from fedhubert_lib.batching import Batch
-from fedhubert_lib.federated.protocol import ClientHome
+from fedhubert_lib.federated import handlers, rounds
+from fedhubert_lib.federated.protocol import ClientHome, Clients
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.meter import Meter
-from fedhubert_lib.params import Federation
+from fedhubert_lib.params import FOLDERS, Federation
 from fedhubert_lib.weights import Arrays
 
 F = TypeVar("F", bound=Federation)
@@ -35,50 +36,66 @@ class Task:
     module: nn.ModuleDict
     weights: Arrays
     """To begin with, by name in ``module``."""
-    batches: Callable[[int, int], Iterable[Batch]]
-    """(round, how many) to batches of the pooled data as ``merged(p)`` says; a step takes its ``cohort``."""
     objective: training.Objective
-    validate: Callable[[ClientHome, Arrays, int], Mapping[str, float]]
-    """(home, weights, round) to the sums of a client's validation utterances."""
+    labels: Callable[[ClientHome], Path]
+    """A client's folder of targets."""
+    validate: handlers.Handler
+    message: Mapping[str, Any]
+    """The configuration with which ``validate`` gives the sums of a client's validation utterances."""
     averages: Callable[[Mapping[str, float]], dict[str, float]]
     documents: Mapping[str, str]
     """As in ``rounds.Task``, as are ``averages``."""
+    normalise: bool = False
+    """As in ``batching.batches``."""
 
 
-def train(
-    p: Federation,
-    homes: Mapping[str, ClientHome],
-    panel: Sequence[str],
-    out: Path,
-    task: Task,
-    on_row: checkpoints.OnRow | None = None,
-) -> Arrays:
-    """Train for rounds x local_steps steps, or resume where ``out`` stands; returns the last weights.
+@contextmanager
+def connected(run: Path, p: Federation, clients: Clients | None = None) -> Iterator[Clients]:
+    """The clients of a training over ``p.engine``, or ``clients``, with the number of threads that ``p`` asks for.
 
-    Where clients train by epochs, a round has as many steps as a client makes on average. ``homes`` are those of all
-    clients; ``panel`` validates, as in the federation. A checkpoint is written every ``local_steps`` steps, called a
-    round so that curves lie over each other.
+    Raises FileNotFoundError where the baseline, which is to follow, would lack data of clients on this machine.
     """
-    steps = round(mean(recipes.steps(home, p, 1) for home in homes.values()))
-    parts, total, module, weights = merged(p).cohort, p.rounds * steps, task.module, task.weights
-    settings = recipes.settings(p, total, accumulate=parts)
+    if p.centralised and p.engine == "deployment":
+        homes(run, federated.client_ids(run, p.codebook), "pretrain", p.device)
+    connection = federated.connect(run, p.engine, p.device, p.codebook) if clients is None else nullcontext(clients)
+    with threads.limited(p.threads), connection as clients:
+        yield clients
+
+
+def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.OnRow | None = None) -> Arrays:
+    """Train for rounds x local_steps steps, or resume where ``centralised`` of the ``stage``'s folder stands; returns
+    the last weights.
+
+    Where clients train by epochs, a round has as many steps as a client makes on average. The clients that validate in
+    the federation do so here. A checkpoint is written every ``local_steps`` steps, called a round so that curves lie
+    over each other.
+    """
+    out, device = run / FOLDERS[stage] / "centralised", resources.resolve(p.device)
+    ids = federated.client_ids(run, p.codebook)
+    p, folders = rounds.sized(p, len(ids)), homes(run, ids, stage, device)
+    panel = [folders[client] for client in rounds.panel(ids, p)]
+    table = utterances(folders.values())
+    targets = labels(map(task.labels, folders.values()))
+    steps = round(mean(recipes.steps(home, p, 1) for home in folders.values()))
+    large, total, module, weights = merged(p), p.rounds * steps, task.module, task.weights
+    settings, count = recipes.settings(p, total, accumulate=large.cohort), steps * large.cohort
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    meter = Meter(p.device)
+    meter, options = Meter(p.device), {"normalise": task.normalise, "device": device}
     with checkpoints.sole(out):
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"], weights, named.moments(optimiser, names))) is not None:
             weights, moments, state = saved
             named.restore_moments(optimiser, names, moments)
         named.fill(module, weights)
-        plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(homes)}
+        plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(ids)}
         ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
         last = _last_round(p, out)
         for number in range(state["round"] + 1, last + 1):
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                task.batches(number, steps * parts),
+                recipes.batches(table, targets, large, number, "all", count, **options),
                 task.objective,
                 settings,
                 first_step=(number - 1) * steps,
@@ -89,7 +106,7 @@ def train(
             weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
             row = {"round": number, **task.averages(measured), "clients": 1}
             if number % p.validate_every == 0 or number == last:
-                row |= _validated(task, weights, [homes[client] for client in panel], number)
+                row |= _validated(task, weights, panel, number)
             row |= {name: measured[name] for name in ("learning_rate", "gradient_norm", "audio_seconds")}
             row["seconds"] = time.perf_counter() - began
             row |= {"audio_seconds_per_second": measured["audio_seconds"] / row["seconds"], **meter.used()}
@@ -104,7 +121,7 @@ def _validated(task: Task, weights: Arrays, homes: Iterable[ClientHome], number:
     """Averages over the validation utterances of ``homes``; none where they have none."""
     sums: Counter[str] = Counter()
     for home in homes:
-        sums.update(task.validate(home, weights, number))
+        sums.update(task.validate(home, weights, {**task.message, "session": "centralised", "round": number})[1])
     return {f"validation_{name}": value for name, value in task.averages(sums).items()} if sums else {}
 
 
@@ -120,29 +137,27 @@ def _last_round(p: Federation, out: Path) -> int:
     return max((row["round"] for row in rows if row["kind"] == "round"), default=p.rounds)
 
 
-def homes(run: Path, ids: Iterable[str], state: Path, device: str) -> dict[str, ClientHome]:
-    """The folders of the clients ``ids``, whose state lies under ``state``.
+def homes(run: Path, ids: Iterable[str], stage: str, device: str) -> dict[str, ClientHome]:
+    """The folders of the clients ``ids`` in ``stage``.
 
     Raises FileNotFoundError unless every client's lists and labels are on this machine: a simulation.
     """
-    folders = {}
-    for client in ids:
-        data, labels = run / "01_partition" / "clients" / client, run / "02_kmeans" / "clients" / client
-        for place in (data / "train.parquet", labels):
+    folders = {client: handlers.home(run, client, stage, device, simulated=True) for client in ids}
+    for home in folders.values():
+        for place in (home.data / "train.parquet", home.labels):
             if not place.exists():
                 raise FileNotFoundError(f"{place}: not here, and pooled training needs it; set centralised: false")
-        folders[client] = ClientHome(client, data, labels, state / "clients" / client, device)
     return folders
 
 
-def utterances(homes: Mapping[str, ClientHome]) -> pd.DataFrame:
+def utterances(homes: Iterable[ClientHome]) -> pd.DataFrame:
     """The training utterances of all clients, in order of utterance."""
     columns = ["utterance", "path", "samples"]
-    tables = [pd.read_parquet(home.data / "train.parquet", columns=columns) for home in homes.values()]
+    tables = [pd.read_parquet(home.data / "train.parquet", columns=columns) for home in homes]
     return pd.concat(tables).sort_values("utterance", ignore_index=True)
 
 
-def labels(folders: Iterable[Path]) -> Mapping[str, np.ndarray]:
+def labels(folders: Iterable[Path]) -> dict[str, np.ndarray]:
     """Everybody's labels by utterance, from the clients' folders of them; in memory, 0.4 MB an hour.
 
     A memory map keeps its file open, and a process may open 1,024 where nobody has raised that.

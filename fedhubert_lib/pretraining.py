@@ -8,18 +8,16 @@ figure stands beside: one trainer with everybody's data, as many optimiser steps
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import Tensor, nn
 
 from fedhubert_lib import (
     batching,
     checkpoints,
-    federated,
     hubert,
     objectives,
     params,
@@ -28,41 +26,32 @@ from fedhubert_lib import (
     recipes,
     resources,
     seeds,
-    threads,
-    training,
 )
 from fedhubert_lib import weights as named
 from fedhubert_lib.federated import client_state, handlers, local, rounds, secure
+from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
-from fedhubert_lib.labels import Labels
 
 STAGE = "03_pretrain"
 
 # ---------------------------------------------------------------------------------------------------------- at a client
 
 
-def update(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[Arrays, dict[str, float]]:
+def update(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Train the global weights on this client's utterances; return how they changed, and what was measured."""
     p = params.Pretrain.model_validate(config["params"])
     module = _filled(home, arrays, config, p)
-    steps = recipes.steps(home, p, config["round"])
-    stream = _batches(home, "train", p, config, config["round"], steps)
-    return local.train(home, arrays, config, p, module, stream, functools.partial(_objective, module, p), steps)
+    objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
+    return local.train(home, arrays, config, p, module, objective, home.labels / p.codebook, normalise)
 
 
-def validate(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[Arrays, dict[str, float]]:
+def validate(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Loss and accuracy sums of the global weights on this client's validation utterances; none: no sums."""
     p = params.Pretrain.model_validate(config["params"])
-    if not (steps := recipes.validation_steps(home, p)):
-        return {}, {}
     # A personal head is that of the round just done, so ask for what was kept before the next.
     module = _filled(home, arrays, {**config, "round": config["round"] + 1}, p)
-    stream = _batches(home, "validation", p, config, 0, steps)
-    return {}, training.evaluate(module, stream, functools.partial(_objective, module, p), p.precision)
+    objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
+    return {}, local.validate(home, p, module, objective, home.labels / p.codebook, normalise)
 
 
 handlers.HANDLERS |= {"pretrain.update": update, "pretrain.validate": validate, "pretrain.keys": secure.keys}
@@ -93,14 +82,6 @@ def _objective(module: nn.ModuleDict, p: params.Pretrain, batch: batching.Batch,
     return objectives.masked_prediction(module["model"], module["head"], batch, unmasked_weight=weight)
 
 
-def _batches(
-    home: ClientHome, part: str, p: params.Pretrain, config: Mapping[str, Any], number: int, steps: int
-) -> Iterator[batching.Batch]:
-    table, labels = pd.read_parquet(home.data / f"{part}.parquet"), Labels(home.labels / p.codebook)
-    normalise = config["model"]["do_normalize"]
-    return recipes.batches(table, labels, p, number, home.client, steps, normalise=normalise, device=home.device)
-
-
 # -------------------------------------------------------------------------------------------------------- at the server
 
 
@@ -120,16 +101,13 @@ def serving(
 
     Raises FileNotFoundError, before a round begins, where pooled training will need what is not on this machine.
     """
-    if p.centralised and p.engine == "deployment":
-        pooled.homes(run, federated.client_ids(run, p.codebook), run, p.device)
-    connection = federated.connect(run, p.engine, p.device, p.codebook) if clients is None else nullcontext(clients)
-    with threads.limited(p.threads), connection as connected:
-        p = rounds.sized(p, len(connected.ids))
+    with pooled.connected(run, p, clients) as clients:
+        p = rounds.sized(p, len(clients.ids))
         config, weights = initial(run, p)
         if p.head == "personal":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         task = rounds.Task("pretrain", _message(run, p, config), objectives.averages, pretrained.documents(config))
-        with rounds.serving(connected, p, task, weights, run / STAGE, on_row) as server:
+        with rounds.serving(clients, p, task, weights, run / STAGE, on_row) as server:
             yield server
 
 
@@ -173,24 +151,19 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
 
     rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio; see ``pooled.train``.
     """
-    ids, device = federated.client_ids(run, p.codebook), resources.resolve(p.device)
-    out, p = run / STAGE / "centralised", rounds.sized(p, len(ids))
     config, weights = initial(run, p)
-    module = _modules(json.dumps(asdict(config)), recipes.clusters(run, p.codebook), device)
-    homes = pooled.homes(run, ids, out, device)
-    table = pooled.utterances(homes)
-    labels = pooled.labels(home.labels / p.codebook for home in homes.values())
-    message = {**_message(run, p, config), "session": "centralised"}
+    message = _message(run, p, config)
+    module = _modules(json.dumps(message["model"]), message["clusters"], resources.resolve(p.device))
     task = pooled.Task(
         module=module,
         weights=weights,
-        batches=lambda number, count: recipes.batches(
-            table, labels, pooled.merged(p), number, "all", count, normalise=config.do_normalize, device=device
-        ),
         objective=functools.partial(_objective, module, p),
-        validate=lambda home, arrays, number: validate(home, arrays, {**message, "round": number})[1],
+        labels=lambda home: home.labels / p.codebook,
+        normalise=config.do_normalize,
+        validate=validate,
+        message=message,
         averages=objectives.averages,
         documents=pretrained.documents(config),
     )
-    weights = pooled.train(p, homes, rounds.panel(ids, p), out, task, on_row)
-    return recipes.save(out / "checkpoint", config, weights)
+    weights = pooled.train(run, p, "pretrain", task, on_row)
+    return recipes.save(run / STAGE / "centralised" / "checkpoint", config, weights)

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher, batch by batch.
+"""Objectives of distillation: losses between a student and its frozen teacher, batch by batch.
 
 Three objectives by their published names, alone or summed with weights:
 
@@ -13,7 +13,7 @@ distiller leaves its teacher in training mode, with dropout.)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.hubert import Head, Hubert, HubertConfig
-from fedhubert_lib.objectives import PENALTY, Sums, frame_losses, masked_prediction
+from fedhubert_lib.objectives import PENALTY, Sums, feature_penalty, frame_losses, label_sums
 from fedhubert_lib.objectives import averages as averages_of_labels
 
 
@@ -37,9 +37,12 @@ class Teacher:
     head: Head | None
 
     def __post_init__(self) -> None:
-        for module in (self.model, self.head):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        self.modules.eval().requires_grad_(False)
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """Model and head under these names."""
+        return nn.ModuleDict({"model": self.model} | ({"head": self.head} if self.head is not None else {}))
 
     @torch.no_grad()
     def probabilities(self, waveforms: Tensor, temperature: float) -> Tensor:
@@ -47,10 +50,10 @@ class Teacher:
         return (self.head(self.model(waveforms).last) / temperature).softmax(-1)
 
     @torch.no_grad()
-    def layers(self, waveforms: Tensor, wanted: tuple[int, ...]) -> Tensor:
-        """Hidden layers ``wanted`` (1 is the first) of the unmasked clips, [B, layers, T, D]."""
+    def layers(self, waveforms: Tensor) -> Tensor:
+        """The ``target_layers`` of the unmasked clips, [B, layers, T, D]."""
         hidden = self.model(waveforms, hidden_states=True).hidden
-        return torch.stack([hidden[layer] for layer in wanted], dim=1)
+        return torch.stack([hidden[number] for number in target_layers(len(hidden) - 1)], dim=1)
 
 
 def target_layers(depth: int) -> tuple[int, ...]:
@@ -86,16 +89,15 @@ def soft_targets(
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels: over masked frames, and
     with ``unmasked_weight`` over the others.
 
-    T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction``, soft_loss_sum (the
-    divergence on masked frames, without its weight) and objective (the loss). With ``soft_weight`` 0 the teacher is not
-    asked; with ``label_weight`` 0 neither are the labels, which may be of other clusters, and ``measured`` holds
-    nothing of them.
+    T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction`` and soft_loss_sum (the
+    divergence on masked frames, without its weight). With ``soft_weight`` 0 the teacher is not asked; with
+    ``label_weight`` 0 neither are the labels, which may be of other clusters: ``label_sums`` are then missing.
     """
     output = student(batch.waveforms, batch.mask)
     masked = batch.mask
     frames = torch.where(masked, 1.0, unmasked_weight)
     logits = head(output.last)
-    loss = penalty = soft_sum = logits.new_zeros(())
+    loss = soft_sum = logits.new_zeros(())
     measured = {}
     if soft_weight:
         targets = teacher.probabilities(batch.waveforms, temperature)
@@ -107,31 +109,21 @@ def soft_targets(
     if label_weight:  # otherwise the labels may be of other clusters than the teacher's
         losses = frame_losses(logits, batch.labels)
         loss = loss + label_weight * (losses * frames).sum()
-        correct = logits.detach().argmax(-1) == batch.labels
-        measured = {
-            "loss_sum": (losses * masked).sum(),
-            "unmasked_loss_sum": (losses * ~masked).sum(),
-            "unmasked_frames": (~masked).sum(),
-            "correct_masked": (correct & masked).sum(),
-            "correct_unmasked": (correct & ~masked).sum(),
-        }
-    if output.features is not None:
-        penalty = (output.features.float().square().mean((1, 2)) * masked.sum(1)).sum()
-        loss = loss + PENALTY * penalty
+        measured = label_sums(logits, losses, batch)
+    penalty = feature_penalty(output, batch)
+    loss = loss + PENALTY * penalty
     measured |= {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
     return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
 
 
-def layer_regression(
-    student: Hubert, regressors: Regressors, teacher: Teacher, batch: Batch, *, layers: tuple[int, ...]
-) -> Sums:
-    """DistilHuBERT's loss per frame: mean absolute error plus -log sigmoid of the cosine, averaged over ``layers``.
+def layer_regression(student: Hubert, regressors: Regressors, teacher: Teacher, batch: Batch) -> Sums:
+    """DistilHuBERT's loss per frame: mean absolute error plus -log sigmoid of the cosine, averaged over the layers.
 
     Nothing is masked, and every frame counts: ``measured`` gives all of them as masked_frames, by which updates are
     weighted, and as frames; it also holds objective (the loss) and cosine_sum (over frames, averaged over layers).
     """
     predicted = regressors(student(batch.waveforms).last).float()
-    targets = teacher.layers(batch.waveforms, layers).float()
+    targets = teacher.layers(batch.waveforms).float()
     if predicted.shape != targets.shape:
         raise TeacherError(f"the student predicts {list(predicted.shape)} and the teacher gives {list(targets.shape)}")
     distance = (predicted - targets).abs().mean(-1)
@@ -144,12 +136,6 @@ def layer_regression(
     return Sums(loss, count, {name: value.detach() for name, value in measured.items()})
 
 
-def hubert_units(student: Hubert, head: Head, batch: Batch, *, unmasked_weight: float = 0.0) -> Sums:
-    """DiceHuBERT: masked prediction of the clusters of the teacher's features, which are the batch's labels."""
-    sums = masked_prediction(student, head, batch, unmasked_weight=unmasked_weight)
-    return replace(sums, measured={"objective": sums.loss.detach(), **sums.measured})
-
-
 def summed(parts: Sequence[tuple[float, Sums]]) -> Sums:
     """The sum of (weight, objective), each divided by its own count within the batch, counted in the first's frames."""
     count = parts[0][1].count
@@ -159,19 +145,15 @@ def summed(parts: Sequence[tuple[float, Sums]]) -> Sums:
 
 
 def averages(measured: Mapping[str, float]) -> dict[str, float]:
-    """From added-up ``measured``: loss (the objective), and what there is of accuracies, divergence and cosine.
-
-    ``divergence`` is that of the softened predictions in nats, ``cosine`` that between predicted and true layers.
+    """From added-up ``measured``: loss (the objective), and with objectives that have them accuracies and label_loss,
+    divergence (of the softened predictions, nats) and cosine (between predicted and true layers).
     """
-    row = {"loss": measured["objective"] / max(measured["masked_frames"], 1)}
-    if "correct_masked" in measured:
-        row = (
-            averages_of_labels(measured)
-            | row
-            | {"label_loss": measured["loss_sum"] / max(measured["masked_frames"], 1)}
-        )
-    if "soft_loss_sum" in measured:
-        row["divergence"] = measured["soft_loss_sum"] / max(measured["masked_frames"], 1)
+    masked = max(measured["masked_frames"], 1)
+    row = averages_of_labels(measured) if "correct_masked" in measured else {}
+    row |= {"loss": measured["objective"] / masked}
+    for name, total in {"label_loss": "loss_sum", "divergence": "soft_loss_sum"}.items():
+        if total in measured:
+            row[name] = measured[total] / masked
     if "cosine_sum" in measured:
         row["cosine"] = measured["cosine_sum"] / max(measured["frames"], 1)
     return row
@@ -189,13 +171,13 @@ def student_from(teacher: Hubert, config: HubertConfig) -> Hubert:
                 " to start from the teacher, both must be of one kind; else start it at random"
             )
     student = Hubert(config)
-    own, given = student.state_dict(), teacher.state_dict()
-    for name, tensor in own.items():
-        if name not in given or given[name].shape != tensor.shape:
-            there = list(given[name].shape) if name in given else "absent"
+    weights, source = student.state_dict(), teacher.state_dict()
+    for name, tensor in weights.items():
+        if name not in source or source[name].shape != tensor.shape:
+            shape = list(source[name].shape) if name in source else "absent"
             raise TeacherError(
-                f"{name} is {list(tensor.shape)} in the student and {there} in the teacher; to start from the teacher,"
+                f"{name} is {list(tensor.shape)} in the student and {shape} in the teacher; to start from the teacher,"
                 " the student needs its width, heads and front end and at most its layers; else start it at random"
             )
-    student.load_state_dict({name: given[name] for name in own})
+    student.load_state_dict({name: source[name] for name in weights})
     return student

@@ -10,6 +10,5 @@ NOTEBOOKS = {stage: ROOT / "notebooks" / f"{folder}.ipynb" for stage, folder in 
 INJECTED: dict[str, dict[str, Any]] = {
     "kmeans": {"codebooks": ["federated", "one-shot", "client", "aligned", "random-projection", "central"]},
     "pretrain": {"rounds": 3},
-    "distill": {"compare": ["distilhubert", "labels"], "compare_seeds": 2},
     "evaluate": {"seeds": 2, "probe_steps": 50},
 }

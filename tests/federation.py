@@ -40,8 +40,7 @@ def make(run: Path, clients: int = 4, utterances: int = 5, seconds: float = 1.6)
             pd.DataFrame(table).to_parquet(folder / f"{part}.parquet")
         lists = pd.DataFrame(tables["train"] + tables["validation"])
         folder = run / "02_kmeans" / "clients" / client / CODEBOOK
-        with labels.writing(folder, "labels", lists, labels.LABELS) as writer:
-            writer.append(own.values())
+        labels.write(folder, "labels", lists, labels.LABELS, None, lambda missing, own=own: [list(own.values())])
         rows.append({"client": client, "train_utterances": utterances, "hours": 0.01})
     pd.DataFrame(rows).to_parquet(run / "01_partition" / "clients.parquet")
     files.write_json(run / "02_kmeans" / "codebooks" / CODEBOOK / "codebook.json", {"clusters": TONES})

@@ -5,13 +5,14 @@ import pytest
 
 from fedhubert_lib import distillation, federated, kmeans, params, pretraining
 from fedhubert_lib.federated import handlers
+from fedhubert_lib.kmeans import targets
 
 TRAINED = {
     *("audio_seconds", "seconds", "waiting_seconds", "steps", "learning_rate", "gradient_norm"),
     *("objective_sum", "objective_count", "peak_memory_bytes"),
 }
 PRETRAINED = {
-    *("loss_sum", "unmasked_loss_sum", "penalty_sum"),
+    *("objective", "loss_sum", "unmasked_loss_sum", "penalty_sum"),
     *("masked_frames", "unmasked_frames", "correct_masked", "correct_unmasked"),
 }
 WEIGHTS = {"(weights)"}
@@ -26,28 +27,25 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "kmeans.label": ({"counts", "runs"}, {"frames", "seconds"}),
     "kmeans.fit": (set(), {"frames", "inertia", "seconds"}),
     "kmeans.lend": ({"centroids"}, set()),
-    "kmeans.align": (set(), set()),
     "kmeans.moments": ({"sum", "squares", "count"}, set()),
-    "kmeans.layers": ({"scores", "frames"}, set()),
     "kmeans.features": (set(), set()),
     "kmeans.forget": (set(), set()),
     "kmeans.probe": ({"labels"}, set()),  # of public frames
-    "distill.update": (WEIGHTS, TRAINED | PRETRAINED | {"objective", "soft_loss_sum"}),
-    "distill.validate": (set(), PRETRAINED | {"objective", "soft_loss_sum"}),
+    "distill.update": (WEIGHTS, TRAINED | PRETRAINED | {"soft_loss_sum"}),
+    "distill.validate": (set(), PRETRAINED | {"soft_loss_sum"}),
     "distill.keys": ({"public"}, set()),
     "distill.receive": (set(), {"held"}),
-    "distill.label": ({"counts", "runs"}, {"frames", "seconds"}),
-    "distill.features": (set(), set()),
-    "distill.local_centroids": ({"centroids", "counts"}, set()),
-    "distill.lloyd": ({"sums", "counts", "inertias"}, set()),
-    "distill.forget": (set(), set()),
+    "targets.label": ({"counts", "runs"}, {"frames", "seconds"}),
+    "targets.features": (set(), set()),
+    "targets.local_centroids": ({"centroids", "counts"}, set()),
+    "targets.lloyd": ({"sums", "counts", "inertias"}, set()),
+    "targets.forget": (set(), set()),
 }
 """Tensors and metrics of each answer. Weights are those that the server sent, as a difference to them."""
 
 UNASKED = {
-    "kmeans.layers",
     "kmeans.probe",
-    *(f"distill.{name}" for name in ("label", *distillation.TEACHER_CLUSTERING)),
+    *(f"targets.{name}" for name in ("label", *targets.ACTIONS)),
 }
 """What needs a checkpoint to cluster, or public speech."""
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from fedhubert_lib import distillation, federated, files, hubert, params, pretrained, recipes, seeds
+from fedhubert_lib.federated import handlers
+from fedhubert_lib.kmeans import targets
+from fedhubert_lib.labels import Labels
 from fedhubert_lib.teaching import TeacherError
 
 TEACHER = hubert.preset(
@@ -48,6 +51,13 @@ def weights(folder):
     return federation.digest(model.state_dict())
 
 
+def trained(run, p):
+    with federated.connect(run) as clients:
+        if "hubert" in p.objectives:
+            targets.run(run, p, clients)
+        return distillation.run(run, p, clients=clients)
+
+
 def rounds_of(folder):
     return [row for row in files.read_rows(folder / "metrics.jsonl") if row["kind"] == "round"]
 
@@ -57,7 +67,7 @@ def rounds_of(folder):
 )
 def test_every_objective_runs_federated_and_centralised(run, objectives):
     p = distill(objectives=objectives)
-    checkpoint = distillation.run(run, p)
+    checkpoint = trained(run, p)
     assert checkpoint == run / "04_distill" / "checkpoint"
     student, head = pretrained.load(checkpoint)
     assert student.config.num_hidden_layers == 1 and student.config.hidden_size == 48
@@ -76,42 +86,11 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
         assert ("accuracy_masked" in rows[0]) == (objectives != ["distilhubert"])
 
 
-def test_objectives_are_compared_each_alone_from_one_start_at_equal_updates(run):
-    seen = []
-    p = distill(
-        compare=["soft-targets", "hubert", "labels"],
-        compare_seeds=2,
-        rounds=1,
-        objectives=["distilhubert"],
-        unmasked_weight=0.0,
-    )
-    folder = distillation.compare(run, p, on_progress=lambda *what: seen.append(what[1:]))
-    assert seen[0] == (0, 6) and seen[-1] == (6, 6)
-    students = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("checkpoint")}
-    trained = {f"{name}/{seed}" for name in p.compare for seed in (0, 1)}
-    assert students == trained | {f"{each}/centralised" for each in trained} | {"untrained/0", "untrained/1"}
-    assert len({weights(folder / each / "checkpoint") for each in students}) == len(students)
-    soft, labels = (rounds_of(folder / name / "0")[0] for name in ("soft-targets", "labels"))
-    assert "divergence" in soft and labels["divergence"] == 0
-    assert labels["loss"] == pytest.approx(labels["label_loss"])  # no teacher in it
-    assert soft["audio_seconds"] == labels["audio_seconds"] and soft["clients"] == labels["clients"]
-    # Seed 0's student of an objective is the one that the stage itself would train.
-    distillation.run(run, distill(rounds=1, unmasked_weight=0.0))
-    assert weights(run / "04_distill" / "checkpoint") == weights(folder / "soft-targets" / "0" / "checkpoint")
-    before = {each: weights(folder / each / "checkpoint") for each in students}
-    # More can be compared later: what was trained stays.
-    distillation.compare(run, p.model_copy(update={"compare": [*p.compare, "distilhubert"], "compare_seeds": 1}))
-    assert (folder / "distilhubert" / "0" / "checkpoint").is_dir()
-    assert {each: weights(folder / each / "checkpoint") for each in students} == before
-    rounds = {each: len(rounds_of(folder / each)) for each in trained}
-    assert set(rounds.values()) == {1}
-
-
-def test_labels_need_no_teacher_with_a_head(run):
+def test_labels_alone_need_no_teacher_with_a_head(run):
     save_teacher(run / "03_pretrain" / "checkpoint", clusters=0)
-    p = distill(objectives=["distilhubert"], compare=["labels"], compare_seeds=1, rounds=1)
-    folder = distillation.compare(run, p)
-    assert len(pretrained.load(folder / "labels/0/checkpoint")[1].label_embeddings) == federation.TONES
+    checkpoint = distillation.run(run, distill(soft_weight=0.0, label_weight=1.0, rounds=1))
+    assert len(pretrained.load(checkpoint)[1].label_embeddings) == federation.TONES
+    assert rounds_of(run / "04_distill")[0]["divergence"] == 0
 
 
 def test_student_learns_from_its_teacher(run):
@@ -121,7 +100,7 @@ def test_student_learns_from_its_teacher(run):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_run_that_was_stopped_gives_the_same_student(run, made, tmp_path):
+def test_run_that_was_stopped_gives_the_same_student(run, made, tmp_path):
     p = distill(rounds=3, cohort=3)
     whole = weights(distillation.run(run, p))
 
@@ -136,7 +115,7 @@ def test_a_run_that_was_stopped_gives_the_same_student(run, made, tmp_path):
     assert weights(distillation.run(other, p)) == whole
 
 
-def test_teacher_stays_the_same_bit_for_bit(run):
+def test_run_does_not_change_the_teacher(run):
     teacher = distillation.read_teacher(run, distill())
     waveforms = torch.randn(2, 16_000, generator=seeds.torch_generator(0))
     before, name = teacher.model(waveforms).last, distillation.digest(teacher)
@@ -145,7 +124,7 @@ def test_teacher_stays_the_same_bit_for_bit(run):
     assert torch.equal(before, after.model(waveforms).last) and distillation.digest(after) == name
 
 
-def test_teacher_is_sent_once_and_kept_by_its_digest(run, monkeypatch):
+def test_send_once_and_keep_by_digest(run, monkeypatch):
     p = distill(send_teacher=True)
     with federated.connect(run) as clients:
         teacher = distillation.read_teacher(run, p)
@@ -155,12 +134,12 @@ def test_teacher_is_sent_once_and_kept_by_its_digest(run, monkeypatch):
         assert distillation.digest(distillation.Teacher(*pretrained.load(kept))) == kept.name
     # With its own copy a client needs the public folder no more.
     shutil.move(run / "03_pretrain", run / "elsewhere")
-    config = distillation._message(run, p, teacher, recipes.model_config(p))
-    home = distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")["client-000"]
+    config = distillation._message(run, p, teacher)
+    home = handlers.home(run, "client-000", "distill", "cpu", True)
     distillation._load.cache_clear()
     assert distillation._teacher(home, config).model.config == TEACHER
-    lacking = distillation.pooled.homes(run, ["client-000"], run / "nowhere", "cpu")["client-000"]
-    with pytest.raises(TeacherError, match="cannot read the teacher.*send_teacher: true"):
+    lacking = handlers.home(run / "nowhere", "client-000", "distill", "cpu", True)
+    with pytest.raises(TeacherError, match="send_teacher: true"):
         distillation._teacher(lacking, config)
 
 
@@ -169,24 +148,24 @@ def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):
     assert weights(distillation.run(run, distill())) == weights(distillation.run(other, distill(send_teacher=True)))
 
 
-def test_a_teacher_that_was_replaced_is_noticed(run):
+def test_update_refuses_a_replaced_teacher(run):
     p = distill()
     teacher = distillation.read_teacher(run, p)
-    config = distillation._message(run, p, teacher, recipes.model_config(p))
+    config = distillation._message(run, p, teacher)
     save_teacher(run / "03_pretrain" / "checkpoint", seed=1)
-    home = distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")["client-000"]
+    home = handlers.home(run, "client-000", "distill", "cpu", True)
     distillation._load.cache_clear()
     with pytest.raises(TeacherError, match="not the announced"):
         distillation._teacher(home, config)
 
 
-def test_a_teacher_that_was_tampered_with_on_the_way_is_refused(run):
+def test_receive_refuses_a_teacher_of_another_digest(run):
     teacher = distillation.read_teacher(run, distill())
-    home = distillation.pooled.homes(run, ["client-000"], run / "04_distill", "cpu")["client-000"]
-    arrays = {name: parameter + 1e-3 for name, parameter in distillation._modules_of(teacher).named_parameters()}
+    home = handlers.home(run, "client-000", "distill", "cpu", True)
+    arrays = {name: parameter + 1e-3 for name, parameter in teacher.modules.named_parameters()}
     config = {"digest": distillation.digest(teacher), "clusters": federation.TONES}
     config["model"] = json.loads(json.dumps(asdict(TEACHER)))
-    with pytest.raises(TeacherError, match="was announced"):
+    with pytest.raises(TeacherError, match="not the announced"):
         distillation.receive(home, arrays, config)
     assert not (home.state / "teacher" / config["digest"]).exists()
 
@@ -200,14 +179,14 @@ def test_a_teacher_that_was_tampered_with_on_the_way_is_refused(run):
         ({}, {"initial": "teacher", "layers": 5}, r"layers\.4.*absent"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_named_before_any_round(run, teacher, changes, message):
+def test_run_names_a_teacher_that_does_not_fit_before_any_round(run, teacher, changes, message):
     save_teacher(run / "03_pretrain" / "checkpoint", **teacher)
     with pytest.raises(TeacherError, match=message):
         distillation.run(run, distill(**changes))
     assert not rounds_of(run / "04_distill")
 
 
-def test_a_teacher_with_other_frames_is_refused(run):
+def test_run_refuses_a_teacher_with_other_frames(run):
     path = run / "03_pretrain" / "checkpoint" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "conv_stride": [5, 2, 2, 2, 2, 2, 1]}))
@@ -215,7 +194,7 @@ def test_a_teacher_with_other_frames_is_refused(run):
         distillation.run(run, distill())
 
 
-def test_a_teacher_of_another_architecture_is_refused_before_any_round(run):
+def test_run_refuses_a_teacher_of_another_architecture(run):
     path = run / "03_pretrain" / "checkpoint" / "config.json"
     text = path.read_text()
     path.write_text(json.dumps({**json.loads(text), "model_type": "wav2vec2"}))
@@ -236,8 +215,12 @@ def test_student_of_another_width_starts_at_random(run):
 
 
 def test_hubert_predicts_clusters_that_are_not_those_of_kmeans(run):
-    distillation.run(run, distill(objectives=["hubert"]))
-    labels = distillation.Labels(run / "04_distill" / "clients" / "client-000" / "labels" / "teacher")
+    p = distill(objectives=["hubert"])
+    with pytest.raises(TeacherError, match="kmeans.targets"):
+        distillation.run(run, p)
+    trained(run, p)
+    (folder,) = (run / "04_distill" / "clients" / "client-000" / "labels").glob("*-layer-middle-clusters-5-seed-0")
+    labels = Labels(folder)
     utterance = labels.utterances[0]
     assert labels[utterance].max() < 5
-    assert len(labels[utterance]) == len(distillation.Labels(run / "02_kmeans/clients/client-000/federated")[utterance])
+    assert len(labels[utterance]) == len(Labels(run / "02_kmeans/clients/client-000/federated")[utterance])

@@ -210,7 +210,6 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("distill.hidden_size=100", "distill.hidden_size"),
         ("pretrain.conv_width=64", "pretrain.conv_width"),
         ("pretrain.head=personal", "distill.objectives"),
-        ("pretrain.head=personal distill.objectives=[hubert] distill.compare=[soft-targets]", "distill.compare"),
         ("distill.cohort=2 distill.server=trimmed-mean", "distill.server"),
         ("pretrain.cohort_share=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),

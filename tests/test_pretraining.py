@@ -434,7 +434,7 @@ def test_the_server_app_does_what_the_notebooks_do(run, tones, tmp_path, monkeyp
     ids = federated.client_ids(other)
     with through_the_server_app(InProcessGrid(other, ids, monkeypatch), ids) as clients:
         assert digest(weights_of(pretraining.run(other, p, clients=clients))) == expected
-        assert digest(weights_of(distillation.federate(other, student, clients))) == distilled
+        assert digest(weights_of(distillation.run(other, student, clients=clients))) == distilled
 
 
 def test_the_server_app_resumes_without_a_late_client_and_welcomes_it(run, monkeypatch):

@@ -14,13 +14,18 @@ from torch import Tensor
 from fedhubert_lib import params
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure, Reply
 
-Handler = Callable[[ClientHome, Mapping[str, Tensor], Mapping[str, Any]], tuple[Arrays, dict[str, float]]]
+Answer = tuple[Arrays, dict[str, float]]
+"""Tensors, and what was measured."""
+Handler = Callable[[ClientHome, Mapping[str, Tensor], Mapping[str, Any]], Answer]
 
 HANDLERS: dict[str, Handler] = {"identify": lambda home, arrays, config: ({}, {})}
 """Everything that a server can ask of a client, by ``stage.action``. Modules of stages add theirs."""
 
-MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillation"}
+MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillation", "targets": "kmeans.targets"}
 """Where handlers are: a process that is started for one message imports what the message is for, no more."""
+
+FOLDERS = params.FOLDERS | {"targets": params.FOLDERS["distill"]}
+"""Where a client's state is, by the first word of an action."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ def home(run: Path, client: str, action: str, device: str, simulated: bool) -> C
 
     In simulation that is the one run folder, in deployment one of the same layout that holds this client's part alone.
     """
-    stage = params.FOLDERS.get(action.partition(".")[0], "")
+    stage = FOLDERS.get(action.partition(".")[0], "")
     data, labels, state = (run / folder / "clients" / client for folder in ("01_partition", "02_kmeans", stage))
     return ClientHome(client, data, labels, state, device, simulated)
 

@@ -4,17 +4,21 @@ Tensors of the message are the global weights. Parameters of the module that are
 from the client's disk and stay there. What a study adds to plain local steps are ``hooks``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from fedhubert_lib import recipes, resources, seeds, threads, training, weights
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import client_state, compression, fedprox, privacy, scaffold, secure
+from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.labels import Labels
 from fedhubert_lib.params import Federation
 
 
@@ -56,16 +60,19 @@ def train(
     config: Mapping[str, Any],
     p: Federation,
     module: nn.ModuleDict,
-    batches: Iterable[Batch],
     objective: training.Objective,
-    steps: int,
-) -> tuple[Arrays, dict[str, float]]:
-    """Local steps on ``batches``, which are ``steps``, from the global weights; the change of every parameter that
-    travels, and what was measured. ``module`` must be filled (``weights.fill``); it is trained in place.
+    labels: Path,
+    normalise: bool = False,
+) -> Answer:
+    """Local steps from the global weights on the training utterances of ``home``, with the targets in the folder
+    ``labels``; the change of every parameter that travels, and what was measured. ``module`` must be filled
+    (``weights.fill``); it is trained in place.
 
     The learning rate follows the round's number, not how many rounds the client had a part in.
     """
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
+    steps = recipes.steps(home, p, config["round"])
+    batches = _batches(home, "train", labels, p, config["round"], steps, normalise)
     settings = recipes.settings(p, p.rounds * steps)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
     update = Update(home, arrays, config, p, names, optimiser)
@@ -90,3 +97,26 @@ def train(
     for hook in hooks:
         next(hook, None)
     return update.change, update.measured
+
+
+def validate(
+    home: ClientHome,
+    p: Federation,
+    module: nn.ModuleDict,
+    objective: training.Objective,
+    labels: Path,
+    normalise: bool = False,
+) -> dict[str, float]:
+    """Sums of ``objective`` on the validation utterances of ``home``; none where it has none to use."""
+    steps = recipes.validation_steps(home, p)
+    batches = _batches(home, "validation", labels, p, 0, steps, normalise) if steps else ()
+    return training.evaluate(module, batches, objective, p.precision)
+
+
+def _batches(
+    home: ClientHome, part: str, labels: Path, p: Federation, number: int, steps: int, normalise: bool
+) -> Iterator[Batch]:
+    table = pd.read_parquet(home.data / f"{part}.parquet")
+    return recipes.batches(
+        table, Labels(labels), p, number, home.client, steps, normalise=normalise, device=home.device
+    )

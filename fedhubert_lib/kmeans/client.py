@@ -7,20 +7,22 @@ its arrays: statistics of the ``global`` normalisation, weights of a checkpoint.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import files, labels, seeds, units
 from fedhubert_lib.federated import handlers, noise
+from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, digest
-from fedhubert_lib.kmeans import clustering, layers, reading
-from fedhubert_lib.kmeans.reading import Answer
+from fedhubert_lib.kmeans import clustering, reading
 
 
 def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -101,27 +103,22 @@ def _noise(home: ClientHome, config: Mapping[str, Any]) -> Callable[..., Tensor]
 
 def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Fit this client's codebook ``client`` and keep it in the client's folder; nothing of it is sent."""
-    folder = _own(home, config)
-    if not (folder / "fit.json").exists():
+    path = _kept(home, config)
+    if not path.exists():
         frames = reading.in_memory(home, arrays, config)
         _require(home, len(frames), config["clusters"])
         rng = seeds.numpy_generator(config["seed"], "kmeans-client", home.client)
         centroids = clustering.fit(frames, config["clusters"], rng)[0].float()
-        _save(folder / "client.npy", centroids)
-        files.write_json(folder / "fit.json", {"frames": len(frames), "inertia": clustering.inertia(frames, centroids)})
-    return {}, {} if private(config) else json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        facts = {"frames": len(frames), "inertia": clustering.inertia(frames, centroids)}
+        with files.atomic(path) as temporary:
+            save_file({"centroids": centroids.cpu()}, temporary, {"fit": json.dumps(facts)})
+    with safe_open(path, "pt") as stored:
+        return {}, {} if private(config) else json.loads(stored.metadata()["fit"])
 
 
 def lend(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Send this client's codebook ``client``, for others to align theirs to: float32 [K, D]."""
-    return {"centroids": _load(_own(home, config) / "client.npy")}, {}
-
-
-def align(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Make the codebook ``aligned``: ``client`` in the order that fits ``arrays["reference"]`` best; none is sent."""
-    folder = _own(home, config)
-    _save(folder / "aligned.npy", clustering.matched(_load(folder / "client.npy"), arrays["reference"]))
-    return {}, {}
+    return load_file(_kept(home, config)), {}
 
 
 def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -135,14 +132,15 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     table, codebook = reading.utterances(home), _codebook(home, arrays, config)
     settings = {**config, "codebook": digest(codebook), "utterances": reading.digest(table)}
     folder = reading.folder_for(home.labels / config["kind"], settings)
-    if not (folder / "index.parquet").exists():
+
+    def sequences(missing: pd.DataFrame) -> Iterator[list[np.ndarray]]:
         if any(name.startswith("model/") for name in arrays):
             reading.compute(home, arrays, config)
-        with labels.writing(folder, "labels", table, labels.LABELS) as writer:
-            missing = table.iloc[len(table) - len(writer.missing) :]
-            for _, parts in reading.stream(home, arrays, config, missing):
-                sequence = assign(torch.cat(parts), codebook).cpu()
-                writer.append(part.numpy() for part in sequence.split([len(part) for part in parts]))
+        for _, parts in reading.stream(home, arrays, config, missing):
+            sequence = assign(torch.cat(parts), codebook).cpu()
+            yield [part.numpy() for part in sequence.split([len(part) for part in parts])]
+
+    labels.write(folder, "labels", table, labels.LABELS, None, sequences)
     return {} if private(config) else _counts(home, labels.Labels(folder), config["clusters"]), {}
 
 
@@ -153,7 +151,6 @@ def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 
 
 handlers.HANDLERS |= {
-    "kmeans.layers": layers.rate,
     "kmeans.features": reading.compute,
     "kmeans.forget": forget,
     "kmeans.moments": moments,
@@ -161,26 +158,16 @@ handlers.HANDLERS |= {
     "kmeans.lloyd": lloyd,
     "kmeans.fit": fit,
     "kmeans.lend": lend,
-    "kmeans.align": align,
     "kmeans.label": label,
     "kmeans.probe": probe,
 }
 """What the server can ask of a client about codebooks."""
 
 
-def _own(home: ClientHome, config: Mapping[str, Any]) -> Path:
-    """The folder of the codebooks that stay with this client, ``client.npy`` and ``aligned.npy``."""
-    made_by = {**config, "kind": "own", "utterances": reading.digest(reading.utterances(home))}
-    return reading.folder_for(home.state / "own", made_by)
-
-
-def _load(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path))
-
-
-def _save(path: Path, centroids: Tensor) -> None:
-    with files.atomic(path) as temporary:
-        np.save(temporary, centroids.cpu().numpy())
+def _kept(home: ClientHome, config: Mapping[str, Any]) -> Path:
+    """The file of the codebook ``client``, which stays with this client."""
+    settings = {**config, "kind": "client", "utterances": reading.digest(reading.utterances(home))}
+    return reading.folder_for(home.state / "codebook", settings) / "client.safetensors"
 
 
 def _require(home: ClientHome, frames: int, needed: int) -> None:
@@ -192,9 +179,10 @@ def _require(home: ClientHome, frames: int, needed: int) -> None:
 
 
 def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
-    """The codebook of the message, or the client's own: ``centroids``, and ``projection`` for random-projection."""
+    """The codebook of the message, or the one kept here, in the order that fits the message's ``reference`` best."""
     if "centroids" not in arrays:
-        arrays = {"centroids": _load(_own(home, config) / f"{config['kind']}.npy")}
+        kept, reference = load_file(_kept(home, config)), arrays.get("reference")
+        arrays = kept if reference is None else {"centroids": clustering.matched(kept["centroids"], reference)}
     return {name: arrays[name].to(home.device) for name in ("centroids", "projection") if name in arrays}
 
 

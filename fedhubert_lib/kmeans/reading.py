@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import audio, features, files, labels, resources, seeds, threads
-from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.federated.handlers import Answer
+from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.hubert import Hubert, HubertConfig
 
 BATCH_SAMPLES = 600 * audio.SAMPLE_RATE
@@ -36,7 +37,6 @@ FIT_FRAMES = 360_000
 FORWARD_SAMPLES = 5000 * audio.HOP
 """Longest stretch that one forward pass of a checkpoint sees: 100 s, as in fairseq's feature dump."""
 
-Answer = tuple[Arrays, dict[str, float]]
 EVERYBODY = ""
 Scales = Mapping[str, Sequence[Tensor]]
 """Mean and standard deviation [D] by speaker, or under EVERYBODY those of all; empty: features stay as they are."""
@@ -119,15 +119,13 @@ def compute(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str,
     table, dtype = utterances(home), dtype_of(config)
     made_by = {name: config[name] for name in ("features", "layer", "checkpoint")}
     folder = folder_for(home.state / "features", {**made_by, "utterances": digest(table)})
-    if (folder / "index.parquet").exists():
-        return {}, {}
-    data = folder / "features.bin"
-    size = table.samples.map(audio.frame_count).sum() * config["width"] * dtype.itemsize
-    require_space(folder, size - (data.stat().st_size if data.exists() else 0))
-    with labels.writing(folder, "features", table, dtype, config["width"]) as writer:
-        missing = table.iloc[len(table) - len(writer.missing) :]
+
+    def frames(missing: pd.DataFrame) -> Iterator[list[np.ndarray]]:
+        require_space(folder, missing.samples.map(audio.frame_count).sum() * config["width"] * dtype.itemsize)
         for rows, parts in extracted(arrays, config, missing, home.device):
-            writer.append(_rounded(name, part[0], dtype) for name, part in zip(rows.utterance, parts, strict=True))
+            yield [_rounded(name, part[0], dtype) for name, part in zip(rows.utterance, parts, strict=True)]
+
+    labels.write(folder, "features", table, dtype, config["width"], frames)
     return {}, {}
 
 

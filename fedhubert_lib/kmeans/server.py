@@ -172,26 +172,23 @@ def lloyd(
 
     Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller fraction than ``tolerance`` and no
     cluster is empty. Returns centroids float32 [K, D] and, of the last round, its number, frames and inertia per frame.
-    ``progress``, a file, is written after each round, and rounds in it are not done again. With noise it is written
-    before each, too: ``asked`` counts the rounds that clients were asked for, repeated ones included.
+    ``progress``, a file, is written before each round and at the end, and rounds in it are not done again: ``asked``
+    counts those that clients were asked for, repeated ones included.
     """
-    private, stats = config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
 
     def save() -> None:
         if progress is not None:
             with files.atomic(progress) as temporary:
                 save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats)})
 
+    private, stats = config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
     if progress is not None and progress.exists():
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
-    for number in range(stats["round"] + 1, rounds + 1):
-        if stats.get("settled"):
-            break
-        down, up, before = exchange.bytes_down, exchange.bytes_up, stats.get("inertia")
-        stats["asked"] += 1
-        if private:
-            save()
+    while stats["round"] < rounds and not stats.get("settled"):
+        number, before = stats["round"] + 1, stats.get("inertia")
+        down, up, stats["asked"] = exchange.bytes_down, exchange.bytes_up, stats["asked"] + 1
+        save()
         sums, counts, inertias, clients = _added(exchange, arrays, {**config, "round": number}, centroids)
         frames, total = float(counts.sum()), float(inertias.sum())
         if private:  # the counts alone show which clusters are large; one within the noise is no cluster
@@ -209,7 +206,7 @@ def lloyd(
             stats["inertia"] = total / frames
             stats["settled"] = before is not None and not empty and before - stats["inertia"] <= tolerance * before
         log({"kind": "lloyd", **stats, "bytes_down": exchange.bytes_down - down, "bytes_up": exchange.bytes_up - up})
-        save()
+    save()
     return centroids, stats
 
 

@@ -11,16 +11,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, resources, seeds, units
+from fedhubert_lib import audio, files, params, pretrained, resources, seeds, units
+from fedhubert_lib.features import MFCC_DIMENSION
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Reply
-from fedhubert_lib.kmeans import client, clustering, layers, reading, server
+from fedhubert_lib.kmeans import client, clustering, public, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 
 PER_CLIENT = ("client", "aligned")
 """Kinds whose codebooks stay with the clients."""
-PUBLIC_FRAMES = 30_000
-"""Public frames at most whose features are computed: ten minutes, for mean and deviation of their speakers."""
 PROBE_FRAMES = 6000
 """Public frames that agreement is measured on at most: two minutes."""
 AGREEMENT_CLIENTS = 40
@@ -39,11 +38,6 @@ def run(
     ``missing_clients`` clients failed, the next start asks those alone for what is missing.
     """
     folder = run / "02_kmeans"
-    for later in (run / "03_pretrain", run / "04_distill"):
-        if p.features != "mfcc" and Path(p.features).resolve().is_relative_to(later.resolve()):
-            raise KmeansError(
-                f"features: {later} will be trained on these labels; give the second iteration a run of its own"
-            )
     folder.mkdir(parents=True, exist_ok=True)
 
     def log(row: dict[str, Any]) -> None:
@@ -54,17 +48,16 @@ def run(
 
     exchange, started = Exchange(clients, log, p.missing_clients), time.perf_counter()
     device, finished = resources.resolve(p.device), folder / "quality.json"
-    if not finished.exists():  # before a layer is chosen, which takes long
-        _state_space(run, p, server.describe(p, None)[0], log)
-    config, weights = server.describe(p, layers.choose(run, p, exchange, device, log))
-    settings = config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})
-    settings = json.loads(json.dumps(settings))
+    if not finished.exists():
+        _state_space(run, p, log)
+    config, weights = server.describe(p, public.choose(run, p, device, log))
+    settings = json.loads(json.dumps(config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})))
     if finished.exists():
         stored = json.loads(finished.read_text(encoding="utf-8"))
         if stored["settings"] == settings and all(_labelled(folder, kind, p) for kind in p.codebooks):
             list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
             return _table(stored["codebooks"])
-        _state_space(run, p, config, log)
+        _state_space(run, p, log)
     arrays = server.prepare(exchange, config, weights)
     log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
     probe = _probe(run, arrays, weights, config, device)
@@ -74,7 +67,7 @@ def run(
         row = _label(run, p, exchange, {**arrays, **codebook}, {**config, "kind": kind}) | row
         if "fit_frames" in row and "labelled_frames" in row:
             row["fit_share"] = row["fit_frames"] / row["labelled_frames"]
-        if probe is not None and (codebook or not p.noise_multiplier):
+        if probe is not None and ("centroids" in codebook or not p.noise_multiplier):
             agreement, heldout = _agreement(exchange, *probe, codebook, {**config, "kind": kind})
             matrices[kind] = {name: table.to_numpy().tolist() for name, table in agreement.items()}
             matrices[kind]["clients"] = agreement["nmi"].index.tolist()
@@ -101,7 +94,7 @@ def _bytes(exchange: Exchange) -> dict[str, int]:
     return {"bytes_down": exchange.bytes_down, "bytes_up": exchange.bytes_up}
 
 
-def _state_space(run: Path, p: params.Kmeans, config: Mapping[str, Any], log: Log) -> None:
+def _state_space(run: Path, p: params.Kmeans, log: Log) -> None:
     """Report what features will take of this disk, and refuse where it does not hold those of all clients.
 
     A client of a real federation looks at its own disk.
@@ -110,7 +103,8 @@ def _state_space(run: Path, p: params.Kmeans, config: Mapping[str, Any], log: Lo
     if p.engine == "deployment" or not table.exists():
         return
     frames = 3600 * float(pd.read_parquet(table, columns=["hours"]).hours.sum()) * audio.SAMPLE_RATE / audio.HOP
-    size = frames * config["width"] * reading.dtype_of(config).itemsize
+    mfcc = p.features == "mfcc"
+    size = frames * (4 * MFCC_DIMENSION if mfcc else 2 * pretrained.read_config(Path(p.features)).hidden_size)
     log({"kind": "disk", "feature_bytes": int(size)})
     written = sum(path.stat().st_size for path in run.glob("02_kmeans/clients/*/features/features.bin"))
     reading.require_space(run / "02_kmeans", size - written)
@@ -122,13 +116,13 @@ def _state_space(run: Path, p: params.Kmeans, config: Mapping[str, Any], log: Lo
 def _codebook(
     run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
-    """What messages need to label with this codebook (nothing, where it is the client's own), and what it cost."""
+    """What messages need to label with this codebook (no centroids, where they are the clients'), and what it cost."""
     kind, started, before = config["kind"], time.perf_counter(), _bytes(exchange)
     settings = {**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}
     folder = reading.folder_for(run / "02_kmeans" / "codebooks" / kind, settings)
     path = folder / "codebook.json"
     if path.exists():
-        stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection")}
+        stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection", "reference")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
     codebook, cost = _fit(run, p, exchange, arrays, config, lambda row: log({**row, "codebook": kind}))
@@ -151,7 +145,7 @@ def _fit(
     if kind == "random-projection":
         return server.random_projection(config), {"rounds": 0}
     if kind in PER_CLIENT:
-        return {}, _of_each_client(p, exchange, arrays, config)
+        return _of_each_client(p, exchange, arrays, config)
     if kind == "one-shot":
         centroids, cost = server.start(exchange, arrays, config)
         return {"centroids": centroids}, cost
@@ -175,19 +169,20 @@ def _fit(
     return {"centroids": centroids}, cost | {"rounds": last["round"] + 1, "inertia": last["inertia"]}
 
 
-def _of_each_client(p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
-    """Have every client fit a codebook and keep it, aligned to that of the client with most frames or not; the cost."""
+def _of_each_client(
+    p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]
+) -> tuple[Arrays, dict[str, Any]]:
+    """Have every client fit a codebook and keep it; for ``aligned`` that of the one with most frames is a reference."""
     replies = list(exchange.ask("fit", arrays, config))
     cost: dict[str, Any] = {"rounds": 0}
     if not p.noise_multiplier:
         frames = sum(reply.metrics["frames"] for reply in replies)
         cost |= {"fit_frames": frames, "inertia": sum(reply.metrics["inertia"] for reply in replies) / frames}
-    if config["kind"] == "aligned":
-        lender = max(replies, key=lambda reply: reply.metrics["frames"]).client
-        (lent,) = exchange.ask("lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
-        list(exchange.ask("align", {"reference": lent.arrays["centroids"]}, config))
-        cost |= {"rounds": 1, "reference": lender}
-    return cost
+    if config["kind"] == "client":
+        return {}, cost
+    lender = max(replies, key=lambda reply: reply.metrics["frames"]).client
+    (lent,) = exchange.ask("lend", {}, config, [lender], like={"centroids": (p.clusters, config["width"])})
+    return {"reference": lent.arrays["centroids"]}, cost | {"rounds": 1, "reference": lender}
 
 
 def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[str, Any], device: str) -> Tensor:
@@ -261,18 +256,14 @@ def _probe(
     run: Path, arrays: Arrays, weights: Arrays, config: dict[str, Any], device: str
 ) -> tuple[Tensor, np.ndarray | None] | None:
     """Public frames that all clients label, normalised, and their phones where known; None without public speech."""
-    table = layers.public(run, config, PUBLIC_FRAMES)
-    chosen = reading.within(table, config, PROBE_FRAMES)
+    (table, _), (chosen, phones) = (public.speech(run, config, frames) for frames in (public.FRAMES, PROBE_FRAMES))
     if chosen.empty:
         return None
-    parts = [part[0] for _, batch in reading.extracted(weights, config, table, device) for part in batch]
-    parts = [part.half().float() if config["features"] == "hidden" else part for part in parts]
-    if config["normalisation"] == "speaker":
-        parts = layers.scaled(parts, table.speaker)
-    elif config["normalisation"] == "global":
-        parts = [(part - arrays["mean"].to(part)) / arrays["std"].to(part) for part in parts]
-    frames = [part.cpu() for part, name in zip(parts, table.utterance, strict=True) if name in set(chosen.utterance)]
-    return torch.cat(frames), layers.public_phones(run, chosen)
+    scales = {reading.EVERYBODY: (arrays["mean"], arrays["std"])} if "mean" in arrays else None
+    parts = [part[0].float() for part in public.extracted(weights, config, table, device)]
+    parts = public.normalised(parts, table.speaker, config, scales)
+    labelled = table.utterance.isin(chosen.utterance)
+    return torch.cat([part for part, taken in zip(parts, labelled, strict=True) if taken]), phones
 
 
 def _agreement(
@@ -280,18 +271,20 @@ def _agreement(
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     """Agreement matrices, and the mean unit quality of the clients' labels of ``frames`` where ``phones`` are known."""
     asked = exchange.ids[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
-    if codebook:  # one for all, so all clients give the same labels
-        labels = dict.fromkeys(asked, client.assign(frames, codebook).numpy())
+    if "centroids" in codebook:  # one for all, by which all clients give the same labels
+        labels = {asked[0]: client.assign(frames, codebook).numpy()}
+        agreement = dict.fromkeys(("nmi", "match", "same"), pd.DataFrame(1.0, asked, asked))
     else:
-        replies = exchange.ask("probe", {"probe": frames}, config, asked, like={"labels": (len(frames),)})
+        replies = exchange.ask("probe", {"probe": frames, **codebook}, config, asked, like={"labels": (len(frames),)})
         labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
+        agreement = units.agreement_matrices(labels)
     heldout = {}
     if phones is not None:
         spoken = phones != ""
         qualities = [units.quality(labels[one][spoken], phones[spoken], config["seed"]) for one in labels]
         means = pd.DataFrame(qualities).mean()
         heldout = {f"heldout_{name}": float(means[name]) for name in ("frames", "pnmi", "shuffled_pnmi")}
-    return units.agreement_matrices(labels), heldout
+    return agreement, heldout
 
 
 def _off_diagonal(table: pd.DataFrame) -> float:

@@ -1,0 +1,53 @@
+"""Targets of objective ``hubert`` in 04_distill: clusters of a hidden layer of the teacher, and clients' labels."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedhubert_lib import distillation, files, params
+from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated.handlers import Answer
+from fedhubert_lib.federated.protocol import ClientHome, Clients
+from fedhubert_lib.kmeans import client, server
+
+ACTIONS = ("features", "local_centroids", "lloyd", "forget")
+"""Handlers of k-means that work on the teacher's features as on others, in clients' parts of 04_distill."""
+
+
+def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Label this client's utterances with the clusters of the teacher's features, in its part of 04_distill."""
+    return client.label(replace(home, labels=home.state / "labels"), arrays, config)
+
+
+handlers.HANDLERS |= {"targets.label": label}
+handlers.HANDLERS |= {f"targets.{action}": handlers.HANDLERS[f"kmeans.{action}"] for action in ACTIONS}
+
+
+def run(run: Path, p: params.Distill, clients: Clients) -> None:
+    """Federated k-means of layer ``teacher_layer`` (none: the middle one), then every client's labels.
+
+    Done before ``distillation.run``. The centroids stay in 04_distill/clusters. Raises TeacherError as that does.
+    """
+    teacher = distillation.read_teacher(run, p)
+    path, depth = distillation.centroids(run, p, teacher), teacher.model.config.num_hidden_layers
+    chosen = {"features": str(distillation.teacher_folder(run, p)), "clusters": p.teacher_clusters}
+    kmeans = params.Kmeans(run=p.run, seed=p.seed, device=p.device, normalisation="none", **chosen)
+    config, weights = server.describe(kmeans, p.teacher_layer or max(1, depth // 2))
+    config |= {"kind": path.stem}
+    log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
+    exchange = server.Exchange(clients, log, stage="targets")
+    if not path.exists():
+        arrays = server.prepare(exchange, config, weights)
+        start, _ = server.start(exchange, arrays, config)
+        limits = {"rounds": kmeans.lloyd_rounds, "tolerance": kmeans.tolerance}
+        centroids, _ = server.lloyd(exchange, arrays, config, start, **limits)
+        with files.atomic(path) as temporary:
+            save_file({"centroids": centroids}, temporary)
+    # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
+    list(exchange.ask("label", {**weights, **load_file(path)}, config))
+    list(exchange.ask("forget", {}, config))
