@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from fedhubert_lib import (
+    batching,
     corpora,
     federated,
     files,
@@ -118,7 +119,7 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
     steps = int(heldout.samples.sum() / 16_000 / p.batch_seconds)
     sums = training.evaluate(
         module,
-        recipes.batches(heldout, labels, p, 0, "heldout", steps),
+        batching.batches(heldout, labels, recipes.recipe(p), (p.seed, 0, "heldout"), steps),
         lambda batch, _: objectives.masked_prediction(model, head, batch),
         p.precision,
     )

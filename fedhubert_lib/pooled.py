@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from fedhubert_lib import checkpoints, federated, files, recipes, resources, seeds, threads, training
+from fedhubert_lib import batching, checkpoints, federated, files, recipes, resources, seeds, threads, training
 from fedhubert_lib import weights as named
 from fedhubert_lib.federated import handlers, rounds
 from fedhubert_lib.federated.protocol import ClientHome, Clients
@@ -78,7 +78,7 @@ def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.
     targets = labels(map(task.labels, folders.values()))
     steps = round(mean(recipes.steps(home, p, 1) for home in folders.values()))
     large, total, module, weights = merged(p), p.rounds * steps, task.module, task.weights
-    settings, count = recipes.settings(p, total, accumulate=large.cohort), steps * large.cohort
+    settings, recipe = recipes.settings(p, total, accumulate=large.cohort), recipes.recipe(large)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
     meter, options = Meter(p.device), {"normalise": task.normalise, "device": device}
@@ -95,7 +95,7 @@ def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                recipes.batches(table, targets, large, number, "all", count, **options),
+                batching.batches(table, targets, recipe, (p.seed, number, "all"), steps * large.cohort, **options),
                 task.objective,
                 settings,
                 first_step=(number - 1) * steps,

@@ -1,7 +1,7 @@
 """What a study's parameters mean to the stages that train: the model, its steps, and batches of a client's speech."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,7 @@ def steps(home: ClientHome, p: params.Federation, number: int) -> int:
     if not p.local_epochs:
         return p.local_steps
     samples = pd.read_parquet(home.data / "train.parquet", columns=["samples"])["samples"].to_numpy(dtype=np.int64)
-    return min(p.local_steps, batching.steps_of(samples, p.local_epochs, _recipe(p), (p.seed, number, home.client)))
+    return min(p.local_steps, batching.steps_of(samples, p.local_epochs, recipe(p), (p.seed, number, home.client)))
 
 
 def validation_steps(home: ClientHome, p: params.Federation) -> int:
@@ -87,21 +87,6 @@ def validation_steps(home: ClientHome, p: params.Federation) -> int:
     return int(np.clip(seconds // p.batch_seconds, 1, VALIDATION_BATCHES))
 
 
-def batches(
-    table: pd.DataFrame,
-    labels: batching.LabelsByUtterance,
-    p: params.Federation,
-    number: int,
-    client: str,
-    steps: int,
-    *,
-    normalise: bool = False,
-    device: str = "cpu",
-) -> Iterator[batching.Batch]:
-    """``steps`` batches of ``table`` for round ``number``, with the study's sizes and masks."""
-    keys = (p.seed, number, client)
-    return batching.batches(table, labels, _recipe(p), keys, steps, device=device, normalise=normalise)
-
-
-def _recipe(p: params.Federation) -> batching.Recipe:
+def recipe(p: params.Federation) -> batching.Recipe:
+    """Sizes and masks of the study's batches."""
     return batching.Recipe(p.batch_seconds, p.crop_seconds, p.mask_probability, p.mask_length)

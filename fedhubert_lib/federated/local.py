@@ -13,8 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fedhubert_lib import recipes, resources, seeds, threads, training, weights
-from fedhubert_lib.batching import Batch
+from fedhubert_lib import batching, recipes, resources, seeds, threads, training, weights
 from fedhubert_lib.federated import client_state, compression, fedprox, privacy, scaffold, secure
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
@@ -115,8 +114,7 @@ def validate(
 
 def _batches(
     home: ClientHome, part: str, labels: Path, p: Federation, number: int, steps: int, normalise: bool
-) -> Iterator[Batch]:
+) -> Iterator[batching.Batch]:
     table = pd.read_parquet(home.data / f"{part}.parquet")
-    return recipes.batches(
-        table, Labels(labels), p, number, home.client, steps, normalise=normalise, device=home.device
-    )
+    keys, where = (p.seed, number, home.client), {"normalise": normalise, "device": home.device}
+    return batching.batches(table, Labels(labels), recipes.recipe(p), keys, steps, **where)
