@@ -1,7 +1,8 @@
 """The targets: codebooks fitted without showing a frame to anybody, and the labels that each client writes with them.
 
-``clustering`` is k-means itself; ``reading`` a client's frames; ``client`` what clients do (handlers); ``server`` what
-the server does; ``stage`` the notebook's one call.
+``stage`` is the notebook's one call; ``server`` asks the clients, ``client`` answers (handlers), ``reading`` has a
+client's frames, ``clustering`` is k-means itself, ``public`` the speech that the server may see. ``targets`` clusters a
+teacher's features for 04_distill.
 """
 
 from fedhubert_lib.kmeans import client

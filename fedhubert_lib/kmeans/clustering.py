@@ -136,9 +136,9 @@ def update(sums: Tensor, counts: Tensor, inertias: Tensor, centroids: Tensor, rn
     empty = torch.nonzero(~full).flatten().tolist()
     order = torch.argsort(inertias, descending=True, stable=True).tolist()
     for hollow, crowded in zip(empty, [cluster for cluster in order if inertias[cluster] > 0], strict=False):
-        deviation = math.sqrt(float(inertias[crowded]) / float(counts[crowded]))
+        std = math.sqrt(float(inertias[crowded]) / float(counts[crowded]))
         direction = torch.from_numpy(rng.standard_normal(means.shape[1])).to(means.device)
-        step = 0.1 * deviation * direction / direction.norm()
+        step = 0.1 * std * direction / direction.norm()
         means[hollow] = means[crowded] - step
         means[crowded] += step
     return means
