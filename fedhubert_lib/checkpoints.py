@@ -65,10 +65,7 @@ def write(
     ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors; ``server`` are
     the tensors that the optimiser keeps; ``documents`` are small text files by name.
     """
-    groups: dict[str, Arrays] = {}
-    for name, tensor in weights.items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
+    groups = _by_file(weights)
     if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
         with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:
             _write_folder(temporary, {"model": groups["model"]}, documents)
@@ -78,6 +75,22 @@ def write(
     for earlier in rounds(out):
         if earlier < number and earlier != state["best_round"]:
             shutil.rmtree(path(out, earlier))
+
+
+def save(folder: Path, weights: Arrays, documents: Mapping[str, str]) -> Path:
+    """Write a model folder of the tensors called model.NAME and head.NAME, without what else was trained; its path."""
+    groups = _by_file(weights)
+    with files.atomic(folder) as temporary:
+        _write_folder(temporary, {name: groups[name] for name in ("model", "head") if name in groups}, documents)
+    return folder
+
+
+def _by_file(weights: Arrays) -> dict[str, Arrays]:
+    groups: dict[str, Arrays] = {}
+    for name, tensor in weights.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tensor
+    return groups
 
 
 def _write_folder(folder: Path, groups: Mapping[str, Arrays], documents: Mapping[str, str]) -> None:

@@ -178,7 +178,7 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None, c
         task = rounds.Task("distill", _message(run, p, teacher), teaching.averages, pretrained.documents(config))
         with rounds.serving(clients, p, task, weights, run / STAGE, on_row) as server:
             rounds.run(server)
-            return recipes.save(run / STAGE / "checkpoint", config, server.weights)
+            return checkpoints.save(run / STAGE / "checkpoint", server.weights, task.documents)
 
 
 def teacher_folder(run: Path, p: params.Distill) -> Path:
@@ -297,4 +297,4 @@ def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None =
         documents=pretrained.documents(config),
     )
     weights = pooled.train(run, p, "distill", task, on_row)
-    return recipes.save(run / STAGE / "centralised" / "checkpoint", config, weights)
+    return checkpoints.save(run / STAGE / "centralised" / "checkpoint", weights, task.documents)

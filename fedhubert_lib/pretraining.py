@@ -113,8 +113,7 @@ def serving(
 
 def save(run: Path, server: rounds.Server) -> Path:
     """Write the trained model as a model folder, 03_pretrain/checkpoint."""
-    config = hubert.HubertConfig(**server.task.config["model"])
-    return recipes.save(run / STAGE / "checkpoint", config, server.weights)
+    return checkpoints.save(run / STAGE / "checkpoint", server.weights, server.task.documents)
 
 
 def _message(run: Path, p: params.Pretrain, config: hubert.HubertConfig) -> dict[str, Any]:
@@ -166,4 +165,4 @@ def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None 
         documents=pretrained.documents(config),
     )
     weights = pooled.train(run, p, "pretrain", task, on_row)
-    return recipes.save(run / STAGE / "centralised" / "checkpoint", config, weights)
+    return checkpoints.save(run / STAGE / "centralised" / "checkpoint", weights, task.documents)

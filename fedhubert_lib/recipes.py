@@ -1,14 +1,12 @@
 """What a study's parameters mean to the stages that train: the model, its steps, and batches of a client's speech."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
 
-from fedhubert_lib import audio, batching, hubert, params, pretrained, training, weights
+from fedhubert_lib import audio, batching, hubert, params, training
 from fedhubert_lib.federated.protocol import ClientHome
 
 VALIDATION_BATCHES = 4
@@ -43,17 +41,6 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
         chosen["num_attention_heads"] = next(n for n in range(heads, 0, -1) if p.hidden_size % n == 0)
     changes = {name: value for name, value in chosen.items() if value}
     return hubert.preset(p.model, p.front_end, position_embedding=p.position_embedding, **changes)
-
-
-def save(folder: Path, config: hubert.HubertConfig, arrays: Mapping[str, Tensor]) -> Path:
-    """Write ``arrays``, named model.NAME and head.NAME, as a model folder; leave out others."""
-    model, head = hubert.Hubert(config), None
-    modules = nn.ModuleDict({"model": model})
-    if "head.label_embeddings" in arrays:
-        modules["head"] = head = hubert.Head(config, len(arrays["head.label_embeddings"]))
-    weights.fill(modules, arrays)
-    pretrained.save(folder, model, head)
-    return folder
 
 
 def settings(p: params.Federation, total_steps: int, accumulate: int = 1) -> training.Settings:
