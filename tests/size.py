@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_039,
+    "library, lines": 14_883,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_861,
-    "closure of pretraining, lines": 5_082,
-    "closure of distillation, lines": 7_143,
+    "closure of kmeans, lines": 3_803,
+    "closure of pretraining, lines": 5_078,
+    "closure of distillation, lines": 5_393,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
