@@ -63,53 +63,44 @@ def fold(mnemonic: str) -> str:
     return FOLD[mnemonic.lstrip("',%=") or "_"]
 
 
-class Synthesiser:
-    """eSpeak NG in this process with one voice: call it with a text. One per process, since its state is global."""
+def main() -> None:
+    """Answer every line of the input. eSpeak NG's state is global, so this process has one voice."""
+    voice_file, seed = Path(sys.argv[1]), int(sys.argv[2])
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    chunks: list[bytes] = []
+    mnemonics: list[tuple[int, str]] = []
 
-    def __init__(self, voice_file: Path, seed: int) -> None:
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = os.fsencode(espeakng_loader.get_data_path())
-        rate = self._library.espeak_Initialize(RETRIEVAL, 0, data, PHONEME_EVENTS | DONT_EXIT)
-        if rate != RATE:
-            raise RuntimeError(f"eSpeak NG started with {rate} where {RATE} Hz was expected")
-        self._chunks: list[bytes] = []
-        self._events: list[tuple[int, str]] = []
-        self._callback = _CALLBACK(self._receive)  # kept, or it would be collected while the library still calls it
-        self._library.espeak_SetSynthCallback(self._callback)
-        os.chdir(voice_file.parent)  # eSpeak NG takes at most 40 characters of path
-        self._check("espeak_ng_SetVoiceByFile", os.fsencode(voice_file.name))
-        self._check("espeak_ng_SetRandSeed", seed)
-
-    def _check(self, function: str, *arguments: object) -> None:
-        status = getattr(self._library, function)(*arguments)
+    def call(function: str, *arguments: object) -> None:
+        status = getattr(library, function)(*arguments)
         if status != 0:  # carrying on would speak with the voice set before
             raise RuntimeError(f"eSpeak NG: {function}{arguments} returned {status:#x}")
 
-    def _receive(self, samples: Any, count: int, events: Any) -> int:
+    @_CALLBACK
+    def receive(samples: Any, count: int, events: Any) -> int:
         if count > 0:
-            self._chunks.append(ctypes.string_at(samples, 2 * count))
+            chunks.append(ctypes.string_at(samples, 2 * count))
         i = 0
         while events[i].type != EVENT_END:
             if events[i].type == EVENT_PHONEME:  # .string ends at the first NUL: the rest of its 8 bytes is stale
-                self._events.append((events[i].sample, events[i].id.string.decode()))
+                mnemonics.append((events[i].sample, events[i].id.string.decode()))
             i += 1
         return 0
 
-    def __call__(self, text: str, words_per_minute: int) -> tuple[bytes, list[tuple[int, str]]]:
-        """Samples (int16 at 22.05 kHz) and (first sample, phone) of each phone."""
-        self._chunks, self._events = [], []
-        self._check("espeak_SetParameter", 1, words_per_minute, 0)
-        raw = text.encode()
-        self._check("espeak_Synth", raw, len(raw) + 1, 0, 1, 0, UTF8, None, None)
-        self._check("espeak_Synchronize")
-        return b"".join(self._chunks), [(sample, fold(mnemonic)) for sample, mnemonic in self._events]
-
-
-def main() -> None:
-    """Answer every line of the input."""
-    say = Synthesiser(Path(sys.argv[1]), int(sys.argv[2]))
+    data = os.fsencode(espeakng_loader.get_data_path())
+    if (rate := library.espeak_Initialize(RETRIEVAL, 0, data, PHONEME_EVENTS | DONT_EXIT)) != RATE:
+        raise RuntimeError(f"eSpeak NG started with {rate} where {RATE} Hz was expected")
+    library.espeak_SetSynthCallback(receive)
+    os.chdir(voice_file.parent)  # eSpeak NG takes at most 40 characters of path
+    call("espeak_ng_SetVoiceByFile", os.fsencode(voice_file.name))
+    call("espeak_ng_SetRandSeed", seed)
     for line in sys.stdin:
-        samples, phones = say(*json.loads(line))
+        text, words_per_minute = json.loads(line)
+        chunks.clear()
+        mnemonics.clear()
+        call("espeak_SetParameter", 1, words_per_minute, 0)
+        call("espeak_Synth", text.encode(), len(text.encode()) + 1, 0, 1, 0, UTF8, None, None)
+        call("espeak_Synchronize")
+        samples, phones = b"".join(chunks), [(sample, fold(mnemonic)) for sample, mnemonic in mnemonics]
         sys.stdout.buffer.write(json.dumps([len(samples) // 2, phones]).encode() + b"\n" + samples)
         sys.stdout.buffer.flush()
 

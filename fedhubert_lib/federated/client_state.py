@@ -11,16 +11,14 @@ server has on disk.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import files, weights
+from fedhubert_lib.federated.hooks import Update
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
-
-if TYPE_CHECKING:
-    from fedhubert_lib.federated.local import Update
 
 
 def load(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | None:
@@ -62,7 +60,7 @@ def _files(home: ClientHome, config: Mapping[str, Any], name: str) -> dict[int, 
     return {int(file.stem.rpartition("-")[2]): file for file in saved}
 
 
-def personal(update: "Update") -> Iterator[None]:
+def personal(update: Update) -> Iterator[None]:
     """Hook: keep the parameters that are not in the message (``head: personal``); the task loads them."""
     yield
     kept = {name: p.detach().cpu() for name, p in update.names.items() if name not in update.arrays}
@@ -70,8 +68,8 @@ def personal(update: "Update") -> Iterator[None]:
         save(update.home, update.config, "personal", kept)
 
 
-def moments(update: "Update") -> Iterator[None]:
-    """Hook of ``local_state: keep``: AdamW's moments go on from the client's last round."""
+def moments(update: Update) -> Iterator[None]:
+    """Hook of ``local_state: keep``: AdamW's moments resume from the client's last round."""
     saved = load(update.home, update.config, "moments")
     weights.restore_moments(update.optimiser, update.names, saved)
     yield

@@ -6,19 +6,15 @@ sum of what the server decodes stays within one round's loss of the sum of the t
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedhubert_lib.federated import client_state
-from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.optimisers import UpdateError, check
 from fedhubert_lib.federated.protocol import Arrays
 from fedhubert_lib.params import Compression
-
-if TYPE_CHECKING:
-    from fedhubert_lib.federated.local import Update
 
 WITH_FEEDBACK = ("int8", "top-k")
 """Kinds that lose enough for the loss to be worth a file of the model's size on the client's disk."""
@@ -30,7 +26,7 @@ _SCALES = "/scales"
 _INDICES, _VALUES = "indices", "values"
 
 
-def encoded(update: "Update") -> Iterator[None]:
+def encoded(update: Update) -> Iterator[None]:
     """The client: encode its update; what is lost of it waits on its disk for its next part in a round."""
     yield
     p = update.p

@@ -1,7 +1,7 @@
 """The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to connect a stage to them.
 
 ``prepare`` writes all that the machines need into one folder: the server's certificate, a key per client, Flower's
-configuration, and a Flower app that only imports this library.
+configuration, and a Flower app that only names this library.
 
     federation/federation.json, app/, flower/config.toml, server/server.pem, server/server.key
     federation/nodes/CID/ server.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
@@ -65,22 +65,18 @@ _PROJECT = """\
 [project]
 name = "fedhubert-app"
 version = "1.0.0"
-description = "The shim that Flower carries"
+description = "Names of the code, which is the library that is installed on every machine"
 license = "Apache-2.0"
 
 [tool.flwr.app]
 publisher = "fedhubert"
-components = {serverapp = "fedhubert_app:server", clientapp = "fedhubert_app:client"}
 config = {socket = ""}
+
+[tool.flwr.app.components]
+serverapp = "fedhubert_lib.federated.flower:server"
+clientapp = "fedhubert_lib.federated.flower:client"
 """
-
-_APP = '''\
-"""What Flower carries to every machine; the code itself is the library that is installed there."""
-
-from fedhubert_lib.federated.flower import client, server
-
-__all__ = ["client", "server"]
-'''
+"""The app that Flower carries to every machine: no code at all."""
 
 
 class DeploymentError(ChildProcessError):
@@ -104,8 +100,7 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
     certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
     config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:{port}"\n'
     config += f"root-certificates = {certificate}\n"
-    documents = {"app/pyproject.toml": _PROJECT, "app/fedhubert_app.py": _APP, "flower/config.toml": config}
-    for name, content in documents.items():
+    for name, content in {"app/pyproject.toml": _PROJECT, "flower/config.toml": config}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     files.write_json(folder / "federation.json", {"host": host, "port": port})
@@ -175,7 +170,7 @@ def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
     where nodes reach it by name."""
     address, certificate = _address(folder), str(folder / "server" / "server.pem")
     return [
-        *_program("flower-superlink"),
+        "flower-superlink",
         *("--ssl-ca-certfile", certificate, "--ssl-certfile", certificate),
         *("--ssl-keyfile", str(folder / "server" / "server.key")),
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
@@ -183,18 +178,18 @@ def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
     ]
 
 
-def supernode_command(node: Path, run: Path, device: str = "cpu", port: int = 0) -> list[str]:
+def supernode_command(node: Path, run: Path, device: str = "cpu") -> list[str]:
     """The command of a client's SuperNode. ``node`` is the client's folder from ``prepare``; ``run`` the run folder
-    with its data; ``port`` one of its own on the machine, for Flower's internal use (0: any that is free)."""
+    with its data. The port is for Flower's internal use."""
     about = json.loads((node / "node.json").read_text(encoding="utf-8"))
     settings = {"client": about["client"], "run": str(run.resolve()), "device": device}
     return [
-        *_program("flower-supernode"),
+        "flower-supernode",
         *("--root-certificates", str(node / "server.pem")),
         *("--superlink", f"{about['host']}:{about['port']}"),
         *("--auth-supernode-private-key", str(node / "node.key")),
         *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
-        *("--host", "127.0.0.1", "--port", str(port or free_port())),
+        *("--host", "127.0.0.1", "--port", str(free_port())),
     ]
 
 
@@ -266,13 +261,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _program(name: str) -> list[str]:
-    path = Path(sys.executable).with_name(name)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; install the project (flwr is one of its dependencies)")
-    return [str(path)]
-
-
 def register(folder: Path) -> list[str]:
     """Let in the clients that have not been let in since the running SuperLink began; return them."""
     _address(folder)  # raises where nothing was prepared
@@ -290,7 +278,7 @@ def register(folder: Path) -> list[str]:
 
 def flwr(folder: Path, *arguments: str) -> str:
     """What the command ``flwr`` prints. Raises DeploymentError when it fails."""
-    command = [*_program("flwr"), *arguments]
+    command = ["flwr", *arguments]
     done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeploymentError(f"flwr {' '.join(arguments)}: failed:\n{done.stdout}{done.stderr}")
@@ -312,7 +300,7 @@ def connect(run: Path, ids: Sequence[str], device: str = "") -> Iterator[Clients
         listener.bind(address)
         listener.listen()
         command = ["run", str(folder / "app"), CONNECTION, "--stream", "--run-config", f"socket={json.dumps(address)}"]
-        process = _start([*_program("flwr"), *command], folder, log)
+        process = _start(["flwr", *command], folder, log)
         try:
             with _accept(listener, process, log) as pipe:
                 remote = wire.RemoteClients(pipe, ids, scratch)

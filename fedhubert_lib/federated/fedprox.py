@@ -1,17 +1,14 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): clients are held near the global weights."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedhubert_lib import training
-
-if TYPE_CHECKING:
-    from fedhubert_lib.federated.local import Update
+from fedhubert_lib.federated.hooks import Update
 
 
-def proximal(update: "Update") -> Iterator[None]:
+def proximal(update: Update) -> Iterator[None]:
     """Add ``proximal`` / 2 times the squared distance to the weights at the start to the loss."""
     update.adjust.append(pull(list(update.names.values()), update.p.proximal))
     yield

@@ -1,17 +1,44 @@
 """What a study may add to the rounds: a hook is one file with what runs at the client, and what runs at the server.
 
 At a client a hook is a generator: what stands before its ``yield`` happens before the local steps, what stands after it
-to the change that they made (``local.Update``). At the server it is a ``Hook``, called at five points of a round.
+to the change that they made (``Update``). At the server it is a ``Hook``, called at five points of a round.
 ``local.HOOKS`` and ``rounds.HOOKS`` list them, in their order, with the parameters that choose them.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from fedhubert_lib.federated.protocol import Arrays
+import torch
+from torch import Tensor, nn
+
+from fedhubert_lib import training
+from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.params import Federation
 
 if TYPE_CHECKING:
     from fedhubert_lib.federated.optimisers import Collector
     from fedhubert_lib.federated.rounds import Round, Server
+
+
+@dataclass
+class Update:
+    """One client's update in the making, as hooks see and change it."""
+
+    home: ClientHome
+    arrays: Mapping[str, Tensor]
+    """The message's tensors."""
+    config: Mapping[str, Any]
+    p: Federation
+    names: dict[str, nn.Parameter]
+    """The module's parameters."""
+    optimiser: torch.optim.Optimizer
+    adjust: list[training.Adjust] = field(default_factory=list)
+    """Functions that change the gradients before each step."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """After the steps: metrics that will be sent."""
+    change: Arrays = field(default_factory=dict)
+    """After the steps: tensors that will be sent."""
 
 
 class Hook:

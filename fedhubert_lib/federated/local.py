@@ -5,41 +5,19 @@ from the client's disk and stay there. What a study adds to plain local steps ar
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from fedhubert_lib import batching, recipes, resources, seeds, threads, training, weights
 from fedhubert_lib.federated import client_state, compression, fedprox, privacy, scaffold, secure
 from fedhubert_lib.federated.handlers import Answer
-from fedhubert_lib.federated.protocol import Arrays, ClientHome
+from fedhubert_lib.federated.hooks import Update
+from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.params import Federation
-
-
-@dataclass
-class Update:
-    """One client's update in the making, as hooks see and change it."""
-
-    home: ClientHome
-    arrays: Mapping[str, Tensor]
-    """The message's tensors."""
-    config: Mapping[str, Any]
-    p: Federation
-    names: dict[str, nn.Parameter]
-    """The module's parameters."""
-    optimiser: torch.optim.Optimizer
-    adjust: list[training.Adjust] = field(default_factory=list)
-    """Functions that change the gradients before each step."""
-    measured: dict[str, float] = field(default_factory=dict)
-    """After the steps: metrics that will be sent."""
-    change: Arrays = field(default_factory=dict)
-    """After the steps: tensors that will be sent."""
-
 
 HOOKS: list[tuple[Callable[[Update], Iterator[None]], Callable[[Federation], bool]]] = [
     (client_state.personal, lambda p: True),

@@ -20,18 +20,14 @@ repeats, and nobody is protected. docs/privacy.md says who is hidden from whom, 
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedhubert_lib import seeds
 from fedhubert_lib.federated import accounting, noise, optimisers
-from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 from fedhubert_lib.params import Federation
-
-if TYPE_CHECKING:
-    from fedhubert_lib.federated.local import Update
 
 ACCOUNT = "privacy.jsonl"
 """File of a private run: ``accounting.charge``."""
@@ -93,7 +89,7 @@ def _add_noise(arrays: Mapping[str, Tensor], std: float, normal: Callable[..., T
 # ---------------------------------------------------------------------------------------------------------- at a client
 
 
-def protected(update: "Update") -> Iterator[None]:
+def protected(update: Update) -> Iterator[None]:
     """Bound the update, add the client's part of the noise, and keep back the metrics, as the study asks."""
     yield
     p = update.p

@@ -5,11 +5,10 @@ the message, nothing else. Server code is a set of algorithms over ``Clients``: 
 client.
 """
 
-import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +110,5 @@ class Clients(ABC):
         self._last.close()
         tensors = {name: tensor.detach() for name, tensor in (arrays or {}).items()}
         asked = sorted(self.ids if clients is None else clients)
-        self._last = self._in_order(Request(action, tensors, dict(config or {}), asked, timeout))
+        self._last = self.answers(Request(action, tensors, dict(config or {}), asked, timeout))
         return self._last
-
-    def _in_order(self, request: Request) -> Answers:
-        known = [client for client in request.clients if client in self.ids]
-        with contextlib.closing(self.answers(replace(request, clients=known))) as answers:
-            for client in request.clients:
-                yield next(answers) if client in self.ids else Failure(client, "not connected")

@@ -5,23 +5,19 @@ sends the change of its own c_i with its update. Personal parameters have none.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedhubert_lib import training
 from fedhubert_lib.federated import client_state
-from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.protocol import Arrays
-
-if TYPE_CHECKING:
-    from fedhubert_lib.federated.local import Update
 
 CONTROL = "control/"
 
 
-def corrected(update: "Update") -> Iterator[None]:
+def corrected(update: Update) -> Iterator[None]:
     """The client: correct its gradients by c - c_i; send the change of c_i.
 
     Option II: c_i+ = c_i - c + (x - y) / (K eta). For plain SGD (x - y) / (K eta) is the mean of the gradients stepped

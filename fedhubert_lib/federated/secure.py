@@ -14,7 +14,7 @@ has that only in its older workflow API, which its Message API cannot call. Metr
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 from fedhubert_lib.federated import client_state, noise, privacy
-from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.optimisers import UpdateError, check
 from fedhubert_lib.federated.privacy import SMALLEST_SUM
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure
 from fedhubert_lib.params import Federation
-
-if TYPE_CHECKING:
-    from fedhubert_lib.federated.local import Update
 
 NOISE_ROOM = 10
 """Room in a sum's range for a client's noise, in its standard deviations."""
@@ -49,7 +46,7 @@ def keys(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, An
     return {"public": _tensor(private.public_key().public_bytes_raw())}, {}
 
 
-def masked(update: "Update") -> Iterator[None]:
+def masked(update: Update) -> Iterator[None]:
     """Bound the update, if privacy has not done so, and mask it."""
     yield
     if update.p.privacy == "none":
