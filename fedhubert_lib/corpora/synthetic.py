@@ -187,7 +187,8 @@ def _speak(speaker: dict, folder: Path) -> Spoken:
     rng = np.random.Generator(np.random.PCG64(speaker["seed"]))
     spoken: Spoken = {}
     total, limit = 0, math.inf if speaker["seconds"] is None else speaker["seconds"] * SAMPLE_RATE
-    command = [sys.executable, "-I", Path(__file__).with_name("espeak.py"), voice_file, str(speaker["seed"])]
+    program = str(Path(__file__).with_name("espeak.py"))
+    command = [sys.executable, "-I", program, str(voice_file), str(speaker["seed"])]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
         for utterance in speaker["utterances"]:
             if total >= limit:
@@ -210,6 +211,7 @@ def _speak(speaker: dict, folder: Path) -> Spoken:
 
 def _say(process: subprocess.Popen, text: str, words_per_minute: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """Samples at 16 kHz (float64), and (first sample at 22.05 kHz, phone) of each phone."""
+    assert process.stdin and process.stdout and process.stderr
     with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
         process.stdin.write(json.dumps([text, words_per_minute]).encode() + b"\n")
         process.stdin.flush()

@@ -357,7 +357,7 @@ def _start(command: Sequence[str], home: Path, log: Path | None = None) -> subpr
         return subprocess.Popen(command, env=environment(home))
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as stream:
-        output = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": subprocess.STDOUT}
+        output: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, env=environment(home), start_new_session=True, **output)
 
 

@@ -140,7 +140,8 @@ class GridClients(Clients):
         Each message has its own records, since a Flower mod may change them; the arrays in them are shared, so that a
         model is packed once for a whole cohort.
         """
-        arrays, fields = packed(request.arrays), {"action": request.action, "config": json.dumps(request.config)}
+        arrays = packed(request.arrays)
+        fields: dict[str, Any] = {"action": request.action, "config": json.dumps(request.config)}
         contents = (RecordDict({"arrays": arrays.copy(), "request": ConfigRecord(fields)}) for _ in nodes)
         pairs = zip(contents, nodes, strict=True)
         messages = [Message(content, node, MessageType.TRAIN, ttl=request.timeout) for content, node in pairs]

@@ -135,8 +135,12 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
     """A worker's main: answer requests until the process that started it is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # It then ends in the middle of training: nobody waits for the answer.
-    threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+
+    def end() -> None:
+        parent.join()
+        os._exit(0)  # in the middle of training: nobody waits for the answer
+
+    threading.Thread(target=end, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process
     torch.set_num_threads(threads)
     read = functools.lru_cache(maxsize=1)(wire.read)  # a cohort's clients get the same tensors: see weights.placed
