@@ -159,15 +159,19 @@ def test_update_refuses_a_replaced_teacher(run):
         distillation._teacher(home, config)
 
 
-def test_receive_refuses_a_teacher_of_another_digest(run):
+def test_receive_keeps_one_teacher_and_refuses_another_than_announced(run):
     teacher = distillation.read_teacher(run, distill())
     home = handlers.home(run, "client-000", "distill", "cpu", True)
     arrays = {name: parameter + 1e-3 for name, parameter in teacher.modules.named_parameters()}
     config = {"digest": distillation.digest(teacher), "clusters": federation.TONES}
     config["model"] = json.loads(json.dumps(asdict(TEACHER)))
+    earlier = home.state / "teacher" / "earlier"
+    earlier.mkdir(parents=True)
     with pytest.raises(TeacherError, match="not the announced"):
         distillation.receive(home, arrays, config)
-    assert not (home.state / "teacher" / config["digest"]).exists()
+    assert list(earlier.parent.iterdir()) == [earlier]
+    distillation.receive(home, dict(teacher.modules.named_parameters()), config)
+    assert [path.name for path in earlier.parent.iterdir()] == [config["digest"]]  # in the earlier one's place
 
 
 @pytest.mark.parametrize(
