@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_883,
+    "library, lines": 14_847,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_803,
-    "closure of pretraining, lines": 5_078,
-    "closure of distillation, lines": 5_393,
+    "closure of kmeans, lines": 3_796,
+    "closure of pretraining, lines": 5_056,
+    "closure of distillation, lines": 5_371,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
