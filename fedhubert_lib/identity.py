@@ -8,10 +8,11 @@ changes of code change no result, and days of training are not repeated for a co
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,35 +91,32 @@ def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> str | Non
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """The differences between two identities."""
 
-    def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-    def changed(kind: str, names: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-        words = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
-        falls = " (the learning rate falls over all rounds, so every round differs)" if "rounds" in names else ""
-        return f"{kind} changed: {_few(words)}{falls}" if words else ""
+    def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+        names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        return {name: f"{name} {before.get(name)} -> {now.get(name)}" for name in names}
 
     # Of parameters that another version of the bench did not have, or had beside these, the defaults count.
     fields, now = params.SECTIONS[new["stage"]].model_fields, new["parameters"]
     before = {name: old["parameters"].get(name, field.default) for name, field in fields.items() if name in now}
     # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
     by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}
-    settings = [name for name in differing(before, now) if name not in params.HOW | by_content]
-    additions = [name for name in settings if name in params.ADDITIONS]
-    if (now.get("patience") or float("inf")) < (before.get("patience") or float("inf")):  # 0: for ever
-        additions = [name for name in additions if name != "patience"]
-    inputs, sources = differing(old["inputs"], new["inputs"]), differing(old["library"], new["library"])
-    results = [changed("parameters", [name for name in settings if name not in additions], before, now)]
-    results.append(f"inputs changed: {_few(inputs)}" if inputs else "")
-    packages = old.get("versions", new["versions"]), new["versions"]
-    code = [f"library changed: {_few(sources)}" if sources else ""]
-    code.append(changed("versions", differing(*packages), *packages))
-    return Changes(
-        "; ".join(filter(None, results)),
-        changed("parameters", additions, before, now),
-        "notebook changed" if old["notebook"] != new["notebook"] else "",
-        "; ".join(filter(None, code)),
-    )
+    settings = {name: words for name, words in differing(before, now).items() if name not in params.HOW | by_content}
+    less_patient = (now.get("patience") or math.inf) < (before.get("patience") or math.inf)  # 0: for ever
+    added = settings.keys() & params.ADDITIONS - ({"patience"} if less_patient else set())
+    additions = _changed("parameters", [settings.pop(name) for name in sorted(added)])
+    falls = " (the learning rate falls over all rounds, so every round differs)" if "rounds" in settings else ""
+    parameters = _changed("parameters", settings.values()) + falls
+    inputs, library = (_changed(kind, differing(old[kind], new[kind])) for kind in ("inputs", "library"))
+    versions = _changed("versions", differing(old.get("versions", new["versions"]), new["versions"]).values())
+    notebook = "notebook changed" if old["notebook"] != new["notebook"] else ""
+    results, code = ("; ".join(filter(None, words)) for words in ((parameters, inputs), (library, versions)))
+    return Changes(results, additions, notebook, code)
+
+
+def _changed(kind: str, words: Collection[str]) -> str:
+    first, more = list(words)[:5], len(list(words)) - 5
+    rest = f" and {more} more" if more > 0 else ""
+    return f"{kind} changed: {', '.join(first)}{rest}" if first else ""
 
 
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
@@ -222,10 +220,6 @@ def _without_paths(table: Path) -> str:
     rows = pd.read_parquet(table).drop(columns="path", errors="ignore")
     hashes = pd.util.hash_pandas_object(rows, index=False).to_numpy()
     return hashlib.sha256(repr(list(rows.columns)).encode() + hashes.tobytes()).hexdigest()
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _listing(root: Path, by_content: bool) -> str:
