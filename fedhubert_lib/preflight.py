@@ -101,7 +101,7 @@ def _cohort(p: Any, run: Path, *_: Any) -> None:
             raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _labels(p: params.Federation, run: Path, study: params.Study | None) -> None:
+def _labels(p: Any, run: Path, study: params.Study | None) -> None:
     """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
     if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
         return
