@@ -94,5 +94,5 @@ def _batches(
     home: ClientHome, part: str, labels: Path, p: Federation, number: int, steps: int, normalise: bool
 ) -> Iterator[batching.Batch]:
     table = pd.read_parquet(home.data / f"{part}.parquet")
-    keys, where = (p.seed, number, home.client), {"normalise": normalise, "device": home.device}
-    return batching.batches(table, Labels(labels), recipes.recipe(p), keys, steps, **where)
+    keys, recipe = (p.seed, number, home.client), recipes.recipe(p)
+    return batching.batches(table, Labels(labels), recipe, keys, steps, normalise=normalise, device=home.device)
