@@ -39,7 +39,7 @@ class Exchange:
     def __init__(self, clients: Clients, log: Log, missing: int = 0, stage: str = "kmeans") -> None:
         self._clients, self._log, self._missing, self._stage = clients, log, missing, stage
         self.ids = list(clients.ids)
-        self.bytes_down = self.bytes_up = 0
+        self.bytes = {"bytes_down": 0, "bytes_up": 0}
 
     def ask(
         self,
@@ -54,7 +54,7 @@ class Exchange:
         Raises KmeansError, once all have been asked, when more than ``missing`` clients do not answer so, or none does.
         """
         asked = self.ids if clients is None else clients
-        self.bytes_down += size(arrays) * len(asked)
+        self.bytes["bytes_down"] += size(arrays) * len(asked)
         reasons = []
         for reply in self._clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
             reason = reply.reason if isinstance(reply, Failure) else _unusable(reply.arrays, like)
@@ -62,7 +62,7 @@ class Exchange:
                 self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reason})
                 reasons.append(f"{reply.client}: {reason}")
             else:
-                self.bytes_up += size(reply.arrays)
+                self.bytes["bytes_up"] += size(reply.arrays)
                 yield reply
         if len(reasons) > self._missing or len(reasons) == len(asked):
             more = f"\nand {len(reasons) - 5} more: see metrics.jsonl" if len(reasons) > 5 else ""
@@ -72,6 +72,10 @@ class Exchange:
                 + "\n".join(reasons[:5])
                 + more
             )
+
+    def since(self, before: Mapping[str, int]) -> dict[str, int]:
+        """``bytes`` that travelled after they were ``before``."""
+        return {name: count - before[name] for name, count in self.bytes.items()}
 
 
 def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None, ...]]) -> str:
@@ -186,8 +190,8 @@ def lloyd(
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
     while stats["round"] < rounds and not stats.get("settled"):
-        number, before = stats["round"] + 1, stats.get("inertia")
-        down, up, stats["asked"] = exchange.bytes_down, exchange.bytes_up, stats["asked"] + 1
+        number, before, travelled = stats["round"] + 1, stats.get("inertia"), dict(exchange.bytes)
+        stats["asked"] += 1
         save()
         sums, counts, inertias, clients = _added(exchange, arrays, {**config, "round": number}, centroids)
         frames, total = float(counts.sum()), float(inertias.sum())
@@ -205,7 +209,7 @@ def lloyd(
         if not private:
             stats["inertia"] = total / frames
             stats["settled"] = before is not None and not empty and before - stats["inertia"] <= tolerance * before
-        log({"kind": "lloyd", **stats, "bytes_down": exchange.bytes_down - down, "bytes_up": exchange.bytes_up - up})
+        log({"kind": "lloyd", **stats, **exchange.since(travelled)})
     save()
     return centroids, stats
 

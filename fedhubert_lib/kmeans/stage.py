@@ -59,7 +59,7 @@ def run(
             return _table(stored["codebooks"])
         _state_space(run, p, log)
     arrays = server.prepare(exchange, config, weights)
-    log({"kind": "features", **_bytes(exchange), "seconds": time.perf_counter() - started})
+    log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
     probe = _probe(run, arrays, weights, config, device)
     rows, matrices = {}, {}
     for kind in p.codebooks:
@@ -90,10 +90,6 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
 
 
-def _bytes(exchange: Exchange) -> dict[str, int]:
-    return {"bytes_down": exchange.bytes_down, "bytes_up": exchange.bytes_up}
-
-
 def _state_space(run: Path, p: params.Kmeans, log: Log) -> None:
     """Report what features will take of this disk, and refuse where it does not hold those of all clients.
 
@@ -117,7 +113,7 @@ def _codebook(
     run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (no centroids, where they are the clients'), and what it cost."""
-    kind, started, before = config["kind"], time.perf_counter(), _bytes(exchange)
+    kind, started, before = config["kind"], time.perf_counter(), dict(exchange.bytes)
     settings = {**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}
     folder = reading.folder_for(run / "02_kmeans" / "codebooks" / kind, settings)
     path = folder / "codebook.json"
@@ -126,8 +122,7 @@ def _codebook(
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
     codebook, cost = _fit(run, p, exchange, arrays, config, lambda row: log({**row, "codebook": kind}))
-    counted = {} if kind == "central" else before  # what pools all data sends nothing
-    cost |= {name: value - counted.get(name, value) for name, value in _bytes(exchange).items()}
+    cost |= exchange.since(exchange.bytes if kind == "central" else before)  # what pools all data sends nothing
     cost["fit_seconds"] = time.perf_counter() - started
     for name, array in {**arrays, **codebook}.items():
         with files.atomic(folder / f"{name}.npy") as temporary:
@@ -211,14 +206,14 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
 
 def _label(run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
     """Have every client write its labels; note who has them; quality and cost of that."""
-    started, before = time.perf_counter(), _bytes(exchange)
+    started, before = time.perf_counter(), dict(exchange.bytes)
     path = run / "02_kmeans" / "codebooks" / config["kind"] / "codebook.json"
     labelled: list[str] = []
     like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
     replies = exchange.ask("label", arrays, config, like=like)
     row = _quality(path.parent, replies, p, labelled)
     files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": labelled})
-    row |= {f"label_{name}": value - before[name] for name, value in _bytes(exchange).items()}
+    row |= {f"label_{name}": count for name, count in exchange.since(before).items()}
     return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
 
 
