@@ -4,6 +4,7 @@ As many optimiser steps as the federation makes, each on as much audio as a coho
 masking. It exists in simulation only, where one machine can read all clients' folders.
 """
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from fedhubert_lib.federated import handlers, rounds
 from fedhubert_lib.federated.protocol import ClientHome, Clients
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.meter import Meter
-from fedhubert_lib.params import FOLDERS, Federation
+from fedhubert_lib.params import FOLDERS, Distill, Federation, Pretrain
 from fedhubert_lib.weights import Arrays
 
 F = TypeVar("F", bound=Federation)
@@ -50,7 +51,7 @@ class Task:
 
 
 @contextmanager
-def connected(run: Path, p: Federation, clients: Clients | None = None) -> Iterator[Clients]:
+def connected(run: Path, p: Pretrain | Distill, clients: Clients | None = None) -> Iterator[Clients]:
     """The clients of a training over ``p.engine``, or ``clients``, with the number of threads that ``p`` asks for.
 
     Raises FileNotFoundError where the baseline, which is to follow, would lack data of clients on this machine.
@@ -62,7 +63,7 @@ def connected(run: Path, p: Federation, clients: Clients | None = None) -> Itera
         yield clients
 
 
-def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.OnRow | None = None) -> Arrays:
+def train(run: Path, p: Pretrain | Distill, stage: str, task: Task, on_row: checkpoints.OnRow | None = None) -> Arrays:
     """Train for rounds x local_steps steps, or resume where ``centralised`` of the ``stage``'s folder stands; returns
     the last weights.
 
@@ -70,9 +71,8 @@ def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.
     the federation do so here. A checkpoint is written every ``local_steps`` steps, called a round so that curves lie
     over each other.
     """
-    out, device = run / FOLDERS[stage] / "centralised", resources.resolve(p.device)
-    ids = federated.client_ids(run, p.codebook)
-    p, folders = rounds.sized(p, len(ids)), homes(run, ids, stage, device)
+    device, ids = resources.resolve(p.device), federated.client_ids(run, p.codebook)
+    p, folders, out = rounds.sized(p, len(ids)), homes(run, ids, stage, device), run / FOLDERS[stage] / "centralised"
     panel = [folders[client] for client in rounds.panel(ids, p)]
     table = utterances(folders.values())
     targets = labels(map(task.labels, folders.values()))
@@ -81,7 +81,7 @@ def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.
     settings, recipe = recipes.settings(p, total, accumulate=large.cohort), recipes.recipe(large)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    meter, options = Meter(p.device), {"normalise": task.normalise, "device": device}
+    meter, draw = Meter(p.device), functools.partial(batching.batches, device=device, normalise=task.normalise)
     with checkpoints.sole(out):
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"], weights, named.moments(optimiser, names))) is not None:
@@ -95,7 +95,7 @@ def train(run: Path, p: Federation, stage: str, task: Task, on_row: checkpoints.
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                batching.batches(table, targets, recipe, (p.seed, number, "all"), steps * large.cohort, **options),
+                draw(table, targets, recipe, (p.seed, number, "all"), steps * large.cohort),
                 task.objective,
                 settings,
                 first_step=(number - 1) * steps,

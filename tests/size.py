@@ -27,11 +27,11 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_841,
+    "library, lines": 14_840,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_796,
+    "closure of kmeans, lines": 3_795,
     "closure of pretraining, lines": 5_056,
     "closure of distillation, lines": 5_371,
     "closure of evaluation, lines": 3_000,

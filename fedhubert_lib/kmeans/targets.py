@@ -35,8 +35,8 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     """
     teacher = distillation.read_teacher(run, p)
     path, depth = distillation.centroids(run, p, teacher), teacher.model.config.num_hidden_layers
-    chosen = {"features": str(distillation.teacher_folder(run, p)), "clusters": p.teacher_clusters}
-    kmeans = params.Kmeans(run=p.run, seed=p.seed, device=p.device, normalisation="none", **chosen)
+    chosen = {"features": str(distillation.teacher_folder(run, p)), "clusters": p.teacher_clusters, "device": p.device}
+    kmeans = params.Kmeans.model_validate({"run": p.run, "seed": p.seed, "normalisation": "none", **chosen})
     config, weights = server.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
@@ -44,8 +44,8 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     if not path.exists():
         arrays = server.prepare(exchange, config, weights)
         start, _ = server.start(exchange, arrays, config)
-        limits = {"rounds": kmeans.lloyd_rounds, "tolerance": kmeans.tolerance}
-        centroids, _ = server.lloyd(exchange, arrays, config, start, **limits)
+        rounds, tolerance = kmeans.lloyd_rounds, kmeans.tolerance
+        centroids, _ = server.lloyd(exchange, arrays, config, start, rounds=rounds, tolerance=tolerance)
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids}, temporary)
     # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
