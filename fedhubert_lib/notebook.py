@@ -42,11 +42,11 @@ def table(*frames: pd.DataFrame, digits: int = 3) -> None:
             _display(frame.round(digits) if frame.size else HTML("<em>none</em>"))
 
 
-def properties(values: Mapping[str, Any]) -> HTML:
-    """A two-column table of names and values, such as a stage's provenance; nested mappings become one line."""
+def properties(values: Mapping[str, Any]) -> None:
+    """Show names and values in two columns, such as a stage's provenance; nested mappings become one line."""
     words = pd.Series({name: _words(name, value) for name, value in values.items()}).to_frame()
     with pd.option_context("display.max_colwidth", None):
-        return HTML(words.to_html(header=False, border=0, justify="left"))
+        _display(HTML(words.to_html(header=False, border=0, justify="left")))
 
 
 def _words(name: str, value: Any) -> str:
@@ -57,12 +57,12 @@ def _words(name: str, value: Any) -> str:
     return f"{value / 2**30:.2f} GiB" if name.endswith("bytes") else str(value)
 
 
-def sounds(clips: Mapping[str, torch.Tensor]) -> HTML:
-    """A line per clip: caption and player. Waveforms [samples] at 16 kHz, embedded up to ``SOUND_SECONDS``."""
+def sounds(clips: Mapping[str, torch.Tensor]) -> None:
+    """Show a line per clip: caption and player. Waveforms [samples] at 16 kHz, embedded up to ``SOUND_SECONDS``."""
     rows = (
         f"<tr><td>{escape(caption)}</td><td>{_player(clip)._repr_html_()}</td></tr>" for caption, clip in clips.items()
     )
-    return HTML(f"<table>{''.join(rows)}</table>")
+    _display(HTML(f"<table>{''.join(rows)}</table>"))
 
 
 def _player(waveform: torch.Tensor) -> Audio:
