@@ -66,10 +66,13 @@ def atomic(path: Path) -> Iterator[Path]:
 def naming(path: Path) -> Iterator[None]:
     """Give an error of the system that names no file ``path`` and a remedy.
 
-    A write does not say where it failed; safetensors and pyarrow report the number in words.
+    A write does not say where it failed; safetensors and pyarrow report the number in words. A ValueError is of the
+    library's, which names its file: one that could not be read while ``path`` was written.
     """
     try:
         yield
+    except ValueError:
+        raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (match := re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)):

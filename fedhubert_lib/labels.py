@@ -91,7 +91,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     frames = table.samples.map(audio.frame_count).to_numpy(np.int64)
     ends = np.cumsum([0, *frames])
-    with (folder / f"{name}.bin").open("ab") as stream:
+    path = folder / f"{name}.bin"
+    with files.naming(path), path.open("ab") as stream:
         size = (width or 1) * dtype.itemsize
         done = int(np.searchsorted(ends, stream.tell() // size, side="right")) - 1
         stream.truncate(ends[done] * size)  # the rest of an utterance that a killed writer left

@@ -52,7 +52,8 @@ def test_read_rows_skips_a_row_cut_short(tmp_path):
 FULL = """
 import resource, sys
 from pathlib import Path
-from fedhubert_lib import cli, files, index
+import numpy, pandas
+from fedhubert_lib import files, labels
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # a disk with 1,000 bytes left
 rows = 0
@@ -67,16 +68,22 @@ try:
         temporary.write_bytes(bytes(2000))
 except OSError as error:
     print(error.strerror)
+table = pandas.DataFrame({"utterance": ["u"], "samples": 320_000})
+try:
+    labels.write(path / "client", "labels", table, labels.LABELS, None, lambda missing: [[numpy.zeros(999)]])
+except OSError as error:
+    print(error.filename)
 """
 
 
 def test_full_disk_leaves_complete_rows_and_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
-    rows, reason = done.stdout.splitlines()
+    rows, reason, labels = done.stdout.splitlines()
     assert 0 < int(rows) < 10 and reason == "File too large"
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert len(files.read_rows(tmp_path / "metrics.jsonl")) == int(rows)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert labels == str(tmp_path / "client" / "labels.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["client", "metrics.jsonl"]
 
 
 def test_sweep_removes_leftovers_alone(tmp_path):
@@ -157,6 +164,8 @@ def test_atomic_keeps_other_errors(tmp_path):
         (tmp_path / "nowhere").read_bytes()
     with pytest.raises(OSError, match="tunnel collapsed"), files.atomic(tmp_path / "a.json"):
         raise OSError("tunnel collapsed")
+    with pytest.raises(ValueError, match="a.flac"), files.atomic(tmp_path / "a.json"):
+        raise ValueError("a.flac: cannot be read ([Errno 5] Input/output error)")
 
 
 def test_the_command_names_path_and_remedy(outputs, monkeypatch, capsys):

@@ -24,6 +24,8 @@ SCORES = 2**18
 """Distances that a core computes at once: 1 MiB."""
 PAIRS = 4096
 """Pairs of frame and centroid whose distances are computed at once where a near tie is decided."""
+VALUES = 2**26
+"""Numbers that a CPU adds up at once: 0.5 GiB, in float64."""
 SEEDING_POINTS = 30_000
 """Frames that k-means++ draws from at most, as in scikit-learn's MiniBatchKMeans with batches of 10,000."""
 
@@ -86,14 +88,20 @@ def statistics(
     """
     clusters, codes = len(centroids), centroids.double()
     if frames.device.type == "cpu":
-        points, ones = frames.numpy(), np.ones(len(frames))
-        norms = np.einsum("nd,nd->n", points, points, dtype=np.float64)
-        counted = ones if weights is None else weights.double().numpy()
-        member = scipy.sparse.csr_array((counted, (labels.numpy(), np.arange(len(frames)))), (clusters, len(frames)))
-        sums, counts, within = (torch.from_numpy(member @ values) for values in (points, ones, norms))
+        sums, (counts, within) = torch.zeros_like(codes), codes.new_zeros(2, clusters)
+        weights = torch.ones(len(frames)) if weights is None else weights
+        parts = (values.split(max(1, VALUES // frames.shape[1])) for values in (frames, labels, weights.double()))
+        for part, index, counted in zip(*parts, strict=True):  # scipy makes a copy of part in float64
+            points, ones = part.numpy(), np.ones(len(part))
+            norms = np.einsum("nd,nd->n", points, points, dtype=np.float64)
+            places = index.numpy(), np.arange(len(part))
+            member = scipy.sparse.csr_array((counted.numpy(), places), (clusters, len(part)))
+            for total, values in zip((sums, counts, within), (points, ones, norms), strict=True):
+                total += torch.from_numpy(member @ values)
     else:  # adding up by index on a GPU has no fixed order; a product with the one-hot labels has
         totals = codes.new_zeros(clusters, frames.shape[1] + 2)
-        for part, index in zip(frames.double().split(CHUNK), labels.split(CHUNK), strict=True):
+        for part, index in zip(frames.split(CHUNK), labels.split(CHUNK), strict=True):
+            part = part.double()
             member = torch.nn.functional.one_hot(index, clusters).double()
             rows = [part, part.new_ones(len(part), 1), part.square().sum(1, keepdim=True)]
             totals += member.T @ torch.cat(rows, dim=1)
