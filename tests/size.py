@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_840,
+    "library, lines": 14_852,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_795,
-    "closure of pretraining, lines": 5_056,
-    "closure of distillation, lines": 5_371,
+    "closure of kmeans, lines": 3_807,
+    "closure of pretraining, lines": 5_060,
+    "closure of distillation, lines": 5_375,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
