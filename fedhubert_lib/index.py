@@ -35,14 +35,16 @@ def summary(run: Path) -> dict[str, Any]:
         raise runs.RunError(f"{run / 'run.json'}: not the record of a run")
     states = {stage: state for stage in params.SECTIONS if (state := runs.state(run, stage))}
     git, used = facts.get("git") or {}, states.values()
+    seconds = [state["finished"] - state["started"] for state in used if "finished" in state]
+    peaks = [state["peak_memory_bytes"] for state in used if "peak_memory_bytes" in state]
     row = {
         "study": facts.get("study"),
         "seed": facts.get("seed"),
         "commit": (git.get("commit") or "unknown")[:8] + ("+changes" if git.get("dirty") else ""),
         "state": _state(run, states),
         "started": min((runs.clock(state["started"]) for state in used), default=""),
-        "time": str(timedelta(seconds=round(sum(state.get("seconds", 0) for state in used)))),
-        "memory": f"{max((state.get('peak_memory_bytes', 0) for state in used), default=0) / 2**30:.1f} GiB",
+        "time": str(timedelta(seconds=round(sum(seconds)))),
+        "memory": f"{max(peaks) / 2**30:.1f} GiB" if peaks else "",
     }
     figures = states.get("evaluate", {}).get("headline", {})
     if "evaluate" in records.stale(run):

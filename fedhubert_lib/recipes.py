@@ -14,11 +14,14 @@ VALIDATION_BATCHES = 4
 
 
 def clusters(run: Path, codebook: str) -> int:
-    """K of a codebook. Raises FileNotFoundError when 02_kmeans has not made it."""
+    """K of a codebook. Raises FileNotFoundError when 02_kmeans has not made it, ValueError when it cannot be read."""
     path = run / "02_kmeans" / "codebooks" / codebook / "codebook.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such codebook; name it in codebooks of 02_kmeans and run that first")
-    return int(json.loads(path.read_text(encoding="utf-8"))["clusters"])
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["clusters"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read ({error!r}); remove it and run 02_kmeans again") from error
 
 
 def model_config(p: params.Federation) -> hubert.HubertConfig:

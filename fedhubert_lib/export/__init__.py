@@ -1,7 +1,9 @@
 """A trained model for other people's software: Hugging Face, torchaudio, s3prl, ONNX, and a card that describes it."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FORMATS = {
     "huggingface": "a folder that transformers' AutoModel and AutoFeatureExtractor load",
@@ -25,7 +27,7 @@ def write(form: str, checkpoint: Path, out: Path) -> dict[str, float]:
         raise formats.ExportError(f"export {form} needs {', '.join(missing)}, which is not installed; run: make export")
     if out.exists():
         raise formats.ExportError(f"{out} is there already; name another, or remove it")
-    exporters = {
+    exporters: dict[str, Callable[[Path, Path], Any]] = {
         "huggingface": formats.to_huggingface,
         "torchaudio": formats.to_torchaudio,
         "hubert-local": s3prl.to_hubert_local,
