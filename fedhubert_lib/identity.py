@@ -83,8 +83,8 @@ def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> str | Non
     """The hash of what ``stage`` reads of the stage ``before``; none where it reads nothing."""
     if before == "kmeans":  # other codebooks may come and go, and an evaluation reads no labels
         return None if stage == "evaluate" else done.get("codebooks", {}).get(p.codebook, done["outputs"])
-    if before in ("corpus", "partition") and stage != "partition":
-        return done.get("speech", done["outputs"])  # the audio itself, wherever it lies
+    if before in ("corpus", "partition") and stage != "partition":  # the audio itself, wherever it lies
+        return done.get("speech" if stage == "evaluate" else "training", done.get("speech", done["outputs"]))
     return done["outputs"]
 
 
@@ -122,7 +122,8 @@ def _changed(kind: str, words: Collection[str]) -> str:
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
-    ``speech``: wherever the tables say audio is. ``codebooks``: the labels and centroids of each.
+    ``speech``: wherever the tables say audio is. ``training``: the same without the words to evaluate on.
+    ``codebooks``: the labels and centroids of each.
     """
     data = _data(folder)
     hashes: dict[str, Any] = {"outputs": _combined(data)}
@@ -134,6 +135,8 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     elif stage in ("corpus", "partition"):
         tables = {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
         hashes["speech"] = _combined(data | tables)
+        words = ("keywords.parquet", "excluded.parquet")
+        hashes["training"] = _combined({name: hash for name, hash in (data | tables).items() if name not in words})
     return hashes
 
 

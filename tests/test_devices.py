@@ -127,7 +127,7 @@ def test_training_step_never_waits_for_the_device(monkeypatch):
     for objective in (
         lambda batch, _: objectives.masked_prediction(model, head, batch, unmasked_weight=0.5),
         lambda batch, _: teaching.soft_targets(model, head, teacher, batch, unmasked_weight=0.5),
-        lambda batch, _: teaching.layer_regression(model, module["regressors"], teacher, batch, layers=(1,)),
+        lambda batch, _: teaching.layer_regression(model, module["regressors"], teacher, batch),
     ):
         measured = training.local_update(
             module,

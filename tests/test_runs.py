@@ -266,6 +266,21 @@ def test_identity_is_content(tmp_path, outputs):
     assert identity.compare(one, identity.of("pretrain", p, run)).results == "inputs changed: 02_kmeans, initial"
 
 
+def test_other_words_to_evaluate_on_leave_training_as_it_is(outputs):
+    for takes in (1, 2):
+        corpus = begin(keyword_takes=takes)
+        with corpus.working():
+            pd.DataFrame({"utterance": ["u"], "path": ["u.flac"]}).to_parquet(corpus.folder / "manifest.parquet")
+            pd.DataFrame({"word": ["yes"] * takes}).to_parquet(corpus.folder / "keywords.parquet")
+        runs.finish(corpus, {})
+        do("partition")
+        for stage in ("kmeans", "pretrain", "distill", "evaluate") if takes == 1 else ():
+            do(stage)
+    assert records.stale(outputs / "toy") == {"evaluate": "made from an older 00_corpus"}
+    kinds = {name: runs.outlook(name, params.SECTIONS[name](), outputs / "toy").kind for name in params.FOLDERS}
+    assert {name for name, kind in kinds.items() if kind != "done"} == {"corpus", "evaluate"}  # here by other takes
+
+
 def test_a_codebook_that_is_added_leaves_a_teacher_of_another_as_it_is(outputs):
     for stage in ("corpus", "partition"):
         do(stage)
