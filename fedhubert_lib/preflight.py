@@ -114,8 +114,11 @@ def _labels(p: Any, run: Path, study: params.Study | None) -> None:
             raise ValueError(f"{labels.folder}: label {highest} of {clusters} clusters; delete it, run 02_kmeans again")
 
 
-def _features(p: params.Kmeans, *_: Any) -> None:
+def _features(p: params.Kmeans, _: Path, study: params.Study | None) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
+    alone = study is not None and study.corpus.kind == "librispeech" and not study.corpus.test_subsets
+    if model and p.layer == "auto" and study is not None and alone and not study.partition.heldout_speakers:
+        raise ValueError("layer: auto measures layers on speech that no client has; give layer or heldout_speakers")
     if model and p.layer != "auto" and p.layer > (depth := model.config.num_hidden_layers):
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 

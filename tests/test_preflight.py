@@ -62,6 +62,10 @@ def test_a_layer_or_head_that_the_checkpoint_lacks_is_found(checkpoint, tmp_path
     for layer in ("auto", "3"):
         assert not problems(tmp_path, f"kmeans.features={checkpoint}", f"kmeans.layer={layer}")
     assert "layer 4 given, but" in problems(tmp_path, f"kmeans.features={checkpoint}", "kmeans.layer=4")
+    speech = ("corpus.kind=librispeech", f"corpus.root={tmp_path}", "corpus.test_subsets=[]")
+    unheard = (f"kmeans.features={checkpoint}", *speech, "partition.heldout_speakers=0")
+    assert "no client has" in problems(tmp_path, *unheard)
+    assert "no client has" not in problems(tmp_path, *unheard, "kmeans.layer=2")
     teacher = f"distill.teacher={checkpoint}"
     assert "has no head.safetensors" in problems(tmp_path, teacher)
     assert not problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=3")
