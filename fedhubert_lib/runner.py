@@ -218,11 +218,12 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
     paths = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
 
     def watch() -> None:
-        sizes, printed = dict.fromkeys(paths, 0), started
+        sizes, shown, printed = dict.fromkeys(paths, 0), dict.fromkeys(paths, ""), started
         while not over.wait(every):
             sizes_now = {path: path.stat().st_size if path.is_file() else 0 for path in paths}
             changed = [path for path in paths if sizes_now[path] != sizes[path]]
-            lines = [line for path in changed if (line := _last_round(path, started))]
+            new = {path: line for path in changed if (line := _last_round(path, started)) not in ("", shown[path])}
+            lines, shown = list(new.values()), shown | new  # clients' rows come between those of rounds
             if not lines and time.time() - printed > silence:
                 lines = [f"running for {timedelta(seconds=round(time.time() - started))}"]
             for line in lines:

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import params, runner, runs
+from fedhubert_lib import files, params, runner, runs
 
 WORK = """\
 with stage.working():
@@ -316,6 +316,19 @@ def test_a_signal_lets_the_checkpoint_finish_and_the_same_command_resumes(projec
     assert result.returncode == runner.OK
     assert "00_corpus: was not finished: resumes" in result.stdout
     assert (project.folder("corpus") / "made.bin").read_bytes() == b"[1, 2, 3, 4, 5, 6]"
+
+
+def test_a_round_is_printed_once_however_many_rows_follow(tmp_path, capsys):
+    shown, rows = "", tmp_path / "metrics.jsonl"
+    with runner._progress(tmp_path, every=0.01):
+        for number in (1, 2):  # once the second is shown, the client's row was seen, too
+            files.append_row(rows, {"kind": "round", "round": number, "time": time.time()})
+            while f"round {number}" not in shown:
+                shown += capsys.readouterr().out
+            files.append_row(rows, {"kind": "client", "time": time.time()})
+            time.sleep(0.1)
+    shown += capsys.readouterr().out
+    assert shown.splitlines() == [f"{tmp_path.name}: round 1", f"{tmp_path.name}: round 2"]
 
 
 @pytest.mark.slow
