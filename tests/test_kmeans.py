@@ -26,11 +26,12 @@ from fedhubert_lib import (
     preflight,
     pretrained,
     pretraining,
+    recipes,
     runs,
 )
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
-from fedhubert_lib.kmeans import client, clustering, reading, server
+from fedhubert_lib.kmeans import client, clustering, reading, server, stage
 
 KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
 
@@ -460,6 +461,27 @@ def test_work_of_other_settings_moves_aside_and_comes_back(run, monkeypatch):
     assert labels_of(run, "client-001").flat.tolist() == whole and len(codebook(run)) == 8
 
 
+@pytest.mark.parametrize("where", ["_fit", "_agreement"])
+def test_work_of_other_settings_that_was_stopped_is_not_taken_for_that_of_these(run, monkeypatch, where):
+    kmeans.run(run, settings(), Direct(run))
+    whole = labels_of(run, "client-001").flat.tolist()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        kmeans.run(run, settings(clusters=5), Direct(run))
+    kmeans.run(run, settings(), Direct(run))
+    assert labels_of(run, "client-001").flat.tolist() == whole and len(codebook(run)) == 8
+
+
+def test_codebook_that_was_removed_is_made_again(run):
+    """As the message about one that cannot be read asks for."""
+    kmeans.run(run, settings(), Direct(run))
+    whole, centroids = labels_of(run, "client-001").flat.tolist(), codebook(run).tolist()
+    (run / "02_kmeans" / "codebooks" / "federated" / "codebook.json").unlink()
+    kmeans.run(run, settings(), Direct(run))
+    assert recipes.clusters(run, "federated") == 8 and codebook(run).tolist() == centroids
+    assert labels_of(run, "client-001").flat.tolist() == whole
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "unreadable", "beyond"])
 def test_damaged_labels_are_found_before_training_and_made_again(run, damage):
     """By what the message says and the same call: no codebook is fitted again, no other client's labels are touched."""
@@ -783,8 +805,8 @@ def test_pretraining_takes_the_targets_of_a_second_iteration(run):
     kmeans.run(run, settings(), Direct(run))
     pretraining.run(run, pretrain(**SHORT))
     shutil.move(run / "03_pretrain" / "checkpoint", run / "first")
-    for stage in ("02_kmeans", "03_pretrain"):
-        shutil.rmtree(run / stage)
+    for done in ("02_kmeans", "03_pretrain"):
+        shutil.rmtree(run / done)
     p = settings(features=str(run / "first"), clusters=12, normalisation="global", lloyd_rounds=3)
     kmeans.run(run, p, Direct(run))
     _, head = pretrained.load(pretraining.run(run, pretrain(**SHORT)))

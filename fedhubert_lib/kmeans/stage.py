@@ -57,6 +57,7 @@ def run(
         if stored["settings"] == settings and all(_labelled(folder, kind, p) for kind in p.codebooks):
             list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
             return _table(stored["codebooks"])
+        finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
         _state_space(run, p, log)
     arrays = server.prepare(exchange, config, weights)
     log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
@@ -80,10 +81,12 @@ def run(
 
 
 def _labelled(folder: Path, kind: str, p: params.Kmeans) -> bool:
-    """Whether all labels of a codebook are still there; in a real federation the clients alone know."""
-    facts = json.loads((folder / "codebooks" / kind / "codebook.json").read_text(encoding="utf-8"))
-    indices = (folder / "clients" / client / kind / "index.parquet" for client in facts["labelled"])
-    return p.engine == "deployment" or all(index.exists() for index in indices)
+    """Whether a codebook and all its labels are still there; of labels in a real federation the clients alone know."""
+    path = folder / "codebooks" / kind / "codebook.json"
+    if not path.exists() or p.engine == "deployment":
+        return path.exists()
+    labelled = json.loads(path.read_text(encoding="utf-8"))["labelled"]
+    return all((folder / "clients" / client / kind / "index.parquet").exists() for client in labelled)
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
