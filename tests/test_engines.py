@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path, two_workers):
         assert sum(isinstance(answer, Reply) for answer in answers) == 1
         assert not psutil.pid_exists(hung)
         assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
+
+
+def test_an_interrupt_waits_for_no_client(tmp_path, two_workers, no_children_left):
+    run = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt), pool.connect(run, client_ids(run), "cpu") as clients:
+        assert len(list(clients.ask("identify"))) == 3  # both workers are up
+        for worker in clients.workers:
+            os.kill(worker.process.pid, signal.SIGSTOP)
+        threading.Timer(1, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+        list(clients.ask("identify"))
+    assert no_children_left()
 
 
 # ---------------------------------------------------------------------------------------------------------- deployment

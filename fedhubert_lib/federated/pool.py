@@ -58,17 +58,18 @@ class WorkerClients(Clients):
     def close(self) -> None:
         """Stop all workers, whatever they do."""
         self._closed = True
+        self._last.close()  # first: a worker that is being started again is up afterwards
         for worker in self.workers:
             worker.stop()
-        self._last.close()
 
     def answers(self, request: Request) -> Answers:
-        packed, idle = self._pack(request), SimpleQueue[Worker]()
+        """When they are not read to the end, workers that are busy with them are stopped, not waited for."""
+        packed, idle, busy = self._pack(request), SimpleQueue[Worker](), set[Worker]()
         for worker in self.workers:
             idle.put(worker)
 
         def answer(client: str) -> Reply | Failure:
-            worker = idle.get()
+            busy.add(worker := idle.get())
             try:
                 return worker.answer(client, packed, request.timeout)
             except (TimeoutError, ConnectionError) as error:
@@ -77,6 +78,7 @@ class WorkerClients(Clients):
                     worker.start()
                 return Failure(client, str(error))
             finally:
+                busy.discard(worker)
                 idle.put(worker)
 
         pending: deque[Future[Reply | Failure]] = deque()
@@ -91,6 +93,8 @@ class WorkerClients(Clients):
             finally:
                 for future in pending:
                     future.cancel()
+                for worker in list(busy):
+                    worker.stop()
 
 
 class Process:
@@ -102,9 +106,10 @@ class Process:
     def start(self) -> None:
         self._pipe, far_end = SPAWN.Pipe()
         self._up = False
-        self.process = SPAWN.Process(target=work, args=(far_end, *self._arguments), daemon=True)
-        self.process.start()
+        process = SPAWN.Process(target=work, args=(far_end, *self._arguments), daemon=True)
+        process.start()
         far_end.close()
+        self.process = process  # last: one that has not begun cannot be stopped
 
     def answer(self, client: str, packed: Path, timeout: float | None) -> Reply | Failure:
         try:
@@ -127,8 +132,9 @@ class Process:
 
     def stop(self) -> None:
         """Kill it: what a client writes is written atomically."""
-        self.process.kill()
-        self.process.join()
+        process = self.process  # the thread that waits for its answer may start another meanwhile
+        process.kill()
+        process.join()
 
 
 def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
