@@ -63,14 +63,14 @@ def provide(root: Path, name: str, mirror: str, *, download: bool, on_progress: 
     need be.
 
     Nothing happens when neither the folder nor the archive exists and ``download`` is off: whoever reads the folder
-    says that it is missing.
+    says that it is missing. Raises ArchiveError for an archive that is not the published one.
     """
     archive, published = root / f"{name}.tar.gz", PUBLISHED.get(name)
     folders = [root / name, root / (published.inside if published else "LibriSpeech") / name]
     if any(folder.is_dir() for folder in folders) or not (archive.exists() or download):
         return
     if published is None:
-        raise ArchiveError(f"{name}: only published archives are fetched and unpacked, {', '.join(PUBLISHED)}")
+        raise ArchiveError(f"{archive}: unpack it by hand, or correct its name; published are {', '.join(PUBLISHED)}")
     root.mkdir(parents=True, exist_ok=True)
     with files.locked(root / f".{name}.lock") as free:
         if not free:
