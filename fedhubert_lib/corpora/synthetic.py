@@ -221,6 +221,8 @@ def _say(process: subprocess.Popen, text: str, words_per_minute: int) -> tuple[n
         raise RuntimeError(f"the speech synthesiser failed (exit status {process.wait()}); {remedy}\n{output}")
     count, phones = json.loads(answer)
     samples = np.frombuffer(process.stdout.read(2 * count), dtype=np.int16)
+    if len(samples) < count:
+        raise RuntimeError(f"the speech synthesiser ended while it spoke (exit status {process.wait()})")
     return resample_poly(samples / 32_768, 320, 441), phones
 
 
