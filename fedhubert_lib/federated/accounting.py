@@ -52,8 +52,8 @@ def epsilon(releases: Iterable[tuple[float, float, int]], delta: float) -> float
 
 
 def charge(path: Path, row: Mapping[str, Any], repeatable: bool) -> None:
-    """Note the draw of a cohort in the file of JSON lines ``path``, before its first message. It is never taken back: a
-    round that is repeated after a kill costs twice.
+    """Note the draw of a cohort in the file of JSON lines ``path``, before updates are asked for. It is never taken
+    back: a round that is repeated after a kill costs twice.
 
     A row is ``round``, ``attempt`` and either ``probability`` and ``multiplier`` of a sampled Gaussian, or ``clients``
     that took part and the ``multiplier`` for each. A ``repeatable`` draw (from a seed) is noted once.
