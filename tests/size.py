@@ -27,11 +27,11 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_871,
+    "library, lines": 14_872,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_807,
+    "closure of kmeans, lines": 3_808,
     "closure of pretraining, lines": 5_063,
     "closure of distillation, lines": 5_378,
     "closure of evaluation, lines": 3_000,

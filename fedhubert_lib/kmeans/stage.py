@@ -197,9 +197,7 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
     tables = reading.within(tables, config, reading.FIT_FRAMES).groupby(level=0)
     parts = [reading.in_memory(homes[number], arrays, config, table) for number, table in tables]
     if not parts:
-        raise KmeansError(
-            "no client has speech to fit codebook central on; lower clusters, or leave it out of codebooks"
-        )
+        raise KmeansError("no client has speech to fit codebook central on; leave it out of codebooks")
     rng = seeds.numpy_generator(config["seed"], "kmeans-central")
     return clustering.fit(torch.cat(parts), config["clusters"], rng)[0].float().cpu()
 
