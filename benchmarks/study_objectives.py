@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fedhubert_lib import distillation, params, pooled, runs, studies
-from fedhubert_lib.evaluation import report
+from fedhubert_lib.evaluation import report, tables
 from fedhubert_lib.kmeans import targets
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -24,34 +25,35 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "hubert": {"objectives": ["hubert"]},
     "labels": {"objectives": ["soft-targets"], "soft_weight": 0.0, "label_weight": 1.0},
 }
-
-
 MEASURES = ("keyword-accuracy", "phone-accuracy", "pnmi")
 SYSTEMS = ("student", "centralised-student", "teacher", "random", "mfcc")
 
 
 def student(base: Path, folder: Path, distill: params.Distill, evaluate: params.Evaluate) -> dict[str, Any]:
-    """Train a student of ``base``'s teacher in ``folder`` and evaluate it; the report."""
+    """Train a student of ``base``'s teacher in ``folder`` and evaluate it; the report.
+
+    Raises CheckpointError where ``folder`` holds a student of other parameters.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for stage in ("00_corpus", "01_partition", "02_kmeans", "03_pretrain"):
         if not (folder / stage).exists():
             (folder / stage).symlink_to((base / stage).resolve())
+    with pooled.connected(folder, distill) as clients:
+        if "hubert" in distill.objectives:
+            targets.run(folder, distill, clients)
+        distillation.run(folder, distill, clients=clients)
+    if distill.centralised:
+        distillation.centralised(folder, distill)
     if not (folder / "05_evaluate" / "report.json").exists():
-        with pooled.connected(folder, distill) as clients:
-            if "hubert" in distill.objectives:
-                targets.run(folder, distill, clients)
-            distillation.run(folder, distill, clients=clients)
-        if distill.centralised:
-            distillation.centralised(folder, distill)
         report.run(folder, evaluate)
     return report.read(folder)
 
 
 def best(report: dict[str, Any]) -> pd.Series:
-    """The value of each system and measure at its best layer."""
-    figures = pd.DataFrame(report["figures"])
-    figures = figures[figures.system.isin(SYSTEMS) & figures.measure.isin(MEASURES)]
-    return figures.groupby(["system", "measure"]).value.max()
+    """The value of each system and measure at its best layer, as in the bench's own tables; NaN where there is none."""
+    chosen = tables.best(report["figures"])
+    values = {(s, m): chosen.get(s, {}).get(m, {}).get("value", np.nan) for s in SYSTEMS for m in MEASURES}
+    return pd.Series(values)
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--seeds", type=int, default=3, help="training seeds of each objective")
     parser.add_argument("--set", nargs="*", default=[], dest="changes", help="parameters that differ: distill.rounds=6")
-    parser.add_argument("--out", type=Path, default=Path("outputs/study_objectives"))
+    parser.add_argument("--out", type=Path, default=runs.outputs() / "study_objectives")
     options = parser.parse_args()
     study, rows = studies.load(options.study, options.changes), {}
     for seed in range(study.distill.seed, study.distill.seed + options.seeds):
@@ -72,14 +74,10 @@ def main() -> None:
             rows[name, seed] = best(student(runs.outputs() / options.run, folder, distill, study.evaluate))
             print(folder, flush=True)
     groups = pd.DataFrame(rows).T.groupby(level=0, sort=False)
-    mean, std = groups.mean(), groups.std()
-    print(f"\n| objective | system | {' | '.join(MEASURES)} |\n|---|---|{'---|' * len(MEASURES)}")
-    for objective in mean.index:
-        for system in (system for system in SYSTEMS if system in mean):
-            values = [
-                f"{mean.loc[objective, (system, m)]:.3f} ± {std.loc[objective, (system, m)]:.3f}" for m in MEASURES
-            ]
-            print(f"| {objective} | {system} | {' | '.join(values)} |")
+    cells = groups.mean().map("{:.3f}".format) + " ± " + groups.std().map("{:.3f}".format)
+    table = cells.stack(0, future_stack=True)
+    table.index = [", ".join(names) for names in table.index]
+    print("\n" + tables.markdown(table, "objective, system"))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     """
     teacher = distillation.read_teacher(run, p)
     path, depth = distillation.centroids(run, p, teacher), teacher.model.config.num_hidden_layers
-    chosen = {"features": str(distillation.teacher_folder(run, p)), "clusters": p.teacher_clusters, "device": p.device}
-    kmeans = params.Kmeans.model_validate({"run": p.run, "seed": p.seed, "normalisation": "none", **chosen})
+    features = str(distillation.teacher_folder(run, p).resolve())
+    kmeans = params.Kmeans(seed=p.seed, features=features, clusters=p.teacher_clusters, normalisation="none")
     config, weights = server.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
