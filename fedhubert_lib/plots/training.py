@@ -138,7 +138,7 @@ def bars(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def along(table: pd.DataFrame) -> Figure:
-    """Quality over hours of training speech, on a logarithmic axis: a panel per measure, a line per system.
+    """Quality over hours of speech heard, on a logarithmic axis: a panel per measure, a line per system.
 
     ``table`` has the columns run, system, measure, hours and value. A line is the mean over runs, its band reaches from
     the lowest run to the highest. A system without hours (NaN) does not train, and is a dotted line across.
@@ -158,7 +158,7 @@ def along(table: pd.DataFrame) -> Figure:
             panel.plot(hours, values.mean(), marker="o", markersize=4, color=colours[system], label=system)
             panel.fill_between(hours, values.min(), values.max(), color=colours[system], alpha=0.2, linewidth=0)
         panel.set_xscale("log")
-        panel.set(xlabel="hours of training speech", ylabel=measure)
+        panel.set(xlabel="hours of speech heard", ylabel=measure)
     for panel in axes[len(measures) :]:
         panel.set_axis_off()
     if (runs := table.run.nunique()) > 1:
