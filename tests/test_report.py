@@ -97,7 +97,8 @@ def leave_s3prl_results(run, digest, accuracies=(0.5, 0.7), fine_tuned=False):
     """Results as ``fedhubert s3prl`` leaves them for the teacher, one per seed."""
     kind = "fine-tuned" if fine_tuned else "frozen"
     for seed, accuracy in enumerate(accuracies):
-        result = {"system": "teacher", "digest": digest, "test": accuracy, "classes": 11, "fine_tuned": fine_tuned}
+        result = {"system": "teacher", "digest": digest, "words": report.words(run, 0), "test": accuracy}
+        result |= {"classes": 11, "fine_tuned": fine_tuned}
         files.write_json(run / "s3prl" / f"teacher-{kind}" / f"seed-{seed}" / "result.json", result)
 
 
@@ -276,7 +277,7 @@ def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_p
     assert "differ in pretrain.rounds (40, 60)\n" in capsys.readouterr().err
 
 
-def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, tmp_path):
+def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evaluated, tmp_path):
     run = shutil.copytree(evaluated[0], tmp_path / "run")
     before = report.read(run)
     fine_tuned, figure = s3prl_figures(run)
@@ -293,9 +294,15 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_the_weights(evaluated, t
     assert [(figure["measure"], figure["value"]) for figure in s3prl_figures(run)] == [("s3prl-accuracy", 0.9)]
     assert "0.9," in (run / "05_evaluate" / "report.csv").read_text()
 
+    files.write_json(run / "00_corpus" / "done.json", {"speech": "other words"})
+    report.add_s3prl(run)
+    assert not s3prl_figures(run) and any("words have changed" in note for note in report.read(run)["notes"])
+    leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
+    report.add_s3prl(run)
+    assert s3prl_figures(run)
     leave_s3prl_results(run, "of other weights", (0.9,))
     report.add_s3prl(run)
-    assert not s3prl_figures(run) and any("teacher has changed" in note for note in report.read(run)["notes"])
+    assert not s3prl_figures(run) and any("teacher or its words" in note for note in report.read(run)["notes"])
 
 
 def test_given_teacher_stands_beside_its_student(run):

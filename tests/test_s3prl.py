@@ -135,7 +135,12 @@ def test_results_are_kept_and_move_aside_for_other_settings(evaluated, monkeypat
     for number, rate in ((2, 0.5), (3, 0.5), (1, 0.25)):  # the second would fail if it measured the first two again
         s3prl.of_run(evaluated, "teacher", seeds=number, rate=rate, **options)
     assert [figure["values"] for figure in report.read(evaluated)["figures"]] == [[0.25]]
-    assert len(list((evaluated / "s3prl" / "previous").glob("teacher-frozen-seed-*/result.json"))) == 3
+    previous = evaluated / "s3prl" / "previous"
+    assert len(list(previous.glob("teacher-frozen-seed-*/result.json"))) == 3
+    done = {"speech": "other words", "outputs": "other", "identity": {"inputs": {}}}
+    files.write_json(evaluated / "00_corpus" / "done.json", done)
+    s3prl.of_run(evaluated, "teacher", seeds=1, rate=0.25, **options)
+    assert len(list(previous.glob("teacher-frozen-seed-*/result.json"))) == 4
 
 
 def test_benchmark_refuses_a_broken_checkpoint(clips, tmp_path):

@@ -2,7 +2,7 @@
 
 docs/evaluation.md describes the fields of ``report.json``; ``report.csv`` holds its figures alone. Speed differs from
 run to run and is in ``speed.json``: equal runs give equal reports. The results of ``fedhubert s3prl`` are added to the
-report that is there, and an evaluation that is run again keeps them as long as the weights are the same.
+report that is there, and an evaluation that is run again keeps them as long as weights and words are the same.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.metrics import confusion_matrix
 
-from fedhubert_lib import audio, files, resources
+from fedhubert_lib import audio, files, records, resources
 from fedhubert_lib.evaluation import cost, keywords, layers, measures, systems, tables
 from fedhubert_lib.evaluation.measures import MEASURES, Result, Speech
 
@@ -112,6 +112,11 @@ def read(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def words(run: Path, seed: int) -> str:
+    """What an accuracy of s3prl holds for beside the weights: the corpus of ``run``, and the draw of unknown words."""
+    return f"{(records.read_json(run / '00_corpus' / 'done.json') or {}).get('speech')}-{seed}"
+
+
 def add_s3prl(run: Path) -> None:
     """Put what s3prl has measured since into the report of ``run`` and write it anew."""
     _add_s3prl(report := read(run), run)
@@ -146,15 +151,16 @@ def _on_the_way(system: str, number: int, hours: float, best: dict[str, Any]) ->
 
 
 def _add_s3prl(report: dict[str, Any], run: Path) -> None:
-    """Figures from the results that ``fedhubert s3prl`` left, of weights that are still the same."""
+    """Figures from the results that ``fedhubert s3prl`` left, of weights and words that are still the same."""
     report["figures"] = [figure for figure in report["figures"] if not figure["measure"].startswith("s3prl-")]
     report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
     digests = {system["system"]: system["digest"] for system in report["systems"]}
     for folder in sorted((run / "s3prl").glob("*-*")):  # SYSTEM-frozen, SYSTEM-fine-tuned
         results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*/result.json"))]
         measured = Result(results[0]["system"] if results else "")
-        if {result["digest"] for result in results} - {digests.get(measured.system)}:
-            report["notes"].append(f"s3prl: {measured.system} has changed since; run fedhubert s3prl again")
+        now = digests.get(measured.system), words(run, report["seed"])
+        if {(result["digest"], result.get("words")) for result in results} - {now}:
+            report["notes"].append(f"s3prl: {measured.system} or its words have changed; run fedhubert s3prl again")
         elif results:
             name = "s3prl-fine-tuned-accuracy" if results[0]["fine_tuned"] else "s3prl-accuracy"
             measured.add(name, [result["test"] for result in results], baseline=1 / results[0]["classes"])

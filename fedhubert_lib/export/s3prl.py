@@ -28,7 +28,7 @@ from fedhubert_lib.hubert import Head, Hubert
 
 PYTHON = params.ROOT / ".venv-s3prl" / "bin" / "python"
 FOLDER = "s3prl"
-"""Folder of a run with what s3prl wrote of its systems. Rerunning 05_evaluate keeps it: it depends on weights alone."""
+"""Folder of a run with what s3prl wrote of its systems. 05_evaluate keeps it: it depends on weights and words alone."""
 FIRST_SEED = 1337
 """s3prl's default."""
 RUNNER = {"gradient_clipping": 1, "gradient_accumulate_steps": 1, "max_keep": 1, "eval_dataloaders": ["dev"]}
@@ -167,8 +167,8 @@ def of_run(
 ) -> list[dict[str, Any]]:
     """``benchmark`` of system ``name`` of an evaluated run, on its keyword clips, with ``seeds`` seeds.
 
-    Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; what is there of the same weights and
-    settings is kept, other results move to RUN/s3prl/previous. The test accuracies go into the run's report. Raises
+    Results lie in RUN/s3prl/NAME-frozen or NAME-fine-tuned, a folder per seed; what is there of the same weights, words
+    and settings is kept, other results move to RUN/s3prl/previous. The test accuracies go into the run's report. Raises
     ExportError for a system that has changed since the report was written, or that s3prl has no use for (MFCC).
     """
     evaluated = report.read(run)
@@ -184,7 +184,8 @@ def of_run(
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
     data = lay_out(clips, run / FOLDER / "data", evaluated["seed"])
     folder = run / FOLDER / f"{name}-{'fine-tuned' if fine_tune else 'frozen'}"
-    settings = {"system": name, "digest": system.digest, "steps": steps, "rate": rate}
+    settings = {"system": name, "digest": system.digest, "words": report.words(run, evaluated["seed"])}
+    settings |= {"steps": steps, "rate": rate}
     previous = run / FOLDER / "previous"
     for out in sorted(folder.glob("seed-*")):
         if not settings.items() <= (records.read_json(out / "result.json") or {}).items():
