@@ -128,7 +128,8 @@ def stage(tmp_path):
         (run / name).parent.mkdir(parents=True)
         pd.DataFrame(columns).to_parquet(run / name)
     (run / "00_corpus" / "params.yaml").write_text("kind: librispeech\n")
-    (run / "04_distill" / "params.yaml").write_text("privacy: none\nrounds: 3\ncodebook: federated\n")
+    training = ("device: cpu", "teacher: /a/place", "privacy: none", "rounds: 3", "codebook: federated")
+    (run / "04_distill" / "params.yaml").write_text("\n".join(training))
     return run / "04_distill"
 
 
@@ -140,7 +141,7 @@ def written(stage) -> str:
 def test_card_of_data_training_and_results(stage):
     text = written(stage)
     assert text.startswith("---\nlicense: cc-by-4.0\n") and "1.00 h, 1 utterances" in text and "Not evaluated" in text
-    assert "partition scheme unknown" in text
+    assert "partition scheme unknown" in text and "parameters: privacy none, rounds 3, codebook federated\n" in text
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 1, "loss": 2.5})
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 2, "loss": None})  # with privacy: client
     assert "last loss: 2.5" in written(stage)
@@ -179,3 +180,6 @@ def test_card_of_the_privacy_of_cluster_statistics(stage):
         assert f"epsilon 2.5{words} at delta 1e-05" in written(stage)
     (stage / "params.yaml").write_text("codebook: client\n")
     assert "no statistics of codebook client left a client" in written(stage)
+    assert "audio, features and labels: never left their client\n" in written(stage)
+    (stage / "params.yaml").write_text("codebook: central\n")
+    assert "audio, features and labels: pooled to start the codebook\n" in written(stage)

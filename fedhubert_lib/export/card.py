@@ -3,16 +3,15 @@
 All of it is read from the run's own files; a setting that they do not hold is called unknown.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fedhubert_lib import files, pretrained
+from fedhubert_lib import files, params, pretrained
 from fedhubert_lib.evaluation import cost, tables
 from fedhubert_lib.export.formats import ExportError
-from fedhubert_lib.records import parameters
+from fedhubert_lib.records import parameters, read_json
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
 """Stages whose ``checkpoint`` can have a card, and the model's name in the report."""
@@ -50,7 +49,7 @@ HuBERT, trained by federated learning: clients trained on their own speech and s
 
 ## Privacy
 
-* audio, features and labels: never left their client
+* audio, features and labels: {speech}
 * differential privacy of updates: {updates}
 * differential privacy of cluster statistics: {statistics}
 
@@ -97,7 +96,9 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         scheme=parameters(run / "01_partition").get("scheme", "unknown"),
         rounds=len(rounds),
         loss=f"{losses[-1]:.4f}" if losses else "unknown",
-        training=", ".join(f"{name} {value}" for name, value in p.items()),
+        # A card is for others: neither how this machine ran it, nor folders on its disk.
+        training=", ".join(f"{n} {v}" for n, v in p.items() if n not in params.HOW and not str(v).startswith("/")),
+        speech="pooled to start the codebook" if p.get("codebook") == "central" else "never left their client",
         updates=_updates(rounds, p),
         statistics=_statistics(run, p.get("codebook", "federated")),
         results="\n\n".join(results) or "Not evaluated.",
@@ -116,10 +117,10 @@ def _updates(rounds: list[dict[str, Any]], p: dict[str, Any]) -> str:
 
 def _statistics(run: Path, codebook: str) -> str:
     """The differential privacy of the cluster statistics that clients sent in 02_kmeans, or why there is none."""
-    p, path = parameters(run / "02_kmeans"), run / "02_kmeans" / "quality.json"
+    p, quality = parameters(run / "02_kmeans"), read_json(run / "02_kmeans" / "quality.json")
     if not p.get("noise_multiplier"):
         return "none: sums and counts of each client's clusters reached the server without noise" if p else "unknown"
-    spent = json.loads(path.read_text(encoding="utf-8"))["codebooks"].get(codebook, {}) if path.is_file() else {}
+    spent = quality["codebooks"].get(codebook, {}) if quality else {}
     if "epsilon" not in spent:
         return f"no statistics of codebook {codebook} left a client"
     noise = f"Gaussian noise of {p['noise_multiplier']} x norm {p['noise_clip']} on each client's sums and counts"
@@ -134,9 +135,7 @@ def _epsilon(spent: dict[str, Any], delta: float | None) -> str:
 
 def _results(run: Path) -> list[str]:
     """The report's tables in Markdown, all systems beside their baselines; none where 05_evaluate has not run."""
-    path = run / "05_evaluate" / "report.json"
-    if not path.is_file():
+    if (report := read_json(run / "05_evaluate" / "report.json")) is None:
         return []
-    report = json.loads(path.read_text(encoding="utf-8"))
     results = [tables.headline(report), *tables.below(report)]
     return [tables.markdown(table, "mean and 95 % interval over evaluation seeds") for table in results]
