@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_886,
+    "library, lines": 14_884,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,

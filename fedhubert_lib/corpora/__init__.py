@@ -76,8 +76,7 @@ def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> t
     else:
         root = Path(p.keywords_root)
         if not speech_commands.is_home(root):
-            mirror = p.keywords_mirror
-            archives.provide(root, archives.KEYWORDS, mirror, download=p.download, on_progress=on_progress)
+            archives.provide(root, archives.KEYWORDS, p.keywords_mirror, download=p.download, on_progress=on_progress)
         root = speech_commands.home(root)
     words = speech_commands.words(root)
     scanned = scan.scan(words, folder / "scan_keywords.parquet", on_progress, decode=p.decode_check)

@@ -116,11 +116,8 @@ class Process:
             self._up = self._up or wire.receive(self._pipe)
             path = packed.with_name(f"answer-{self.process.pid}")
             wire.send(self._pipe, [client, str(packed), str(path)])
-            if not self._pipe.poll(timeout):
-                raise TimeoutError(f"no answer before the deadline of {timeout:.1f} s")
-            wire.receive(self._pipe)
-        except TimeoutError:
-            raise
+            if answered := self._pipe.poll(timeout):
+                wire.receive(self._pipe)
         except (EOFError, OSError) as error:
             self.process.join()
             code = self.process.exitcode or 0
@@ -128,6 +125,8 @@ class Process:
             raise ConnectionError(
                 f"the worker process died ({how}); its standard error says more, and the system log if memory ran out"
             ) from error
+        if not answered:
+            raise TimeoutError(f"no answer before the deadline of {timeout:.1f} s")
         return wire.read_answer(path)
 
     def stop(self) -> None:
