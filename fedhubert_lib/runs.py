@@ -256,13 +256,14 @@ def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Ou
 
 def previous(run: Path, stage: str = "") -> list[Path]:
     """The folders of ``stage`` (default: of all) that have moved aside, the latest first."""
-    paths = (run / PREVIOUS).glob(f"{params.FOLDERS.get(stage, '*')}-[0-9]*")
-    return sorted(paths, key=lambda path: (len(path.name), path.name), reverse=True)
+    paths = (run / PREVIOUS).glob(f"{params.FOLDERS.get(stage, '*')}-*")
+    numbers = {path: int(number) for path in paths if (number := path.name.rpartition("-")[2]).isdecimal()}
+    return sorted(numbers, key=lambda path: (path.name[:2], numbers[path]), reverse=True)
 
 
 def _aside(run: Path, stage: str) -> Path:
     """Where the folder of ``stage`` would move."""
-    number = max((int(path.name.rpartition("-")[2]) for path in previous(run, stage)), default=0) + 1
+    number = next((int(path.name.rpartition("-")[2]) for path in previous(run, stage)), 0) + 1
     return run / PREVIOUS / f"{params.FOLDERS[stage]}-{number}"
 
 

@@ -507,9 +507,10 @@ def test_clean_shows_sizes_and_removes_what_is_named(outputs, capsys):
     assert cli.main(["clean", "toy", ".previous/00_corpus-1", "../../other"]) == 2
     assert (outputs / "toy/.previous/00_corpus-1").exists()
     assert cli.main(["clean", "toy", ".previous/00_corpus-1"]) == 0
+    (outputs / "toy/.previous/00_corpus-9old").mkdir()
     do("corpus", minutes=3.0)
     names = sorted(path.name for path in (outputs / "toy/.previous").iterdir())
-    assert names == ["00_corpus-2", "00_corpus-3"], "numbered upwards: the last is the latest"
+    assert names == ["00_corpus-2", "00_corpus-3", "00_corpus-9old"], "numbered upwards: the last is the latest"
     assert cli.main(["clean", "nothing"]) == 2
 
 
