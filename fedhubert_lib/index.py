@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from fedhubert_lib import params, records, runs
 
@@ -17,7 +16,7 @@ def listing(outputs: Path) -> str:
     for folder in (path.parent for path in outputs.glob("*/run.json")):
         try:
             rows[folder.name], values[folder.name] = summary(folder), records.all_parameters(folder)
-        except (runs.RunError, yaml.YAMLError, UnicodeDecodeError) as error:  # it hides no other
+        except (runs.RunError, OSError) as error:  # an OSError: the lock of somebody else; it hides no other
             rows[folder.name] = {"state": str(error), "started": ""}
     if not rows:
         return f"no runs in {outputs} yet: fedhubert run params/quickstart.yaml"
@@ -29,10 +28,8 @@ def listing(outputs: Path) -> str:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """The columns of ``listing``. Raises RunError where the run's record cannot be read."""
-    facts = runs.read_json(run / "run.json")
-    if not isinstance(facts, dict):
-        raise runs.RunError(f"{run / 'run.json'}: not the record of a run")
+    """The columns of ``listing``. Raises RunError where one of the run's records cannot be read."""
+    facts = runs.read_json(run / "run.json") or {}
     states = {stage: state for stage in params.SECTIONS if (state := runs.state(run, stage))}
     git, used = facts.get("git") or {}, states.values()
     seconds = [state["finished"] - state["started"] for state in used if "finished" in state]

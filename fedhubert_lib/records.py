@@ -1,6 +1,7 @@
 """Records that stages leave in the folders of a run, and what of them rests on something older than the run holds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,29 @@ class RunError(RuntimeError):
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The content of a JSON file of a run; none if there is no such file. Raises RunError when it cannot be read."""
+    return _read(path, json.loads)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no names and values")
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{path}: cannot be read ({error}); remove it and run the stage again") from error
+    return content
 
 
 def parameters(stage: Path) -> dict[str, Any]:
-    """The parameters that the folder of a stage records; empty where it has none."""
-    path = stage / "params.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    """The parameters that the folder of a stage records; empty where it has none. Raises RunError as ``read_json``."""
+    return _read(stage / "params.yaml", yaml.safe_load) or {}
 
 
 def all_parameters(run: Path) -> dict[str, Any]:
     """The parameters of all stages of a run that were begun, as ``stage.name``."""
-    stages = sorted(run.glob("[0-9][0-9]_*"))
+    stages = [path.parent for path in sorted(run.glob("[0-9][0-9]_*/params.yaml"))]
     return {f"{stage.name[3:]}.{name}": value for stage in stages for name, value in parameters(stage).items()}
 
 
@@ -42,13 +49,11 @@ def stale(run: Path) -> dict[str, str]:
     reasons = {}
     for path in sorted(run.glob("[0-9][0-9]_*/done.json")):
         done, folder = read_json(path) or {}, path.parent.name
+        if not folder[3:].isalpha():  # a copy that somebody has made, such as 03_pretrain-old
+            continue
         inputs = [(name, hash) for name, hash in done["identity"]["inputs"].items() if name[:2].isdigit()]  # of stages
         if outdated := [name for name, hash in inputs if hash not in states.get(name, ())]:
             reasons[folder[3:]] = f"made from an older {outdated[0]}"
-        states[folder] = {
-            done["outputs"],
-            done.get("speech"),
-            done.get("training"),
-            *done.get("codebooks", {}).values(),
-        }
+        parts = done.get("speech"), done.get("training"), *done.get("codebooks", {}).values()
+        states[folder] = {done["outputs"], *parts}
     return reasons

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -383,6 +384,7 @@ def test_results_that_rest_on_older_ones_are_stale_everywhere(outputs):
     assert index.summary(outputs / "toy")["state"] == "done" and "stale" not in index.listing(outputs)
     do("pretrain", "longer")
     assert records.stale(outputs / "toy") == dict.fromkeys(("distill", "evaluate"), "made from an older 03_pretrain")
+    shutil.copytree(outputs / "toy/04_distill", outputs / "toy/04_distill-old")
     assert "1.0 (stale)" in (text := index.listing(outputs)) and "04_distill stale; 05_evaluate stale" in text
 
 
@@ -461,6 +463,7 @@ def test_listing_shows_runs_side_by_side_and_where_they_differ(outputs):
     do("corpus")
     do("corpus", run="other", minutes=2.5)
     (outputs / "not a run").mkdir()
+    (outputs / "toy/00_corpus.ipynb").touch()
     text = index.listing(outputs)
     assert all(word in text for word in ("toy", "other", "00_corpus done", "corpus.minutes"))
     assert "corpus.speakers" not in text and "not a run" not in text
@@ -471,12 +474,18 @@ def test_a_run_with_a_broken_record_hides_no_other(outputs):
     for number, record in enumerate(("{", "[]", '{"stages": []}')):
         (outputs / f"broken{number}").mkdir()
         (outputs / f"broken{number}/run.json").write_text(record)
-    for number, values in enumerate((b"a: [", b"", b"\xff\xfe")):
+    for number, values in enumerate((b"a: [", b"- a", b"\xff\xfe")):
         (outputs / f"odd{number}/00_corpus").mkdir(parents=True)
         (outputs / f"odd{number}/run.json").write_text("{}")
         (outputs / f"odd{number}/00_corpus/params.yaml").write_bytes(values)
+    begun = outputs / "locked/00_corpus/begun.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text('{"started": 0}')
+    (outputs / "locked/run.json").write_text("{}")
+    (outputs / "locked/.lock").mkdir()  # cannot be opened, as one that is another user's
     text = index.listing(outputs)
-    assert "broken0/run.json: cannot be read" in text and "00_corpus done" in text and "odd2" in text
+    assert all(f"{name}: cannot be read" in text for name in ("broken0/run.json", "broken1/run.json", "params.yaml"))
+    assert "00_corpus done" in text and "odd2" in text and "locked/.lock" in text
     (outputs / "toy/00_corpus/done.json").write_text('{"identity": ')
     with pytest.raises(runs.RunError, match=r"done\.json: cannot be read"):
         begin()
