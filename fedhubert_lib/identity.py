@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,10 +113,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     return Changes(results, additions, notebook, code)
 
 
-def _changed(kind: str, words: Collection[str]) -> str:
-    first, more = list(words)[:5], len(list(words)) - 5
-    rest = f" and {more} more" if more > 0 else ""
-    return f"{kind} changed: {', '.join(first)}{rest}" if first else ""
+def _changed(kind: str, words: Iterable[str]) -> str:
+    words = list(words)
+    rest = f" and {len(words) - 5} more" if len(words) > 5 else ""
+    return f"{kind} changed: {', '.join(words[:5])}{rest}" if words else ""
 
 
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
@@ -133,10 +133,10 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
             for kind in p.codebooks
         }
     elif stage in ("corpus", "partition"):
-        tables = {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
-        hashes["speech"] = _combined(data | tables)
-        words = ("keywords.parquet", "excluded.parquet")
-        hashes["training"] = _combined({name: hash for name, hash in (data | tables).items() if name not in words})
+        data |= {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
+        hashes["speech"] = _combined(data)
+        words = {"keywords.parquet", "excluded.parquet"}
+        hashes["training"] = _combined({name: data[name] for name in data if name not in words})
     return hashes
 
 
