@@ -185,10 +185,11 @@ def versions() -> dict[str, str]:
 def git() -> dict[str, Any]:
     """Commit of the project, and whether its files differ from it: ``dirty``. Outputs saved in a notebook are none."""
     try:
-        commit, status = _git("rev-parse", "HEAD").strip(), _git("status", "--porcelain").splitlines()
+        commit, status = _git("rev-parse", "HEAD").strip(), _git("status", "--porcelain", ".").splitlines()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an archive of the source
         return {"commit": None, "dirty": None}
-    modified = [line[3:].strip('"') for line in status if "M" in line[:2] and line.strip('"').endswith(".ipynb")]
+    options = ("--name-only", "--relative", "--diff-filter=M", "-z")  # names as they are, from ROOT
+    modified = _git("diff", "HEAD", *options, "*.ipynb").split("\0")[:-1]
     committed = {params.ROOT / name: _git("show", f"HEAD:./{name}") for name in modified}
     same = [path for path, text in committed.items() if cells(path) == cells(path, text)]
     return {"commit": commit, "dirty": len(same) < len(status)}
