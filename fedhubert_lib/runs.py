@@ -158,37 +158,38 @@ def _begin(stage: Stage, future: "Outlook") -> None:
 
     The caller holds the run's lock.
     """
-    run, folder = stage.run, stage.folder
+    run, folder, replaced = stage.run, stage.folder, ""
     if future.source is not None:
         take_back(run, stage.name, future.source)
     elif future.kind == "anew":
-        _clear(run, stage.name)
+        replaced = _clear(run, stage.name)
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
-    begun = read_json(folder / "begun.json") or {"started": time.time()}
+    begun = read_json(folder / "begun.json") or {"started": time.time(), "replaced": replaced}
     if begun["started"] < stage.began:
         note = {"time": clock(time.time()), "changes": str(identity.compare(begun["identity"], stage.identity))}
         begun |= {"started": time.time(), "resumed": [*begun.get("resumed", []), note]}
-    if (folder / "done.json").exists():
-        (folder / "done.json").replace(folder / WAS_DONE)
     with files.atomic(folder / "params.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(stage.p.model_dump(), sort_keys=False), encoding="utf-8")
     begun |= {"identity": stage.identity, "git": stage.provenance["git"], "state": "running", "reason": ""}
     files.write_json(folder / "begun.json", begun)
     record(run, **{name: value for name, value in stage.provenance.items() if name not in ("stage", "started")})
+    if (folder / "done.json").exists():  # last of all: on a disk that is full it stays done
+        (folder / "done.json").replace(folder / WAS_DONE)
 
 
 def give_up(run: Path, stage: str, state: str, reason: str) -> None:
     """Record that ``stage`` did not end well, and in which ``state``. The caller holds the run's lock.
 
-    Where nothing new was written, a stage that was done is done again, and work that had moved aside is back.
+    Where nothing new was written, a stage that was done is done again, and the work that it had moved aside is back.
     """
     folder = run / params.FOLDERS[stage]
+    replaced = (read_json(folder / "begun.json") or {}).get("replaced")
     if (done := read_json(folder / WAS_DONE)) is not None and identity.outputs(folder) == done["outputs"]:
         (folder / WAS_DONE).replace(folder / "done.json")
-    elif not _has_results(folder) and (earlier := previous(run, stage)):
-        take_back(run, stage, earlier[0])
+    elif replaced and (run / PREVIOUS / replaced).is_dir() and not _has_results(folder):
+        take_back(run, stage, run / PREVIOUS / replaced)
     if (begun := read_json(folder / "begun.json")) is not None:
         files.write_json(folder / "begun.json", begun | {"state": state, "reason": reason.split("\n")[0]})
 
@@ -267,21 +268,22 @@ def _aside(run: Path, stage: str) -> Path:
     return run / PREVIOUS / f"{params.FOLDERS[stage]}-{number}"
 
 
-def _clear(run: Path, stage: str) -> None:
+def _clear(run: Path, stage: str) -> str:
     """Move the folder of ``stage``, with its executed notebook, to ``.previous/``; one without results goes.
 
-    The caller holds the run's lock.
+    Returns its name there, if any. The caller holds the run's lock.
     """
     folder, target = run / params.FOLDERS[stage], _aside(run, stage)
     if not _has_results(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        return
+        return ""
     notebook = run / f"{folder.name}.ipynb"
     if notebook.exists():
         notebook.replace(folder / notebook.name)
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
     print(f"moved: {folder} -> {target}", flush=True)
+    return target.name
 
 
 def take_back(run: Path, stage: str, source: Path) -> None:

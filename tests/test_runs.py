@@ -199,6 +199,11 @@ def test_a_refusal_leaves_everything_as_it_was(outputs, changes):
     assert runs.read_json(folder / "begun.json")["reason"] == "ValueError: no such teacher"
     assert not runs.is_held(outputs / "toy/.lock")
     begin("partition")
+    do("corpus", "b", minutes=3.0)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="no such teacher"), begin(minutes=4.0).working():
+        raise ValueError("no such teacher")
+    assert not (folder / "made.bin").exists(), "nothing of this attempt's had moved aside"
 
 
 def test_a_failure_releases_the_lock_and_is_recorded(outputs):
@@ -437,14 +442,14 @@ def test_git_is_the_projects_and_saved_outputs_are_no_change(tmp_path, monkeypat
         nobody = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
         subprocess.run(["git", "-C", tmp_path, *nobody, *arguments], check=True, capture_output=True)
 
-    path = tmp_path / "notebooks/00 corpus.ipynb"
-    path.parent.mkdir()
+    path = tmp_path / "project/notebooks/00 körper.ipynb"
+    path.parent.mkdir(parents=True)
     cell = {"cell_type": "code", "source": ["1 + 1"], "metadata": {}, "outputs": [], "execution_count": None}
     path.write_text(json.dumps({"cells": [cell], "metadata": {}}))
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
-    monkeypatch.setattr(params, "ROOT", tmp_path)
+    monkeypatch.setattr(params, "ROOT", tmp_path / "project")
     assert identity.git()["commit"] and identity.git()["dirty"] is False
     path.write_text(json.dumps({"cells": [cell | {"outputs": ["2"], "execution_count": 7}], "metadata": {"x": 1}}))
     assert identity.git()["dirty"] is False
@@ -452,6 +457,10 @@ def test_git_is_the_projects_and_saved_outputs_are_no_change(tmp_path, monkeypat
     assert identity.git()["dirty"] is True
     git("checkout", ".")
     (tmp_path / "more.py").touch()
+    assert identity.git()["dirty"] is False, "not the project's"
+    (path.parent / "new.ipynb").write_text("{}")
+    git("add", ".")
+    (path.parent / "new.ipynb").write_text("{}\n")
     assert identity.git()["dirty"] is True
 
 
