@@ -75,15 +75,17 @@ def run(study: params.Study, stages: Sequence[str], force: bool = False) -> None
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
         with runs.holding(folder / ".runner.lock", "fedhubert run"):
-            with _lock(folder):
-                runs.record(folder, study=study.study)
-            for number, stage in enumerate(stages, start=1):
-                _stage(stage, getattr(study, stage), folder, force, stop)
-                if stage in ("corpus", "partition"):  # now more is known about the stages to come
-                    preflight.study(study, stages[number:], folder)
+            try:
+                with _lock(folder):
+                    runs.record(folder, study=study.study)
+                for number, stage in enumerate(stages, start=1):
+                    _stage(stage, getattr(study, stage), folder, force, stop)
+                    if stage in ("corpus", "partition"):  # now more is known about the stages to come
+                        preflight.study(study, stages[number:], folder)
+            finally:  # inside the lock: refused, it is another runner that has begun nothing yet
+                if {path.name for path in folder.glob("*")} <= {".lock", ".runner.lock", "run.json"}:
+                    shutil.rmtree(folder, ignore_errors=True)
     finally:
-        if {path.name for path in folder.glob("*")} <= {".lock", ".runner.lock", "run.json"}:  # nothing was begun
-            shutil.rmtree(folder, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 

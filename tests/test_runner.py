@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import files, params, runner, runs
+from fedhubert_lib import files, params, runner, runs, studies
 
 WORK = """\
 with stage.working():
@@ -139,6 +139,16 @@ def test_a_usage_error_starts_nothing(project, arguments, message):
     assert result.returncode == runner.USAGE
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not project.run.exists()
+
+
+def test_a_runner_that_is_refused_leaves_the_folder_to_the_other(outputs, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.1)
+    with runs.holding(outputs / "toy/.runner.lock", "the other"):
+        with pytest.raises(runs.RunError, match="in use by the other"):
+            runner.run(studies.load(ROOT / "params/toy.yaml"), [])
+        assert (outputs / "toy/.runner.lock").exists()
+    runner.run(studies.load(ROOT / "params/toy.yaml"), [])
+    assert not (outputs / "toy").exists()
 
 
 def test_a_notebook_without_a_parameters_cell_starts_nothing(project):
