@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_884,
+    "library, lines": 14_892,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
