@@ -127,7 +127,7 @@ class Kmeans(Section):
     codebooks: list[Codebook] = Field(["federated", "client"], min_length=1, description="codebooks to fit and compare")
     features: Place = Field("mfcc", min_length=1, description="mfcc, or a checkpoint folder (the second iteration)")
     layer: Natural | Literal["auto"] = Field(
-        "auto", description="layer of the checkpoint; auto: that of the best units"
+        "auto", description="layer of the checkpoint; auto: that of the best units on public speech"
     )
     clusters: Clusters = Field(20, description="clusters per codebook, K")
     normalisation: Literal["none", "global", "speaker"] = Field("speaker", description="of the features, per dimension")
