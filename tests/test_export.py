@@ -120,12 +120,13 @@ def stage(tmp_path):
     run = tmp_path / "study"
     pretrained.save(run / "04_distill" / "checkpoint", build("logmel"))
     tables = {
-        "00_corpus/manifest.parquet": {"split": ["train"], "samples": [16_000 * 3600], "sample_rate": [16_000]}
-        | {"speaker": ["a"], "subset": ["train-clean-100"]},
+        "00_corpus/manifest.parquet": {"split": "train", "samples": 16_000 * 3600, "sample_rate": 16_000}
+        | {"utterance": ["a-1", "b-1"], "speaker": ["a", "b"], "subset": "train-clean-100"},
+        "01_partition/heldout.parquet": {"utterance": ["b-1"]},
         "01_partition/clients.parquet": {"client": ["client-000"]},
     }
     for name, columns in tables.items():
-        (run / name).parent.mkdir(parents=True)
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(columns).to_parquet(run / name)
     (run / "00_corpus" / "params.yaml").write_text("kind: librispeech\n")
     training = ("device: cpu", "teacher: /a/place", "privacy: none", "rounds: 3", "codebook: federated")
@@ -140,7 +141,8 @@ def written(stage) -> str:
 
 def test_card_of_data_training_and_results(stage):
     text = written(stage)
-    assert text.startswith("---\nlicense: cc-by-4.0\n") and "1.00 h, 1 utterances" in text and "Not evaluated" in text
+    assert text.startswith("---\nlicense: cc-by-4.0\n") and "Not evaluated" in text
+    assert "1.00 h, 1 utterances, 1 speakers" in text
     assert "partition scheme unknown" in text and "parameters: privacy none, rounds 3, codebook federated\n" in text
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 1, "loss": 2.5})
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 2, "loss": None})  # with privacy: client

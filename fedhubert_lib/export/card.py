@@ -38,7 +38,7 @@ HuBERT, trained by federated learning: clients trained on their own speech and s
 ## Data
 
 * speech: {source}: {subsets}
-* training part: {hours:.2f} h, {utterances} utterances, {speakers} speakers
+* at clients, for training and validation: {hours:.2f} h, {utterances} utterances, {speakers} speakers
 * clients: {clients}, partition scheme {scheme}
 
 ## Training
@@ -77,6 +77,8 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         )
     model, _ = pretrained.load(checkpoint, weights=False)
     train = pd.read_parquet(run / "00_corpus" / "manifest.parquet").query("split == 'train'")
+    if (heldout := run / "01_partition" / "heldout.parquet").is_file():
+        train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
     kind, p, results = parameters(run / "00_corpus").get("kind"), parameters(stage), _results(run)
     rounds = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
     losses = [row["loss"] for row in rounds if row["loss"] is not None]  # a private round may have none
@@ -97,7 +99,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         rounds=len(rounds),
         loss=f"{losses[-1]:.4f}" if losses else "unknown",
         # A card is for others: neither how this machine ran it, nor folders on its disk.
-        training=", ".join(f"{n} {v}" for n, v in p.items() if n not in params.HOW and not str(v).startswith("/")),
+        training=", ".join(f"{n} {v}" for n, v in p.items() if n not in params.HOW and str(v)[:1] not in ("", "/")),
         speech="pooled to start the codebook" if p.get("codebook") == "central" else "never left their client",
         updates=_updates(rounds, p),
         statistics=_statistics(run, p.get("codebook", "federated")),
