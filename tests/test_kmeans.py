@@ -200,6 +200,16 @@ def test_lloyd_weights_are_numbers_of_points():
     torch.testing.assert_close(once, many)
 
 
+def test_statistics_in_parts_are_those_of_the_whole(monkeypatch):
+    frames, weights = torch.randn(100, 6, generator=torch.manual_seed(0)), torch.arange(100) % 5
+    labels = clustering.nearest(frames, frames[:7])
+    whole = clustering.statistics(frames, labels, frames[:7], weights)
+    monkeypatch.setattr(clustering, "VALUES", 6 * 30)
+    for total, expected in zip(clustering.statistics(frames, labels, frames[:7], weights), whole, strict=True):
+        torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
+    assert whole[1].sum() == weights.sum()
+
+
 def test_lloyd_fills_empty_clusters():
     frames = blobs()
     far = torch.full((3, 13), 1e4)
@@ -756,6 +766,22 @@ def test_second_iteration(run, layer):
     frames = (states[0].half().float() - stored["mean"]) / stored["std"]
     expected = clustering.nearest(frames, stored["centroids"])
     np.testing.assert_array_equal(labels_of(run, "client-001")[utterance], expected)
+
+
+def test_layer_is_chosen_by_agreement_without_phones_and_not_at_all_without_public_speech(run):
+    pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel", num_hidden_layers=3)))
+    (run / "00_corpus" / "phones.parquet").unlink()
+    p, clients = settings(features=str(run / "first")), Direct(run)
+    kmeans.run(run, p, clients)
+    chosen = json.loads((run / "02_kmeans" / "layer.json").read_text())
+    assert "agreement" in chosen["reason"] and chosen["layer"] == 1 + int(np.argmax(chosen["scores"]))
+    assert len(chosen["scores"]) == 3 and all(0 < score <= 1 for score in chosen["scores"])
+    shutil.rmtree(run / "02_kmeans")
+    (run / "01_partition" / "heldout.parquet").unlink()
+    clients.asked.clear()
+    with pytest.raises(kmeans.KmeansError, match="set layer"):
+        kmeans.run(run, p, clients)
+    assert not clients.asked
 
 
 def test_layer_too_deep(run):
