@@ -143,10 +143,9 @@ def homes(run: Path, ids: Iterable[str], stage: str, device: str) -> dict[str, C
     Raises FileNotFoundError unless every client's lists and labels are on this machine: a simulation.
     """
     folders = {client: handlers.home(run, client, stage, device, simulated=True) for client in ids}
-    for home in folders.values():
-        for place in (home.data / "train.parquet", home.labels):
-            if not place.exists():
-                raise FileNotFoundError(f"{place}: not here, and pooled training needs it; set centralised: false")
+    needed = (place for home in folders.values() for place in (home.data / "train.parquet", home.labels))
+    if missing := [place for place in needed if not place.exists()]:
+        raise FileNotFoundError(f"{missing[0]}: not here, and pooled training needs it; set centralised: false")
     return folders
 
 
