@@ -358,7 +358,7 @@ def _assignments(source: str) -> tuple[set[str], bool]:
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
         try:
             ast.literal_eval(node.value or "")
-        except ValueError:
+        except (ValueError, TypeError, SyntaxError):  # no literal, one such as {[]: 1}, none at all
             plain = False
     return names, plain
 

@@ -99,6 +99,8 @@ def test_parameters_are_those_of_the_cell_as_executed_last(outputs):
     with pytest.raises(studies.ParameterError, match="sped"):
         kernel.start()
     kernel.cell("import pathlib\nspeakers = pathlib")
+    kernel.cell("takes: int")
+    kernel["In"].append("takes = {[]: 1}")  # IPython keeps a cell that failed
     kernel.cell('run = "toy"\nseed = int("3")')
     assert kernel.start().p == params.Corpus(seed=3), "all others have their defaults"
     assert not any(outputs.iterdir())
