@@ -21,8 +21,8 @@ from fedhubert_lib.hubert import Head, Hubert, HubertConfig
 
 FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_pos_batch_norm": False}
 """Settings of transformers' ``HubertConfig`` that have one supported value."""
-TASK_HEADS = ("lm_head.", "projector.", "classifier.", "layer_weights")
-"""Weights of transformers' fine-tuned models that are left out."""
+LEFT_OUT = ("lm_head.", "projector.", "classifier.", "layer_weights", "log_mel.")
+"""Tensors that are not read: task heads of fine-tuned models, and the constants of an export's log-mel front end."""
 
 
 def published(config: HubertConfig) -> bool:
@@ -84,7 +84,7 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
         name = name.removeprefix("hubert.")
         for old, new in (("conv.weight_g", "original0"), ("conv.weight_v", "original1")):
             name = name.replace(old, f"conv.parametrizations.weight.{new}")
-        if not name.startswith(TASK_HEADS):
+        if not name.startswith(LEFT_OUT):
             tensors[name] = tensor
     head: Head | None = None
     with torch.device(device):

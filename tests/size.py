@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_894,
+    "library, lines": 15_003,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,

@@ -1,12 +1,15 @@
 """Exports: loaded by the software they are for, on lengths they were not made with; a wrong one is refused."""
 
+import ast
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
+from transformers import AutoFeatureExtractor, AutoModel
 
 from fedhubert_lib import files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import cost
@@ -16,6 +19,8 @@ PRESETS = {
     "post-norm": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
     "pre-norm": ("large", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
     "logmel": ("tiny", "logmel", SMALL),
+    "sinusoidal": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7, "position_embedding": "sinusoidal"}),
+    "both": ("large", "logmel", {**SMALL, "position_embedding": "sinusoidal"}),
 }
 
 
@@ -61,10 +66,37 @@ def test_published_architectures_load_offline(checkpoint, tmp_path, monkeypatch,
     assert not (tmp_path / "out" / "head.safetensors").exists()
 
 
-@pytest.mark.parametrize("export", [formats.to_huggingface, formats.to_torchaudio])
-def test_architectures_of_ours_are_refused_with_the_way_out(checkpoint, tmp_path, export):
-    with pytest.raises(formats.ExportError, match="front_end logmel.*ONNX"):
-        export(checkpoint("logmel"), tmp_path / "out")
+@pytest.mark.parametrize("kind", ["logmel", "sinusoidal", "both"])
+def test_architectures_of_ours_load_with_the_code_in_the_export(checkpoint, tmp_path, kind):
+    folder, out = checkpoint(kind), tmp_path / "out"
+    assert formats.to_huggingface(folder, out) < 1e-4
+    source, again = (pretrained.load(path)[0].state_dict() for path in (folder, out))
+    assert source.keys() == again.keys() and all((source[name] == again[name]).all() for name in source)
+    with pytest.raises(formats.ExportError, match="torchaudio knows only.*huggingface or ONNX"):
+        formats.to_torchaudio(folder, tmp_path / "other")
+
+
+def test_code_in_the_export_needs_torch_and_transformers_alone():
+    tree = ast.parse(Path(formats.__file__).with_name(formats.CODE).read_text(encoding="utf-8"))
+    named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    named |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.partition(".")[0] for name in named} == {"math", "typing", "torch", "transformers"}
+
+
+@torch.no_grad()
+def test_padded_clips_of_a_log_mel_export_are_as_alone(checkpoint, tmp_path, monkeypatch):
+    """Lengths around a pair of 10 ms frames, where the last whole one is repeated; ones after the end."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    formats.to_huggingface(checkpoint("both"), tmp_path / "out")
+    exported = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "out")
+    clips = [formats.noise(1, samples)[0] for samples in (400, 559, 560, 8_123, 16_000)]
+    batch = extractor([clip.numpy() for clip in clips], sampling_rate=16_000, return_tensors="pt", padding=True)
+    batch["input_values"] += 1 - batch["attention_mask"]
+    states = exported(**batch).last_hidden_state
+    for clip, state in zip(clips, states, strict=True):
+        alone = build("both")(clip[None]).last[0]
+        torch.testing.assert_close(state[: len(alone)], alone, atol=1e-4, rtol=0)
 
 
 def test_an_export_that_differs_leaves_nothing(checkpoint, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = {
-    "huggingface": "a folder that transformers' AutoModel and AutoFeatureExtractor load",
+    "huggingface": "a folder for transformers' AutoModel and AutoFeatureExtractor",
     "torchaudio": "a folder for torchaudio.models.wav2vec2_model",
     "hubert-local": "a file for s3prl's upstream hubert_local (needs: make s3prl)",
     "onnx": "a folder with float32 and int8 ONNX, for any number of clips of any length",

@@ -8,6 +8,7 @@ need zero mean and unit variance first. ``extract_features`` gives the N layers 
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhubert_lib import audio, files, pretrained, seeds
-from fedhubert_lib.hubert import Hubert, HubertConfig
+from fedhubert_lib.hubert import Hubert, HubertConfig, LogMel
 
 SHAPES = ((1, 400), (2, 8_123), (1, 23_456), (3, 16_001))
 """Clips and samples of the comparison: one frame, odd lengths, several clips; no export was traced with one of them."""
 TOLERANCE = 1e-3
 """Largest difference of a hidden state, whose values are of the order of 1; float32 rounding gives about 1e-5."""
+CODE = "modeling_fedhubert.py"
+"""The file beside this one that travels with what transformers does not know."""
 
 
 class ExportError(RuntimeError):
@@ -64,7 +67,8 @@ def load_published(checkpoint: Path, target: str) -> Hubert:
     if not pretrained.published(model.config):
         raise ExportError(
             f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end} and"
-            f" position_embedding {model.config.position_embedding}. Export it as ONNX, or train a published one"
+            f" position_embedding {model.config.position_embedding}. Export it as huggingface or ONNX, or train a"
+            " published one"
         )
     return model
 
@@ -72,19 +76,43 @@ def load_published(checkpoint: Path, target: str) -> Hubert:
 def to_huggingface(checkpoint: Path, folder: Path) -> float:
     """Write a folder for transformers' ``AutoModel`` and ``AutoFeatureExtractor``; returns the largest difference.
 
-    Weights that only pretraining needs are left out. Raises ExportError.
+    The published architecture is a plain ``HubertModel``; for another one ``CODE`` lies in the folder, which
+    ``AutoModel`` runs where ``trust_remote_code=True`` is given. Weights that only pretraining needs are left out.
+    Raises ExportError.
     """
-    model = load_published(checkpoint, "transformers")
+    model, _ = pretrained.load(checkpoint)
     with files.atomic(folder) as temporary:
         pretrained.save(temporary, model)
+        if not pretrained.published(model.config):
+            _add_code(model, temporary)
         return check_huggingface(model, temporary)
+
+
+def _add_code(model: Hubert, folder: Path) -> None:
+    """Make ``folder`` one whose model is in ``CODE``: the file, its name in the configuration, and its tensors."""
+    shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+    module = Path(CODE).stem
+    classes = {"AutoConfig": f"{module}.FedHubertConfig", "AutoModel": f"{module}.FedHubertModel"}
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"architectures": ["FedHubertModel"], "auto_map": classes},
+        "preprocessor_config.json": {},
+    }
+    if isinstance(front_end := model.feature_extractor, LogMel):
+        changes["preprocessor_config.json"] = {"return_attention_mask": True}
+        tensors = {f"log_mel.{name}": tensor for name, tensor in front_end.named_buffers()}
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | tensors, path, {"format": "pt"})
+    for name, change in changes.items():
+        path = folder / name
+        files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | change)
 
 
 def check_huggingface(model: Hubert, folder: Path) -> float:
     """Largest difference between ``model`` and what transformers loads from ``folder``, offline."""
     from transformers import AutoFeatureExtractor, AutoModel
 
-    exported = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    options = {"local_files_only": True, "trust_remote_code": not pretrained.published(model.config)}
+    exported = AutoModel.from_pretrained(folder, **options).eval()
     extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
 
     def encode(waveforms: Tensor) -> list[Tensor]:
