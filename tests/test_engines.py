@@ -118,7 +118,15 @@ def test_a_straggler_is_stopped_at_its_deadline(tmp_path, two_workers):
         assert [answer.client for answer in clients.ask("identify")] == client_ids(run)
 
 
-def test_an_interrupt_waits_for_no_client(tmp_path, two_workers, no_children_left):
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt at SIGINT, which a shell's background commands ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_no_client(tmp_path, two_workers, no_children_left, interruptible):
     run = make(tmp_path)
     with pytest.raises(KeyboardInterrupt), pool.connect(run, client_ids(run), "cpu") as clients:
         assert len(list(clients.ask("identify"))) == 3  # both workers are up
