@@ -3,6 +3,7 @@
 torchaudio 2.11 needs torchcodec and FFmpeg to load a file; libsndfile, through ``soundfile``, reads FLAC and WAV alone.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,29 +38,34 @@ def normalise(waveforms: "Tensor") -> "Tensor":
     return (waveforms - waveforms.mean(-1, keepdim=True)) / (variance + 1e-7).sqrt()
 
 
-def read(path: str | Path, start: int = 0, stop: int | None = None) -> "Tensor":
-    """Samples ``[start, stop)`` of a 16 kHz mono FLAC or WAV file as float32 in [-1, 1], shape [samples].
+def read(path: str | Path, start: int = 0, stop: int | None = None, samples: int | None = None) -> "Tensor":
+    """Samples ``[start, stop)`` of a 16 kHz mono FLAC or WAV file as float32 in [-1, 1], shape [stop - start].
 
-    Raises AudioError when the file is missing, truncated, at another rate, not mono, shorter than asked for, or holds
-    a NaN or an infinity.
+    ``samples`` is the length of the whole file, where a table says it. Raises AudioError when the file is missing, no
+    plain file, truncated, at another rate, not mono, shorter than asked for, of another length than ``samples``, or
+    holds a NaN or an infinity.
     """
     try:
-        with soundfile.SoundFile(path) as file:
+        # By descriptor: a pipe is not waited at, and the system's errors have words other than libsndfile's 'error'.
+        with soundfile.SoundFile(os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as file:
             if file.samplerate != SAMPLE_RATE:
                 raise AudioError(f"{path}: {file.samplerate} Hz; resample it to {SAMPLE_RATE} Hz first")
             if file.channels != 1:
                 raise AudioError(f"{path}: {file.channels} channels; mix it down to mono first")
+            if samples not in (None, file.frames):
+                raise AudioError(f"{path}: {file.frames} samples, {samples} when scanned; run 00_corpus again")
             stop = file.frames if stop is None else stop
             if not 0 <= start <= stop <= file.frames:
                 raise AudioError(f"{path}: samples [{start}, {stop}) asked of {file.frames}; scan the corpus again")
             file.seek(start)
-            samples = file.read(stop - start, dtype="float32")
+            waveform = file.read(stop - start, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
-        raise AudioError(f"{path}: cannot be read ({error}); remove the file or fetch it again") from error
-    if len(samples) != stop - start:
-        raise AudioError(f"{path}: {len(samples)} samples where its header promises {stop - start}; fetch it again")
-    if not np.isfinite(samples).all():
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(f"{path}: cannot be read ({reason}); fetch it again, or remove it") from error
+    if len(waveform) != stop - start:
+        raise AudioError(f"{path}: {len(waveform)} samples where its header promises {stop - start}; fetch it again")
+    if not np.isfinite(waveform).all():
         raise AudioError(f"{path}: holds NaN or infinite samples; remove the file or fetch it again")
     import torch  # here: a table of utterances needs no half gigabyte of it
 
-    return torch.from_numpy(samples)
+    return torch.from_numpy(waveform)

@@ -198,12 +198,12 @@ def batches(
         targets = np.empty((len(plan.rows), frames), dtype=np.int64)
         mask = np.empty((len(plan.rows), frames), dtype=bool)
         for i, (row, start) in enumerate(zip(plan.rows, plan.starts, strict=True)):
-            first, last = int(start), int(start) + plan.samples
+            first, last, whole = int(start), int(start) + plan.samples, int(samples[row])
             if normalise:
-                waveforms[i] = audio.normalise(_read(paths[row], 0, int(samples[row])))[first:last]
+                waveforms[i] = audio.normalise(_read(paths[row], 0, whole, whole))[first:last]
             else:
-                waveforms[i] = _read(paths[row], first, last)
-            targets[i] = _crop_labels(labels, utterances[row], int(samples[row]), int(start), frames)
+                waveforms[i] = _read(paths[row], first, last, whole)
+            targets[i] = _crop_labels(labels, utterances[row], whole, first, frames)
             draw = seeds.numpy_generator(*keys, "mask", plan.step, i)
             mask[i] = masking.spans(frames, draw, recipe.mask_probability, recipe.mask_length)
         names = tuple(utterances[plan.rows])
@@ -224,9 +224,9 @@ def batches(
                 future.cancel()
 
 
-_decoded: dict[tuple[str, int], Tensor] = {}
-"""What this process has decoded, by path and time of change: int16 where that is exact, as of FLAC and WAV speech; then
-115 MB hold an hour."""
+_decoded: dict[tuple[str, int, int], Tensor] = {}
+"""What this process has decoded, by path, length and time of change: int16 where that is exact, as of FLAC and WAV
+speech; then 115 MB hold an hour."""
 
 
 def _has_room() -> bool:
@@ -234,20 +234,15 @@ def _has_room() -> bool:
     return resources.free_memory(torch.device("cpu")) > resources.memory_limit() // 2
 
 
-def _read(path: str, start: int, stop: int) -> Tensor:
+def _read(path: str, start: int, stop: int, samples: int) -> Tensor:
     """``audio.read``, from memory where the file was decoded before; nothing is dropped, so what fits stays."""
-    try:
-        key = (path, os.stat(path).st_mtime_ns)
-    except OSError:
-        return audio.read(path, start, stop)  # which says what is wrong
+    key = (path, samples, os.stat(path).st_mtime_ns if os.path.exists(path) else 0)  # audio.read says that it is gone
     if (whole := _decoded.get(key)) is None:
         if not _has_room():
-            return audio.read(path, start, stop)
-        whole = audio.read(path)
+            return audio.read(path, start, stop, samples)
+        whole = audio.read(path, samples=samples)
         integers = (whole * 32_768).to(torch.int16)
         whole = _decoded[key] = integers if torch.equal(integers.float() / 32_768, whole) else whole
-    if stop > len(whole):
-        return audio.read(path, start, stop)
     return whole[start:stop] if whole.dtype == torch.float32 else whole[start:stop].float().div_(32_768)
 
 

@@ -77,7 +77,7 @@ def acoustic_counts(
 
     def mfcc(row: int) -> np.ndarray:
         start = max(0, samples[row] - EXCERPT) // 2
-        excerpt = audio.read(table["path"].iat[row], start, min(samples[row], start + EXCERPT))
+        excerpt = audio.read(table["path"].iat[row], start, min(samples[row], start + EXCERPT), samples[row])
         return features.mfcc([excerpt])[0].numpy()
 
     # Read a second time below: the frames of all of LibriSpeech's speakers would not fit in memory.

@@ -1,5 +1,6 @@
 """Scanning, reading and preparing corpora: every file is used or excluded with its reason."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import corpora, identity, params
+from fedhubert_lib import audio, corpora, identity, params
 from fedhubert_lib.corpora import alignments, librispeech, scan
 
 RNG = np.random.default_rng(0)
@@ -88,6 +89,25 @@ def test_header_names_why_a_file_is_unusable(name, tmp_path):
     make, reason = BROKEN[name]
     make(tmp_path / name)
     assert reason in scan.header(str(tmp_path / name)).reason
+
+
+@pytest.mark.parametrize("name", set(BROKEN) - {"20ms.wav", "20ms.flac"})
+def test_read_refuses_what_has_become_unusable_since_the_scan(name, tmp_path):
+    """Another file in the place of one that was scanned: a pipe is not waited at, half a WAV file is no clip."""
+    BROKEN[name][0](tmp_path / name)
+    with pytest.raises(audio.AudioError, match=name):
+        audio.read(tmp_path / name, samples=16_000)
+
+
+def test_read_gives_the_systems_reason_and_closes_what_it_opens(tmp_path):
+    with pytest.raises(audio.AudioError, match="No such file or directory"):
+        audio.read(tmp_path / "a.flac")
+    (tmp_path / "a.flac").write_bytes(write(tmp_path / "b.flac").read_bytes()[:9_000])
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("a.flac", "b.flac", "c.flac", ".") * 9:
+        with contextlib.suppress(audio.AudioError):
+            audio.read(tmp_path / name)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_header_of_random_bytes_never_raises(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from fedhubert_lib import hubert, seeds
+from fedhubert_lib import audio, hubert, seeds
 from fedhubert_lib.evaluation import extraction, keywords, systems
 
 WORDS = ("yes", "no", "up")
@@ -31,6 +31,7 @@ def tones(folder, speakers=6, takes=3):
                 soundfile.write(path, wave.astype(np.float32), 16_000)
                 split = ("train", "validation", "test")[speaker % 3]
                 rows.append({"clip": clip, "path": str(path), "word": word, "speaker": str(speaker), "split": split})
+                rows[-1]["samples"] = samples
     return pd.DataFrame(rows)
 
 
@@ -112,6 +113,14 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(table, tmp_path, front_en
     assert np.abs(units[1] - units[0]).max() > 0.01
 
 
+def test_half_a_clip_is_not_taken_for_the_clip(table):
+    clips = keywords.read_clips(table)
+    path = Path(clips.path[4])
+    path.write_bytes(path.read_bytes()[:9_000])
+    with pytest.raises(audio.AudioError, match=path.name):
+        keywords.waveforms(clips)
+
+
 def test_features_are_extracted_once(table, tmp_path):
     calls = []
 
@@ -179,7 +188,7 @@ def commands(tmp_path):
                 soundfile.write(path, np.zeros(16_000, np.float32), 16_000)
                 split = ("train", "validation", "test")[speaker % 3]
                 row = {"clip": f"{word}/{path.name}", "path": str(path), "word": word, "speaker": str(speaker)}
-                rows.append(row | {"split": split})
+                rows.append(row | {"split": split, "samples": 16_000})
     noise = tmp_path / "sc" / "_background_noise_"
     noise.mkdir()
     soundfile.write(noise / "hum.wav", (np.arange(960_000) / 960_000).astype(np.float32), 16_000, subtype="FLOAT")

@@ -390,10 +390,10 @@ def test_features_are_computed_once_and_gone_at_the_end(run, first, monkeypatch)
     clients, read, during = Direct(run), [], []
     original = audio.read
 
-    def watched(path):
+    def watched(path, **length):
         read.append(str(path))
         during.append(clients.asked[-1][0])
-        return original(path)
+        return original(path, **length)
 
     monkeypatch.setattr(audio, "read", watched)
     p = settings(codebooks=["federated", "client", "central", "random-projection"], features=first, lloyd_rounds=2)
@@ -563,7 +563,7 @@ def test_failed_client_stops_the_stage_and_is_tried_again_alone(run, action, mon
     assert [row["client"] for row in rows if row["kind"] == "failure"] == ["client-001"]
     assert not (run / "02_kmeans" / "quality.json").exists()
     read, original = [], audio.read
-    monkeypatch.setattr(audio, "read", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr(audio, "read", lambda path, **length: (read.append(path), original(path, **length))[1])
     clients.failing = {}
     again = kmeans.run(run, settings(), clients)
     again, whole = (

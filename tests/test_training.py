@@ -140,12 +140,20 @@ def test_a_file_that_changes_is_decoded_again(tmp_path):
     for i, subtype in enumerate(("PCM_16", "FLOAT")):  # finer than 16 bits stays as it is
         soundfile.write(path, np.full(1_000, 0.1 + i / 2), 16_000, subtype=subtype)
         os.utime(path, ns=(i, i))
-        assert torch.equal(batching._read(str(path), 0, 1_000), audio.read(path))
-        assert torch.equal(batching._read(str(path), 10, 30), audio.read(path, 10, 30))
-    with pytest.raises(audio.AudioError, match="scan the corpus again"):
-        batching._read(str(path), 900, 1_100)
-    with pytest.raises(audio.AudioError, match="cannot be read"):
-        batching._read(str(tmp_path / "b.wav"), 0, 1)
+        assert torch.equal(batching._read(str(path), 0, 1_000, 1_000), audio.read(path))
+        assert torch.equal(batching._read(str(path), 10, 30, 1_000), audio.read(path, 10, 30))
+    with pytest.raises(audio.AudioError, match="1000 samples, 1100 when scanned"):
+        batching._read(str(path), 900, 1_100, 1_100)
+    with pytest.raises(audio.AudioError, match="No such file"):
+        batching._read(str(tmp_path / "b.wav"), 0, 1, 1)
+
+
+def test_a_file_that_is_longer_than_its_table_says_is_refused(corpus, tmp_path):
+    table, labels = corpus
+    soundfile.write(tmp_path / "a.wav", np.zeros(table.samples[0] + 8_000), 16_000)
+    table = table.assign(path=table.path.where(table.index > 0, str(tmp_path / "a.wav")))
+    with pytest.raises(audio.AudioError, match="when scanned"):
+        list(batching.batches(table, labels, batching.Recipe(8.0, 1.0), KEYS, 2 * len(table)))
 
 
 def test_an_utterance_is_normalised_whole_before_it_is_cropped(corpus):

@@ -66,20 +66,17 @@ def utterances(
 ) -> np.ndarray:
     """Frames of all utterances of ``table`` end to end, float32 [frames, layers, width], kept in ``path`` (.npy).
 
-    Each is cut at ``layers.LONGEST``. Raises ValueError where an utterance has another length than the table says.
+    Each is cut at ``layers.LONGEST``. Raises AudioError where an utterance has another length than the table says.
     """
     counts = layers.frame_counts(table)
 
     def encode(utterance: tuple[str, int]) -> np.ndarray:
-        name, count = utterance
-        states = encoder(audio.read(name)[None, : layers.LONGEST])
-        block = torch.stack([layer[0].float() for layer in states], dim=1).cpu().numpy()
-        if len(block) != count:
-            raise ValueError(f"{name}: {len(block)} frames where {count} were expected; scan the corpus again")
-        return block
+        path, samples = utterance
+        states = encoder(audio.read(path, samples=samples)[None, : layers.LONGEST])
+        return torch.stack([layer[0].float() for layer in states], dim=1).cpu().numpy()
 
     if not path.exists():
-        blocks = threads.each(encode, zip(table.path, counts, strict=True))
+        blocks = threads.each(encode, zip(table.path, table.samples, strict=True))
         _write(path, int(counts.sum()), blocks, on_progress)
     return np.load(path, mmap_mode="r")
 

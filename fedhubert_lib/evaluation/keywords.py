@@ -118,7 +118,7 @@ def noise(root: Path) -> dict[Path, int]:
 def waveforms(clips: pd.DataFrame) -> Tensor:
     """The clips as float32 [clips, 16000]; silence from its ``start`` on."""
     spans = [
-        (clip.start, clip.start + CLIP_SAMPLES) if clip.word == "_silence_" else (0, None)
+        (clip.start, clip.start + CLIP_SAMPLES) if clip.word == "_silence_" else (0, None, int(clip.samples))
         for clip in clips.itertuples()
     ]
     return torch.stack([one_second(audio.read(path, *span)) for path, span in zip(clips.path, spans, strict=True)])

@@ -160,7 +160,7 @@ def extracted(
     model = model_of(arrays, config, device) if config["features"] == "hidden" else None
     with ThreadPoolExecutor(READERS) as readers:
         for rows in _batches(table, BATCH_SAMPLES):
-            waveforms = list(readers.map(_read, rows.path, rows.samples))
+            waveforms = list(readers.map(lambda path, n: audio.read(path, samples=n), rows.path, rows.samples))
             if model is None:
                 mfccs = features.mfcc([waveform.to(device) for waveform in waveforms])
                 yield rows, [frames[None, ::2] for frames in mfccs]
@@ -193,13 +193,6 @@ def _batches(table: pd.DataFrame, samples: int) -> Iterator[pd.DataFrame]:
     batch = (table.samples.cumsum() - table.samples) // samples
     for _, rows in table.groupby(batch.to_numpy(), sort=True):
         yield rows
-
-
-def _read(path: str, samples: int) -> Tensor:
-    waveform = audio.read(path)
-    if len(waveform) != samples:
-        raise audio.AudioError(f"{path}: {len(waveform)} samples, {samples} when scanned; run 00_corpus again")
-    return waveform
 
 
 def model_of(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str) -> Hubert:
