@@ -72,7 +72,7 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
     Reads one file or shards, the older ``weight_g``/``weight_v`` names, and fine-tuned checkpoints (prefix ``hubert.``)
     without their task head. A checkpoint fine-tuned without masking has no mask embedding: it gets a random one, always
     the same, uniform as in transformers; nothing but masked training from this checkpoint uses it. Without ``weights``
-    everything is checked but no weight is read: the modules are on the device ``meta``. Raises ValueError or
+    all is checked and no weight is kept: the modules are on the device ``meta``. Raises ValueError or
     FileNotFoundError that says what does not fit.
     """
     folder, device = Path(folder), "cpu" if weights else "meta"
@@ -143,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, a folder
         raise ValueError(f"{path}: is not JSON ({error}); copy it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no JSON object; copy it again")
@@ -172,14 +172,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(paths: list[Path], weights: bool) -> dict[str, Tensor]:
-    """The tensors of safetensors files, or, without ``weights``, tensors of their shapes on the device ``meta``."""
+    """The tensors of safetensors files, all finite; without ``weights`` of their shapes on the device ``meta``."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in list(file.keys()):  # it is no dictionary
-                    shape = file.get_slice(name).get_shape()
-                    tensors[name] = file.get_tensor(name) if weights else torch.empty(shape, device="meta")
+                    tensor = file.get_tensor(name)
+                    if not tensor.float().isfinite().all():
+                        raise ValueError(f"{path}: {name} holds NaN or infinity; copy the file again, or make it anew")
+                    tensors[name] = tensor if weights else tensor.to("meta")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: cannot be read ({error}); copy it again, or make it anew") from error
     return tensors

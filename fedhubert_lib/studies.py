@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode
 
 from fedhubert_lib.params import FOLDERS, SECTIONS, Federation, Section, Study
@@ -164,16 +165,22 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     """The values of a study file over those of its ``base``, and the place of each key."""
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: ``no`` is a word, 1e-3 a number; of two equal keys it refuses one
     try:
+        with path.open("rb") as file:  # ten lines of aliases can stand for a thousand million values
+            if alias := next((event for event in yaml.parse(file) if isinstance(event, AliasEvent)), None):
+                raise YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1}: write the value itself")
         raw, root = yaml.load(path), yaml.compose(path)
-    except (OSError, UnicodeDecodeError, RecursionError, YAMLError) as error:
+    except (OSError, RecursionError, ValueError, YAMLError) as error:  # ValueError: no UTF-8, a number without end
         raise ParameterError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ParameterError(f"{path}: empty, or not a study: 'key: value' lines and sections are expected")
     places: dict[Key, str] = {}
     for name, content in root.value:
-        places[name.value,] = f"{path}:{name.start_mark.line + 1}"
-        for inner, _ in content.value if isinstance(content, MappingNode) else ():
-            places[name.value, inner.value] = f"{path}:{inner.start_mark.line + 1}"
+        inside = content.value if isinstance(content, MappingNode) else ()
+        for key in [(name,), *((name, inner) for inner, _ in inside)]:
+            place = f"{path}:{key[-1].start_mark.line + 1}"
+            if not key[-1].tag.endswith(":str"):
+                raise ParameterError(f"{place}: a name is expected before the colon, of a parameter or section")
+            places[tuple(node.value for node in key)] = place
     if (base := raw.pop("base", None)) is None:
         return raw, places
     under = path.parent / str(base)

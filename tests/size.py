@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 14_994,
+    "library, lines": 15_014,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_807,
-    "closure of pretraining, lines": 5_063,
-    "closure of distillation, lines": 5_378,
+    "closure of kmeans, lines": 3_809,
+    "closure of pretraining, lines": 5_065,
+    "closure of distillation, lines": 5_380,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,

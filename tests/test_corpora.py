@@ -459,16 +459,35 @@ def test_read_textgrids_and_fold_phones(form, tmp_path):
         (textgrid(1.0, [(0.0, 1.0, "AA")]).replace('"phones"', '"Phonemes"'), "no tier phones; it has words, Phonemes"),
         ("nonsense", "not a complete TextGrid"),
         ("ooBinaryFile\x08TextGrid", "not a complete TextGrid"),
+        (textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "\udcff" * 9000)]), "invalid start byte)"),
         ("[" * 100_000, "not a complete TextGrid"),
         ("{}", "not a complete TextGrid"),
     ],
 )
 def test_read_excludes_a_textgrid_that_does_not_fit(content, reason, tmp_path):
-    (tmp_path / "1-2-0000.TextGrid").write_text(content)
+    (tmp_path / "1-2-0000.TextGrid").write_bytes(content.encode("utf-8", "surrogateescape"))
     (tmp_path / "1-2-0001.TextGrid").write_text(textgrid(0.5, [(0.0, 0.5, "AA0")]))
     phones, refused = alignments.read(tmp_path, MANIFEST)
+    assert len(refused.reason[0]) < 300, "of a file without end a few words"
     assert phones["utterance"].unique().to_pylist() == ["1-2-0001"]
     assert len(refused) == 1 and reason in refused.reason[0] and "1-2-0000" in refused.reason[0]
+
+
+@pytest.mark.parametrize("phone", [None, True, ["AA"], 7])
+@pytest.mark.parametrize("seconds", [1.0, 10**400])
+def test_read_excludes_json_that_holds_no_phones_or_times(phone, seconds, tmp_path):
+    entries = [[0, 1, phone if seconds == 1 else "AA"]]
+    whole = {"end": seconds, "tiers": {"phones": {"entries": entries}}}
+    (tmp_path / "1-2-0000.json").write_text(json.dumps(whole))
+    (tmp_path / "1-2-0001.TextGrid").write_text(textgrid(0.5, [(0.0, 0.5, "AA0")]))
+    (tmp_path / "all").write_text(json.dumps({"1-2-0000": [seconds, entries], "1-2-0001": [0.5, [[0, 0.5, "AA"]]]}))
+    for place in (tmp_path, tmp_path / "all"):
+        phones, refused = alignments.read(place, MANIFEST)
+        assert phones["utterance"].to_pylist() == ["1-2-0001"] and "1-2-0000" in refused.reason[0]
+
+
+def test_phones_that_are_numbers_stay():
+    assert [alignments.fold(phone) for phone in ("AH1", " ah0 ", "1", "12", "sp")] == ["AH", "AH", "1", "12", "sil"]
 
 
 def test_read_textgrids_with_points_and_quotes(tmp_path):

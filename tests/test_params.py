@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import types
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,14 @@ def test_every_parameter_is_read():
         ("kmeans:\n\tclusters: 3", "line 2"),
         ("kmeans: {clusters: [", "cannot be read as YAML"),
         ("kmeans:\n  clusters: !!python/object:os.system 3", "could not determine a constructor"),
-        ("kmeans:\n  clusters: &a [*a]", "mine.yaml:2: kmeans.clusters"),
+        ("kmeans:\n  clusters: &a [*a]", "*a in line 2"),
+        (
+            "a: &a [0, 0]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz")),
+            "*a in line 2",
+        ),
+        ("seed: " + "9" * 5000, "cannot be read as YAML"),
+        ("[kmeans]: 3", "mine.yaml:1: a name is expected"),
+        ("kmeans:\n  5: 3", "mine.yaml:2: a name is expected"),
         ("kmeans:\n  clusters: {a: 1}", "mine.yaml:2: kmeans.clusters"),
         ("kmeans: " + "[" * 2000, "cannot be read as YAML"),
         ("seed: 1\nseed: 2", "duplicate key"),

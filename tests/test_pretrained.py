@@ -174,6 +174,13 @@ def other_depth(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=2)
 
 
+def not_finite(folder: Path) -> None:
+    write(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layers.0.attention.k_proj.weight"][1, 2] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
 def other_rate(folder: Path) -> None:
     write(folder)
     transformers.Wav2Vec2FeatureExtractor(sampling_rate=8_000).save_pretrained(folder)
@@ -191,6 +198,9 @@ def other_rate(folder: Path) -> None:
         (changed("model.safetensors", None), r"model\.safetensors"),
         (changed("model.safetensors", b"cut"), r"model\.safetensors: cannot be read"),
         (changed("config.json", b'{"model_type": '), r"config\.json: is not JSON"),
+        (changed("config.json", b'{"a":' * 100_000), r"config\.json: is not JSON"),
+        (changed("preprocessor_config.json", b"[" * 100_000), r"preprocessor_config\.json: is not JSON"),
+        (not_finite, r"encoder\.layers\.0\.attention\.k_proj\.weight holds NaN"),
         (other_depth, r"does not fit its config\.json.*encoder\.layers\.2"),
     ],
 )
@@ -201,7 +211,7 @@ def test_other_folders_are_refused_with_or_without_reading_weights(make, words, 
         pretrained.load(tmp_path, weights=weights)
 
 
-def test_loading_without_weights_reads_none(tmp_path):
+def test_loading_without_weights_keeps_none(tmp_path):
     write(tmp_path, transformers.HubertForCTC)
     model, _ = pretrained.load(tmp_path, weights=False)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}

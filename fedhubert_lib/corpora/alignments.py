@@ -10,7 +10,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -27,6 +27,10 @@ SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
 Montreal aligner drops the last frames). Audio after its end has no phone."""
+
+
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, OSError)
+"""Errors that the content of a file that others wrote can raise."""
 
 
 class Alignment(NamedTuple):
@@ -89,7 +93,7 @@ def read(
 def fold(phone: str) -> str:
     """A phone without stress digit, in upper case; every kind of silence or noise is ``sil``."""
     phone = phone.strip().upper()
-    return "sil" if phone in SILENCES else phone.rstrip("012")
+    return "sil" if phone in SILENCES else phone.rstrip("012") or phone  # a number may be its name
 
 
 def _reason(alignment: Alignment, samples: int) -> str:
@@ -128,23 +132,30 @@ def _textgrid(path: Path) -> Alignment | tuple[str, str]:
         seconds, tiers = float(grid["xmax"]), {tier["name"]: tier["entries"] for tier in grid["tiers"]}
         if "phones" not in tiers:
             return str(path), f"alignment of {path.stem}: no tier phones; it has {', '.join(tiers) or 'none'}"
-        spans = [(float(begin), float(end), phone) for begin, end, phone in tiers["phones"]]
-    except (PraatioException, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        return str(path), f"alignment of {path.stem}: not a complete TextGrid ({error!r})"
+        spans = [_span(*span) for span in tiers["phones"]]
+    except (PraatioException, *_WRONG) as error:
+        return str(path), f"alignment of {path.stem}: not a complete TextGrid ({type(error).__name__}: {error})"
     # A tier covers its grid. praatio reads one that was cut between two intervals, too.
     if spans and spans[-1][1] < seconds - SHORTER / SAMPLE_RATE:
         return str(path), f"alignment of {path.stem}: truncated at {spans[-1][1]} of {seconds} s"
     return Alignment(path.stem, path, seconds, spans)
 
 
+def _span(begin: Any, end: Any, phone: Any) -> tuple[float, float, str]:
+    if not isinstance(phone, str):
+        raise TypeError(f"{phone!r} is no phone")
+    return float(begin), float(end), phone
+
+
 def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
     """One utterance as the Montreal Forced Aligner writes it with ``--output_format json``."""
     try:
         whole = json.loads(files.read_text(path))
-        spans = [(float(begin), float(end), str(phone)) for begin, end, phone in whole["tiers"]["phones"]["entries"]]
+        spans = [_span(*span) for span in whole["tiers"]["phones"]["entries"]]
         return Alignment(path.stem, path, float(whole["end"]), spans)
-    except (ValueError, TypeError, LookupError, RecursionError, OSError) as error:
-        return str(path), f"alignment of {path.stem}: not JSON of the Montreal Aligner with a tier phones ({error!r})"
+    except _WRONG as error:
+        what = f"not JSON of the Montreal Aligner with a tier phones ({type(error).__name__}: {error})"
+        return str(path), f"alignment of {path.stem}: {what}"
 
 
 def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:
@@ -157,7 +168,7 @@ def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment | tuple[str
     for utterance in sorted(table.keys() & samples.keys()):
         try:
             seconds, spans = table[utterance][:2]
-            phones = [(float(begin), float(begin) + float(length), str(phone)) for begin, length, phone in spans]
+            phones = [_span(begin, float(begin) + float(length), phone) for begin, length, phone in spans]
             yield Alignment(utterance, path, float(seconds), phones)
-        except (TypeError, ValueError, KeyError):
+        except _WRONG:
             yield str(path), f"alignment of {utterance}: not [seconds, [[begin, duration, phone], …]]"
