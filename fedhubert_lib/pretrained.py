@@ -13,6 +13,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedhubert_lib import files
@@ -21,6 +22,8 @@ from fedhubert_lib.hubert import Head, Hubert, HubertConfig
 
 FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_pos_batch_norm": False}
 """Settings of transformers' ``HubertConfig`` that have one supported value."""
+LARGEST = 100_000
+"""Beyond any size, kernel or number of layers of a model."""
 LEFT_OUT = ("lm_head.", "projector.", "classifier.", "layer_weights", "log_mel.")
 """Tensors that are not read: task heads of fine-tuned models, and the constants of an export's log-mel front end."""
 
@@ -93,8 +96,8 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
         path = folder / "head.safetensors"
         if path.is_file():
             tensors = _read_tensors([path], weights)
-            if "label_embeddings" not in tensors:
-                raise ValueError(f"{path}: holds no label_embeddings; it is not a HuBERT head")
+            if "label_embeddings" not in tensors or tensors["label_embeddings"].ndim != 2:
+                raise ValueError(f"{path}: holds no table label_embeddings; it is not a HuBERT head")
             clusters, size = tensors["label_embeddings"].shape
             head = Head(replace(config, classifier_proj_size=size), clusters)
             _fill(head, tensors, path)
@@ -118,7 +121,7 @@ def read_config(folder: Path) -> HubertConfig:
     for name, value in FIXED.items():
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}; only {value!r} is supported")
-    processor = _read_json(folder / "processor_config.json").get("feature_extractor")
+    processor = _read_json(folder / "processor_config.json", "feature_extractor")
     processor = processor or _read_json(folder / "preprocessor_config.json")
     if (rate := processor.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
         raise ValueError(f"{folder}: its model is for {rate} Hz; only {SAMPLE_RATE} Hz is supported")
@@ -130,23 +133,33 @@ def read_config(folder: Path) -> HubertConfig:
             " on normalised waveforms; copy one from where the checkpoint comes from, or write"
             ' preprocessor_config.json with {"do_normalize": true}, as for the published large and xlarge models'
         )
-    names = {field.name for field in fields(HubertConfig)}
+    values = {field.name: values[field.name] for field in fields(HubertConfig) if field.name in values}
     try:
-        return HubertConfig(**{name: value for name, value in values.items() if name in names})
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        config = TypeAdapter(HubertConfig).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except ZeroDivisionError as error:
+        raise ValueError(f"{path}: num_attention_heads or num_conv_pos_embedding_groups is 0") from error
+    for name, value in asdict(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, str | bool) and not isinstance(number, int) <= number <= LARGEST:
+                raise ValueError(f"{path}: {name} is {value}, which no model can have")
+    return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
+def _read_json(path: Path, key: str = "") -> dict[str, Any]:
+    """The object in a JSON file, or the one under ``key`` in it; empty where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, a folder
         raise ValueError(f"{path}: is not JSON ({error}); copy it again") from error
+    if key and isinstance(values, dict):
+        values = values.get(key) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no JSON object; copy it again")
+        raise ValueError(f"{path}: holds no JSON object {key}; copy it again")
     return values
 
 
@@ -156,7 +169,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = _read_json(index).get("weight_map") or {}
+        names = _read_json(index, "weight_map")
         shards = [folder / name for name in sorted(set(map(str, names.values())))]
         if not shards or any(path.parent != folder for path in shards):
             raise ValueError(f"{index}: has no weight_map of files beside it; copy the checkpoint again")
@@ -179,8 +192,8 @@ def _read_tensors(paths: list[Path], weights: bool) -> dict[str, Tensor]:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in list(file.keys()):  # it is no dictionary
                     tensor = file.get_tensor(name)
-                    if not tensor.float().isfinite().all():
-                        raise ValueError(f"{path}: {name} holds NaN or infinity; copy the file again, or make it anew")
+                    if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+                        raise ValueError(f"{path}: {name} ({tensor.dtype}) is not all finite numbers; copy it again")
                     tensors[name] = tensor if weights else tensor.to("meta")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: cannot be read ({error}); copy it again, or make it anew") from error

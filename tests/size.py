@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_014,
+    "library, lines": 15_027,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_809,
-    "closure of pretraining, lines": 5_065,
-    "closure of distillation, lines": 5_380,
+    "closure of kmeans, lines": 3_822,
+    "closure of pretraining, lines": 5_078,
+    "closure of distillation, lines": 5_393,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
