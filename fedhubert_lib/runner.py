@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fedhubert_lib import files, identity, params, runs
+from fedhubert_lib import files, identity, params, progress, runs
 
 OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 """Exit codes. 75 is EX_TEMPFAIL, "try again later": batch systems can requeue on it."""
@@ -221,13 +221,18 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
 
     def watch() -> None:
         sizes, shown, printed = dict.fromkeys(paths, 0), dict.fromkeys(paths, ""), started
+        rows: dict[Path, list[dict[str, Any]]] = {}
         while not over.wait(every):
             sizes_now = {path: path.stat().st_size if path.is_file() else 0 for path in paths}
             changed = [path for path in paths if sizes_now[path] != sizes[path]]
-            new = {path: line for path in changed if (line := _last_round(path, started)) not in ("", shown[path])}
-            lines, shown = list(new.values()), shown | new  # clients' rows come between those of rounds
+            rows |= {path: files.read_rows(path) for path in changed}
+            now = {path: progress.last_round(rows[path], started) for path in changed}
+            new = {path: line for path, line in now.items() if line not in ("", shown[path])}
+            shown |= new  # clients' rows come between those of rounds
+            lines = ["centralised " * (path != paths[0]) + line for path, line in new.items()]
             if not lines and time.time() - printed > silence:
-                lines = [f"running for {timedelta(seconds=round(time.time() - started))}"]
+                work = [f"; {text}" for path in rows if (text := progress.at_work(rows[path], started))]
+                lines = [f"running for {timedelta(seconds=round(time.time() - started))}{''.join(work)}"]
             for line in lines:
                 _print(f"{folder.name}: {line}")
                 printed = time.time()
@@ -240,25 +245,6 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
     finally:
         over.set()
         thread.join()
-
-
-def _last_round(path: Path, since: float) -> str:
-    """The last round of a metrics.jsonl: loss, audio seconds per second, time left; empty if none came ``since``."""
-    rows = files.read_rows(path)
-    done = [row for row in rows if row["kind"] in ("round", "lloyd") and row["time"] >= since]
-    if not done:
-        return ""
-    last, rounds = done[-1], max((row["rounds"] for row in rows if row["kind"] == "plan"), default=0)
-    words = [f"{'centralised ' if path.parent.name == 'centralised' else ''}round {last['round']}"]
-    words[0] += f"/{rounds}" if rounds else ""
-    names = {"loss": "loss", "accuracy_masked": "masked accuracy", "inertia": "inertia"}
-    words += [f"{word} {last[key]:.4g}" for key, word in names.items() if last.get(key) is not None]
-    if last.get("audio_seconds_per_second"):
-        words.append(f"{last['audio_seconds_per_second']:.4g} audio s/s")
-    if rounds > last["round"]:
-        left = (rounds - last["round"]) * sum(row.get("seconds", 0.0) for row in done) / len(done)
-        words.append(f"{timedelta(seconds=round(left))} left")
-    return ", ".join(words)
 
 
 def _print(line: str) -> None:

@@ -160,7 +160,7 @@ def test_deployment_gives_the_weights_of_inprocess(deployed, expected):
     p = federation.pretrain(**STUDY, engine="deployment")
     rows: list[dict] = []
     assert digest(pretraining.run(deployed, p, rows.append)) == expected
-    assert [row["kind"] for row in rows if row["kind"] != "client"] == ["plan", "round", "round"]
+    assert [row["kind"] for row in rows if row["kind"] != "client"] == ["plan", *2 * ["cohort", "round"]]
 
 
 def test_an_interrupted_stage_ends_on_the_server_too(deployed):

@@ -477,7 +477,7 @@ def test_state_of_clients_stays_small_and_leaves_other_sessions_alone(run):
 def test_the_ledger_adds_up(run):
     train(run, cohort=3, rounds=2)
     ledger = files.read_rows(run / "toy/metrics.jsonl")
-    assert [row["kind"] for row in ledger] == ["plan", *["client"] * 3, "round", *["client"] * 3, "round"]
+    assert [row["kind"] for row in ledger] == ["plan", *2 * ["cohort", *["client"] * 3, "round"]]
     last = ledger[-1]
     size = 4 * (12 + 5)
     assert last["bytes_down"] == last["bytes_up"] == 3 * size

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import files, params, runner, runs, studies
+from fedhubert_lib import files, params, progress, runner, runs, studies
 
 WORK = """\
 with stage.working():
@@ -326,6 +326,22 @@ def test_a_signal_lets_the_checkpoint_finish_and_the_same_command_resumes(projec
     assert result.returncode == runner.OK
     assert "00_corpus: was not finished: resumes" in result.stdout
     assert (project.folder("corpus") / "made.bin").read_bytes() == b"[1, 2, 3, 4, 5, 6]"
+
+
+def test_a_line_says_how_far_a_training_is_and_who_is_at_work():
+    rows = [{"kind": "plan", "rounds": 9, "time": 0.0}]
+    assert progress.last_round(rows) == progress.at_work(rows) == ""
+    rows.append({"kind": "cohort", "round": 1, "clients": ["a", "b", "c"], "time": 1.0})
+    assert progress.at_work(rows) == "round 1: a at work, 0 of 3 clients done"
+    rows.append({"kind": "client", "round": 1, "client": "a", "time": 2.0})
+    rows.append({"kind": "failure", "round": 1, "client": "b", "time": 2.0})
+    assert progress.at_work(rows) == "round 1: c at work, 2 of 3 clients done"
+    assert progress.at_work(rows, since=1.5) == "", "of an earlier start"
+    row = {"kind": "round", "round": 1, "loss": 2.5, "audio_seconds_per_second": 80.0, "seconds": 60.0, "time": 3.0}
+    rows.append(row)
+    assert progress.at_work(rows) == ""
+    assert progress.last_round(rows) == "round 1 of 9, loss 2.5, 80 audio s/s, 0:08:00 left"
+    assert progress.last_round(rows, since=3.5) == ""
 
 
 def test_a_round_is_printed_once_however_many_rows_follow(tmp_path, capsys):

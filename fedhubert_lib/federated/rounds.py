@@ -238,6 +238,7 @@ class Round:
     def ask(self, cohort: Sequence[str]) -> Iterator[Reply | Failure]:
         """Send the weights to ``cohort``; the clients' updates, as they arrive, in the order of client ids."""
         self.cohort = self.asked = list(cohort)
+        self.server.ledger.row("cohort", {"round": self.number, "clients": self.cohort})
         self.quorum = max(self.fewest, math.ceil(self.p.quorum * len(self.cohort)))
         self.message, self.payload = self.server.message(self.number), dict(self.server.weights)
         for hook in self.server.hooks:
@@ -333,7 +334,8 @@ class Round:
         self.sums.update(metrics)
         self.server_seconds += time.perf_counter() - began
         row = {"round": self.number, "client": reply.client, **self.server.averages(metrics)}
-        row |= {name: metrics[name] for name in ("audio_seconds", "seconds", "peak_memory_bytes") if name in metrics}
+        names = "gradient_norm", "audio_seconds", "seconds", "peak_memory_bytes"
+        row |= {name: metrics[name] for name in names if name in metrics}
         if "objective_count" in metrics:
             row["masked_frames"] = metrics["objective_count"]
         if not math.isnan(norm):

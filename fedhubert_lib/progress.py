@@ -1,0 +1,40 @@
+"""How far a training is, in a line: terminal and notebook show the same."""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+"""Of a metrics.jsonl."""
+
+
+def last_round(rows: Rows, since: float = 0.0) -> str:
+    """The last round of how many: loss or inertia, audio seconds per second, time left; empty where none came ``since``
+    (seconds of the epoch)."""
+    done = [row for row in rows if row["kind"] in ("round", "lloyd") and row["time"] >= since]
+    if not done:
+        return ""
+    last, rounds = done[-1], max((row["rounds"] for row in rows if row["kind"] == "plan"), default=0)
+    words = [f"round {last['round']}" + (f" of {rounds}" if rounds else "")]
+    names = {"loss": "loss", "accuracy_masked": "masked accuracy", "inertia": "inertia"}
+    words += [f"{word} {last[key]:.4g}" for key, word in names.items() if last.get(key) is not None]
+    if last.get("audio_seconds_per_second"):
+        words.append(f"{last['audio_seconds_per_second']:.4g} audio s/s")
+    if rounds > last["round"]:
+        left = (rounds - last["round"]) * sum(row.get("seconds", 0.0) for row in done) / len(done)
+        words.append(f"{timedelta(seconds=round(left))} left")
+    return ", ".join(words)
+
+
+def at_work(rows: Rows, since: float = 0.0) -> str:
+    """Which client of the cohort that was asked last is at work, and how many of it are done; empty between rounds.
+
+    Answers come in the order of client ids: engines with several workers are ahead of this.
+    """
+    begun = max((place for place, row in enumerate(rows) if row["kind"] == "cohort"), default=None)
+    if begun is None or rows[begun]["time"] < since or any(row["kind"] == "round" for row in rows[begun:]):
+        return ""
+    cohort, answered = rows[begun]["clients"], {row["client"] for row in rows[begun:] if "client" in row}
+    waiting = [client for client in cohort if client not in answered]
+    words = f"{waiting[0]} at work, " if waiting else ""
+    return f"round {rows[begun]['round']}: {words}{len(cohort) - len(waiting)} of {len(cohort)} clients done"
