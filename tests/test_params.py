@@ -39,6 +39,17 @@ def test_parameters_cell_shows_defaults_of_the_schema(stage):
     assert {"run", "seed"} < shown.keys() and len(shown) <= 20
 
 
+@pytest.mark.parametrize("stage", params.SECTIONS)
+def test_parameters_cell_names_the_choices_beside_each_parameter(stage):
+    notebook = json.loads((ROOT / "notebooks" / f"{params.FOLDERS[stage]}.ipynb").read_text())
+    (source,) = ["".join(c["source"]) for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", ())]
+    fields = params.SECTIONS[stage].model_json_schema()["properties"]
+    for line in source.splitlines():
+        name, (_, comment) = line.split(" = ")[0], line.split("  # ")
+        choices = fields[name].get("enum") or fields[name].get("items", {}).get("enum", [])
+        assert set(choices) <= set(re.findall(r"[\w-]+", comment)), f"{name}: {choices}"
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_files_load_and_hold_differences_only(tmp_path, path):
     loaded = studies.load(path)
