@@ -124,6 +124,13 @@ def _along(options: argparse.Namespace) -> None:
     print(options.to)
 
 
+def _reference(options: argparse.Namespace) -> None:
+    from fedhubert_lib import reference
+
+    reference.write(reference.make(options.runs), options.to)
+    print(options.to)
+
+
 def _export(options: argparse.Namespace) -> None:
     from fedhubert_lib.export.formats import ExportError
 
@@ -228,6 +235,11 @@ def _add_evaluation(add: Callable) -> None:
     argument = add("along", _along, "draw quality over hours of speech heard, of runs with evaluate.along, as a PNG")
     argument("runs", **runs)
     argument("--to", type=Path, default=Path("along.png"), metavar="FILE", help="(default: along.png)")
+
+    argument = add("reference", _reference, "make reference curves, mean and band, of runs with other training seeds")
+    argument("runs", **runs)
+    about = "such as params/reference/STUDY.json, where notebooks look for one"
+    argument("--to", type=Path, required=True, metavar="FILE", help=about)
 
     formats = "\n".join(f"  {name:13} {text}" for name, text in export.FORMATS.items())
     argument = add("export", _export, "write a checkpoint for other software, and compare it with the source", formats)

@@ -20,8 +20,9 @@ from IPython.display import display as _display
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from fedhubert_lib import audio, plots
+from fedhubert_lib import audio, plots, progress, reference
 from fedhubert_lib.files import read_rows
+from fedhubert_lib.params import FOLDERS
 
 SOUND_SECONDS = 8.0
 """The most that is embedded of a clip: a notebook must stay small."""
@@ -36,8 +37,11 @@ def show(figure: Figure, folder: Path, name: str) -> None:
 
 
 def table(*frames: pd.DataFrame, digits: int = 3) -> None:
-    """Show tables one below the other, rounded to ``digits``; an empty one as "none"."""
+    """Show tables one below the other, rounded to ``digits``, columns of bytes as GiB; an empty one as "none"."""
     for frame in frames:
+        sizes = [name for name in frame.columns if str(name).endswith("_bytes")]
+        frame = frame.assign(**{name: frame[name] / 2**30 for name in sizes})
+        frame = frame.rename(columns={name: f"{name.removesuffix('_bytes')} (GiB)" for name in sizes})
         with pd.option_context("display.max_colwidth", None):  # a path that is cut off cannot be looked up
             _display(frame.round(digits) if frame.size else HTML("<em>none</em>"))
 
@@ -54,7 +58,9 @@ def _words(name: str, value: Any) -> str:
         return ", ".join(f"{key} {_words(key, item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return f"{value / 2**30:.2f} GiB" if name.endswith("bytes") else str(value)
+    if "bytes" in name:
+        return f"{value / 2**30:.2f} GiB" if value >= 2**27 else f"{value / 2**20:.2f} MiB"
+    return f"{value / 60:.1f} min" if name.endswith("seconds") and value >= 100 else str(value)
 
 
 def sounds(clips: Mapping[str, torch.Tensor]) -> None:
@@ -97,22 +103,31 @@ class Progress:
 
 
 @contextmanager
-def live_curves(folder: Path, clusters: int | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Training curves that grow while a stage trains: one output, redrawn from metrics.jsonl as rows are written.
+def live_curves(run: Path, stage: str, clusters: int | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Training curves that grow while ``stage`` of a run trains: a line of progress and a figure, both redrawn from
+    metrics.jsonl as rows are written.
 
-    ``folder`` is the stage's: it holds metrics.jsonl, and centralised/metrics.jsonl when that is trained. The block
-    gets the stage's ``on_row``. ``clusters`` draws what guessing among them would give. On leaving, also by an error,
-    the last figure is drawn, so that a headless run holds the final state, and saved as figures/curves. At most one
-    twentieth of the time goes into drawing.
+    The stage's folder holds metrics.jsonl, and centralised/metrics.jsonl when that is trained. The block gets the
+    stage's ``on_row``. ``clusters`` draws what guessing among them would give; the band of the reference that belongs
+    to the run is drawn where there is one, else a line says why not. On leaving, also by an error, the last figure is
+    drawn, so that a headless run holds the final state, and saved as figures/curves. At most one twentieth of the time
+    goes into drawing.
     """
-    handle, due = DisplayHandle(), 0.0
-    handle.display(HTML("<em>waiting for the first round …</em>"))
+    folder, (chosen, words) = run / FOLDERS[stage], reference.of(run, stage)
+    band = None if chosen is None else chosen.curves[stage]
+    _display(HTML(f"<em>{escape(words)}</em>"))
+    line, handle, due = DisplayHandle(), DisplayHandle(), 0.0
+    line.display(HTML("<em>waiting for the first round …</em>"))
+    handle.display(HTML(""))
 
     def draw() -> Figure | None:
         rows, centralised = (read_rows(folder / part / "metrics.jsonl") for part in ("", "centralised"))
+        words = progress.last_round(rows), progress.at_work(rows), progress.last_round(centralised)
+        words = *words[:2], words[2] and f"centralised {words[2]}"
+        line.update(HTML(f"<code>{escape('; '.join(filter(None, words)))}</code>"))
         if not any(row["kind"] == "round" for row in rows + centralised):
             return None
-        figure = plots.curves(rows, centralised, clusters)
+        figure = plots.curves(rows, centralised, clusters, band)
         handle.update(Image(data=plots.png(figure)))
         return figure
 
@@ -127,6 +142,11 @@ def live_curves(folder: Path, clusters: int | None = None) -> Iterator[Callable[
     finally:
         if (figure := draw()) is not None:
             plots.save(figure, folder / "figures", "curves")
+
+
+def verdict(run: Path, stage: str) -> None:
+    """Show in words whether the curves of ``stage`` of a run are normal; see ``reference.verdict``."""
+    _display(HTML("<br>".join(map(escape, reference.verdict(run, stage).splitlines()))))
 
 
 class Browser(widgets.VBox):

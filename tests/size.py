@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_027,
+    "library, lines": 15_516,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
     "closure of kmeans, lines": 3_822,
-    "closure of pretraining, lines": 5_078,
-    "closure of distillation, lines": 5_393,
+    "closure of pretraining, lines": 5_080,
+    "closure of distillation, lines": 5_395,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
@@ -47,7 +47,7 @@ LAYERS = (
     "kmeans pooled pretraining distillation",
     "evaluation",
     "export",
-    "runs index notebook planning preflight runner",
+    "diagnosis reference runs index notebook planning preflight progress runner",
     "cli",
 )
 """From the bottom to the top: a module imports from its layer and those below it. A package stands for its modules."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fedhubert_lib import audio, files, notebook
 
-ROUND = {"kind": "round", "loss": 2.0, "accuracy_masked": 0.1, "accuracy_unmasked": 0.2}
+ROUND = {"kind": "round", "time": 0.0, "loss": 2.0, "accuracy_masked": 0.1, "accuracy_unmasked": 0.2}
 
 
 class Handle:
@@ -46,21 +46,26 @@ def manifest(tmp_path) -> pd.DataFrame:
 
 
 def test_curves_are_drawn_while_rows_come_and_once_more_at_the_end(tmp_path, handle):
-    with notebook.live_curves(tmp_path, clusters=20) as live:
+    folder = tmp_path / "03_pretrain"
+    with notebook.live_curves(tmp_path, "pretrain", clusters=20) as live:
+        files.append_row(folder / "metrics.jsonl", {"kind": "plan", "rounds": 4})
         for number in (1, 2, 3):
-            files.append_row(tmp_path / "metrics.jsonl", ROUND | {"round": number})
+            files.append_row(folder / "metrics.jsonl", ROUND | {"round": number})
             live(ROUND)
     pictures = [item.data for item in handle.shown if isinstance(item, notebook.Image)]
     assert len(set(pictures)) == len(pictures) == 2, "the first row, then, since drawing is rationed, the end"
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.png", "curves.svg"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "curves.svg"}
+    lines = [item.data for item in handle.shown if isinstance(item, notebook.HTML)]
+    assert "round 1 of 4" in lines[-2] and "round 3 of 4" in lines[-1]
 
 
 def test_curves_are_kept_when_training_fails_and_absent_without_a_round(tmp_path, handle):
-    with notebook.live_curves(tmp_path):
-        files.append_row(tmp_path / "metrics.jsonl", {"kind": "plan", "rounds": 3})
-    assert not (tmp_path / "figures").exists()
-    with pytest.raises(KeyboardInterrupt), notebook.live_curves(tmp_path):
-        files.append_row(tmp_path / "metrics.jsonl", ROUND | {"round": 1})
+    metrics = tmp_path / "03_pretrain" / "metrics.jsonl"
+    with notebook.live_curves(tmp_path, "pretrain"):
+        files.append_row(metrics, {"kind": "plan", "rounds": 3})
+    assert not (metrics.parent / "figures").exists()
+    with pytest.raises(KeyboardInterrupt), notebook.live_curves(tmp_path, "pretrain"):
+        files.append_row(metrics, ROUND | {"round": 1})
         raise KeyboardInterrupt
     assert isinstance(handle.shown[-1], notebook.Image)
 
@@ -150,6 +155,14 @@ def test_sounds_can_be_played_without_a_file(displayed):
 
 def test_properties_are_readable(displayed):
     values = {"git": {"commit": "abc", "dirty": False}, "gpus": [], "peak_memory_bytes": 2**30, "<b>": 1}
+    values |= {"bytes": 2**20, "seconds": 150.0, "client_seconds": 9.5}
     notebook.properties(values)
     page = displayed[0].data
     assert all(word in page for word in ("commit abc, dirty False", "none", "1.00 GiB", "&lt;b&gt;"))
+    assert all(word in page for word in ("1.00 MiB", "2.5 min", "9.5"))
+
+
+def test_sizes_in_a_table_are_in_gib(displayed):
+    notebook.table(pd.DataFrame({"peak_memory_bytes": [2**30, 2**29], "loss": [1.0, 2.0]}))
+    (frame,) = displayed
+    assert frame["peak_memory (GiB)"].tolist() == [1.0, 0.5] and frame.loss.tolist() == [1.0, 2.0]

@@ -126,6 +126,19 @@ def test_curves_count_a_repeated_round_once():
     assert [line[-1].tolist() for line in loss.collections[0].get_segments()] == [[3, 9], [3, 9]]
 
 
+def test_curves_over_hours_heard_have_the_reference_behind_them():
+    rows = [row | {"audio_seconds": 1800.0} for row in metrics(3, 2)]
+    band = pd.DataFrame({"hours": [0.5, 1.5], "mean": [3.0, 1.0], "band": 0.25})
+    axes = plots.curves(rows, reference={"loss": band, "pnmi": band}).axes
+    grey = axes[0].collections[0].get_paths()[0].vertices
+    assert grey[:, 0].min() == 0.5 and grey[:, 1].min() == 0.75 and grey[:, 1].max() == 3.25
+    assert axes[0].lines[0].get_xdata().tolist() == [0.5, 1.0, 1.5]
+    assert [line[:, 0].tolist() for line in axes[0].collections[1].get_segments()] == 2 * [[0.5, 1.0, 1.5]]
+    assert axes[0].get_xlabel() == "hours of speech heard" != plots.curves(metrics(3, 2)).axes[0].get_xlabel()
+    begun = [row for row in rows if row["kind"] == "client" and row["round"] == 1]
+    plots.curves(begun, [row for row in rows if row["kind"] == "round"]), "before the first round is done"
+
+
 def test_curves_of_a_student_without_clusters_show_loss_and_cosine():
     rows = [{key: x for key, x in row.items() if "accuracy" not in key} | {"cosine": 0.5} for row in metrics(3, 2)]
     figure = plots.curves(rows, [row for row in rows if row["kind"] == "round"])

@@ -1,5 +1,6 @@
 """Training round by round, from the rows of metrics.jsonl, and its results beside their baselines."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,18 @@ CLIENT_CURVES = 100
 
 @style.styled
 def curves(
-    rows: Sequence[Mapping[str, Any]], centralised: Sequence[Mapping[str, Any]] = (), clusters: int | None = None
+    rows: Sequence[Mapping[str, Any]],
+    centralised: Sequence[Mapping[str, Any]] = (),
+    clusters: int | None = None,
+    reference: Mapping[str, pd.DataFrame] | None = None,
 ) -> Figure:
-    """Loss, accuracy on masked and unmasked frames, and cosine to the teacher's layers per round, as far as measured.
+    """Loss, accuracy on masked and unmasked frames, and cosine to the teacher's layers, as far as measured, over hours
+    of speech heard; over rounds where clients do not say how much they heard.
 
     ``rows`` and ``centralised`` are those of metrics.jsonl. Thin: each client; thick: their mean, weighted by masked
     frames; dashed: training on the pooled data with the same number of updates; dotted, where ``clusters`` is given:
-    guessing at random among them.
+    guessing at random among them. ``reference``: by column a table of hours, mean and band (half its width), the grey
+    band behind the curves.
     """
     rounds, clients, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
     measured = {*rounds.columns, *central.columns}
@@ -36,11 +42,17 @@ def curves(
     kinds = [kind for kind in kinds if kind[0] in measured]
     figure, axes = style.panels(1, len(kinds), width=11)
     marker = "o" if len(rounds) <= style.NAMED else ""
+    heard = _add_hours(rounds, clients, central)
+    along, unit = ("hours", "hours of speech heard") if heard else ("round", "round")
     for panel, (name, label, title) in zip(axes, kinds, strict=True):
+        if reference and heard and name in reference:
+            band = reference[name]
+            edges = band["mean"] - band.band, band["mean"] + band.band
+            panel.fill_between(band.hours, *edges, color=style.GREY, alpha=0.3, linewidth=0, label="reference")
         if name in clients:
             ids = clients.client.unique()
             ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), CLIENT_CURVES)).astype(int)]
-            lines = [table[["round", name]] for _, table in clients[clients.client.isin(ids)].groupby("client")]
+            lines = [table[[along, name]] for _, table in clients[clients.client.isin(ids)].groupby("client")]
             text = f"{len(ids)} of {clients.client.nunique():,} clients"
             panel.add_collection(LineCollection(lines, colors=style.SKY, linewidths=0.7, alpha=0.6, label=text))
         for table, column, text, line in (
@@ -50,17 +62,30 @@ def curves(
         ):
             if column in table:
                 table = table if column == name else table.dropna(subset=[column])
-                panel.plot(table["round"], table[column], markersize=3, label=text, **line)
+                panel.plot(table[along], table[column], markersize=3, label=text, **line)
         if clusters is not None:
             guess = np.log(clusters) if name == "loss" else 1 / clusters
             panel.axhline(guess, color=style.BLACK, linestyle=":", label="guessing")
         if label == "accuracy":
             panel.yaxis.set_major_formatter(PercentFormatter(1))
-        panel.set(xlabel="round", ylabel=label, title=title)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set(xlabel=unit, ylabel=label, title=title)
+        if not heard:
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.autoscale_view()
     axes[0].legend()
     return figure
+
+
+def _add_hours(rounds: pd.DataFrame, clients: pd.DataFrame, central: pd.DataFrame) -> bool:
+    """Add the column hours, of speech that all have heard until then; False where that is not known."""
+    tables = [table for table in (rounds, central) if len(table)]
+    if not all("audio_seconds" in table and table.audio_seconds.notna().all() for table in tables):
+        return False
+    for table in tables:
+        table["hours"] = table.audio_seconds.cumsum() / 3600
+    if len(clients):  # of a round that is under way some are there already
+        clients["hours"] = clients["round"].map(rounds.set_index("round").hours if len(rounds) else {})
+    return True
 
 
 @style.styled
@@ -127,7 +152,7 @@ def bars(table: pd.DataFrame) -> Figure:
         panel.set_yticks(place, rows.system, fontsize=8)
         panel.invert_yaxis()
         panel.grid(axis="y", visible=False)
-        panel.set_title(measure)
+        panel.set_title(textwrap.fill(measure, 34))
         if rows.value.between(0, 1).all():  # the interval of two seeds may reach beyond any fraction
             left, right = panel.get_xlim()
             panel.set_xlim(max(left, 0.0), min(right, 1.0))

@@ -1,0 +1,254 @@
+"""Is my curve normal? Reference curves of studies over hours of speech heard, and a run's verdict against them.
+
+A reference is a JSON file of ``params/reference/``, made by ``fedhubert reference`` from runs that differ in their
+training seeds: the commit, the seeds, the parameters, and per measure the mean over seeds with a band around it.
+
+A reference belongs to a run that learns the same: ``TASK`` lists the parameters that must be equal (the speech, the
+targets, the model's shape; of a student its objectives, of an evaluation its clusters and speech). A run that
+differs in one of them has no reference, and the verdict says in which. All other parameters (rates, rounds, clients,
+their partition, masks, seeds) are what studies change; such a run is compared, and the verdict names them. The name of
+the study plays no part.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from fedhubert_lib import diagnosis, files, params, records
+from fedhubert_lib.evaluation import report, tables, training_seeds
+
+FOLDER = params.ROOT / "params" / "reference"
+MEASURES = {
+    "loss": "loss",
+    "validation_loss": "validation loss",
+    "accuracy_masked": "masked accuracy",
+    "accuracy_unmasked": "unmasked accuracy",
+    "validation_accuracy_masked": "validation masked accuracy",
+    "phone-accuracy": "phone probe",
+    "pnmi": "PNMI",
+}
+"""The measures that are compared, with their names in words: columns of metrics.jsonl, measures of report.json."""
+
+_LEARNED = [f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "minutes")]
+_LEARNED += [f"kmeans.{name}" for name in ("features", "layer", "clusters", "normalisation")]
+_SHAPE = params.Model.model_fields.keys() - params.Section.model_fields.keys()
+_LEARNED += [f"pretrain.{name}" for name in sorted(_SHAPE)]
+_IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature", "soft_weight", "label_weight")
+TASK = {
+    "pretrain": _LEARNED,
+    "distill": _LEARNED + [f"distill.{name}" for name in _IMITATED],
+    "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "corpus.test_subsets"],
+}
+"""By stage, the parameters in which a run must equal its reference."""
+_ASIDE = params.HOW | params.ADDITIONS | {"validate_every", "decode_check"}
+_ASIDE |= {"root", "keywords_root", "alignments", "checkpoint"}
+"""Parameters that move no curve."""
+
+Curves = dict[str, pd.DataFrame]
+"""By measure a table: hours, value; of a reference: hours, mean, band (half its width)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Curves of a study, by stage, and what they were made from."""
+
+    study: str
+    commit: str
+    seeds: list[int]
+    parameters: dict[str, Any]
+    """As ``stage.name``."""
+    curves: dict[str, Curves]
+
+
+def curves(run: Path, stage: str) -> Curves:
+    """The curves of a run over hours of speech heard, as far as they were measured; empty where clients do not say how
+    much they heard.
+
+    Of ``evaluate`` they are those of the federated teacher: on the way with ``along``, else at the end.
+    """
+    if stage == "evaluate":
+        return _quality(run)
+    rows = [row for row in files.read_rows(run / params.FOLDERS[stage] / "metrics.jsonl") if row["kind"] == "round"]
+    table = pd.DataFrame(rows).reindex(columns=["audio_seconds", *MEASURES]).astype(float)
+    hours = table.audio_seconds.cumsum() / 3600
+    whole = {name: pd.DataFrame({"hours": hours, "value": table[name]}).dropna() for name in MEASURES}
+    return {name: curve for name, curve in whole.items() if len(curve) and hours.notna().all()}
+
+
+def _quality(run: Path) -> Curves:
+    evaluated, heard = report.read(run), curves(run, "pretrain").get("loss")
+    chosen = tables.best(evaluated["figures"]).get("teacher", {})
+    result = {}
+    for name in MEASURES.keys() & chosen.keys():
+        on_the_way = [row for row in evaluated["along"] if (row["system"], row["measure"]) == ("teacher", name)]
+        if on_the_way:
+            result[name] = pd.DataFrame(on_the_way)[["hours", "value"]]
+        elif heard is not None:
+            result[name] = pd.DataFrame({"hours": [heard.hours.iloc[-1]], "value": [chosen[name]["value"]]})
+    return result
+
+
+def make(runs: Sequence[Path]) -> Reference:
+    """The reference of runs of one study with different training seeds. Raises RunError where they are something else.
+
+    The band is where the curve of another seed lies 19 times in 20: mean ± t(n-1) s sqrt(1 + 1/n) by Student's t, with
+    s² averaged over a tenth of the points, three at least, since of few seeds at one point it is hardly known.
+    """
+    training_seeds.check_one_study(runs)
+    recorded = [records.all_parameters(run) for run in runs]
+    trained = [values["pretrain.seed"] for values in recorded]
+    if len(set(trained)) < max(2, len(runs)):
+        raise records.RunError(f"training seeds {trained}: a band needs two runs or more, all of another pretrain.seed")
+    study = (records.read_json(runs[0] / "run.json") or {}).get("study", runs[0].name)
+    git = (records.read_json(runs[0] / "03_pretrain" / "done.json") or {}).get("git") or {}
+    chosen = {}
+    for stage in TASK:
+        if all((run / params.FOLDERS[stage] / "done.json").exists() for run in runs):
+            measured = [curves(run, stage) for run in runs]
+            shared = [name for name in MEASURES if all(name in of_run for of_run in measured)]
+            chosen[stage] = {name: _band([of_run[name] for of_run in measured]) for name in shared}
+    kept = {name: _portable(value) for name, value in recorded[0].items() if name.split(".")[1] not in _ASIDE}
+    return Reference(study, (git.get("commit") or "unknown")[:7], trained, kept, chosen)
+
+
+def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Hours, mean and band of curves of seeds; as far as the shortest goes: with ``patience`` some stop early."""
+    count, points = len(of_seeds), min(map(len, of_seeds))
+    values = np.array([curve.value[:points] for curve in of_seeds])
+    variance = pd.Series(values.var(0, ddof=1)).rolling(max(3, points // 10), center=True, min_periods=1).mean()
+    factor = stats.t.ppf(0.975, count - 1) * np.sqrt(1 + 1 / count)
+    hours = np.mean([curve.hours[:points] for curve in of_seeds], axis=0)
+    return pd.DataFrame({"hours": hours, "mean": values.mean(0), "band": factor * np.sqrt(variance)})
+
+
+def _portable(value: Any) -> Any:
+    return "a folder" if isinstance(value, str) and value.startswith("/") else value
+
+
+def write(reference: Reference, path: Path) -> None:
+    """Write a reference as JSON, a column of numbers on a line."""
+    values = dict(vars(reference))
+    values["curves"] = {
+        stage: {name: {key: [float(f"{x:.4g}") for x in column] for key, column in table.items()}
+                for name, table in of_stage.items()}
+        for stage, of_stage in reference.curves.items()
+    }  # fmt: skip
+    text = re.sub(r",\n +(?=[-\d])", ", ", json.dumps(values, indent=1))  # the numbers of a column on a line
+    with files.atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Reference:
+    """A reference that ``write`` wrote. Raises RunError where it cannot be read."""
+    values = records.read_json(path) or {}
+    try:
+        columns = ["hours", "mean", "band"]
+        curves = {
+            stage: {name: pd.DataFrame(table)[columns].astype(float) for name, table in of_stage.items()}
+            for stage, of_stage in values.pop("curves").items()
+        }
+        return Reference(**values, curves=curves)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise records.RunError(f"{path}: no reference ({error!r}); make it again with fedhubert reference") from error
+
+
+def of(run: Path, stage: str, folder: Path = FOLDER) -> tuple[Reference | None, str]:
+    """The reference that belongs to ``stage`` of a run, and in words which it is, or why there is none."""
+    values = {name: _portable(value) for name, value in records.all_parameters(run).items()}
+    references = [reference for path in sorted(folder.glob("*.json")) if stage in (reference := read(path)).curves]
+    if not references:
+        return None, "no reference curves: none was made of this stage yet (fedhubert reference)"
+    differing = {reference.study: _differing(values, reference.parameters) for reference in references}
+    task = {name: [key for key in differing[name] if key in TASK[stage]] for name in differing}
+    nearest = min(references, key=lambda reference: (len(task[reference.study]), len(differing[reference.study])))
+    differs, forbidding = differing[nearest.study], task[nearest.study]
+    if forbidding:
+        words = ", ".join(differs[key] for key in forbidding[:4])
+        return None, f"no reference curves: the nearest, of {nearest.study}, has learned something else: {words}"
+    begun = [f"{name}." for name in ("corpus", "partition", "kmeans", stage)]
+    others = [text for key, text in differs.items() if key.startswith(tuple(begun)) and not _irrelevant(key)]
+    rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
+    words = f"reference: {nearest.study}, {len(nearest.seeds)} training seeds at {nearest.commit}"
+    return nearest, words + (f"; this run differs in {', '.join(others[:6])}{rest}" if others else "")
+
+
+def _irrelevant(key: str) -> bool:
+    name = key.split(".")[1]
+    seed = key in ("pretrain.seed", "distill.seed", "evaluate.seed")  # what the band is over
+    return seed or name in _ASIDE or name == "codebooks" or name.startswith(("keyword", "test_"))
+
+
+def _differing(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
+    names = [name for name in run if name in reference and run[name] != reference[name]]
+    return {name: f"{name} ({run[name]}, there {reference[name]})" for name in names}
+
+
+@dataclass(frozen=True)
+class Position:
+    """A measure of a run against the band of its reference."""
+
+    measure: str
+    place: str
+    """inside, above or below."""
+    since: float
+    """Hours heard from which on it was there until the end."""
+    value: float
+    """At the last hour that both have heard, as are ``mean`` and ``band``."""
+    mean: float
+    band: float
+
+    def __str__(self) -> str:
+        words = f"{MEASURES[self.measure]}: {self.place} the band"
+        words += f" from {self.since:.2g} h on" if self.place != "inside" else ""
+        return f"{words} ({self.value:.3f}; reference {self.mean:.3f} ± {self.band:.3f})"
+
+    @property
+    def worse(self) -> bool:
+        return self.place == ("above" if "loss" in self.measure else "below")
+
+
+def positions(run: Curves, reference: Curves) -> Iterator[Position]:
+    """Where each measure of a run ends, and since when: of its running median over a tenth of the points, since one
+    point in 20 is outside by chance. Hours that one of both has not heard are left out."""
+    for name, band in reference.items():
+        if name not in run:
+            continue
+        median = run[name].value.rolling(max(1, len(run[name]) // 10), min_periods=1).median()
+        curve = run[name].assign(value=median)
+        curve = curve[curve.hours <= band.hours.iloc[-1] * 1.05]
+        if curve.empty or curve.hours.iloc[-1] < band.hours.iloc[0] * 0.95:
+            continue
+        mean, half = (np.interp(curve.hours, band.hours, band[column]) for column in ("mean", "band"))
+        side = np.sign(curve.value - mean) * (abs(curve.value - mean) > half)
+        before = np.flatnonzero(side != side.iloc[-1])
+        since = curve.hours.iloc[before[-1] + 1 if len(before) else 0]
+        place = {0: "inside", 1: "above", -1: "below"}[int(side.iloc[-1])]
+        yield Position(name, place, float(since), float(curve.value.iloc[-1]), float(mean[-1]), float(half[-1]))
+
+
+def verdict(run: Path, stage: str, folder: Path = FOLDER) -> str:
+    """Whether the curves of ``stage`` are normal, in words: where each measure is, and, where one is worse than the
+    band or there is none, which of the usual causes the run's records show."""
+    reference, words = of(run, stage, folder)
+    lines = [words]
+    worse = reference is None
+    if reference is not None:
+        places = list(positions(curves(run, stage), reference.curves[stage]))
+        lines += map(str, places) if places else ["nothing was measured in both: no verdict"]
+        worse = any(place.worse for place in places)
+        if places and all(place.place == "inside" for place in places):
+            lines.append("the curves are normal")
+    if worse:
+        causes = diagnosis.causes(run)
+        lines += [f"{number}. {cause}" for number, cause in enumerate(causes, 1)]
+        if reference is not None and not causes:
+            lines.append("none of the usual causes shows in the records of 02_kmeans and 03_pretrain")
+        lines.append("docs/curves.md shows the usual causes, each with its curve")
+    return "\n".join(lines)

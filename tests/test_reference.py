@@ -1,0 +1,182 @@
+"""Reference curves and verdicts: which reference belongs to a run, where a curve lies, and the usual causes put in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import study_curves
+import yaml
+from conftest import ROOT
+from scipy import stats
+
+from fedhubert_lib import cli, diagnosis, files, params, records, reference, studies
+
+RNG = np.random.default_rng(0)
+HOURS = np.arange(1, 41) / 10
+LOSS = 4.6 - HOURS / 5
+
+
+def make(run: Path, loss: np.ndarray = LOSS, *changes: str, study: str = "toy") -> Path:
+    """The records of a run of ``study`` with ``changes`` that has pretrained with this loss, 0.1 hours a round."""
+    loaded = studies.load(ROOT / "params" / f"{study}.yaml", changes, run.name)
+    for stage in params.SECTIONS:
+        folder = run / params.FOLDERS[stage]
+        folder.mkdir(parents=True)
+        (folder / "params.yaml").write_text(yaml.safe_dump(getattr(loaded, stage).model_dump()))
+    rows = [{"kind": "plan", "rounds": len(loss)}]
+    rows += [{"kind": "round", "round": n, "loss": x, "audio_seconds": 360.0} for n, x in enumerate(loss, 1)]
+    for row in rows:
+        files.append_row(run / "03_pretrain" / "metrics.jsonl", row)
+    files.write_json(run / "03_pretrain" / "done.json", {"git": {"commit": "0123456789"}})
+    files.write_json(run / "run.json", {"study": study})
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reference of four seeds of toy, whose losses differ by 0.1."""
+    place = tmp_path_factory.mktemp("seeds")
+    losses = LOSS + RNG.normal(0, 0.1, (4, len(LOSS)))
+    runs = [make(place / f"r{n}", loss, f"pretrain.seed={n}") for n, loss in enumerate(losses)]
+    cli.main(["reference", *map(str, runs), "--to", str(place / "references" / "toy.json")])
+    return place / "references"
+
+
+def test_a_reference_is_mean_and_prediction_interval_over_seeds(folder):
+    made = reference.read(folder / "toy.json")
+    assert (made.study, made.commit, made.seeds) == ("toy", "0123456", [0, 1, 2, 3])
+    band = made.curves["pretrain"]["loss"]
+    np.testing.assert_allclose(band.hours, HOURS, rtol=1e-3)
+    np.testing.assert_allclose(band["mean"], LOSS, atol=0.2)
+    variance = np.random.default_rng(0).normal(0, 0.1, (4, len(LOSS))).var(0, ddof=1)
+    expected = stats.t.ppf(0.975, 3) * np.sqrt(variance[8:12].mean() * (1 + 1 / 4))
+    assert band.band[10] == pytest.approx(expected, rel=1e-3)
+    assert str(ROOT) not in (folder / "toy.json").read_text(), "no path of this machine"
+
+
+@pytest.mark.parametrize(
+    ("change", "belongs", "word"),
+    [
+        ("pretrain.seed=9", True, None),
+        ("pretrain.learning_rate=0.01", True, "pretrain.learning_rate (0.01, there 0.001)"),
+        ("partition.clients=4", True, "partition.clients"),
+        ("pretrain.codebook=client", True, "pretrain.codebook"),
+        ("evaluate.seeds=1", True, None),
+        ("kmeans.clusters=30", False, "kmeans.clusters (30, there 20)"),
+        ("corpus.minutes=3.0", False, "corpus.minutes"),
+        ("pretrain.layers=3", False, "pretrain.layers"),
+        ("pretrain.front_end=waveform", False, "pretrain.front_end"),
+    ],
+)
+def test_what_is_learned_decides_which_reference_belongs(tmp_path, folder, change, belongs, word):
+    chosen, words = reference.of(make(tmp_path / "run", LOSS, change), "pretrain", folder)
+    assert (chosen is not None) == belongs
+    assert word in words if word else "differs" not in words
+
+
+@pytest.mark.parametrize(
+    ("loss", "place", "since"),
+    [
+        (LOSS + 0.05, "inside", 0.1),
+        (np.where(HOURS > 2, 4.6, LOSS), "above", 2.1),
+        (LOSS - 1, "below", 0.1),
+        (LOSS + np.where(np.arange(40) == 39, 2, 0), "inside", 0.1),
+    ],
+    ids=["another seed", "stops learning", "better", "an outlier at the end"],
+)
+def test_a_curve_is_inside_above_or_below_and_since_when(tmp_path, folder, loss, place, since):
+    run, band = make(tmp_path / "run", loss), reference.read(folder / "toy.json").curves["pretrain"]
+    (position,) = reference.positions(reference.curves(run, "pretrain"), band)
+    assert position.place == place and position.worse == (place == "above")
+    assert since <= position.since <= since + 0.5 * (place == "above") + 0.01
+    assert ("the curves are normal" in reference.verdict(run, "pretrain", folder)) == (place == "inside")
+
+
+def test_a_run_of_other_length_is_compared_where_both_have_heard(tmp_path, folder):
+    band = reference.read(folder / "toy.json").curves["pretrain"]
+    longer = np.concatenate([LOSS, np.full(40, 9.0)])
+    for name, loss in (("longer", longer), ("shorter", LOSS[:10])):
+        measured = reference.curves(make(tmp_path / name, loss), "pretrain")
+        (position,) = reference.positions(measured, band)
+        assert position.place == "inside" and position.value < 5
+    later = {"loss": pd.DataFrame({"hours": [0.01], "value": [9.0]})}
+    assert not list(reference.positions(later, band)), "the reference begins at 0.1 hours"
+
+
+def test_only_seeds_of_one_study_make_a_reference(tmp_path):
+    one, same = make(tmp_path / "one"), make(tmp_path / "same")
+    other = make(tmp_path / "other", LOSS, "pretrain.seed=1", "pretrain.rounds=5")
+    for runs, word in (([one], "two runs"), ([one, same], "pretrain.seed"), ([one, other], "pretrain.rounds")):
+        with pytest.raises(records.RunError, match=word):
+            reference.make(runs)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"curves": {"pretrain": 3}}', '{"curves": {"pretrain": {"loss": 3}}}'])
+def test_a_damaged_reference_is_named(tmp_path, text):
+    (tmp_path / "toy.json").write_text(text)
+    with pytest.raises(records.RunError, match="toy.json"):
+        reference.of(tmp_path, "pretrain", tmp_path)
+
+
+@pytest.mark.parametrize("study", ["toy", "quickstart", "mini"])
+@pytest.mark.parametrize("stage", ["pretrain", "distill", "evaluate"])
+def test_a_study_as_it_ships_has_the_reference_that_ships(tmp_path, study, stage):
+    """A change of a study or of a default makes its reference one of something else: make it anew."""
+    changes = ["corpus.test_subsets=[]"] if study == "mini" else []
+    chosen, words = reference.of(make(tmp_path / "run", LOSS, *changes, study=study), stage)
+    assert chosen is not None and chosen.study == study and "differs" not in words, words
+
+
+def test_without_a_reference_or_records_the_verdict_says_so(tmp_path):
+    run = make(tmp_path / "run", LOSS, "pretrain.server=fedadam")
+    assert "no reference curves" in reference.verdict(run, "pretrain", tmp_path)
+    private = make(tmp_path / "private")
+    rows = [{"kind": "round", "round": 1, "loss": None, "audio_seconds": None}]
+    (private / "03_pretrain" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert reference.curves(private, "pretrain") == {} and diagnosis.causes(private) == []
+
+
+WORDS = {
+    "plateau": "plateau at the commonest label",
+    "shifted": "labels shifted against the audio",
+    "rate": "learning rate too high",
+    "codebooks": "client codebooks under a shared head",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that were trained on real, if small, data: normal ones, and one with each cause put in."""
+    pytest.importorskip("espeakng_loader", reason="needs the extra fedhubert[synthetic]")
+    return study_curves.make(tmp_path_factory.mktemp("curves"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", WORDS)
+def test_each_usual_cause_is_found_where_it_was_put_in(trained, cause):
+    verdict = reference.verdict(trained[cause], "pretrain", trained[cause].parent / "reference")
+    shown = {name for name, words in WORDS.items() if words in verdict}
+    assert cause in shown and shown <= {cause, "plateau"}, verdict  # too high a rate ends on the plateau
+
+
+@pytest.mark.slow
+def test_a_normal_run_has_no_cause(trained):
+    run = trained["seed-0"]
+    assert "the curves are normal" in reference.verdict(run, "pretrain", run.parent / "reference")
+    assert diagnosis.causes(run) == []
+
+
+@pytest.mark.slow
+def test_the_audio_says_by_how_much_labels_are_shifted(trained):
+    right, late = (diagnosis.agreement(trained[name], "federated") for name in ("seed-0", "shifted"))
+    assert right.idxmax() == 0 and late.idxmax() == study_curves.SHIFT
+    assert right.max() > 0.7 > 2 * right.drop(0).min() and diagnosis.agreement(trained["codebooks"], "client") is None
+
+
+@pytest.mark.slow
+def test_without_audio_the_accuracies_tell_shifted_labels(trained, monkeypatch):
+    """In a real federation audio and labels are on other machines."""
+    monkeypatch.setattr(diagnosis, "agreement", lambda *place: None)
+    assert [WORDS["shifted"] in " ".join(diagnosis.causes(trained[name])) for name in ("seed-0", "shifted")] == [0, 1]
