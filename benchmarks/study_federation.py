@@ -34,6 +34,7 @@ from fedhubert_lib import (
     objectives,
     params,
     partition,
+    pooled,
     pretrained,
     pretraining,
     recipes,
@@ -97,7 +98,7 @@ def trained(base: Path, name: str, p: params.Pretrain, out: Path) -> tuple[Path,
         if not (run / stage).exists():
             (run / stage).symlink_to((base / stage).resolve())
     if name == "centralised":
-        return pretraining.centralised(run, p), files.read_rows(run / "03_pretrain/centralised/metrics.jsonl")
+        return pooled.train(run, p), files.read_rows(run / "03_pretrain/centralised/metrics.jsonl")
     return pretraining.run(run, p), files.read_rows(run / "03_pretrain/metrics.jsonl")
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from fedhubert_lib import distillation, params, pooled, runs, studies
 from fedhubert_lib.evaluation import report, tables
+from fedhubert_lib.federated import rounds
 from fedhubert_lib.kmeans import targets
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -38,12 +39,12 @@ def student(base: Path, folder: Path, distill: params.Distill, evaluate: params.
     for stage in ("00_corpus", "01_partition", "02_kmeans", "03_pretrain"):
         if not (folder / stage).exists():
             (folder / stage).symlink_to((base / stage).resolve())
-    with pooled.connected(folder, distill) as clients:
+    with rounds.connected(folder, distill) as clients:
         if "hubert" in distill.objectives:
             targets.run(folder, distill, clients)
         distillation.run(folder, distill, clients=clients)
     if distill.centralised:
-        distillation.centralised(folder, distill)
+        pooled.train(folder, distill)
     if not (folder / "05_evaluate" / "report.json").exists():
         report.run(folder, evaluate)
     return report.read(folder)

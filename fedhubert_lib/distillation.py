@@ -2,7 +2,7 @@
 
 ``update`` and ``validate`` run at a client, as in pretraining; the objectives are in ``teaching``. The teacher is
 frozen, so it need not travel with every round: clients read its public folder, or keep what was sent to them once, and
-check its digest. ``run`` is the stage, ``centralised`` its baseline on pooled data.
+check its digest. ``run`` is the stage; ``pooled`` trains its baseline.
 """
 
 import functools
@@ -16,21 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedhubert_lib import (
-    batching,
-    checkpoints,
-    hubert,
-    objectives,
-    params,
-    pooled,
-    pretrained,
-    recipes,
-    resources,
-    seeds,
-    teaching,
-)
+from fedhubert_lib import batching, checkpoints, hubert, objectives, params, pretrained, recipes, seeds, teaching
 from fedhubert_lib import weights as named
-from fedhubert_lib.federated import handlers, local, protocol, rounds, secure
+from fedhubert_lib.federated import handlers, local, protocol, rounds
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
 from fedhubert_lib.objectives import Sums
@@ -45,18 +33,12 @@ logger = logging.getLogger(__name__)
 
 def update(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Train the global student on this client's utterances; return how it changed, and what was measured."""
-    p = params.Distill.model_validate(config["params"])
-    module = _filled(home, arrays, config)
-    objective = functools.partial(_objective, module, _teacher(home, config), p)
-    return local.train(home, arrays, config, p, module, objective, _labels(home, config, p))
+    return local.train(home, arrays, config, lesson(home, arrays, config))
 
 
 def validate(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Sums of the global student on this client's validation utterances; none: no sums."""
-    p = params.Distill.model_validate(config["params"])
-    module = _filled(home, arrays, config)
-    objective = functools.partial(_objective, module, _teacher(home, config), p)
-    return {}, local.validate(home, p, module, objective, _labels(home, config, p))
+    return {}, local.validate(home, lesson(home, arrays, config))
 
 
 def receive(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -77,19 +59,16 @@ def receive(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str,
     return {}, {"held": float(folder.exists())}
 
 
-handlers.HANDLERS |= {
-    "distill.update": update,
-    "distill.validate": validate,
-    "distill.keys": secure.keys,
-    "distill.receive": receive,
-}
+handlers.HANDLERS |= {"distill.update": update, "distill.validate": validate, "distill.receive": receive}
 """What the server can ask of a client in distillation."""
 
 
-def _filled(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.ModuleDict:
-    module = _modules(json.dumps(config["student"]), home.device)
+def lesson(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> local.Lesson:
+    """The student with the global weights, and what it learns of the teacher that the message names."""
+    p, module = params.Distill.model_validate(config["params"]), _modules(json.dumps(config["student"]), home.device)
     named.fill(module, arrays)
-    return module
+    objective = functools.partial(_objective, module, _teacher(home, config), p)
+    return local.Lesson(p, module, objective, lambda home: _labels(home, config, p))
 
 
 @functools.lru_cache(maxsize=1)
@@ -168,14 +147,13 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None, c
     Returns the folder of the student, 04_distill/checkpoint. Raises TeacherError, before a round begins, when the
     teacher does not fit what is to be learned from it, or, for objective ``hubert``, its features have no clusters yet.
     """
-    with pooled.connected(run, p, clients) as clients:
+    with rounds.connected(run, p, clients) as clients:
         p, teacher = rounds.sized(p, len(clients.ids)), read_teacher(run, p)
         if "hubert" in p.objectives and not centroids(run, p, teacher).exists():
             raise TeacherError(f"{centroids(run, p, teacher)}: not here; run kmeans.targets.run first")
-        config, weights = initial(run, p, teacher)
+        task, weights = begin(run, p, teacher)
         if p.send_teacher or p.engine == "deployment":  # whose clients read no folder of the server's
             send(clients, teacher)
-        task = rounds.Task("distill", _message(run, p, teacher), teaching.averages, pretrained.documents(config))
         with rounds.serving(clients, p, task, weights, run / STAGE, on_row) as server:
             rounds.run(server)
             return checkpoints.save(run / STAGE / "checkpoint", server.weights, task.documents)
@@ -251,12 +229,16 @@ def _sizes(run: Path, p: params.Distill, teacher: Teacher) -> dict[str, Any]:
     return {"model": asdict(recipes.model_config(p)), "clusters": clusters, "regression": regression}
 
 
-def _message(run: Path, p: params.Distill, teacher: Teacher) -> dict[str, Any]:
-    return {
+def begin(run: Path, p: params.Distill, teacher: Teacher | None = None) -> tuple[rounds.Task, Arrays]:
+    """What is trained, and the student's weights before round 1 (see ``initial``)."""
+    teacher = teacher or read_teacher(run, p)
+    config, weights = initial(run, p, teacher)
+    message = {
         "params": p.model_dump(mode="json"),
         "student": _sizes(run, p, teacher),
         "teacher": {"digest": digest(teacher), "folder": str(teacher_folder(run, p).resolve())},
     }
+    return rounds.Task("distill", message, teaching.averages, pretrained.documents(config)), weights
 
 
 def send(clients: Clients, teacher: Teacher) -> int:
@@ -271,30 +253,3 @@ def send(clients: Clients, teacher: Teacher) -> int:
         if isinstance(answer, Failure):
             logger.warning("%s did not take the teacher: %s", answer.client, answer.reason)
     return len(lacking)
-
-
-# --------------------------------------------------------------------------------------------------------- on all data
-
-
-def centralised(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None) -> Path:
-    """The same distillation on the pooled data, in 04_distill/centralised; see ``pooled.train``.
-
-    With objective ``hubert`` the labels are those that the clients wrote for the federation, which comes first then.
-    """
-    teacher, device = read_teacher(run, p), resources.resolve(p.device)
-    config, weights = initial(run, p, teacher)
-    message = _message(run, p, teacher)
-    teacher = _load(Path(message["teacher"]["folder"]), message["teacher"]["digest"], device)
-    module = _modules(json.dumps(message["student"]), device)
-    task = pooled.Task(
-        module=module,
-        weights=weights,
-        objective=functools.partial(_objective, module, teacher, p),
-        labels=lambda home: _labels(home, message, p),
-        validate=validate,
-        message=message,
-        averages=teaching.averages,
-        documents=pretrained.documents(config),
-    )
-    weights = pooled.train(run, p, "distill", task, on_row)
-    return checkpoints.save(run / STAGE / "centralised" / "checkpoint", weights, task.documents)

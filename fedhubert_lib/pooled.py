@@ -4,84 +4,61 @@ As many optimiser steps as the federation makes, each on as much audio as a coho
 masking. It exists in simulation only, where one machine can read all clients' folders.
 """
 
-import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
-from fedhubert_lib import batching, checkpoints, federated, files, recipes, resources, seeds, threads, training
+from fedhubert_lib import (
+    batching,
+    checkpoints,
+    distillation,
+    federated,
+    files,
+    pretraining,
+    recipes,
+    resources,
+    seeds,
+    training,
+)
 from fedhubert_lib import weights as named
 from fedhubert_lib.federated import handlers, rounds
-from fedhubert_lib.federated.protocol import ClientHome, Clients
+from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.meter import Meter
-from fedhubert_lib.params import FOLDERS, Distill, Federation, Pretrain
-from fedhubert_lib.weights import Arrays
+from fedhubert_lib.params import Distill, Federation, Pretrain
 
 F = TypeVar("F", bound=Federation)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is trained, and with what."""
-
-    module: nn.ModuleDict
-    weights: Arrays
-    """To begin with, by name in ``module``."""
-    objective: training.Objective
-    labels: Callable[[ClientHome], Path]
-    """A client's folder of targets."""
-    validate: handlers.Handler
-    message: Mapping[str, Any]
-    """The configuration with which ``validate`` gives the sums of a client's validation utterances."""
-    averages: Callable[[Mapping[str, float]], dict[str, float]]
-    documents: Mapping[str, str]
-    """As in ``rounds.Task``, as are ``averages``."""
-    normalise: bool = False
-    """As in ``batching.batches``."""
-
-
-@contextmanager
-def connected(run: Path, p: Pretrain | Distill, clients: Clients | None = None) -> Iterator[Clients]:
-    """The clients of a training over ``p.engine``, or ``clients``, with the number of threads that ``p`` asks for.
-
-    Raises FileNotFoundError where the baseline, which is to follow, would lack data of clients on this machine.
-    """
-    if p.centralised and p.engine == "deployment":
-        homes(run, federated.client_ids(run, p.codebook), "pretrain", p.device)
-    connection = federated.connect(run, p.engine, p.device, p.codebook) if clients is None else nullcontext(clients)
-    with threads.limited(p.threads), connection as clients:
-        yield clients
-
-
-def train(run: Path, p: Pretrain | Distill, stage: str, task: Task, on_row: checkpoints.OnRow | None = None) -> Arrays:
-    """Train for rounds x local_steps steps, or resume where ``centralised`` of the ``stage``'s folder stands; returns
-    the last weights.
+def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = None) -> Path:
+    """Train for rounds x local_steps steps, or resume where ``centralised`` of the stage's folder stands; returns the
+    folder of the model there.
 
     Where clients train by epochs, a round has as many steps as a client makes on average. The clients that validate in
     the federation do so here. A checkpoint is written every ``local_steps`` steps, called a round so that curves lie
-    over each other.
+    over each other. Labels of objective ``hubert`` are those that the clients wrote for the federation, which comes
+    first then.
     """
     device, ids = resources.resolve(p.device), federated.client_ids(run, p.codebook)
-    p, folders, out = rounds.sized(p, len(ids)), homes(run, ids, stage, device), run / FOLDERS[stage] / "centralised"
-    panel = [folders[client] for client in rounds.panel(ids, p)]
-    table = utterances(folders.values())
-    targets = labels(map(task.labels, folders.values()))
+    p = rounds.sized(p, len(ids))
+    stage: Any = pretraining if isinstance(p, Pretrain) else distillation
+    task, weights = stage.begin(run, p)
+    folders, out = handlers.homes(run, ids, task.name, device), run / stage.STAGE / "centralised"
+    message = {**task.config, "session": "centralised", "round": 0}
+    lesson, panel = stage.lesson(folders[ids[0]], weights, message), [folders[one] for one in rounds.panel(ids, p)]
+    table, targets = utterances(folders.values()), labels(map(lesson.labels, folders.values()))
     steps = round(mean(recipes.steps(home, p, 1) for home in folders.values()))
-    large, total, module, weights = merged(p), p.rounds * steps, task.module, task.weights
+    large, total, module = merged(p), p.rounds * steps, lesson.module
     settings, recipe = recipes.settings(p, total, accumulate=large.cohort), recipes.recipe(large)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
-    names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
-    meter, draw = Meter(p.device), functools.partial(batching.batches, device=device, normalise=task.normalise)
+    names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, settings), Meter(p.device)
+    options = {"device": device, "normalise": lesson.normalise}
     with checkpoints.sole(out):
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
         if (saved := checkpoints.resume(out, state["settings"], weights, named.moments(optimiser, names))) is not None:
@@ -95,8 +72,8 @@ def train(run: Path, p: Pretrain | Distill, stage: str, task: Task, on_row: chec
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                draw(table, targets, recipe, (p.seed, number, "all"), steps * large.cohort),
-                task.objective,
+                batching.batches(table, targets, recipe, (p.seed, number, "all"), steps * large.cohort, **options),
+                lesson.objective,
                 settings,
                 first_step=(number - 1) * steps,
                 total_steps=total,
@@ -106,7 +83,10 @@ def train(run: Path, p: Pretrain | Distill, stage: str, task: Task, on_row: chec
             weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
             row = {"round": number, **task.averages(measured), "clients": 1}
             if number % p.validate_every == 0 or number == last:
-                row |= _validated(task, weights, panel, number)
+                sums: Counter[str] = Counter()
+                for home in panel:
+                    sums.update(stage.validate(home, weights, {**message, "round": number})[1])
+                row |= {f"validation_{name}": value for name, value in task.averages(sums).items()} if sums else {}
             row |= {name: measured[name] for name in ("learning_rate", "gradient_norm", "audio_seconds")}
             row["seconds"] = time.perf_counter() - began
             row |= {"audio_seconds_per_second": measured["audio_seconds"] / row["seconds"], **meter.used()}
@@ -114,15 +94,7 @@ def train(run: Path, p: Pretrain | Distill, stage: str, task: Task, on_row: chec
             state["round"] = number
             ledger.row("round", row)
             checkpoints.write(out, number, weights, named.moments(optimiser, names), state, task.documents)
-        return weights
-
-
-def _validated(task: Task, weights: Arrays, homes: Iterable[ClientHome], number: int) -> dict[str, float]:
-    """Averages over the validation utterances of ``homes``; none where they have none."""
-    sums: Counter[str] = Counter()
-    for home in homes:
-        sums.update(task.validate(home, weights, {**task.message, "session": "centralised", "round": number})[1])
-    return {f"validation_{name}": value for name, value in task.averages(sums).items()} if sums else {}
+    return checkpoints.save(out / "checkpoint", weights, task.documents)
 
 
 def merged(p: F) -> F:
@@ -135,18 +107,6 @@ def _last_round(p: Federation, out: Path) -> int:
     """The last round: that of the federation beside ``out``, which with ``patience`` may have stopped early."""
     rows = files.read_rows(out.parent / "metrics.jsonl") if p.patience else []
     return max((row["round"] for row in rows if row["kind"] == "round"), default=p.rounds)
-
-
-def homes(run: Path, ids: Iterable[str], stage: str, device: str) -> dict[str, ClientHome]:
-    """The folders of the clients ``ids`` in ``stage``.
-
-    Raises FileNotFoundError unless every client's lists and labels are on this machine: a simulation.
-    """
-    folders = {client: handlers.home(run, client, stage, device, simulated=True) for client in ids}
-    needed = (place for home in folders.values() for place in (home.data / "train.parquet", home.labels))
-    if missing := [place for place in needed if not place.exists()]:
-        raise FileNotFoundError(f"{missing[0]}: not here, and pooled training needs it; set centralised: false")
-    return folders
 
 
 def utterances(homes: Iterable[ClientHome]) -> pd.DataFrame:

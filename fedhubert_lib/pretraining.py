@@ -1,8 +1,7 @@
-"""Stage 03_pretrain: HuBERT learns to predict the cluster labels of masked frames, over clients or on pooled data.
+"""Stage 03_pretrain: HuBERT learns to predict the cluster labels of masked frames, over clients.
 
 ``update`` and ``validate`` run at a client: its audio, its labels and the global weights in, a change of weights out.
-``run`` is the stage: the federated rounds, then the model folder. ``centralised`` is the baseline that every federated
-figure stands beside: one trainer with everybody's data, as many optimiser steps, as much audio in each as a cohort has.
+``run`` is the stage: the federated rounds, then the model folder. ``pooled`` trains its baseline.
 """
 
 import functools
@@ -15,20 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedhubert_lib import (
-    batching,
-    checkpoints,
-    hubert,
-    objectives,
-    params,
-    pooled,
-    pretrained,
-    recipes,
-    resources,
-    seeds,
-)
+from fedhubert_lib import batching, checkpoints, hubert, objectives, params, pretrained, recipes, seeds
 from fedhubert_lib import weights as named
-from fedhubert_lib.federated import client_state, handlers, local, rounds, secure
+from fedhubert_lib.federated import client_state, handlers, local, rounds
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients
 
@@ -39,35 +27,29 @@ STAGE = "03_pretrain"
 
 def update(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Train the global weights on this client's utterances; return how they changed, and what was measured."""
-    p = params.Pretrain.model_validate(config["params"])
-    module = _filled(home, arrays, config, p)
-    objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
-    return local.train(home, arrays, config, p, module, objective, home.labels / p.codebook, normalise)
+    return local.train(home, arrays, config, lesson(home, arrays, config))
 
 
 def validate(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Loss and accuracy sums of the global weights on this client's validation utterances; none: no sums."""
-    p = params.Pretrain.model_validate(config["params"])
     # A personal head is that of the round just done, so ask for what was kept before the next.
-    module = _filled(home, arrays, {**config, "round": config["round"] + 1}, p)
-    objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
-    return {}, local.validate(home, p, module, objective, home.labels / p.codebook, normalise)
+    return {}, local.validate(home, lesson(home, arrays, {**config, "round": config["round"] + 1}))
 
 
-handlers.HANDLERS |= {"pretrain.update": update, "pretrain.validate": validate, "pretrain.keys": secure.keys}
+handlers.HANDLERS |= {"pretrain.update": update, "pretrain.validate": validate}
 """What the server can ask of a client in pretraining."""
 
 
-def _filled(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], p: params.Pretrain
-) -> nn.ModuleDict:
-    """Model and head with the global weights; a personal head from disk, or as drawn at first."""
+def lesson(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> local.Lesson:
+    """Model and head with the global weights, and what they learn; a personal head from disk, or as drawn at first."""
+    p = params.Pretrain.model_validate(config["params"])
     module = _modules(json.dumps(config["model"]), config["clusters"], home.device)
     personal = client_state.load(home, config, "personal")
     if p.head == "personal" and personal is None and "head.label_embeddings" not in arrays:  # on pooled data it is
         hubert.initialise(module["head"], seeds.torch_generator(p.seed, "head"))
     named.fill(module, arrays, personal)
-    return module
+    objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
+    return local.Lesson(p, module, objective, lambda home: home.labels / p.codebook, normalise)
 
 
 @functools.lru_cache(maxsize=1)
@@ -101,12 +83,11 @@ def serving(
 
     Raises FileNotFoundError, before a round begins, where pooled training will need what is not on this machine.
     """
-    with pooled.connected(run, p, clients) as clients:
+    with rounds.connected(run, p, clients) as clients:
         p = rounds.sized(p, len(clients.ids))
-        config, weights = initial(run, p)
+        task, weights = begin(run, p)
         if p.head == "personal":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        task = rounds.Task("pretrain", _message(run, p, config), objectives.averages, pretrained.documents(config))
         with rounds.serving(clients, p, task, weights, run / STAGE, on_row) as server:
             yield server
 
@@ -116,9 +97,12 @@ def save(run: Path, server: rounds.Server) -> Path:
     return checkpoints.save(run / STAGE / "checkpoint", server.weights, server.task.documents)
 
 
-def _message(run: Path, p: params.Pretrain, config: hubert.HubertConfig) -> dict[str, Any]:
-    clusters = recipes.clusters(run, p.codebook)
-    return {"params": p.model_dump(mode="json"), "model": asdict(config), "clusters": clusters}
+def begin(run: Path, p: params.Pretrain) -> tuple[rounds.Task, Arrays]:
+    """What is trained, and the weights before round 1 (see ``initial``)."""
+    config, weights = initial(run, p)
+    message: dict[str, Any] = {"params": p.model_dump(mode="json"), "model": asdict(config)}
+    message["clusters"] = recipes.clusters(run, p.codebook)
+    return rounds.Task("pretrain", message, objectives.averages, pretrained.documents(config)), weights
 
 
 def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]:
@@ -140,29 +124,3 @@ def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]
         hubert.initialise(head, seeds.torch_generator(p.seed, "head"))
     module = nn.ModuleDict({"model": model, "head": head})
     return model.config, {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
-# --------------------------------------------------------------------------------------------------------- on all data
-
-
-def centralised(run: Path, p: params.Pretrain, on_row: checkpoints.OnRow | None = None) -> Path:
-    """Train on the pooled data, under 03_pretrain/centralised; returns the folder of the model there.
-
-    rounds x local_steps optimiser steps, each on cohort x batch_seconds of audio; see ``pooled.train``.
-    """
-    config, weights = initial(run, p)
-    message = _message(run, p, config)
-    module = _modules(json.dumps(message["model"]), message["clusters"], resources.resolve(p.device))
-    task = pooled.Task(
-        module=module,
-        weights=weights,
-        objective=functools.partial(_objective, module, p),
-        labels=lambda home: home.labels / p.codebook,
-        normalise=config.do_normalize,
-        validate=validate,
-        message=message,
-        averages=objectives.averages,
-        documents=pretrained.documents(config),
-    )
-    weights = pooled.train(run, p, "pretrain", task, on_row)
-    return checkpoints.save(run / STAGE / "centralised" / "checkpoint", weights, task.documents)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import checkpoints, files, pretrained, pretraining
+from fedhubert_lib import checkpoints, files, pooled, pretrained, pretraining
 from fedhubert_lib.evaluation import systems
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path):
     run = federation.make(tmp_path / "run")
     p = federation.pretrain(rounds=3)
     pretraining.run(run, p)
-    pretraining.centralised(run, p)
+    pooled.train(run, p)
     found = list(systems.along(run, CPU))
     assert [(system.name, number) for number, _, system in found] == [
         (name, number) for name in ("teacher", "centralised") for number in (1, 2, 3)

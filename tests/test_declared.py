@@ -1,10 +1,13 @@
 """All that leaves a client, listed: whatever else a handler would send fails here."""
 
+import importlib
+import inspect
+
 import federation
 import pytest
 
 from fedhubert_lib import distillation, federated, kmeans, params, pretraining
-from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated import handlers, hooks
 from fedhubert_lib.kmeans import targets
 
 TRAINED = {
@@ -92,7 +95,22 @@ def test_a_server_that_is_not_trusted_hears_of_updates_alone(tmp_path, answers, 
 
 
 def test_every_handler_is_listed():
+    for module in handlers.MODULES.values():
+        importlib.import_module(f"fedhubert_lib.{module}")
     assert set(handlers.HANDLERS) == set(LEAVES)
+
+
+def test_every_hook_is_a_function_of_updates_or_a_class_of_the_server():
+    """They are named in tables, and imported by a study that chooses them alone."""
+    everything = {"local_state": "keep", "proximal": 0.1, "secure_aggregation": True, "privacy": "server"}
+    everything |= {"compression": "int8"}
+    for server in ("scaffold", "median"):
+        p = params.Pretrain(**everything, server=server)
+        for hook in hooks.chosen(hooks.AT_CLIENTS, p):
+            assert inspect.isgeneratorfunction(hook) and list(inspect.signature(hook).parameters) == ["update"]
+        assert all(issubclass(hook, hooks.Hook) for hook in hooks.chosen(hooks.AT_SERVER, p))
+    plain = params.Pretrain(local_state="reset")
+    assert len(list(hooks.chosen(hooks.AT_CLIENTS, plain))) == 1 and not list(hooks.chosen(hooks.AT_SERVER, plain))
 
 
 @pytest.mark.parametrize("simulated", [True, False])

@@ -8,7 +8,7 @@ import federation
 import pytest
 import torch
 
-from fedhubert_lib import distillation, federated, files, hubert, params, pretrained, recipes, seeds
+from fedhubert_lib import distillation, federated, files, hubert, params, pooled, pretrained, recipes, seeds
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.kmeans import targets
 from fedhubert_lib.labels import Labels
@@ -76,8 +76,7 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
     assert sorted(path.name for path in checkpoint.iterdir()) == sorted(
         ["config.json", "model.safetensors", "preprocessor_config.json", *(["head.safetensors"] if head else [])]
     )
-    pooled = distillation.centralised(run, p)
-    assert pretrained.load(pooled)[0].config == student.config
+    assert pretrained.load(pooled.train(run, p))[0].config == student.config
     for folder in (run / "04_distill", run / "04_distill" / "centralised"):
         rows = rounds_of(folder)
         assert [row["round"] for row in rows] == [1, 2] and all(row["loss"] > 0 for row in rows)
@@ -134,7 +133,7 @@ def test_send_once_and_keep_by_digest(run, monkeypatch):
         assert distillation.digest(distillation.Teacher(*pretrained.load(kept))) == kept.name
     # With its own copy a client needs the public folder no more.
     shutil.move(run / "03_pretrain", run / "elsewhere")
-    config = distillation._message(run, p, teacher)
+    config = distillation.begin(run, p, teacher)[0].config
     home = handlers.home(run, "client-000", "distill", "cpu", True)
     distillation._load.cache_clear()
     assert distillation._teacher(home, config).model.config == TEACHER
@@ -151,7 +150,7 @@ def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):
 def test_update_refuses_a_replaced_teacher(run):
     p = distill()
     teacher = distillation.read_teacher(run, p)
-    config = distillation._message(run, p, teacher)
+    config = distillation.begin(run, p, teacher)[0].config
     save_teacher(run / "03_pretrain" / "checkpoint", seed=1)
     home = handlers.home(run, "client-000", "distill", "cpu", True)
     distillation._load.cache_clear()

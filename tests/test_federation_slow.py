@@ -18,7 +18,7 @@ import psutil
 import pytest
 from federation import make, pretrain, rows, train_narrow
 
-from fedhubert_lib import checkpoints, federated, files, params, pretraining
+from fedhubert_lib import checkpoints, federated, files, params, pooled, pretraining
 from fedhubert_lib.federated import deployment
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("narrow")]
@@ -58,7 +58,7 @@ def killed_after(child: multiprocessing.process.BaseProcess, metrics: Path, more
 
 @pytest.mark.parametrize(
     ("stage", "below", "most"),
-    [(pretraining.run, "03_pretrain", 6), (pretraining.centralised, "03_pretrain/centralised", 2)],
+    [(pretraining.run, "03_pretrain", 6), (pooled.train, "03_pretrain/centralised", 2)],
     ids=["federated", "centralised"],
 )
 def test_chaos_any_number_of_kills_ends_with_the_same_files(stage, below, most, tmp_path, one_thread):

@@ -585,7 +585,7 @@ def test_missing_clients_are_left_out_of_training(run):
     assert table.loc["federated", "clients"] == 2
     assert {row["client"] for row in rows if row["kind"] == "failure"} == {"client-001"}
     assert federated.client_ids(run, "federated") == ["client-000", "client-002"]
-    homes = pooled.homes(run, federated.client_ids(run, "federated"), "pretrain", "cpu")
+    homes = handlers.homes(run, federated.client_ids(run, "federated"), "pretrain", "cpu")
     owned = [set(pandas.read_parquet(home.data / "train.parquet")["utterance"]) for home in homes.values()]
     assert len(owned) == 2 and set(pooled.utterances(homes.values())["utterance"]) == set.union(*owned)
     with federated.connect(run, codebook="federated") as connected:

@@ -104,7 +104,7 @@ def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, c
     assert rows(other / "03_pretrain/metrics.jsonl") == rows(run / "03_pretrain/metrics.jsonl")
 
 
-@pytest.mark.parametrize("train", [pretraining.run, pretraining.centralised])
+@pytest.mark.parametrize("train", [pretraining.run, pooled.train])
 def test_gradient_checkpointing_gives_the_same_weights(run, monkeypatch, train):
     """Bit for bit with a log-mel front end; the waveform's convolutions differ in rounding."""
     monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], "num_hidden_layers": 2})
@@ -124,7 +124,7 @@ def test_pooled_training_has_no_personal_head(run, tmp_path):
     """Validation on the clients must leave the head alone that is in training."""
     ends = []
     for head in ("shared", "personal"):
-        ends.append(weights_of(pretraining.centralised(run, pretrain(head=head, rounds=2))))
+        ends.append(weights_of(pooled.train(run, pretrain(head=head, rounds=2))))
         shutil.rmtree(run / "03_pretrain")
     assert digest(ends[0]) == digest(ends[1])
 
@@ -142,19 +142,19 @@ def test_pooled_training_takes_over_no_setting_that_is_the_federations_alone(run
         "secure_aggregation": True,
         "cohort": 3,
     }
-    plain = digest(weights_of(pretraining.centralised(run, pretrain(rounds=2, cohort=3))))
+    plain = digest(weights_of(pooled.train(run, pretrain(rounds=2, cohort=3))))
     (run / "03_pretrain").rename(tmp_path / "plain")
-    assert digest(weights_of(pretraining.centralised(run, pretrain(rounds=2, **federated_only)))) == plain
+    assert digest(weights_of(pooled.train(run, pretrain(rounds=2, **federated_only)))) == plain
     (run / "03_pretrain").rename(tmp_path / "private")
     compressed = pretrain(rounds=2, cohort=3, compression="top-k", top_k_share=0.01)
-    assert digest(weights_of(pretraining.centralised(run, compressed))) == plain
+    assert digest(weights_of(pooled.train(run, compressed))) == plain
 
 
 def test_pooled_training_stops_where_the_federation_did(run):
     p = pretrain(rounds=6, patience=1, server="fedavg", server_rate=1e-6, learning_rate=1e-6, validate_every=2)
     pretraining.run(run, p)
-    pretraining.centralised(run, p)
-    done, pooled = (
+    pooled.train(run, p)
+    done, pooled_done = (
         [
             row["round"]
             for row in files.read_rows(run / "03_pretrain" / place / "metrics.jsonl")
@@ -162,7 +162,7 @@ def test_pooled_training_stops_where_the_federation_did(run):
         ]
         for place in ("", "centralised")
     )
-    assert done[-1] < 6 and pooled == done
+    assert done[-1] < 6 and pooled_done == done
 
 
 def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start(tmp_path):
@@ -208,7 +208,7 @@ def test_local_epochs_are_passes_over_what_each_client_has(run):
 def test_local_steps_bound_local_epochs(run):
     p = pretrain(local_epochs=2, local_steps=4, rounds=1)
     pretraining.run(run, p)
-    pretraining.centralised(run, p)
+    pooled.train(run, p)
     each = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "client"]
     assert all(row["audio_seconds"] < 4 * 2 * 1.6 for row in each)
     (plan, *_) = files.read_rows(run / "03_pretrain/centralised/metrics.jsonl")
@@ -252,8 +252,8 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         lambda module, settings: torch.optim.SGD(module.parameters(), lr=settings.learning_rate),
     )
     monkeypatch.setattr(training, "rate", lambda settings, step, total: rate)
-    config, weights = pretraining.initial(
-        run, p := pretrain(server="scaffold", local_state="reset", clip_norm=1e9, learning_rate=rate)
+    task, weights = pretraining.begin(
+        run, pretrain(server="scaffold", local_state="reset", clip_norm=1e9, learning_rate=rate)
     )
     arrays = weights | {f"control/{name}": torch.full_like(t, 1e-3) for name, t in weights.items()}
     client = "client-001"
@@ -263,8 +263,7 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         labels=run / "02_kmeans/clients" / client,
         state=run / "03_pretrain/clients" / client,
     )
-    message = pretraining._message(run, p, config)
-    message |= {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 100}
+    message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 100}
     change, measured = pretraining.update(home, arrays, message)
     kept = load_file(home.state / "session-a/control-000001.safetensors")
     for name in weights:
@@ -274,11 +273,9 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
 
 
 def test_clients_leave_the_servers_tensors_alone(run):
-    p = pretrain()
-    config, weights = pretraining.initial(run, p)
+    task, weights = pretraining.begin(run, pretrain())
     before = digest(weights)
-    message = pretraining._message(run, p, config)
-    message |= {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 6}
+    message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 6}
     with federated.connect(run) as clients:
         answers = list(clients.ask("pretrain.update", arrays=weights, config=message))
     assert digest(weights) == before
@@ -287,10 +284,10 @@ def test_clients_leave_the_servers_tensors_alone(run):
 
 def test_centralised_training_resumes_and_ends_with_the_same_bits(run, tmp_path, tones):
     p = pretrain()
-    whole = digest(weights_of(pretraining.centralised(run, p)))
+    whole = digest(weights_of(pooled.train(run, p)))
     other = fresh(tones, tmp_path / "other")
-    interrupt(pretraining.centralised, other, p, 2)
-    assert digest(weights_of(pretraining.centralised(other, p))) == whole
+    interrupt(pooled.train, other, p, 2)
+    assert digest(weights_of(pooled.train(other, p))) == whole
     ledger = rows(other / "03_pretrain/centralised/metrics.jsonl")
     assert ledger == rows(run / "03_pretrain/centralised/metrics.jsonl")
     assert [row["round"] for row in ledger if row["kind"] == "round"] == [1, 2, 3]
@@ -309,7 +306,7 @@ def test_the_baseline_has_the_federations_start_updates_and_audio(run, monkeypat
     p = pretrain(batch_seconds=1.6, crop_seconds=1.6)  # one clip in each batch
     pretraining.run(run, p)
     federated_steps, steps[:] = steps[:], []
-    pretraining.centralised(run, p)
+    pooled.train(run, p)
     assert len(steps) == p.rounds
     assert sum(s for s, _, _ in steps) == p.rounds * p.local_steps
     assert sum(s for s, _, _ in federated_steps) == p.cohort * p.rounds * p.local_steps

@@ -5,7 +5,7 @@ Whatever reads audio, features or labels runs below ``answer``.
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ HANDLERS: dict[str, Handler] = {"identify": lambda home, arrays, config: ({}, {}
 """Everything that a server can ask of a client, by ``stage.action``. Modules of stages add theirs."""
 
 MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillation", "targets": "kmeans.targets"}
-"""Where handlers are: a process that is started for one message imports what the message is for, no more."""
+MODULES |= dict.fromkeys(("pretrain.keys", "distill.keys"), "federated.secure")
+"""Where handlers of a stage, or a single one, are: a process imports what its messages are for, no more."""
 
 FOLDERS = params.FOLDERS | {"targets": params.FOLDERS["distill"]}
 """Where a client's state is, by the first word of an action."""
@@ -40,10 +41,22 @@ def home(run: Path, client: str, action: str, device: str, simulated: bool) -> C
     return ClientHome(client, data, labels, state, device, simulated)
 
 
+def homes(run: Path, ids: Iterable[str], stage: str, device: str) -> dict[str, ClientHome]:
+    """The folders of the clients ``ids`` in ``stage``.
+
+    Raises FileNotFoundError unless every client's lists and labels are on this machine: a simulation.
+    """
+    folders = {client: home(run, client, stage, device, simulated=True) for client in ids}
+    needed = (place for home in folders.values() for place in (home.data / "train.parquet", home.labels))
+    if missing := [place for place in needed if not place.exists()]:
+        raise FileNotFoundError(f"{missing[0]}: not here, and pooled training needs it; set centralised: false")
+    return folders
+
+
 def answer(home: ClientHome, action: str, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Reply | Failure:
     """The answer of the handler of ``action``. What it raises becomes a Failure: the round continues."""
     try:
-        if action not in HANDLERS and (module := MODULES.get(action.partition(".")[0])):
+        if action not in HANDLERS and (module := MODULES.get(action) or MODULES.get(action.partition(".")[0])):
             importlib.import_module(f"fedhubert_lib.{module}")
         if action not in HANDLERS:
             raise ValueError(f"no handler {action!r}; this client knows {', '.join(sorted(HANDLERS))}")

@@ -2,10 +2,11 @@
 
 At a client a hook is a generator: what stands before its ``yield`` happens before the local steps, what stands after it
 to the change that they made (``Update``). At the server it is a ``Hook``, called at five points of a round.
-``local.HOOKS`` and ``rounds.HOOKS`` list them, in their order, with the parameters that choose them.
+``AT_CLIENTS`` and ``AT_SERVER`` list them in their order; a study imports those alone that its parameters choose.
 """
 
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,33 @@ from fedhubert_lib.params import Federation
 if TYPE_CHECKING:
     from fedhubert_lib.federated.optimisers import Collector
     from fedhubert_lib.federated.rounds import Round, Server
+
+Table = Mapping[str, Callable[[Federation], bool]]
+AT_CLIENTS: Table = {
+    "client_state:personal": lambda p: True,
+    "client_state:moments": lambda p: p.local_state == "keep",
+    "fedprox:proximal": lambda p: p.proximal > 0,
+    "scaffold:corrected": lambda p: p.server == "scaffold",
+    "privacy:protected": lambda p: p.privacy != "none",
+    "secure:masked": lambda p: p.secure_aggregation,
+    "compression:encoded": lambda p: p.compression != "none",
+}
+"""The client's half of each hook, MODULE:FUNCTION, and whether a study chooses it."""
+AT_SERVER: Table = {
+    "compression:Decoding": lambda p: p.compression != "none",
+    "secure:Summing": lambda p: p.secure_aggregation,
+    "privacy:Bounding": lambda p: p.privacy != "none",
+    "scaffold:Control": lambda p: p.server == "scaffold",
+    "robust:SortedUpdates": lambda p: p.server in ("trimmed-mean", "median"),
+}
+"""The server's half of each hook, MODULE:CLASS."""
+
+
+def chosen(table: Table, p: Federation) -> Iterator[Callable[..., Any]]:
+    """The functions or classes in ``table`` that ``p`` chooses."""
+    return (
+        pkgutil.resolve_name(f"fedhubert_lib.federated.{name}") for name, asked_for in table.items() if asked_for(p)
+    )
 
 
 @dataclass

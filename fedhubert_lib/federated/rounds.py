@@ -14,34 +14,24 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from fedhubert_lib import checkpoints, seeds
+from fedhubert_lib import checkpoints, federated, seeds, threads
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
-from fedhubert_lib.federated import compression, optimisers, privacy, robust, scaffold, secure
-from fedhubert_lib.federated.hooks import Hook
+from fedhubert_lib.federated import handlers, hooks, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
 from fedhubert_lib.meter import Meter
-from fedhubert_lib.params import Federation
+from fedhubert_lib.params import Distill, Federation, Pretrain
 
 ATTEMPTS = 3
 """Attempts at a round below its quorum before the run stops."""
 METRICS = frozenset({"objective_count", "audio_seconds", "seconds", "learning_rate"})
 """Metrics of every client's update, unless the server is not trusted with them."""
-
-HOOKS: list[tuple[type[Hook], Callable[[Federation], bool]]] = [
-    (compression.Decoding, lambda p: p.compression != "none"),
-    (secure.Summing, lambda p: p.secure_aggregation),
-    (privacy.Bounding, lambda p: p.privacy != "none"),
-    (scaffold.Control, lambda p: p.server == "scaffold"),
-    (robust.SortedUpdates, lambda p: p.server in ("trimmed-mean", "median")),
-]
-"""The server's half of each hook, and whether a study chooses it."""
 
 F = TypeVar("F", bound=Federation)
 
@@ -101,6 +91,19 @@ def run(server: "Server") -> None:
 
 
 @contextmanager
+def connected(run: Path, p: Pretrain | Distill, clients: Clients | None = None) -> Iterator[Clients]:
+    """The clients of a training over ``p.engine``, or ``clients``, with the number of threads that ``p`` asks for.
+
+    Raises FileNotFoundError where the baseline, which is to follow, would lack data of clients on this machine.
+    """
+    if p.centralised and p.engine == "deployment":
+        handlers.homes(run, federated.client_ids(run, p.codebook), "pretrain", p.device)
+    connection = federated.connect(run, p.engine, p.device, p.codebook) if clients is None else nullcontext(clients)
+    with threads.limited(p.threads), connection as clients:
+        yield clients
+
+
+@contextmanager
 def serving(
     clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None = None
 ) -> Iterator["Server"]:
@@ -145,7 +148,7 @@ class Server:
         self.judging = True
         """Whether the best round, by its loss, is kept beside the last."""
         self.metrics = METRICS
-        self.hooks = [hook(self) for hook, chosen in HOOKS if chosen(p)]
+        self.hooks: list[hooks.Hook] = [hook(self) for hook in hooks.chosen(hooks.AT_SERVER, p)]
         saved = checkpoints.resume(out, settings, self.weights, self.tensors)
         if saved is not None:
             self.weights, self.tensors, state = saved

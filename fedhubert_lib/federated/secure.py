@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
-from fedhubert_lib.federated import client_state, noise, privacy
+from fedhubert_lib.federated import client_state, handlers, noise, privacy
 from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.optimisers import UpdateError, check
 from fedhubert_lib.federated.privacy import SMALLEST_SUM
@@ -44,6 +44,9 @@ def keys(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, An
     private = X25519PrivateKey.generate()
     client_state.save(home, config, _KEY, {"private": _tensor(private.private_bytes_raw())})
     return {"public": _tensor(private.public_key().public_bytes_raw())}, {}
+
+
+handlers.HANDLERS |= {"pretrain.keys": keys, "distill.keys": keys}
 
 
 def masked(update: Update) -> Iterator[None]:
