@@ -8,7 +8,7 @@ from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
 from fedhubert_lib import audio, features, hubert, resources
-from fedhubert_lib.kmeans import reading
+from fedhubert_lib.kmeans import hidden
 
 
 def speech_like(samples: int, seed: int = 0) -> torch.Tensor:
@@ -82,13 +82,13 @@ def test_hidden_layers_frame_by_frame(front_end, monkeypatch):
     waveforms = [speech_like(20_000), speech_like(399), speech_like(12_345)]
     with torch.inference_mode(), resources.autocast("cpu", "auto"):
         expected = model(waveforms[2][None], hidden_states=True).hidden
-    first, _, last = reading.hidden(model, waveforms, [1, 3])
+    first, _, last = hidden.states(model, waveforms, [1, 3])
     assert first.shape == (2, 62, 192) and last.shape == (2, 38, 192)
     for cores in ("1", "2"):
         monkeypatch.setenv("OMP_NUM_THREADS", cores)
-        again = list(reading.hidden(model, waveforms, [1, 3]))
+        again = list(hidden.states(model, waveforms, [1, 3]))
         assert torch.equal(again[0], first) and again[1].shape == (2, 0, 192) and torch.equal(again[2], last)
     for computed, layer in zip(last, (1, 3), strict=True):
         torch.testing.assert_close(computed, expected[layer][0].float(), atol=0.05, rtol=0.05)  # in bfloat16
-    monkeypatch.setattr(reading, "FORWARD_SAMPLES", 320 * 20)
-    assert [states.shape[1] for states in reading.hidden(model, waveforms, [1])] == [62, 0, 38]
+    monkeypatch.setattr(hidden, "FORWARD_SAMPLES", 320 * 20)
+    assert [states.shape[1] for states in hidden.states(model, waveforms, [1])] == [62, 0, 38]

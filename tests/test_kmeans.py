@@ -29,9 +29,9 @@ from fedhubert_lib import (
     recipes,
     runs,
 )
-from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated import handlers, noise
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
-from fedhubert_lib.kmeans import client, clustering, reading, server, stage
+from fedhubert_lib.kmeans import client, clustering, hidden, private, reading, server, stage
 
 KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
 
@@ -133,8 +133,8 @@ def settings(**changes) -> params.Kmeans:
 
 def prepared(run: Path, p: params.Kmeans) -> tuple[server.Exchange, dict, dict]:
     """An exchange whose clients have computed their features, and what messages carry."""
-    exchange, (config, weights) = server.Exchange(Direct(run), lambda row: None), server.describe(p, 0)
-    return exchange, config, server.prepare(exchange, config, weights)
+    exchange, config = server.Exchange(Direct(run), lambda row: None), server.settings(p)
+    return exchange, config, server.prepare(exchange, config, {})
 
 
 # ---------------------------------------------------------------------------------------------------- k-means itself
@@ -399,10 +399,10 @@ def test_features_are_computed_once_and_gone_at_the_end(run, first, monkeypatch)
     p = settings(codebooks=["federated", "client", "central", "random-projection"], features=first, lloyd_rounds=2)
     kmeans.run(run, p.model_copy(update={"layer": 2 if first != "mfcc" else "auto"}), clients)
     assert set(during) == {"kmeans.features"}
-    private = pandas.concat(
+    theirs = pandas.concat(
         [pandas.read_parquet(path) for path in (run / "01_partition").rglob("clients/*/*n.parquet")]
     )
-    assert sorted(path for path in read if path in set(private.path)) == sorted(private.path)
+    assert sorted(path for path in read if path in set(theirs.path)) == sorted(theirs.path)
     carried = {action for action, arrays in clients.asked if any(name.startswith("model/") for name in arrays)}
     assert carried == ({"kmeans.features"} if first != "mfcc" else set())
     assert not list(run.rglob("features*"))
@@ -415,8 +415,8 @@ def test_weights_travel_up_to_the_layer_that_is_used(run):
             config = hubert.preset("tiny", front_end="logmel", do_stable_layer_norm=True)
             pretrained.save(run / "first", hubert.Hubert(config))
         model, _ = pretrained.load(run / "first")
-        config, weights = server.describe(settings(features=str(run / "first")), layer)
-        sent = reading.model_of(weights, config, "cpu")
+        config, weights = hidden.describe(settings(features=str(run / "first")), layer)
+        sent = hidden.model_of(weights, config, "cpu")
         assert len(sent.encoder.layers) == layer + normed
         waveform = torch.randn(8_000, generator=torch.Generator().manual_seed(0))
         expected = model(waveform[None], hidden_states=True).hidden[layer]
@@ -439,7 +439,7 @@ def test_disk_is_looked_at_before_a_layer_is_chosen(run, monkeypatch):
     pandas.DataFrame({"client": Direct(run).ids, "hours": 1.0}).to_parquet(run / "01_partition" / "clients.parquet")
     pretrained.save(run / "first", hubert.Hubert(hubert.preset("tiny", front_end="logmel")))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 50_000, 50_000))
-    monkeypatch.setattr(reading, "hidden", None)  # nothing passes through the model
+    monkeypatch.setattr(hidden, "states", None)  # nothing passes through the model
     with pytest.raises(OSError, match="features take"):
         kmeans.run(run, settings(features=str(run / "first")), Direct(run))
 
@@ -544,7 +544,7 @@ def test_k_larger_than_frames(run):
 
 
 def test_client_with_too_few_frames_says_so(run):
-    config, _ = server.describe(settings(), 0)
+    config = server.settings(settings())
     reading.compute(home(run), {}, config)
     with pytest.raises(ValueError, match=r"client-001 has \d+ frames to fit 9999 clusters"):
         client.fit(home(run), {}, {**config, "clusters": 9_999})
@@ -653,11 +653,11 @@ def test_noise_comes_from_the_system_unless_a_simulation_asks(run):
         return fitted, table.loc["federated"]
 
     (one, row), (other, _) = centroids(), centroids()
-    assert (one != other).any() and row.privacy == "client" and row.epsilon == server.epsilon(4, 0.01)
+    assert (one != other).any() and row.privacy == "client" and row.epsilon == private.epsilon(4, 0.01)
     (one, row), (other, _) = centroids(noise_seeded=True), centroids(noise_seeded=True)
     np.testing.assert_array_equal(one, other)
     assert "not private" in row.privacy
-    config, _ = server.describe(settings(**PRIVATE, noise_seeded=True), 0)
+    config = server.settings(settings(**PRIVATE, noise_seeded=True))
     reading.compute(home(run), {}, config)
     with pytest.raises(ValueError, match="refused outside of a simulation"):
         client.lloyd(home(run, simulated=False), {"centroids": torch.zeros(8, 39)}, {**config, "round": 1})
@@ -674,8 +674,8 @@ def test_epsilon_counts_rounds_that_were_asked_twice(run):
     with pytest.raises(KeyboardInterrupt):
         kmeans.run(run, settings(**PRIVATE), Direct(run), killed)
     table = kmeans.run(run, settings(**PRIVATE), Direct(run), rows.append)
-    assert table.loc["federated", "epsilon"] == server.epsilon(5, 0.01) > server.epsilon(4, 0.01)
-    assert server.epsilon(10, 1.0) > server.epsilon(10, 2.0) > server.epsilon(5, 2.0)
+    assert table.loc["federated", "epsilon"] == private.epsilon(5, 0.01) > private.epsilon(4, 0.01)
+    assert private.epsilon(10, 1.0) > private.epsilon(10, 2.0) > private.epsilon(5, 2.0)
 
 
 def test_under_noise_nothing_else_leaves_a_client(run):
@@ -692,7 +692,7 @@ def test_under_noise_nothing_else_leaves_a_client(run):
 def test_one_client_changes_a_round_by_the_clipping_norm_at_most(run, monkeypatch):
     """With normalisation by speaker, too, where one utterance moves all others of its speaker."""
     exchange, config, arrays = prepared(run, settings(**PRIVATE))
-    monkeypatch.setattr(client, "_noise", lambda home, config: torch.zeros)
+    monkeypatch.setattr(noise, "generator", lambda *keys: torch.zeros)
     width = config["width"]
     centroids = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     for clip in (5.0, 50.0, 1e9):
@@ -720,8 +720,8 @@ def test_noise_has_its_standard_deviation(run):
     width = config["width"]
     centroids = torch.randn(200, width, generator=torch.Generator().manual_seed(0))
     answers = []
-    for noise in (1e-12, 3.0):
-        message = {**config, "noise_multiplier": noise, "noise_clip": 50.0, "round": 1}
+    for multiplier in (1e-12, 3.0):
+        message = {**config, "noise_multiplier": multiplier, "noise_clip": 50.0, "round": 1}
         answers.append(next(iter(exchange.ask("lloyd", {"centroids": centroids}, message))).arrays)
     difference = answers[1]["counts"] - answers[0]["counts"]
     assert difference.std() == pytest.approx(150, rel=0.2)
@@ -762,7 +762,7 @@ def test_second_iteration(run, layer):
     utterance, waveform = reading.utterances(home(run)).loc[0, ["utterance", "path"]]
     stored = {name: torch.from_numpy(codebook(run, name)) for name in ("centroids", "mean", "std")}
     chosen = json.loads((run / "02_kmeans" / "layer.json").read_text())["layer"] if layer == "auto" else layer
-    (states,) = reading.hidden(model, [audio.read(waveform)], [chosen])
+    (states,) = hidden.states(model, [audio.read(waveform)], [chosen])
     frames = (states[0].half().float() - stored["mean"]) / stored["std"]
     expected = clustering.nearest(frames, stored["centroids"])
     np.testing.assert_array_equal(labels_of(run, "client-001")[utterance], expected)

@@ -7,7 +7,7 @@ its arrays: statistics of the ``global`` normalisation, weights of a checkpoint.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import files, labels, seeds, units
-from fedhubert_lib.federated import handlers, noise
+from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, digest
 from fedhubert_lib.kmeans import clustering, reading
@@ -74,13 +74,7 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
         for total, part in zip((sums, counts, inertias), added, strict=True):
             total += part.cpu()
     if private(config):
-        # Sums are bounded in units of sqrt(D), the length of a frame whose dimensions have variance 1.
-        released = {"sums": sums / width**0.5, "counts": counts}
-        noise.clip(released, config["noise_clip"])
-        normal = _noise(home, config)
-        std = config["noise_multiplier"] * config["noise_clip"]
-        sums = (released["sums"] + std * normal(*sums.shape)) * width**0.5
-        counts = released["counts"] + std * normal(*counts.shape)
+        sums, counts = reading.optional("private").released(home, config, sums, counts)
         inertias.zero_()
     if config["minimum_count"]:
         few = counts < config["minimum_count"]
@@ -91,14 +85,6 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 def private(config: Mapping[str, Any]) -> bool:
     """Whether nothing may leave a client but what noise covers."""
     return config["noise_multiplier"] > 0
-
-
-def _noise(home: ClientHome, config: Mapping[str, Any]) -> Callable[..., Tensor]:
-    if not config["noise_seeded"]:
-        return noise.generator(None)
-    if not home.simulated:
-        raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
-    return noise.generator(config["seed"], config["round"], home.client, "kmeans")
 
 
 def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:

@@ -1,6 +1,5 @@
 """Public speech at the server, of speakers that no client has: what units are measured on, and a layer is chosen by."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,54 +10,12 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, seeds, units
+from fedhubert_lib import audio, units
 from fedhubert_lib.federated.protocol import Arrays
-from fedhubert_lib.kmeans import clustering, reading, server
-from fedhubert_lib.kmeans.server import KmeansError, Log
+from fedhubert_lib.kmeans import reading
 
 FRAMES = 30_000
 """Frames of public speech whose features are computed, at most: ten minutes."""
-CLUSTERS = 100
-"""Clusters of each layer that are compared, at most: an order among layers needs no more, and takes less speech."""
-
-
-def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
-    """The hidden layer to cluster: ``p.layer``, or the one that scores best on public speech; 0 for MFCCs.
-
-    The score is PNMI where phones of that speech are known, otherwise the mean NMI of a layer's clusters with those of
-    the other layers. Scores go to ``layer.json``, which a restart reads. Raises KmeansError without public speech.
-    """
-    if p.features == "mfcc" or p.layer != "auto":
-        return 0 if p.features == "mfcc" else int(p.layer)
-    path = run / "02_kmeans" / "layer.json"
-    config, weights = server.describe(p, None)
-    if path.exists() and (row := json.loads(path.read_text(encoding="utf-8")))["checkpoint"] == config["checkpoint"]:
-        return row["layer"]
-    table, phones = speech(run, config, FRAMES)
-    if table.empty:
-        raise KmeansError("layer: auto measures layers on speech of no client, and the run has none; set layer")
-    layers, sequences = range(1, config["model"]["num_hidden_layers"] + 1), []
-    parts = extracted(weights, config, table, device, layers)
-    for number in range(len(layers)):  # one layer at a time is more than float16: ten minutes of base's are 0.6 GB
-        states = normalised([part[number].float() for part in parts], table.speaker, config)
-        sequences.append(_labels(torch.cat(states), config))
-    if phones is not None:
-        scores = [units.quality(labels[phones != ""], phones[phones != ""], p.seed)["pnmi"] for labels in sequences]
-        reason = f"PNMI of {len(phones)} frames of {table.speaker.nunique()} held-out speakers"
-    else:
-        agreement = units.agreement_matrices({f"{number:02}": labels for number, labels in enumerate(sequences)})["nmi"]
-        scores = ((agreement.sum() - 1) / max(len(layers) - 1, 1)).tolist()
-        reason = "agreement (NMI) with the clusters of all other layers"
-    row = {"layer": 1 + int(np.argmax(scores)), "scores": scores, "reason": reason, "checkpoint": config["checkpoint"]}
-    files.write_json(path, row)
-    log({"kind": "layer", **row})
-    return row["layer"]
-
-
-def _labels(frames: Tensor, config: dict[str, Any]) -> np.ndarray:
-    rng = seeds.numpy_generator(config["seed"], "kmeans-layers")
-    centroids, _ = clustering.fit(frames, min(config["clusters"], CLUSTERS, len(frames)), rng)
-    return clustering.nearest(frames, centroids).numpy()
 
 
 def speech(run: Path, config: dict[str, Any], frames: int) -> tuple[pd.DataFrame, np.ndarray | None]:

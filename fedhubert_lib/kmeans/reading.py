@@ -7,6 +7,7 @@ float32.
 
 import collections
 import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import audio, features, files, labels, resources, seeds, threads
+from fedhubert_lib import audio, features, files, labels, seeds
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import ClientHome
-from fedhubert_lib.hubert import Hubert, HubertConfig
 
 BATCH_SAMPLES = 600 * audio.SAMPLE_RATE
 """Audio that is read and turned into features at once."""
@@ -34,14 +34,10 @@ READERS = 4
 FIT_FRAMES = 360_000
 """Frames that a client holds at most to fit a codebook of its own: two hours. One hour is enough for MFCCs (Hsu et al.
 2021, table IV); Lloyd rounds stream and see all that is sampled."""
-FORWARD_SAMPLES = 5000 * audio.HOP
-"""Longest stretch that one forward pass of a checkpoint sees: 100 s, as in fairseq's feature dump."""
 
 EVERYBODY = ""
 Scales = Mapping[str, Sequence[Tensor]]
 """Mean and standard deviation [D] by speaker, or under EVERYBODY those of all; empty: features stay as they are."""
-
-_MODELS: dict[str, Hubert] = {}
 
 
 def utterances(home: ClientHome) -> pd.DataFrame:
@@ -157,35 +153,21 @@ def extracted(
 
     Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint.
     """
-    model = model_of(arrays, config, device) if config["features"] == "hidden" else None
     with ThreadPoolExecutor(READERS) as readers:
         for rows in _batches(table, BATCH_SAMPLES):
             waveforms = list(readers.map(lambda path, n: audio.read(path, samples=n), rows.path, rows.samples))
-            if model is None:
+            if config["features"] == "hidden":
+                hidden = optional("hidden")
+                model = hidden.model_of(arrays, config, device)
+                yield rows, list(hidden.states(model, waveforms, layers or [config["layer"]], device))
+            else:
                 mfccs = features.mfcc([waveform.to(device) for waveform in waveforms])
                 yield rows, [frames[None, ::2] for frames in mfccs]
-            else:
-                yield rows, list(hidden(model, waveforms, layers or [config["layer"]], device))
 
 
-def hidden(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
-    """Outputs of transformer ``layers`` (1 is the first; 0 is its input) for each waveform: float32 [L, frames, D].
-
-    In bfloat16 where the device is faster with it. Utterances pass one by one, without padding, which a group-norm
-    front end would take for speech; on a CPU one on each core, so that neither company nor cores change a bit. One
-    longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass.
-    """
-
-    def states_of(waveform: Tensor) -> Tensor:
-        pieces = [torch.zeros(len(layers), 0, model.config.hidden_size)]
-        with torch.inference_mode(), resources.autocast(device, "auto"):
-            for start in range(0, audio.frame_count(len(waveform)) * audio.HOP, FORWARD_SAMPLES):
-                piece = waveform[start : start + FORWARD_SAMPLES + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
-                states = model(piece[None], hidden_states=True).hidden
-                pieces.append(torch.stack([states[layer][0].float() for layer in layers]).cpu())
-        return torch.cat(pieces, dim=1)
-
-    return threads.each(states_of, waveforms) if torch.device(device).type == "cpu" else map(states_of, waveforms)
+def optional(name: str) -> Any:
+    """The module ``hidden`` or ``private`` of this package, which studies of MFCCs, or without noise, do not import."""
+    return importlib.import_module(f"fedhubert_lib.kmeans.{name}")
 
 
 def _batches(table: pd.DataFrame, samples: int) -> Iterator[pd.DataFrame]:
@@ -193,18 +175,6 @@ def _batches(table: pd.DataFrame, samples: int) -> Iterator[pd.DataFrame]:
     batch = (table.samples.cumsum() - table.samples) // samples
     for _, rows in table.groupby(batch.to_numpy(), sort=True):
         yield rows
-
-
-def model_of(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str) -> Hubert:
-    """The checkpoint whose hidden layer is clustered, out of the message; the last one stays loaded in this process."""
-    key = json.dumps([config["checkpoint"], config["model"], device])
-    if key not in _MODELS:
-        _MODELS.clear()
-        model = Hubert(HubertConfig(**config["model"]))
-        prefix = "model/"
-        model.load_state_dict({n.removeprefix(prefix): value for n, value in arrays.items() if n.startswith(prefix)})
-        _MODELS[key] = model.to(device).eval()
-    return _MODELS[key]
 
 
 def speaker_statistics(parts: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,6 +1,5 @@
 """What the server does for the codebooks: it sees sums, counts and centroids of clients, never a frame or a label."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import features, files, params, pretrained, seeds
-from fedhubert_lib.federated import accounting
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, digest, size
+from fedhubert_lib import features, files, params, seeds
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
 from fedhubert_lib.kmeans import clustering, reading
 
 LOCAL_POINTS = 50
@@ -24,7 +22,6 @@ LOCAL_LEAST = 16
 """Local centroids that a client sends at least."""
 PROJECTED = 16
 """Dimensions of a random-projection codebook (Chiu et al. 2022, BEST-RQ, arXiv 2202.01855)."""
-DELTA = 1e-5
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -113,32 +110,10 @@ def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arra
     return {"mean": mean, "std": std}
 
 
-def describe(p: params.Kmeans, layer: int | None) -> tuple[dict[str, Any], Arrays]:
-    """The settings that every message carries, and the weights that features of ``layer`` take: none for MFCCs.
-
-    Weights go up to ``layer`` (None: the last), so that clients need no file of the server's.
-    """
-    config = p.model_dump(include=SETTINGS)
-    config |= {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
-    if p.features == "mfcc":
-        return config, {}
-    model, _ = pretrained.load(p.features)
-    depth = model.config.num_hidden_layers
-    layer = depth if layer is None else layer
-    if layer > depth:
-        raise KmeansError(f"layer {layer} of {p.features}, which has {depth}; set layer to 1..{depth}")
-    # The last layer of a pre-norm model is normalised, others are not: one more keeps this one as it is.
-    kept = min(depth, layer + model.config.do_stable_layer_norm)
-    del model.encoder.layers[kept:]
-    weights = model.state_dict()
-    config |= {
-        "features": "hidden",
-        "layer": layer,
-        "checkpoint": digest(weights),
-        "width": model.config.hidden_size,
-        "model": dataclasses.asdict(dataclasses.replace(model.config, num_hidden_layers=kept)),
-    }
-    return config, {f"model/{name}": weight for name, weight in weights.items()}
+def settings(p: params.Kmeans) -> dict[str, Any]:
+    """The settings that every message carries, for MFCCs; ``hidden.describe`` gives those for a checkpoint's layer."""
+    chosen = p.model_dump(include=SETTINGS)
+    return chosen | {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
 
 
 def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -226,12 +201,6 @@ def _added(
     return *totals.values(), clients
 
 
-def random_start(config: Mapping[str, Any]) -> Tensor:
-    """Centroids that no client had a part in: standard normal draws, for features of about unit variance."""
-    generator = seeds.torch_generator(config["seed"], "kmeans-random-start")
-    return torch.randn(config["clusters"], config["width"], generator=generator)
-
-
 def random_projection(config: Mapping[str, Any]) -> Arrays:
     """BEST-RQ's quantiser: a Xavier-uniform projection [D, 16] and unit-norm normal codes [K, 16]; nothing is fitted.
 
@@ -242,8 +211,3 @@ def random_projection(config: Mapping[str, Any]) -> Arrays:
     projection = (2 * torch.rand(config["width"], PROJECTED, generator=generator) - 1) * bound
     codes = torch.randn(config["clusters"], PROJECTED, generator=generator)
     return {"centroids": torch.nn.functional.normalize(codes, dim=1), "projection": projection}
-
-
-def epsilon(rounds: int, noise_multiplier: float) -> float:
-    """Epsilon at delta 1e-5 of ``rounds`` noised Lloyd rounds, for all speech of one client against everybody else."""
-    return accounting.epsilon([(1.0, noise_multiplier, rounds)], DELTA)

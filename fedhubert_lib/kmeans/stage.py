@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, pretrained, resources, seeds, units
+from fedhubert_lib import audio, files, params, resources, seeds, units
 from fedhubert_lib.features import MFCC_DIMENSION
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Reply
@@ -50,7 +50,10 @@ def run(
     device, finished = resources.resolve(p.device), folder / "quality.json"
     if not finished.exists():
         _state_space(run, p, log)
-    config, weights = server.describe(p, public.choose(run, p, device, log))
+    config, weights = server.settings(p), {}
+    if p.features != "mfcc":
+        hidden = reading.optional("hidden")
+        config, weights = hidden.describe(p, hidden.choose(run, p, device, log))
     settings = json.loads(json.dumps(config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})))
     if finished.exists():
         stored = json.loads(finished.read_text(encoding="utf-8"))
@@ -103,7 +106,7 @@ def _state_space(run: Path, p: params.Kmeans, log: Log) -> None:
         return
     frames = 3600 * float(pd.read_parquet(table, columns=["hours"]).hours.sum()) * audio.SAMPLE_RATE / audio.HOP
     mfcc = p.features == "mfcc"
-    size = frames * (4 * MFCC_DIMENSION if mfcc else 2 * pretrained.read_config(Path(p.features)).hidden_size)
+    size = frames * (4 * MFCC_DIMENSION if mfcc else 2 * reading.optional("hidden").width(p))
     log({"kind": "disk", "feature_bytes": int(size)})
     written = sum(path.stat().st_size for path in run.glob("02_kmeans/clients/*/features/features.bin"))
     reading.require_space(run / "02_kmeans", size - written)
@@ -154,16 +157,14 @@ def _fit(
     elif kind == "central":
         start = _pooled_start(run, exchange.ids, arrays, config, resources.resolve(p.device))
     elif client.private(config):
-        start = server.random_start(config)
+        start = reading.optional("private").random_start(config)
     else:
         start, _ = server.start(exchange, arrays, config)
     limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance}
     centroids, last = server.lloyd(exchange, arrays, config, start, **limits, log=log, progress=progress)
     cost = {"rounds": last["round"], "fit_frames": last["frames"]}
     if client.private(config):
-        spent = server.epsilon(last["asked"], p.noise_multiplier)
-        protected = "not private: noise drawn from the seed" if p.noise_seeded else "client"
-        return {"centroids": centroids}, cost | {"epsilon": spent, "delta": server.DELTA, "privacy": protected}
+        return {"centroids": centroids}, cost | reading.optional("private").cost(p, last["asked"])
     return {"centroids": centroids}, cost | {"rounds": last["round"] + 1, "inertia": last["inertia"]}
 
 

@@ -13,7 +13,7 @@ from fedhubert_lib import distillation, files, params
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import ClientHome, Clients
-from fedhubert_lib.kmeans import client, server
+from fedhubert_lib.kmeans import client, hidden, server
 
 ACTIONS = ("features", "local_centroids", "lloyd", "forget")
 """Handlers of k-means that work on the teacher's features as on others, in clients' parts of 04_distill."""
@@ -38,7 +38,7 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     path, depth = distillation.centroids(run, p, teacher), teacher.model.config.num_hidden_layers
     features = str(distillation.teacher_folder(run, p).resolve())
     kmeans = params.Kmeans(seed=p.seed, features=features, clusters=p.teacher_clusters, normalisation="none")
-    config, weights = server.describe(kmeans, p.teacher_layer or max(1, depth // 2))
+    config, weights = hidden.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
     exchange = server.Exchange(clients, log, stage="targets")
