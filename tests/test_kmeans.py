@@ -399,9 +399,7 @@ def test_features_are_computed_once_and_gone_at_the_end(run, first, monkeypatch)
     p = settings(codebooks=["federated", "client", "central", "random-projection"], features=first, lloyd_rounds=2)
     kmeans.run(run, p.model_copy(update={"layer": 2 if first != "mfcc" else "auto"}), clients)
     assert set(during) == {"kmeans.features"}
-    theirs = pandas.concat(
-        [pandas.read_parquet(path) for path in (run / "01_partition").rglob("clients/*/*n.parquet")]
-    )
+    theirs = pandas.concat([pandas.read_parquet(path) for path in (run / "01_partition").rglob("clients/*/*n.parquet")])
     assert sorted(path for path in read if path in set(theirs.path)) == sorted(theirs.path)
     carried = {action for action, arrays in clients.asked if any(name.startswith("model/") for name in arrays)}
     assert carried == ({"kmeans.features"} if first != "mfcc" else set())

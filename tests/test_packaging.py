@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import size
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -56,6 +59,19 @@ def test_package_data_names_every_data_file_of_the_library():
     }
     data = {path for path in (ROOT / "fedhubert_lib").rglob("*.*") if path.suffix not in (".py", ".pyc")}
     assert data == packed != set()
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage == "kmeans" else pytest.mark.slow) for stage in size.ENTRIES]
+)
+def test_a_stage_loads_what_its_closure_counts(stage):
+    """And nothing that is imported by name, such as hooks, hidden layers and noise, unless it is asked for."""
+    names = size.modules()
+    graph = {name: size.imports(path, names) - {name} for name, path in names.items()}
+    script = f"import sys, fedhubert_lib.{size.ENTRIES[stage]}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    ours = {name.partition(".")[2] for name in loaded.stdout.split() if name.partition(".")[0] == "fedhubert_lib"}
+    assert ours == size.closure(size.ENTRIES[stage], graph)
 
 
 def test_no_telemetry():

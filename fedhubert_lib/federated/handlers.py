@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fedhubert_lib import params
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure, Reply
 
 Answer = tuple[Arrays, dict[str, float]]
@@ -25,7 +24,7 @@ MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillati
 MODULES |= dict.fromkeys(("pretrain.keys", "distill.keys"), "federated.secure")
 """Where handlers of a stage, or a single one, are: a process imports what its messages are for, no more."""
 
-FOLDERS = params.FOLDERS | {"targets": params.FOLDERS["distill"]}
+FOLDERS = {"kmeans": "02_kmeans", "pretrain": "03_pretrain", "distill": "04_distill", "targets": "04_distill"}
 """Where a client's state is, by the first word of an action."""
 
 logger = logging.getLogger(__name__)

@@ -5,16 +5,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedhubert_lib import features, files, params, seeds
+from fedhubert_lib import features, files, seeds
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
 from fedhubert_lib.kmeans import clustering, reading
+
+if TYPE_CHECKING:
+    from fedhubert_lib.params import Kmeans
 
 LOCAL_POINTS = 50
 """Local centroids per cluster that all clients send together, so that their number does not grow with clients."""
@@ -110,7 +113,7 @@ def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arra
     return {"mean": mean, "std": std}
 
 
-def settings(p: params.Kmeans) -> dict[str, Any]:
+def settings(p: "Kmeans") -> dict[str, Any]:
     """The settings that every message carries, for MFCCs; ``hidden.describe`` gives those for a checkpoint's layer."""
     chosen = p.model_dump(include=SETTINGS)
     return chosen | {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}

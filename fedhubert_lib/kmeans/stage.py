@@ -4,19 +4,22 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from fedhubert_lib import audio, files, params, resources, seeds, units
+from fedhubert_lib import audio, files, resources, seeds, units
 from fedhubert_lib.features import MFCC_DIMENSION
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Reply
 from fedhubert_lib.kmeans import client, clustering, public, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
+
+if TYPE_CHECKING:
+    from fedhubert_lib.params import Kmeans
 
 PER_CLIENT = ("client", "aligned")
 """Kinds whose codebooks stay with the clients."""
@@ -27,7 +30,7 @@ AGREEMENT_CLIENTS = 40
 
 
 def run(
-    run: Path, p: params.Kmeans, clients: Clients, on_row: Callable[[dict[str, Any]], None] | None = None
+    run: Path, p: "Kmeans", clients: Clients, on_row: Callable[[dict[str, Any]], None] | None = None
 ) -> pd.DataFrame:
     """Fit the codebooks ``p.codebooks``, write all labels; the table of quality and cost, a row per codebook.
 
@@ -83,7 +86,7 @@ def run(
     return _table(rows)
 
 
-def _labelled(folder: Path, kind: str, p: params.Kmeans) -> bool:
+def _labelled(folder: Path, kind: str, p: "Kmeans") -> bool:
     """Whether a codebook and all its labels are still there; of labels in a real federation the clients alone know."""
     path = folder / "codebooks" / kind / "codebook.json"
     if not path.exists() or p.engine == "deployment":
@@ -96,7 +99,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
 
 
-def _state_space(run: Path, p: params.Kmeans, log: Log) -> None:
+def _state_space(run: Path, p: "Kmeans", log: Log) -> None:
     """Report what features will take of this disk, and refuse where it does not hold those of all clients.
 
     A client of a real federation looks at its own disk.
@@ -116,7 +119,7 @@ def _state_space(run: Path, p: params.Kmeans, log: Log) -> None:
 
 
 def _codebook(
-    run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
+    run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (no centroids, where they are the clients'), and what it cost."""
     kind, started, before = config["kind"], time.perf_counter(), dict(exchange.bytes)
@@ -140,7 +143,7 @@ def _codebook(
 
 
 def _fit(
-    run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
+    run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     kind, progress = config["kind"], run / "02_kmeans" / "codebooks" / config["kind"] / "lloyd.safetensors"
     if kind == "random-projection":
@@ -169,7 +172,7 @@ def _fit(
 
 
 def _of_each_client(
-    p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]
+    p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any]
 ) -> tuple[Arrays, dict[str, Any]]:
     """Have every client fit a codebook and keep it; for ``aligned`` that of the one with most frames is a reference."""
     replies = list(exchange.ask("fit", arrays, config))
@@ -206,7 +209,7 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
 # -------------------------------------------------------------------------------------------------------------- quality
 
 
-def _label(run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
+def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
     """Have every client write its labels; note who has them; quality and cost of that."""
     started, before = time.perf_counter(), dict(exchange.bytes)
     path = run / "02_kmeans" / "codebooks" / config["kind"] / "codebook.json"
@@ -219,7 +222,7 @@ def _label(run: Path, p: params.Kmeans, exchange: Exchange, arrays: Arrays, conf
     return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
 
 
-def _quality(folder: Path, replies: Iterable[Reply], p: params.Kmeans, labelled: list[str]) -> dict[str, Any]:
+def _quality(folder: Path, replies: Iterable[Reply], p: "Kmeans", labelled: list[str]) -> dict[str, Any]:
     """Usage and unit quality of a codebook from its clients' counts, over all of them and as the mean of each alone."""
     counts, runs = np.zeros(p.clusters, np.int64), 0
     total, alone = ([], np.zeros((0, p.clusters), np.int64)), []
