@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
     _run_stages(studies.load(options.study, options.set, options.run), stages, options.force)
 
 
-def _run_stages(study: params.Study, stages: Sequence[str], force: bool) -> None:
+def _run_stages(study: studies.Study, stages: Sequence[str], force: bool) -> None:
     from fedhubert_lib import index  # here: pandas takes a second to import, which a wrong parameter need not wait for
 
     runner.run(study, stages, force)

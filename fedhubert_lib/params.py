@@ -1,9 +1,7 @@
 """The parameters of every notebook: typed, documented, validated before any kernel starts.
 
-One YAML file is one study. Its top level holds ``study``, ``seed`` and, where it builds on another file, ``base``; six
-sections, one per notebook, hold what differs from the defaults. The defaults stand here alone: a chain of seconds,
-which ``params/toy.yaml`` is. Pretraining and distillation share a federation, whose parameters come in six groups;
-distillation takes over from pretraining what both have, but for the model's shape.
+A section per notebook. The defaults stand here alone: a chain of seconds, which ``params/toy.yaml`` is. Pretraining and
+distillation share a federation, whose parameters come in six groups.
 """
 
 import os
@@ -379,47 +377,6 @@ SECTIONS: dict[str, type[Section]] = {
 
 FOLDERS = {stage: f"{number:02d}_{stage}" for number, stage in enumerate(SECTIONS)}
 """The name of each stage's notebook, and of its folder in a run."""
-
-
-class Study(BaseModel):
-    """One YAML file: a name, a seed, and the parameters of the six notebooks."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    study: Name = Field(description="name of the study")
-    run: Name = Field(description="folder under outputs/ that holds the run")
-    seed: Count = Field(description="seed of every section that sets none itself")
-    corpus: Corpus
-    partition: Partition
-    kmeans: Kmeans
-    pretrain: Pretrain
-    distill: Distill
-    evaluate: Evaluate
-
-    def conflicts(self) -> Iterator[tuple[str, str, str]]:
-        """Values that cannot go together: (section, parameter, what is wrong and what to do)."""
-        for stage in SECTIONS:
-            yield from ((stage, key, text) for key, text in getattr(self, stage).conflicts())
-        heldout, speakers = self.partition.heldout_speakers, self.corpus.speakers
-        if self.corpus.kind == "synthetic" and heldout >= speakers:
-            yield "partition", "heldout_speakers", f"{heldout} of corpus.speakers: {speakers}; leave some to train on"
-        clients, codebooks = self.partition.clients, self.kmeans.codebooks
-        for stage, section in ("pretrain", self.pretrain), ("distill", self.distill):
-            if section.cohort > clients:
-                yield stage, "cohort", f"{section.cohort}, but partition.clients is {clients}; give that or fewer"
-            if section.codebook not in codebooks:
-                text = f"{section.codebook}, but kmeans.codebooks has {', '.join(codebooks)}; add it there"
-                yield stage, "codebook", text
-        pretrain, distill = self.pretrain, self.distill
-        if distill.teacher or "soft-targets" not in distill.objectives:
-            return
-        if distill.soft_weight > 0 and pretrain.head == "personal":
-            text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give others"
-            yield "distill", "objectives", text
-        if distill.label_weight > 0 and distill.codebook != pretrain.codebook:
-            text = f"{distill.codebook}, but the teacher's soft targets are over pretrain.codebook: {pretrain.codebook}"
-            yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
-
 
 HOW = frozenset(["run", "engine", "threads", "device", "deadline_seconds", "download", "mirror", "keywords_mirror"])
 """Parameters that say where and how a stage runs, not what comes out."""

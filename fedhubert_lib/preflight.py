@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, resources, runs
+from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, resources, runs, studies
 from fedhubert_lib.corpora import archives, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
@@ -28,12 +28,12 @@ def check(stage: str, p: params.Section, run: Path) -> None:
     _refuse({stage: p}, run, None)
 
 
-def study(study: params.Study, stages: Sequence[str], run: Path) -> None:
+def study(study: studies.Study, stages: Sequence[str], run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
     _refuse({stage: getattr(study, stage) for stage in stages}, run, study)
 
 
-def _refuse(sections: dict[str, params.Section], run: Path, study: params.Study | None) -> None:
+def _refuse(sections: dict[str, params.Section], run: Path, study: studies.Study | None) -> None:
     """Raise RunError with all problems of ``sections``: first those of places that parameters name, then the rest."""
     for look in _places, _problems:
         lines = [f"{stage}.{name}: {why}" for stage, p in sections.items() for name, why in look(stage, p, run, study)]
@@ -41,7 +41,7 @@ def _refuse(sections: dict[str, params.Section], run: Path, study: params.Study 
             raise runs.RunError("\n".join(dict.fromkeys(lines)))
 
 
-def _places(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
+def _places(stage: str, p: params.Section, run: Path, study: studies.Study | None) -> _Problems:
     """Files and folders that parameters point to and that do not exist, or that the stage is going to make."""
     fetched = {"root", "keywords_root"} if isinstance(p, params.Corpus) and p.download else set()
     made = [(run / folder).resolve() for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]]
@@ -52,7 +52,7 @@ def _places(stage: str, p: params.Section, run: Path, study: params.Study | None
             yield name, f"{place}: lies in what this run makes from it; give the run another name, or copy it first"
 
 
-def _problems(stage: str, p: params.Section, run: Path, study: params.Study | None) -> _Problems:
+def _problems(stage: str, p: params.Section, run: Path, study: studies.Study | None) -> _Problems:
     """Parameters that keep ``stage`` from working; its ``study`` tells what the stages before it are going to make."""
     for section, name, look in CHECKS:
         try:
@@ -101,7 +101,7 @@ def _cohort(p: Any, run: Path, *_: Any) -> None:
             raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _labels(p: Any, run: Path, study: params.Study | None) -> None:
+def _labels(p: Any, run: Path, study: studies.Study | None) -> None:
     """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
     if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
         return
@@ -114,7 +114,7 @@ def _labels(p: Any, run: Path, study: params.Study | None) -> None:
             raise ValueError(f"{labels.folder}: label {highest} of {clusters} clusters; delete it, run 02_kmeans again")
 
 
-def _features(p: params.Kmeans, _: Path, study: params.Study | None) -> None:
+def _features(p: params.Kmeans, _: Path, study: studies.Study | None) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
     alone = study is not None and study.corpus.kind == "librispeech" and not study.corpus.test_subsets
     if model and p.layer == "auto" and study is not None and alone and not study.partition.heldout_speakers:
@@ -123,7 +123,7 @@ def _features(p: params.Kmeans, _: Path, study: params.Study | None) -> None:
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
 
-def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> None:
+def _teacher(p: params.Distill, run: Path, study: studies.Study | None) -> None:
     """Whether the student can learn from its teacher; that of 03_pretrain to come is what the study describes."""
     clusters = study.kmeans.clusters if study else None
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def _teacher(p: params.Distill, run: Path, study: params.Study | None) -> None:
         distillation.check_teacher(run, p, teacher, clusters)
 
 
-def _keywords(p: params.Evaluate, run: Path, study: params.Study | None) -> None:
+def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None) -> None:
     """Whether the clips allow a fair figure; before 00_corpus, whether SUPERB's task has what it needs."""
     path = run / "00_corpus" / "keywords.parquet"
     if path.is_file():

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fedhubert_lib import files, identity, params, progress, runs
+from fedhubert_lib import files, identity, params, progress, runs, studies
 
 OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 """Exit codes. 75 is EX_TEMPFAIL, "try again later": batch systems can requeue on it."""
@@ -58,7 +58,7 @@ class _Stop:
             raise StageError(f"stopped by {self.by}; the same command resumes", INTERRUPTED)
 
 
-def run(study: params.Study, stages: Sequence[str], force: bool = False) -> None:
+def run(study: studies.Study, stages: Sequence[str], force: bool = False) -> None:
     """Run ``stages`` of ``study``, in this order; ``force`` runs those, too, that have not changed.
 
     Raises RunError when something is wrong that can be known before, StageError when a stage does not end well.

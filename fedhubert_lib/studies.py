@@ -1,21 +1,27 @@
-"""Values of the parameters, from a study file, ``--set`` or a notebook; every error names its place."""
+"""Values of the parameters, from a study file, ``--set`` or a notebook; every error names its place.
+
+One YAML file is one study. Its top level holds ``study``, ``seed`` and, where it builds on another file, ``base``; six
+sections, one per notebook, hold what differs from the defaults. Distillation takes over from pretraining what both
+have, but for the model's shape.
+"""
 
 import difflib
 import inspect
 import json
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode
 
-from fedhubert_lib.params import FOLDERS, SECTIONS, Federation, Section, Study
+from fedhubert_lib import params
+from fedhubert_lib.params import FOLDERS, SECTIONS, Count, Federation, Name, Section
 
 Key = tuple[str, ...]
 """``("seed",)`` at the top level, ``("kmeans", "clusters")`` in a section."""
@@ -23,6 +29,46 @@ Key = tuple[str, ...]
 _SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
 """Parameters that a student does not inherit from its teacher's pretraining."""
 _INHERITED = (Federation.model_fields.keys() | {"codebook"}) - Section.model_fields.keys() - _SHAPE
+
+
+class Study(BaseModel):
+    """One YAML file: a name, a seed, and the parameters of the six notebooks."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    study: Name = Field(description="name of the study")
+    run: Name = Field(description="folder under outputs/ that holds the run")
+    seed: Count = Field(description="seed of every section that sets none itself")
+    corpus: params.Corpus
+    partition: params.Partition
+    kmeans: params.Kmeans
+    pretrain: params.Pretrain
+    distill: params.Distill
+    evaluate: params.Evaluate
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Values that cannot go together: (section, parameter, what is wrong and what to do)."""
+        for stage in SECTIONS:
+            yield from ((stage, key, text) for key, text in getattr(self, stage).conflicts())
+        heldout, speakers = self.partition.heldout_speakers, self.corpus.speakers
+        if self.corpus.kind == "synthetic" and heldout >= speakers:
+            yield "partition", "heldout_speakers", f"{heldout} of corpus.speakers: {speakers}; leave some to train on"
+        clients, codebooks = self.partition.clients, self.kmeans.codebooks
+        for stage, section in ("pretrain", self.pretrain), ("distill", self.distill):
+            if section.cohort > clients:
+                yield stage, "cohort", f"{section.cohort}, but partition.clients is {clients}; give that or fewer"
+            if section.codebook not in codebooks:
+                text = f"{section.codebook}, but kmeans.codebooks has {', '.join(codebooks)}; add it there"
+                yield stage, "codebook", text
+        pretrain, distill = self.pretrain, self.distill
+        if distill.teacher or "soft-targets" not in distill.objectives:
+            return
+        if distill.soft_weight > 0 and pretrain.head == "personal":
+            text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give others"
+            yield "distill", "objectives", text
+        if distill.label_weight > 0 and distill.codebook != pretrain.codebook:
+            text = f"{distill.codebook}, but the teacher's soft targets are over pretrain.codebook: {pretrain.codebook}"
+            yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
 
 
 class ParameterError(ValueError):
