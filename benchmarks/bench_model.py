@@ -36,7 +36,7 @@ import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fedhubert_lib import audio, batching, hubert, masking, objectives, resources, seeds, training
+from fedhubert_lib import audio, batching, hubert, masking, objectives, params, resources, seeds, training
 from fedhubert_lib.evaluation import cost
 from fedhubert_lib.export import formats
 
@@ -168,7 +168,7 @@ class Ours:
                 batching.batches(
                     table,
                     labels,
-                    batching.Recipe(self.work.audio_seconds, self.work.seconds),
+                    params.LocalTraining(batch_seconds=self.work.audio_seconds, crop_seconds=self.work.seconds),
                     (0, 0, "bench"),
                     steps,
                     device=self.work.device,

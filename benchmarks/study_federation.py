@@ -37,7 +37,6 @@ from fedhubert_lib import (
     pooled,
     pretrained,
     pretraining,
-    recipes,
     training,
 )
 from fedhubert_lib.evaluation import extraction, intervals, layers, probes, systems
@@ -120,7 +119,7 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain) -> dict[str,
     steps = int(heldout.samples.sum() / 16_000 / p.batch_seconds)
     sums = training.evaluate(
         module,
-        batching.batches(heldout, labels, recipes.recipe(p), (p.seed, 0, "heldout"), steps),
+        batching.batches(heldout, labels, p, (p.seed, 0, "heldout"), steps),
         lambda batch, _: objectives.masked_prediction(model, head, batch),
         p.precision,
     )

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fedhubert_lib import audio, masking, resources, seeds
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
+from fedhubert_lib.params import LocalTraining
 
 LENGTHS = 16
 """Lengths of crops, in equal steps up to ``crop_seconds``: more crop less away, fewer make fewer shapes of batches."""
@@ -45,20 +46,6 @@ class LabelsByUtterance(Protocol):
     """``labels.Labels``, or a dict: integers [frames] at 50 Hz."""
 
     def __getitem__(self, utterance: str, /) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes of batches, and of what is masked."""
-
-    batch_seconds: float
-    """Audio per batch, at most."""
-    crop_seconds: float
-    """Longest crop of an utterance."""
-    mask_probability: float = 0.8
-    """As in ``masking.spans``."""
-    mask_length: int = 10
-    """Frames."""
 
 
 @dataclass(frozen=True)
@@ -113,29 +100,29 @@ class Plan:
     """Length of every crop: 320 (T - 1) + 400."""
 
 
-def plans(samples: np.ndarray, recipe: Recipe, keys: Keys) -> Iterator[Plan]:
+def plans(samples: np.ndarray, p: LocalTraining, keys: Keys) -> Iterator[Plan]:
     """Plans without end over utterances of ``samples`` [N] samples; a new shuffle whenever all have been used.
 
     Raises ValueError when no utterance is long enough, or a crop does not fit into a batch.
     """
     step = 0
-    for generator, cut in _passes(samples, recipe, keys):
+    for generator, cut in _passes(samples, p, keys):
         for index in generator.permutation(len(cut)):
             rows, length = cut[index]
             yield Plan(step, rows, HOP * generator.integers(0, (samples[rows] - length) // HOP + 1), length)
             step += 1
 
 
-def steps_of(samples: np.ndarray, passes: int, recipe: Recipe, keys: Keys) -> int:
+def steps_of(samples: np.ndarray, passes: int, p: LocalTraining, keys: Keys) -> int:
     """How many ``plans`` make up ``passes`` passes over all utterances that are used."""
-    return sum(len(cut) for _, cut in islice(_passes(samples, recipe, keys), passes))
+    return sum(len(cut) for _, cut in islice(_passes(samples, p, keys), passes))
 
 
 def _passes(
-    samples: np.ndarray, recipe: Recipe, keys: Keys
+    samples: np.ndarray, p: LocalTraining, keys: Keys
 ) -> Iterator[tuple[np.random.Generator, list[tuple[np.ndarray, int]]]]:
     """One shuffle of the usable utterances after another: its generator, and its batches (rows, length of crops)."""
-    crop_seconds, batch_seconds = recipe.crop_seconds, recipe.batch_seconds
+    crop_seconds, batch_seconds = p.crop_seconds, p.batch_seconds
     if crop_seconds > batch_seconds:
         raise ValueError(f"crop_seconds {crop_seconds} is more than batch_seconds {batch_seconds}: no clip would fit")
     shortest = max(int(SHORTEST_SECONDS * SAMPLE_RATE), RECEPTIVE_FIELD)
@@ -167,7 +154,7 @@ def _cut(order: np.ndarray, samples: np.ndarray, lengths: list[int], budget: int
 def batches(
     table: pd.DataFrame,
     labels: LabelsByUtterance,
-    recipe: Recipe,
+    p: LocalTraining,
     keys: Keys,
     steps: int,
     *,
@@ -178,6 +165,7 @@ def batches(
 
     Args:
         table: columns utterance, path, samples (the client's ``train.parquet``).
+        p: sizes of batches and crops, and what is masked.
         keys: equal keys give equal batches, whatever else ran before.
         device: where they will be used. A GPU trains faster than one core decodes: for it as many threads as torch
             takes decode, and batches lie in pinned memory. A CPU's cores train.
@@ -205,7 +193,7 @@ def batches(
                 waveforms[i] = _read(paths[row], first, last, whole)
             targets[i] = _crop_labels(labels, utterances[row], whole, first, frames)
             draw = seeds.numpy_generator(*keys, "mask", plan.step, i)
-            mask[i] = masking.spans(frames, draw, recipe.mask_probability, recipe.mask_length)
+            mask[i] = masking.spans(frames, draw, p.mask_probability, p.mask_length)
         names = tuple(utterances[plan.rows])
         batch = Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
         return batch.pin() if on_gpu else batch
@@ -213,7 +201,7 @@ def batches(
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         pending: deque[Future[Batch]] = deque()
         try:
-            for plan in islice(plans(samples, recipe, keys), steps):
+            for plan in islice(plans(samples, p, keys), steps):
                 pending.append(pool.submit(load, plan))
                 if len(pending) > workers + AHEAD:
                     yield pending.popleft().result()

@@ -55,7 +55,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     table, targets = utterances(folders.values()), labels(map(lesson.labels, folders.values()))
     steps = round(mean(recipes.steps(home, p, 1) for home in folders.values()))
     large, total, module = merged(p), p.rounds * steps, lesson.module
-    settings, recipe = recipes.settings(p, total, accumulate=large.cohort), recipes.recipe(large)
+    settings = recipes.settings(p, total, accumulate=large.cohort)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, settings), Meter(p.device)
     options = {"device": device, "normalise": lesson.normalise}
@@ -72,7 +72,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
             began = time.perf_counter()
             measured = training.local_update(
                 module,
-                batching.batches(table, targets, recipe, (p.seed, number, "all"), steps * large.cohort, **options),
+                batching.batches(table, targets, large, (p.seed, number, "all"), steps * large.cohort, **options),
                 lesson.objective,
                 settings,
                 first_step=(number - 1) * steps,

@@ -64,7 +64,7 @@ def steps(home: ClientHome, p: params.Federation, number: int) -> int:
     if not p.local_epochs:
         return p.local_steps
     samples = pd.read_parquet(home.data / "train.parquet", columns=["samples"])["samples"].to_numpy(dtype=np.int64)
-    return min(p.local_steps, batching.steps_of(samples, p.local_epochs, recipe(p), (p.seed, number, home.client)))
+    return min(p.local_steps, batching.steps_of(samples, p.local_epochs, p, (p.seed, number, home.client)))
 
 
 def validation_steps(home: ClientHome, p: params.Federation) -> int:
@@ -75,8 +75,3 @@ def validation_steps(home: ClientHome, p: params.Federation) -> int:
         return 0
     seconds = samples.clip(upper=int(p.crop_seconds * audio.SAMPLE_RATE)).sum() / audio.SAMPLE_RATE
     return int(np.clip(seconds // p.batch_seconds, 1, VALIDATION_BATCHES))
-
-
-def recipe(p: params.Federation) -> batching.Recipe:
-    """Sizes and masks of the study's batches."""
-    return batching.Recipe(p.batch_seconds, p.crop_seconds, p.mask_probability, p.mask_length)

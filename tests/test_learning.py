@@ -75,8 +75,8 @@ def train(
 
     rows, part = [], steps // 10
     for number in range(10):
-        recipe = batching.Recipe(batch_seconds, crop_seconds)
-        stream = batching.batches(table, labels, recipe, (0, number, "all"), part)
+        p = params.LocalTraining(batch_seconds=batch_seconds, crop_seconds=crop_seconds)
+        stream = batching.batches(table, labels, p, (0, number, "all"), part)
         schedule = {"first_step": part * number, "total_steps": steps, "seed": number}
         sums = training.local_update(module, stream, objective, settings, **schedule, optimiser=optimiser)
         rows.append(objectives.averages(sums))

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch import nn
 
-from fedhubert_lib import audio, batching, hubert, masking, objectives, seeds, training
+from fedhubert_lib import audio, batching, hubert, masking, objectives, params, seeds, training
 from fedhubert_lib.federated import fedprox
 
 CONFIG = hubert.preset(
@@ -41,6 +41,10 @@ def corpus(tmp_path_factory):
     return pd.DataFrame(rows), labels
 
 
+def cut(batch_seconds: float, crop_seconds: float) -> params.LocalTraining:
+    return params.LocalTraining(batch_seconds=batch_seconds, crop_seconds=crop_seconds)
+
+
 def make(clusters: int = 250) -> nn.ModuleDict:
     module = nn.ModuleDict({"model": hubert.Hubert(CONFIG), "head": hubert.Head(CONFIG, clusters)})
     for part in module.values():
@@ -65,7 +69,7 @@ def test_masks_are_whole_spans_with_the_published_fraction():
 def test_crops_carry_their_own_labels(corpus):
     table, labels = corpus
     seen = 0
-    for batch in batching.batches(table, labels, batching.Recipe(8.0, 2.5), KEYS, 8):
+    for batch in batching.batches(table, labels, cut(8.0, 2.5), KEYS, 8):
         frames = audio.frame_count(batch.waveforms.shape[1])
         assert batch.labels.shape == batch.mask.shape == (len(batch.utterances), frames)
         assert batch.seconds <= 8.0
@@ -82,7 +86,7 @@ def test_batches_depend_on_their_keys_alone(corpus, monkeypatch):
     table, labels = corpus
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    draw = partial(batching.batches, table, labels, batching.Recipe(8.0, 4.0), steps=5)
+    draw = partial(batching.batches, table, labels, cut(8.0, 4.0), steps=5)
     for a, b in zip(draw(KEYS), draw(KEYS, device="cuda:1"), strict=True):
         assert torch.equal(a.waveforms, b.waveforms)
         assert torch.equal(a.mask, b.mask)
@@ -92,7 +96,7 @@ def test_batches_depend_on_their_keys_alone(corpus, monkeypatch):
 
 def test_passes_use_every_utterance_as_often_as_all_others():
     samples = np.random.default_rng(0).integers(8_000, 100_000, 40)  # some are too short to be used
-    recipe = batching.Recipe(8.0, 4.0)
+    recipe = cut(8.0, 4.0)
     steps = batching.steps_of(samples, 2, recipe, KEYS)
     plans = list(itertools.islice(batching.plans(samples, recipe, KEYS), steps + 1))
     used = np.bincount(np.concatenate([plan.rows for plan in plans[:-1]]), minlength=40)
@@ -102,7 +106,7 @@ def test_passes_use_every_utterance_as_often_as_all_others():
 
 def test_batches_have_few_shapes_and_little_is_cropped_away():
     samples = np.random.default_rng(0).integers(16_000, 100_000, 400)
-    recipe = batching.Recipe(32.0, 5.0)
+    recipe = cut(32.0, 5.0)
     steps = batching.steps_of(samples, 1, recipe, KEYS)
     plans = list(itertools.islice(batching.plans(samples, recipe, KEYS), steps))
     shapes = Counter((len(plan.rows), plan.samples) for plan in plans)
@@ -121,7 +125,7 @@ def test_batches_have_few_shapes_and_little_is_cropped_away():
 
 def test_audio_is_decoded_once(corpus, monkeypatch):
     table, labels = corpus
-    draw = partial(batching.batches, table, labels, batching.Recipe(8.0, 2.0), KEYS, 20)
+    draw = partial(batching.batches, table, labels, cut(8.0, 2.0), KEYS, 20)
     monkeypatch.setattr(batching, "_decoded", {})
     monkeypatch.setattr(batching, "_has_room", lambda: False)
     fresh = list(draw())
@@ -159,7 +163,7 @@ def test_a_file_that_is_longer_than_its_table_says_is_refused(corpus, tmp_path):
 def test_an_utterance_is_normalised_whole_before_it_is_cropped(corpus):
     """As the recipe does for large; of a crop, mean and variance are others."""
     table, labels = corpus
-    stream = batching.batches(table, labels, batching.Recipe(8.0, 1.0), KEYS, 1, normalise=True)
+    stream = batching.batches(table, labels, cut(8.0, 1.0), KEYS, 1, normalise=True)
     batch = next(stream)
     assert batch.normalised
     for crop, name, first in zip(batch.waveforms, batch.utterances, batch.labels[:, 0].tolist(), strict=True):
@@ -179,13 +183,13 @@ def test_wrong_number_of_labels_is_an_error(corpus):
     table, labels = corpus
     short = {name: values[:-1] for name, values in labels.items()}
     with pytest.raises(ValueError, match="run 02_kmeans again"):
-        next(batching.batches(table, short, batching.Recipe(8.0, 4.0), KEYS, 1))
+        next(batching.batches(table, short, cut(8.0, 4.0), KEYS, 1))
 
 
 def train(corpus, steps: int = 3, adjust=lambda module: (), **settings) -> tuple[nn.ModuleDict, dict[str, float]]:
     table, labels = corpus
     module = make()
-    stream = batching.batches(table, labels, batching.Recipe(8.0, 4.0), KEYS, steps)
+    stream = batching.batches(table, labels, cut(8.0, 4.0), KEYS, steps)
     metrics = training.local_update(
         module,
         stream,
@@ -249,7 +253,7 @@ def test_diverging_batch_is_named(corpus):
     module = make()
     with torch.no_grad():
         module["head"].final_proj.weight.fill_(float("nan"))
-    stream = batching.batches(table, labels, batching.Recipe(8.0, 4.0), KEYS, 2)
+    stream = batching.batches(table, labels, cut(8.0, 4.0), KEYS, 2)
     settings = training.Settings(learning_rate=1e-3, warmup_steps=2)
     with pytest.raises(training.DivergedError, match="batch u"):
         training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=9, seed=0)
@@ -258,7 +262,7 @@ def test_diverging_batch_is_named(corpus):
 def test_masked_fraction_of_a_clip_does_not_depend_on_its_batch(corpus):
     """fairseq and torchaudio delete masked frames until all rows have equally many."""
     table, labels = corpus
-    counts = [batch.mask.sum(1) for batch in batching.batches(table, labels, batching.Recipe(16.0, 4.0), KEYS, 6)]
+    counts = [batch.mask.sum(1) for batch in batching.batches(table, labels, cut(16.0, 4.0), KEYS, 6)]
     assert any(len(set(count.tolist())) > 1 for count in counts)
 
 

@@ -80,5 +80,5 @@ def validate(home: ClientHome, lesson: Lesson) -> dict[str, float]:
 
 def _batches(home: ClientHome, part: str, lesson: Lesson, number: int, steps: int) -> Iterator[batching.Batch]:
     table, labels = pd.read_parquet(home.data / f"{part}.parquet"), Labels(lesson.labels(home))
-    keys, recipe = (lesson.p.seed, number, home.client), recipes.recipe(lesson.p)
-    return batching.batches(table, labels, recipe, keys, steps, normalise=lesson.normalise, device=home.device)
+    keys = (lesson.p.seed, number, home.client)
+    return batching.batches(table, labels, lesson.p, keys, steps, normalise=lesson.normalise, device=home.device)
