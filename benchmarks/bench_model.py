@@ -97,8 +97,8 @@ class Ours:
         self.model, self.head = hubert.Hubert(work.config), hubert.Head(work.config, CLUSTERS)
         self.module = nn.ModuleList([self.model, self.head]).to(work.device)
         self.model.gradient_checkpointing(checkpointing)
-        self.settings = training.Settings(learning_rate=1e-5, warmup_steps=0, precision=precision)
-        self.optimiser = training.adamw(self.module, self.settings)
+        self.p = params.Pretrain(learning_rate=1e-5, warmup_share=0.0, precision=precision)
+        self.optimiser = training.adamw(self.module, self.p)
         self.batch = work.batch()
 
     def step(self) -> None:
@@ -125,7 +125,7 @@ class Ours:
             self.module,
             batches,
             lambda batch, _: objectives.masked_prediction(self.model, self.head, batch),
-            self.settings,
+            self.p,
             first_step=0,
             total_steps=10**6,
             seed=0,
@@ -136,7 +136,7 @@ class Ours:
         """Seconds of loss and masks in a step: everything after the model and its gradient, and drawing the masks."""
         batch, size = self.batch, self.work.config.hidden_size
         features = torch.randn(*batch.mask.shape, self.work.config.feature_size, device=self.work.device)
-        dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else torch.float32
+        dtype = torch.bfloat16 if self.p.precision == "bfloat16" else torch.float32
 
         def once() -> float:
             last = torch.randn(*batch.mask.shape, size, device=self.work.device).requires_grad_()
@@ -144,7 +144,7 @@ class Ours:
             _synchronise(self.work.device)
             began = time.perf_counter()
             self.work.masks(batch.mask.shape[1])
-            with resources.autocast(self.work.device, self.settings.precision):
+            with resources.autocast(self.work.device, self.p.precision):
                 model = lambda *_, **__: hubert.HubertOutput(last, None, convolved)  # noqa: E731
                 sums = objectives.masked_prediction(model, self.head, batch)
             sums.loss.backward()

@@ -150,14 +150,13 @@ def _two_steps(p: Pretrain, config: hubert.HubertConfig, clusters: int, clips: i
         )
         module = nn.ModuleList([hubert.Hubert(config), hubert.Head(config, clusters)]).to(device)
         module[0].gradient_checkpointing(p.gradient_checkpointing)
-        settings, seconds = recipes.settings(p, 2), 0.0
-        optimiser = training.adamw(module, settings)
+        optimiser, seconds = training.adamw(module, p), 0.0
         for _ in range(2):
             seconds = training.local_update(
                 module,
                 [batch],
                 lambda one, _: objectives.masked_prediction(module[0], module[1], one),
-                settings,
+                p,
                 first_step=0,
                 total_steps=2,
                 seed=0,

@@ -55,9 +55,8 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     table, targets = utterances(folders.values()), labels(map(lesson.labels, folders.values()))
     steps = round(mean(recipes.steps(home, p, 1) for home in folders.values()))
     large, total, module = merged(p), p.rounds * steps, lesson.module
-    settings = recipes.settings(p, total, accumulate=large.cohort)
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
-    names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, settings), Meter(p.device)
+    names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, p), Meter(p.device)
     options = {"device": device, "normalise": lesson.normalise}
     with checkpoints.sole(out):
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
@@ -74,10 +73,11 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
                 module,
                 batching.batches(table, targets, large, (p.seed, number, "all"), steps * large.cohort, **options),
                 lesson.objective,
-                settings,
+                p,
                 first_step=(number - 1) * steps,
                 total_steps=total,
                 seed=seeds.derive(p.seed, number, "all", "dropout"),
+                accumulate=large.cohort,
                 optimiser=optimiser,
             )
             weights = {name: parameter.detach().cpu() for name, parameter in names.items()}

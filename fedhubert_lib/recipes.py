@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib import audio, batching, hubert, params, training
+from fedhubert_lib import audio, batching, hubert, params
 from fedhubert_lib.federated.protocol import ClientHome
 
 VALIDATION_BATCHES = 4
@@ -44,18 +44,6 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
         chosen["num_attention_heads"] = next(n for n in range(heads, 0, -1) if p.hidden_size % n == 0)
     changes = {name: value for name, value in chosen.items() if value}
     return hubert.preset(p.model, p.front_end, position_embedding=p.position_embedding, **changes)
-
-
-def settings(p: params.Federation, total_steps: int, accumulate: int = 1) -> training.Settings:
-    """Settings of training steps, at clients and on pooled data, in a study of ``total_steps`` global steps."""
-    return training.Settings(
-        learning_rate=p.learning_rate,
-        warmup_steps=round(p.warmup_share * total_steps),
-        weight_decay=p.weight_decay,
-        clip_norm=p.clip_norm,
-        accumulate=accumulate,
-        precision=p.precision,
-    )
 
 
 def steps(home: ClientHome, p: params.Federation, number: int) -> int:

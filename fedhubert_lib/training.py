@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from fedhubert_lib import resources
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.objectives import Sums
+from fedhubert_lib.params import Federation
 
 Objective = Callable[[Batch, float], Sums]
 """(batch, fraction of all steps of the study that are done) to what is minimised."""
@@ -31,34 +31,17 @@ class DivergedError(RuntimeError):
     """A loss or gradient that is not finite; the message names the batch."""
 
 
+EPS = 1e-6
 CHECK_EVERY = 50
 """Steps after which a GPU is asked whether all gradients were finite."""
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # reproducible sums; read when CUDA is first used
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Optimiser, schedule and precision of the steps."""
-
-    learning_rate: float
-    """Peak of the schedule."""
-    warmup_steps: int
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    """Decoupled, on all parameters, as fairseq's."""
-    clip_norm: float = 10.0
-    accumulate: int = 1
-    """Batches per optimiser step."""
-    precision: str = "float32"
-    """float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it faster."""
-
-
-def rate(settings: Settings, step: int, total_steps: int) -> float:
+def rate(peak: float, warmup_share: float, step: int, total_steps: int) -> float:
     """Learning rate of global ``step`` (from 0): linear warm-up to the peak, then linear decay towards 0 at the end."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    return settings.learning_rate * (total_steps - step) / max(total_steps - settings.warmup_steps, 1)
+    warmup = round(warmup_share * total_steps)
+    return peak * (step + 1) / warmup if step < warmup else peak * (total_steps - step) / max(total_steps - warmup, 1)
 
 
 @functools.cache
@@ -78,11 +61,12 @@ def local_update(
     module: nn.Module,
     batches: Iterable[Batch],
     objective: Objective,
-    settings: Settings,
+    p: Federation,
     *,
     first_step: int,
     total_steps: int,
     seed: int,
+    accumulate: int = 1,
     optimiser: torch.optim.Optimizer | None = None,
     adjust: Sequence[Adjust] = (),
 ) -> dict[str, float]:
@@ -90,7 +74,8 @@ def local_update(
 
     Args:
         module: holds all parameters that train; where it lies, it computes.
-        batches: ``settings.accumulate`` of them make an optimiser step.
+        batches: ``accumulate`` of them make an optimiser step.
+        p: optimiser, schedule and precision of the steps.
         first_step, total_steps: where in the global schedule this update stands.
         seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
         optimiser: a new ``adamw`` by default.
@@ -102,28 +87,28 @@ def local_update(
     not leaves the weights as they are. A GPU is asked once in ``CHECK_EVERY`` steps, since each question makes it wait.
     """
     keep_freed_memory()
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    device, optimiser = parameters[0].device, optimiser or adamw(module, settings)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    device, optimiser = parameters[0].device, optimiser or adamw(module, p)
     module.train().zero_grad()
     torch.manual_seed(seed)
     tally, stream, began = _Tally(1 if device.type == "cpu" else CHECK_EVERY), iter(batches), time.perf_counter()
     while True:
         asked = time.perf_counter()
-        group = list(islice(stream, settings.accumulate))
+        group = list(islice(stream, accumulate))
         tally.waiting += time.perf_counter() - asked
         if not group:
             break
         number = first_step + tally.steps
         with reproducible(device):
-            count, unit = _backward(group, objective, settings.precision, device, number / total_steps, tally)
+            count, unit = _backward(group, objective, p.precision, device, number / total_steps, tally)
             if not count:
                 raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
             # Gradients were divided by the first batch's count. The rest, where there are more, goes with clipping.
             for add in adjust:
                 add(count / unit)
-            norm = _clip(parameters, count / unit, settings.clip_norm)
+            norm = _clip(parameters, count / unit, p.clip_norm)
             for parameter_group in optimiser.param_groups:
-                parameter_group["lr"] = rate(settings, number, total_steps)
+                parameter_group["lr"] = rate(p.learning_rate, p.warmup_share, number, total_steps)
             tally.step(number, norm, group)
             if device.type != "cpu":  # where it is not seen before the step: AdamW then leaves the weights as they are
                 optimiser.found_inf = (~norm.isfinite()).float()
@@ -235,14 +220,14 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def adamw(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def adamw(module: nn.Module, p: Federation) -> torch.optim.AdamW:
     """The client's optimiser, fused: one pass over the parameters."""
     return torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=p.learning_rate,
         betas=(0.9, 0.98),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+        eps=EPS,
+        weight_decay=p.weight_decay,
         fused=True,
     )
 

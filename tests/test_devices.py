@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from federation import pretrain
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedhubert_lib import audio, batching, features, hubert, kernels, objectives, seeds, teaching, training
@@ -133,7 +134,8 @@ def test_training_step_never_waits_for_the_device(monkeypatch):
             module,
             [batch] * 4,
             objective,
-            training.Settings(learning_rate=1e-3, warmup_steps=2, accumulate=2),
+            pretrain(warmup_share=0.2),
+            accumulate=2,
             first_step=0,
             total_steps=10,
             seed=0,
@@ -148,7 +150,7 @@ def test_clipping_and_the_fused_optimiser_never_wait_for_a_gpu(pretended_gpu):
     module = torch.nn.Linear(3, 3)
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    optimiser = training.adamw(module, pretrain())
     norm = training._clip(list(module.parameters()), 2.0, 1.0)
     optimiser.found_inf = (~norm.isfinite()).float()
     optimiser.step()
@@ -158,7 +160,7 @@ def test_clipping_and_the_fused_optimiser_never_wait_for_a_gpu(pretended_gpu):
 def test_optimiser_skips_a_step_that_is_not_finite():
     module = torch.nn.Linear(4, 1)
     before = [parameter.detach().clone() for parameter in module.parameters()]
-    optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    optimiser = training.adamw(module, pretrain())
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan)
     optimiser.found_inf = torch.ones(())  # as after such a step on a GPU

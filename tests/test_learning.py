@@ -66,8 +66,10 @@ def train(
     module = nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, CLUSTERS)})
     for part in module.values():
         hubert.initialise(part, seeds.torch_generator(0))
-    settings = training.Settings(learning_rate=learning_rate, warmup_steps=round(0.06 * steps), precision="auto")
-    optimiser = training.adamw(module, settings)
+    p = params.Pretrain(
+        learning_rate=learning_rate, warmup_share=0.06, batch_seconds=batch_seconds, crop_seconds=crop_seconds
+    )
+    optimiser = training.adamw(module, p)
 
     def objective(batch: batching.Batch, progress: float) -> objectives.Sums:
         weight = objectives.unmasked_weight(unmasked_weight, params.Pretrain().unmasked_decay, progress)
@@ -75,10 +77,9 @@ def train(
 
     rows, part = [], steps // 10
     for number in range(10):
-        p = params.LocalTraining(batch_seconds=batch_seconds, crop_seconds=crop_seconds)
         stream = batching.batches(table, labels, p, (0, number, "all"), part)
         schedule = {"first_step": part * number, "total_steps": steps, "seed": number}
-        sums = training.local_update(module, stream, objective, settings, **schedule, optimiser=optimiser)
+        sums = training.local_update(module, stream, objective, p, **schedule, optimiser=optimiser)
         rows.append(objectives.averages(sums))
     return rows, module["model"].eval()
 

@@ -6,7 +6,7 @@ import torch
 from federation import pretrain
 from scipy import stats
 
-from fedhubert_lib import recipes, training
+from fedhubert_lib import training
 from fedhubert_lib.federated import optimisers, robust
 
 
@@ -63,7 +63,7 @@ def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make, schedul
 
 def test_the_servers_schedule_is_that_of_a_client_with_one_step_in_a_round():
     p = pretrain(server_rate=0.5, server_schedule="clients", rounds=40, learning_rate=1e-3)
-    clients = [training.rate(recipes.settings(p, p.rounds), step, p.rounds) for step in range(p.rounds)]
+    clients = [training.rate(p.learning_rate, p.warmup_share, step, p.rounds) for step in range(p.rounds)]
     assert [optimisers.rate(p, number) / 0.5 for number in range(1, 41)] == pytest.approx([r / 1e-3 for r in clients])
 
 

@@ -169,14 +169,14 @@ def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start(tmp_p
     """And can be saved: safetensors refuses tensors that share memory."""
     module = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "dropped": torch.nn.Linear(2, 2)})
     names = dict(module.named_parameters())
-    optimiser = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    optimiser = training.adamw(module, pretrain())
     module["used"](torch.ones(1, 2)).sum().backward()
     optimiser.step()
     kept = weights.moments(optimiser, names)
     assert {name.split("/")[0] for name in kept} == set(names)
     assert kept["dropped.weight/step"] == 0 and kept["used.weight/step"] == 1
     save_file(kept, tmp_path / "moments.safetensors")
-    again = training.adamw(module, training.Settings(learning_rate=1e-3, warmup_steps=0))
+    again = training.adamw(module, pretrain())
     weights.restore_moments(again, names, kept)
     module["dropped"](module["used"](torch.ones(1, 2))).sum().backward()
     again.step()
@@ -249,9 +249,9 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
     monkeypatch.setattr(
         training,
         "adamw",
-        lambda module, settings: torch.optim.SGD(module.parameters(), lr=settings.learning_rate),
+        lambda module, p: torch.optim.SGD(module.parameters(), lr=p.learning_rate),
     )
-    monkeypatch.setattr(training, "rate", lambda settings, step, total: rate)
+    monkeypatch.setattr(training, "rate", lambda peak, warmup, step, total: rate)
     task, weights = pretraining.begin(
         run, pretrain(server="scaffold", local_state="reset", clip_norm=1e9, learning_rate=rate)
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from federation import pretrain
 
 from fedhubert_lib import hubert, masking, seeds, teaching, training
 from fedhubert_lib.batching import Batch
@@ -48,7 +49,7 @@ def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
 
     module = torch.nn.ModuleDict({"model": student, "head": head})
     training.local_update(
-        module, [batch(), batch(1)], objective, training.Settings(1e-3, 0), first_step=0, total_steps=2, seed=0
+        module, [batch(), batch(1)], objective, pretrain(warmup_share=0.0), first_step=0, total_steps=2, seed=0
     )
     assert torch.equal(first, teacher.probabilities(batch().waveforms, 4.0))
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
@@ -166,8 +167,8 @@ def test_objectives_bring_a_student_nearer_to_its_teacher(teacher, name):
         return teaching.layer_regression(student, regressors, teacher, one)
 
     module = torch.nn.ModuleDict({"student": student, "head": head, "regressors": regressors})
-    settings = training.Settings(2e-3, 3, precision="float32")
+    p = pretrain(learning_rate=2e-3, warmup_share=3 / 40)
     first = objective(batch())
-    training.local_update(module, [batch()] * 40, objective, settings, first_step=0, total_steps=40, seed=0)
+    training.local_update(module, [batch()] * 40, objective, p, first_step=0, total_steps=40, seed=0)
     last = objective(batch())
     assert last.loss / last.count < 0.8 * (first.loss / first.count)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from federation import pretrain
 from torch import nn
 
 from fedhubert_lib import audio, batching, hubert, masking, objectives, params, seeds, training
@@ -186,7 +187,7 @@ def test_wrong_number_of_labels_is_an_error(corpus):
         next(batching.batches(table, short, cut(8.0, 4.0), KEYS, 1))
 
 
-def train(corpus, steps: int = 3, adjust=lambda module: (), **settings) -> tuple[nn.ModuleDict, dict[str, float]]:
+def train(corpus, steps: int = 3, adjust=lambda module: (), **changes) -> tuple[nn.ModuleDict, dict[str, float]]:
     table, labels = corpus
     module = make()
     stream = batching.batches(table, labels, cut(8.0, 4.0), KEYS, steps)
@@ -194,7 +195,7 @@ def train(corpus, steps: int = 3, adjust=lambda module: (), **settings) -> tuple
         module,
         stream,
         objective(module),
-        training.Settings(learning_rate=1e-3, warmup_steps=2, **settings),
+        pretrain(warmup_share=0.2, **changes),
         first_step=0,
         total_steps=10,
         seed=0,
@@ -224,11 +225,9 @@ def test_the_objective_knows_the_fraction_of_all_steps_that_are_done():
         seen.append(progress)
         return objective(module)(batch, progress)
 
-    settings = training.Settings(learning_rate=1e-3, warmup_steps=0)
+    p = pretrain(warmup_share=0.0)
     for first_step in (0, 2):
-        training.local_update(
-            module, [random_batch(2)] * 2, watched, settings, first_step=first_step, total_steps=4, seed=0
-        )
+        training.local_update(module, [random_batch(2)] * 2, watched, p, first_step=first_step, total_steps=4, seed=0)
     assert seen == [0.0, 0.25, 0.5, 0.75]
     assert [objectives.unmasked_weight(2.0, 0.5, progress) for progress in seen] == [2.0, 1.0, 0.0, 0.0]
     assert objectives.unmasked_weight(2.0, 0.0, 0.75) == 2.0
@@ -254,9 +253,9 @@ def test_diverging_batch_is_named(corpus):
     with torch.no_grad():
         module["head"].final_proj.weight.fill_(float("nan"))
     stream = batching.batches(table, labels, cut(8.0, 4.0), KEYS, 2)
-    settings = training.Settings(learning_rate=1e-3, warmup_steps=2)
+    p = pretrain(warmup_share=0.2)
     with pytest.raises(training.DivergedError, match="batch u"):
-        training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=9, seed=0)
+        training.local_update(module, stream, objective(module), p, first_step=0, total_steps=9, seed=0)
 
 
 def test_masked_fraction_of_a_clip_does_not_depend_on_its_batch(corpus):
@@ -348,8 +347,9 @@ def random_batch(clips: int, frames: int = 60) -> batching.Batch:
     )
 
 
-def test_accumulated_batches_give_the_step_of_one(corpus):
+def test_accumulated_batches_give_the_step_of_one(corpus, monkeypatch):
     """Two batches of two clips, accumulated, move the weights as one batch of four does."""
+    monkeypatch.setattr(training, "EPS", 1e-3)
     whole = random_batch(4)
     halves = [
         batching.Batch(whole.waveforms[s], whole.labels[s], whole.mask[s], whole.utterances[s])
@@ -358,8 +358,8 @@ def test_accumulated_batches_give_the_step_of_one(corpus):
     weights = []
     for stream, accumulate in (([whole], 1), (halves, 2)):
         module = make()
-        settings = training.Settings(learning_rate=1e-3, warmup_steps=0, accumulate=accumulate, eps=1e-3)
-        training.local_update(module, stream, objective(module), settings, first_step=0, total_steps=9, seed=0)
+        p, options = pretrain(warmup_share=0.0), {"accumulate": accumulate, "total_steps": 9}
+        training.local_update(module, stream, objective(module), p, first_step=0, seed=0, **options)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.allclose(*weights, rtol=0, atol=1e-6)
 
@@ -382,8 +382,7 @@ def test_logits_stay_float32_and_the_stack_of_negatives_is_never_made():
 
 
 def test_schedule_rises_and_falls_linearly_over_global_steps():
-    settings = training.Settings(learning_rate=2.0, warmup_steps=4)
-    rates = [training.rate(settings, step, 12) for step in range(12)]
+    rates = [training.rate(2.0, 1 / 3, step, 12) for step in range(12)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert np.diff(rates[4:]) == pytest.approx([-0.25] * 7)
     assert rates[-1] > 0
@@ -419,8 +418,8 @@ def test_a_teacher_inside_the_objective_stays_in_eval_mode():
             seen.append(teacher(batch.waveforms).last)
         return objective(module)(batch, progress)
 
-    settings = training.Settings(learning_rate=1e-3, warmup_steps=0)
-    training.local_update(module, [batch, batch], distil, settings, first_step=0, total_steps=9, seed=0)
+    p = pretrain(warmup_share=0.0)
+    training.local_update(module, [batch, batch], distil, p, first_step=0, total_steps=9, seed=0)
     assert torch.equal(*seen)
     assert not teacher.training
 

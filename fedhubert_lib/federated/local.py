@@ -45,8 +45,7 @@ def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
     steps = recipes.steps(home, p, config["round"])
     batches = _batches(home, "train", lesson, config["round"], steps)
-    settings = recipes.settings(p, p.rounds * steps)
-    names, optimiser = dict(module.named_parameters()), training.adamw(module, settings)
+    names, optimiser = dict(module.named_parameters()), training.adamw(module, p)
     update = Update(home, arrays, config, p, names, optimiser)
     around = [hook(update) for hook in hooks.chosen(hooks.AT_CLIENTS, p)]
     for hook in around:
@@ -56,7 +55,7 @@ def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
             module,
             batches,
             lesson.objective,
-            settings,
+            p,
             first_step=(config["round"] - 1) * steps,
             total_steps=p.rounds * steps,
             seed=seeds.derive(p.seed, config["round"], home.client, "dropout"),
