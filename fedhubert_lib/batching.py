@@ -16,11 +16,11 @@ decoded stays in memory as long as there is room: later rounds and passes decode
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fedhubert_lib import audio, masking, resources, seeds
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, frame_count
+from fedhubert_lib.labels import Labels
 from fedhubert_lib.params import LocalTraining
 
 LENGTHS = 16
@@ -40,12 +41,8 @@ SHORTEST_SECONDS = 1.0
 
 Keys = tuple[int, int, str]
 """Seed, round and client, from which every draw derives."""
-
-
-class LabelsByUtterance(Protocol):
-    """``labels.Labels``, or a dict: integers [frames] at 50 Hz."""
-
-    def __getitem__(self, utterance: str, /) -> np.ndarray: ...
+LabelsByUtterance = Labels | Mapping[str, np.ndarray]
+"""Integers [frames] at 50 Hz."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +73,24 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> "Batch":
-        """The batch in memory that a GPU copies from without anybody waiting."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed = {name: change(getattr(self, name)) for name in ("waveforms", "labels", "mask")}
-        return replace(self, **changed)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with ``change`` of its tensors."""
+        return replace(self, **{name: change(getattr(self, name)) for name in ("waveforms", "labels", "mask")})
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which utterances make a batch, and which part of each: nothing read yet."""
+class Plan(NamedTuple):
+    """Which utterances make a batch, and which part of each: nothing read yet.
+
+    ``rows`` of the table and the first sample of each crop, a multiple of 320: int64 [B]; every crop is of ``samples``:
+    320 (T - 1) + 400.
+    """
 
     step: int
     rows: np.ndarray
-    """int64 [B], rows of the table."""
     starts: np.ndarray
-    """int64 [B], first sample of each crop, a multiple of 320."""
     samples: int
-    """Length of every crop: 320 (T - 1) + 400."""
 
 
 def plans(samples: np.ndarray, p: LocalTraining, keys: Keys) -> Iterator[Plan]:
@@ -196,7 +189,7 @@ def batches(
             mask[i] = masking.spans(frames, draw, p.mask_probability, p.mask_length)
         names = tuple(utterances[plan.rows])
         batch = Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
-        return batch.pin() if on_gpu else batch
+        return batch.mapped(Tensor.pin_memory) if on_gpu else batch  # from where a GPU copies without anybody waiting
 
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         pending: deque[Future[Batch]] = deque()

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fedhubert_lib import files, params
+from fedhubert_lib import files, params, pretrained
 from fedhubert_lib.weights import Arrays
 
 OnRow = Callable[[dict[str, Any]], None]
@@ -68,10 +68,10 @@ def write(
     groups = _by_file(weights)
     if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
         with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:
-            _write_folder(temporary, {"model": groups["model"]}, documents)
+            pretrained.write(temporary, {"model": groups["model"]}, documents)
     state_text = json.dumps(dict(state), indent=2, allow_nan=False) + "\n"
     with files.atomic(path(out, number)) as temporary:
-        _write_folder(temporary, groups | {"server": server}, {**documents, "state.json": state_text})
+        pretrained.write(temporary, groups | {"server": server}, {**documents, "state.json": state_text})
     for earlier in rounds(out):
         if earlier < number and earlier != state["best_round"]:
             shutil.rmtree(path(out, earlier))
@@ -81,7 +81,7 @@ def save(folder: Path, weights: Arrays, documents: Mapping[str, str]) -> Path:
     """Write a model folder of the tensors called model.NAME and head.NAME, without what else was trained; its path."""
     groups = _by_file(weights)
     with files.atomic(folder) as temporary:
-        _write_folder(temporary, {name: groups[name] for name in ("model", "head") if name in groups}, documents)
+        pretrained.write(temporary, {name: groups[name] for name in ("model", "head") if name in groups}, documents)
     return folder
 
 
@@ -91,14 +91,6 @@ def _by_file(weights: Arrays) -> dict[str, Arrays]:
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = tensor
     return groups
-
-
-def _write_folder(folder: Path, groups: Mapping[str, Arrays], documents: Mapping[str, str]) -> None:
-    folder.mkdir()
-    for group, tensors in groups.items():
-        save_file(tensors, folder / f"{group}.safetensors", metadata={"format": "pt"})
-    for name, text in documents.items():
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def rounds(out: Path) -> list[int]:

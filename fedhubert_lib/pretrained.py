@@ -55,18 +55,20 @@ def documents(config: HubertConfig) -> dict[str, str]:
 
 def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
     """Write a model folder, atomically; an existing one is replaced."""
+    modules: dict[str, nn.Module] = {"model": model} | ({"head": head} if head is not None else {})
+    groups = {name: {n: t.cpu().float() for n, t in module.state_dict().items()} for name, module in modules.items()}
     with files.atomic(folder) as temporary:
-        temporary.mkdir()
-        for name, text in documents(model.config).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        _write(temporary / "model.safetensors", model)
-        if head is not None:
-            _write(temporary / "head.safetensors", head)
+        write(temporary, groups, documents(model.config))
 
 
-def _write(path: Path, module: nn.Module) -> None:
-    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in module.state_dict().items()}
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, str]) -> None:
+    """Make ``folder``: tensors on the CPU as GROUP.safetensors, and ``documents``, texts by name."""
+    folder.mkdir()
+    for group, tensors in groups.items():
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, folder / f"{group}.safetensors", metadata={"format": "pt"})
+    for name, text in documents.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]:

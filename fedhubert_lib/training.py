@@ -74,8 +74,7 @@ def local_update(
 
     Args:
         module: holds all parameters that train; where it lies, it computes.
-        batches: ``accumulate`` of them make an optimiser step.
-        p: optimiser, schedule and precision of the steps.
+        batches, p: ``accumulate`` batches make a step, with optimiser, schedule and precision of ``p``.
         first_step, total_steps: where in the global schedule this update stands.
         seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
         optimiser: a new ``adamw`` by default.

@@ -89,7 +89,8 @@ def decode(encoded: Mapping[str, Tensor], kind: Compression, like: Mapping[str, 
         scales = {name: value for name, value in encoded.items() if name.endswith(_SCALES)}
         check(scales, {name + _SCALES: torch.empty(-(-value.numel() // BLOCK)) for name, value in like.items()})
         check({name: encoded[name] for name in encoded.keys() - scales.keys()}, like, torch.int8)
-        return {name: _dequantise(encoded[name], encoded[name + _SCALES]) for name in like}
+        blocks = {name: _blocks(encoded[name].float()) * encoded[name + _SCALES][:, None] for name in like}
+        return {name: blocks[name].view(-1)[: value.numel()].view(value.shape) for name, value in like.items()}
     values, total = encoded.get(_VALUES, torch.zeros(0)).flatten(), sum(value.numel() for value in like.values())
     check({name: value for name, value in encoded.items() if name != _INDICES}, {_VALUES: values})
     check({name: value for name, value in encoded.items() if name != _VALUES}, {_INDICES: values}, torch.int32)
@@ -118,10 +119,6 @@ def _quantise(value: Tensor) -> tuple[Tensor, Tensor]:
     # A block of zeros has scale 0 and stays zero. So does one of subnormal values, whose scale rounds to 0.
     quantised = torch.where(scales[:, None] > 0, blocks / scales[:, None], 0).round().clamp(-127, 127)
     return quantised.to(torch.int8).view(-1)[: value.numel()].view(value.shape), scales
-
-
-def _dequantise(value: Tensor, scales: Tensor) -> Tensor:
-    return (_blocks(value.float()) * scales[:, None]).view(-1)[: value.numel()].view(value.shape)
 
 
 def _blocks(value: Tensor) -> Tensor:

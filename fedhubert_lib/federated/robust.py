@@ -1,9 +1,6 @@
 """Trimmed mean and median of the updates: one hostile client cannot move them. They need a cohort's updates at once."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from fedhubert_lib import resources
 from fedhubert_lib.federated.hooks import Hook
@@ -29,13 +26,13 @@ class Sorted:
 
     def result(self) -> Arrays:
         """The trimmed mean or median of all, a tensor at a time."""
-        names = sorted(self._updates[0])
-        return {name: self._reduced([update.pop(name) for update in self._updates]) for name in names}
-
-    def _reduced(self, tensors: Sequence[Tensor]) -> Tensor:
-        count = len(tensors)
-        lowest = (count - 1) // 2 if self._trim == 0.5 else min(max(int(self._trim * count), 1), (count - 1) // 2)
-        return torch.stack(list(tensors)).sort(0).values[lowest : count - lowest].mean(0)
+        count = len(self._updates)
+        middle = (count - 1) // 2
+        lowest = middle if self._trim == 0.5 else min(max(int(self._trim * count), 1), middle)
+        stacks = (
+            (name, torch.stack([update.pop(name) for update in self._updates])) for name in sorted(self._updates[0])
+        )
+        return {name: stack.sort(0).values[lowest : count - lowest].mean(0) for name, stack in stacks}
 
 
 class SortedUpdates(Hook):

@@ -171,7 +171,12 @@ def lloyd(
         number, before, travelled = stats["round"] + 1, stats.get("inertia"), dict(exchange.bytes)
         stats["asked"] += 1
         save()
-        sums, counts, inertias, clients = _added(exchange, arrays, {**config, "round": number}, centroids)
+        like = {"sums": centroids.shape, "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
+        message, totals, clients = {**config, "round": number}, dict.fromkeys(like, 0.0), 0
+        for reply in exchange.ask("lloyd", {**arrays, "centroids": centroids}, message, like=like):
+            totals = {name: total + reply.arrays[name] for name, total in totals.items()}
+            clients += 1
+        sums, counts, inertias = totals.values()
         frames, total = float(counts.sum()), float(inertias.sum())
         if private:  # the counts alone show which clusters are large; one within the noise is no cluster
             noise = config["noise_multiplier"] * config["noise_clip"] * clients**0.5
@@ -190,18 +195,6 @@ def lloyd(
         log({"kind": "lloyd", **stats, **exchange.since(travelled)})
     save()
     return centroids, stats
-
-
-def _added(
-    exchange: Exchange, arrays: Arrays, config: dict[str, Any], centroids: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Sums, counts and inertias of all clients' frames for ``centroids``, and the number of clients."""
-    like = {"sums": tuple(centroids.shape), "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
-    totals, clients = dict.fromkeys(like, 0.0), 0
-    for reply in exchange.ask("lloyd", {**arrays, "centroids": centroids}, config, like=like):
-        totals = {name: total + reply.arrays[name] for name, total in totals.items()}
-        clients += 1
-    return *totals.values(), clients
 
 
 def random_projection(config: Mapping[str, Any]) -> Arrays:

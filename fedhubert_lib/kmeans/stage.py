@@ -75,10 +75,8 @@ def run(
         if "fit_frames" in row and "labelled_frames" in row:
             row["fit_share"] = row["fit_frames"] / row["labelled_frames"]
         if probe is not None and ("centroids" in codebook or not p.noise_multiplier):
-            agreement, heldout = _agreement(exchange, *probe, codebook, {**config, "kind": kind})
-            matrices[kind] = {name: table.to_numpy().tolist() for name, table in agreement.items()}
-            matrices[kind]["clients"] = agreement["nmi"].index.tolist()
-            row |= {f"agreement_{name}": _off_diagonal(table) for name, table in agreement.items()} | heldout
+            matrices[kind], figures = _agreement(exchange, *probe, codebook, {**config, "kind": kind})
+            row |= figures
         log({"kind": "quality", "codebook": kind, **row})
         rows[kind] = row
     files.write_json(finished, {"codebooks": rows, "agreement": matrices, "settings": settings})
@@ -268,8 +266,9 @@ def _probe(
 
 def _agreement(
     exchange: Exchange, frames: Tensor, phones: np.ndarray | None, codebook: Arrays, config: dict[str, Any]
-) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
-    """Agreement matrices, and the mean unit quality of the clients' labels of ``frames`` where ``phones`` are known."""
+) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    """Agreement matrices with their clients, JSON-like; their means over pairs, and the mean unit quality of the
+    clients' labels of ``frames`` where ``phones`` are known."""
     asked = exchange.ids[:: -(-len(exchange.ids) // AGREEMENT_CLIENTS)]
     if "centroids" in codebook:  # one for all, by which all clients give the same labels
         labels = {asked[0]: client.assign(frames, codebook).numpy()}
@@ -278,15 +277,12 @@ def _agreement(
         replies = exchange.ask("probe", {"probe": frames, **codebook}, config, asked, like={"labels": (len(frames),)})
         labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
         agreement = units.agreement_matrices(labels)
-    heldout = {}
+    matrices = {name: table.to_numpy() for name, table in agreement.items()}
+    pairs = ~np.eye(len(agreement["nmi"]), dtype=bool)
+    figures = {f"agreement_{name}": float(m[pairs].mean()) if pairs.any() else 1.0 for name, m in matrices.items()}
     if phones is not None:
         spoken = phones != ""
         qualities = [units.quality(labels[one][spoken], phones[spoken], config["seed"]) for one in labels]
         means = pd.DataFrame(qualities).mean()
-        heldout = {f"heldout_{name}": float(means[name]) for name in ("frames", "pnmi", "shuffled_pnmi")}
-    return agreement, heldout
-
-
-def _off_diagonal(table: pd.DataFrame) -> float:
-    values = table.to_numpy()
-    return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0
+        figures |= {f"heldout_{name}": float(means[name]) for name in ("frames", "pnmi", "shuffled_pnmi")}
+    return {name: m.tolist() for name, m in matrices.items()} | {"clients": list(agreement["nmi"].index)}, figures
