@@ -27,7 +27,7 @@ from fedhubert_lib import (
 )
 from fedhubert_lib.audio import SAMPLE_RATE, frame_count
 from fedhubert_lib.batching import Batch
-from fedhubert_lib.federated import rounds
+from fedhubert_lib.federated import pool, rounds
 from fedhubert_lib.params import Pretrain
 
 
@@ -76,7 +76,7 @@ def plan(run: Path, p: Pretrain) -> Plan:
     p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config = pretrained.read_config(Path(p.initial)) if p.initial else recipes.model_config(p)
     with threads.limited(p.threads):
-        workers = min(federated.side_by_side(p.engine, p.device), p.cohort)
+        workers = min(pool.side_by_side(p.engine, p.device), p.cohort)
         device = resources.resolve(p.device)
         step = fitting_step(p, config, recipes.clusters(run, p.codebook), device, workers)
     with torch.device("meta"):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedhubert_lib import federated, hubert, params, planning, resources
+from fedhubert_lib import hubert, params, planning, resources
+from fedhubert_lib.federated import pool
 
 P = params.Pretrain(crop_seconds=4.0, batch_seconds=16.0, precision="float32")
 MODEL = hubert.preset("tiny", num_hidden_layers=1), 10
@@ -39,14 +40,14 @@ def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:
 
 def workers(engine: str, device: str, batch_seconds: float = 16.0) -> int:
     """Workers that share the steps. Raises MemoryError when theirs do not fit."""
-    count, p = federated.side_by_side(engine, device), P.model_copy(update={"batch_seconds": batch_seconds})
+    count, p = pool.side_by_side(engine, device), P.model_copy(update={"batch_seconds": batch_seconds})
     assert planning.fitting_step(p, *MODEL, resources.resolve(device), count).audio_seconds == batch_seconds
     return count
 
 
 def test_eight_gpus(monkeypatch):
     pretend(monkeypatch, 8, 80 * GIB)
-    assert federated.devices("cuda") == [f"cuda:{index}" for index in range(8)]
+    assert pool.devices("cuda") == [f"cuda:{index}" for index in range(8)]
     assert workers("pool", "auto") == workers("pool", "cuda") == 8
     assert workers("inprocess", "auto") == workers("pool", "cuda:7") == 1
     with pytest.raises(ValueError, match=r"'cuda:8': this process sees 8 GPUs; they count from cuda:0"):
@@ -64,7 +65,7 @@ def test_two_gpus_of_eight_gib(monkeypatch):
 def test_one_visible_gpu_or_part_of_one_is_the_first(monkeypatch, visible):
     pretend(monkeypatch, 1, 10 * GIB, visible)
     assert resources.resolve("auto") == "cuda"
-    assert federated.devices("cuda") == ["cuda:0"]
+    assert pool.devices("cuda") == ["cuda:0"]
     assert workers("pool", "auto") == 1
     with pytest.raises(ValueError, match=rf"sees 1 GPUs .CUDA_VISIBLE_DEVICES={visible}."):
         resources.resolve("cuda:3")
@@ -77,7 +78,7 @@ def test_no_gpu(monkeypatch):
         resources.resolve("cuda")
     with pytest.raises(ValueError, match="torch knows none of that name"):
         resources.resolve("gpu")
-    monkeypatch.setattr(federated, "devices", lambda device: ["cpu"] * 4)
+    monkeypatch.setattr(pool, "devices", lambda device: ["cpu"] * 4)
     with pytest.raises(MemoryError, match=r"4 workers' steps need 16.0 GiB, and 10.0 are free"):
         workers("pool", "cpu")
     assert workers("pool", "cpu", 8.0) == 4

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from fedhubert_lib import federated
-from fedhubert_lib.federated import wire
+from fedhubert_lib.federated import pool, wire
 from fedhubert_lib.federated.protocol import Failure, Reply
 
 
@@ -52,6 +51,6 @@ def test_one_worker_per_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert federated.devices("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
-    assert federated.devices("cuda:1") == ["cuda:1"]
-    assert federated.devices("cpu") == ["cpu"] * 4
+    assert pool.devices("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert pool.devices("cuda:1") == ["cuda:1"]
+    assert pool.devices("cpu") == ["cpu"] * 4

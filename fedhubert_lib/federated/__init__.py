@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from fedhubert_lib import resources
 from fedhubert_lib.federated.protocol import Clients
@@ -27,25 +26,6 @@ def client_ids(run: Path, codebook: str = "") -> list[str]:
         labelled = set(json.loads(fitted.read_text(encoding="utf-8")).get("labelled", ids))
         ids = [client for client in ids if client in labelled]
     return ids
-
-
-def devices(device: str) -> list[str]:
-    """The device of each worker of engine ``pool``: every GPU for ``cuda``, one for ``cuda:N``, and ``cpu`` as often as
-    the cores hold.
-
-    On a CPU each worker takes as many threads as this process (torch.get_num_threads), since sums split over another
-    number round differently: set OMP_NUM_THREADS=1 for as many workers as cores.
-    """
-    if device == "cuda":
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if device == "cpu":
-        return ["cpu"] * max(1, resources.cores() // torch.get_num_threads())
-    return [device]
-
-
-def side_by_side(engine: str, device: str) -> int:
-    """Clients that train side by side on this machine: with engine ``pool`` one on each of ``devices``, else one."""
-    return len(devices(resources.resolve(device))) if engine == "pool" else 1
 
 
 @contextmanager

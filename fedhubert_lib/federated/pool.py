@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fedhubert_lib.federated import devices, handlers, wire
+from fedhubert_lib import resources
+from fedhubert_lib.federated import handlers, wire
 from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 SPAWN = multiprocessing.get_context("spawn")  # not fork: CUDA forbids it
@@ -157,6 +158,25 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
         answer = handlers.answer(home, request["action"], dict(arrays), copy.deepcopy(request["config"]))
         wire.write_answer(Path(answer_path), answer)
         wire.send(pipe, "done")
+
+
+def devices(device: str) -> list[str]:
+    """The device of each worker: every GPU for ``cuda``, one for ``cuda:N``, and ``cpu`` as often as
+    the cores hold.
+
+    On a CPU each worker takes as many threads as this process (torch.get_num_threads), since sums split over another
+    number round differently: set OMP_NUM_THREADS=1 for as many workers as cores.
+    """
+    if device == "cuda":
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "cpu":
+        return ["cpu"] * max(1, resources.cores() // torch.get_num_threads())
+    return [device]
+
+
+def side_by_side(engine: str, device: str) -> int:
+    """Clients that train side by side on this machine: with this engine one on each of ``devices``, else one."""
+    return len(devices(resources.resolve(device))) if engine == "pool" else 1
 
 
 @contextlib.contextmanager
