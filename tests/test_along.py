@@ -5,6 +5,7 @@ from pathlib import Path
 import federation
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +40,7 @@ def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path,
         save_file(tensors, file, **options)
 
     write(tmp_path, 3)
-    monkeypatch.setattr(checkpoints, "save_file", killed)
+    monkeypatch.setattr(safetensors.torch, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 4)
     monkeypatch.undo()

@@ -158,7 +158,7 @@ def test_a_file_that_is_longer_than_its_table_says_is_refused(corpus, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(table.samples[0] + 8_000), 16_000)
     table = table.assign(path=table.path.where(table.index > 0, str(tmp_path / "a.wav")))
     with pytest.raises(audio.AudioError, match="when scanned"):
-        list(batching.batches(table, labels, batching.Recipe(8.0, 1.0), KEYS, 2 * len(table)))
+        list(batching.batches(table, labels, cut(8.0, 1.0), KEYS, 2 * len(table)))
 
 
 def test_an_utterance_is_normalised_whole_before_it_is_cropped(corpus):
