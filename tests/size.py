@@ -27,13 +27,13 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_516,
+    "library, lines": 15_410,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
-    "closure of kmeans, lines": 3_822,
-    "closure of pretraining, lines": 5_080,
-    "closure of distillation, lines": 5_395,
+    "closure of kmeans, lines": 2_500,
+    "closure of pretraining, lines": 4_000,
+    "closure of distillation, lines": 4_500,
     "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
