@@ -19,6 +19,9 @@ HOP = 320
 RECEPTIVE_FIELD = 400
 """Samples that one frame sees: frame i covers samples [320 i, 320 i + 400)."""
 
+SHORTEST = SAMPLE_RATE
+"""Samples of the shortest utterance that is trained on: shorter ones would crop a whole batch (fairseq: below 2 s)."""
+
 
 class AudioError(ValueError):
     """A file that is not readable 16 kHz mono speech."""

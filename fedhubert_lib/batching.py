@@ -36,8 +36,6 @@ LENGTHS = 16
 """Lengths of crops, in equal steps up to ``crop_seconds``: more crop less away, fewer make fewer shapes of batches."""
 AHEAD = 3
 """Batches kept ready, beside those that are being decoded."""
-SHORTEST_SECONDS = 1.0
-"""Shorter utterances are not used: they would crop the whole batch (fairseq drops below 2 s)."""
 
 Keys = tuple[int, int, str]
 """Seed, round and client, from which every draw derives."""
@@ -118,12 +116,11 @@ def _passes(
     crop_seconds, batch_seconds = p.crop_seconds, p.batch_seconds
     if crop_seconds > batch_seconds:
         raise ValueError(f"crop_seconds {crop_seconds} is more than batch_seconds {batch_seconds}: no clip would fit")
-    shortest = max(int(SHORTEST_SECONDS * SAMPLE_RATE), RECEPTIVE_FIELD)
-    usable = np.flatnonzero(samples >= shortest)
+    usable = np.flatnonzero(samples >= audio.SHORTEST)
     if not len(usable):
-        raise ValueError(f"{keys[2]}: none of its {len(samples)} utterances is {SHORTEST_SECONDS} s or longer")
+        raise ValueError(f"{keys[2]}: none of its {len(samples)} utterances is 1 s or longer")
     longest = crop_seconds * SAMPLE_RATE
-    steps = np.clip(longest * np.arange(LENGTHS, 0, -1) / LENGTHS, min(shortest, longest), None)
+    steps = np.clip(longest * np.arange(LENGTHS, 0, -1) / LENGTHS, min(audio.SHORTEST, longest), None)
     lengths = [HOP * (frame_count(int(length)) - 1) + RECEPTIVE_FIELD for length in steps]
     for shuffle in count():
         generator = seeds.numpy_generator(*keys, "batches", shuffle)

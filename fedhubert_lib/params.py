@@ -28,6 +28,8 @@ def device(name: str) -> str:
 
 
 def _from_root(path: str) -> str:
+    if b"\0" in os.fsencode(path):  # which raises a ValueError of its own where text is no path
+        raise ValueError("no path holds a NUL")
     return path if path in ("", "mfcc") else os.path.normpath(ROOT / Path(path).expanduser())
 
 
@@ -41,7 +43,7 @@ Clusters = Annotated[int, Field(ge=2, le=65_535)]
 Place = Annotated[str, AfterValidator(_from_root)]
 """A file or folder; a relative one starts at the project's root."""
 Device = Annotated[str, AfterValidator(device)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)]
 """Of a folder: letters, digits and _ . - only."""
 
 Codebook = Literal["federated", "one-shot", "client", "aligned", "random-projection", "central"]

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedhubert_lib import files, params, seeds
-from fedhubert_lib.audio import SAMPLE_RATE
+from fedhubert_lib.audio import SAMPLE_RATE, SHORTEST
 from fedhubert_lib.corpora import scan
 
 HOUR = 3600 * SAMPLE_RATE
@@ -233,25 +233,32 @@ def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random
 
 
 def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> np.ndarray:
-    """Refuse clients below the minimum, or merge the smallest with the next smallest until none is."""
+    """Refuse clients below the minimum, or merge the smallest with the next smallest until none is.
+
+    Utterances that are too short to be trained on do not count; one that is long enough is the least.
+    """
     expected = client.max() + 1 if p.scheme == "speaker" else p.clients  # other schemes can leave a client with nothing
-    minutes = np.bincount(client, table["samples"], minlength=expected) * 60 / HOUR
-    small = np.flatnonzero((minutes < p.minimum_minutes) | (minutes == 0))
+    samples = table["samples"].where(table["samples"] >= SHORTEST, 0)
+    minutes = np.bincount(client, samples, minlength=expected) * 60 / HOUR
+    minimum = max(p.minimum_minutes, SHORTEST * 60 / HOUR)
+    small = np.flatnonzero(minutes < minimum)
     if len(small) and p.small_clients == "error":
         raise PartitionError(
-            f"partition.minimum_minutes: {len(small)} of {len(minutes)} clients have less than {p.minimum_minutes} "
-            f"minutes, the smallest {minutes.min():.2f}; ask for fewer clients, lower it, or set small_clients=merge"
+            f"partition.minimum_minutes: {len(small)} of {len(minutes)} clients have less than {minimum:.3g} minutes "
+            f"in utterances of 1 s or more, the smallest {minutes.min():.2f}; ask for fewer clients, lower it, or set "
+            "small_clients=merge"
         )
     owner = np.arange(len(minutes))  # the client that each one is merged into
-    minutes[minutes == 0] = np.inf  # nothing left to merge
-    while np.isfinite(minutes).sum() > 1 and minutes.min() < p.minimum_minutes:
+    minutes[np.bincount(client, minlength=expected) == 0] = np.inf  # nothing left to merge
+    while np.isfinite(minutes).sum() > 1 and minutes.min() < minimum:
         smallest, second = np.argsort(minutes, kind="stable")[:2]
         owner[owner == smallest] = second
         minutes[second] += minutes[smallest]
         minutes[smallest] = np.inf
-    if (total := minutes.min()) < p.minimum_minutes:
+    if (total := minutes.min()) < minimum:
         raise PartitionError(
-            f"partition.minimum_minutes: all training speech is {total:.2f} minutes, less than {p.minimum_minutes}"
+            f"partition.minimum_minutes: all training speech is {total:.2f} minutes in utterances of 1 s or more, "
+            f"less than {minimum:.3g}"
         )
     return pd.factorize(owner[client], sort=True)[0]
 

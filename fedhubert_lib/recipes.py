@@ -58,7 +58,7 @@ def steps(home: ClientHome, p: params.Federation, number: int) -> int:
 def validation_steps(home: ClientHome, p: params.Federation) -> int:
     """Batches that this client's validation utterances fill, at most VALIDATION_BATCHES; 0 where it has none to use."""
     samples = pd.read_parquet(home.data / "validation.parquet", columns=["samples"])["samples"]
-    samples = samples[samples >= batching.SHORTEST_SECONDS * audio.SAMPLE_RATE]
+    samples = samples[samples >= audio.SHORTEST]
     if samples.empty:
         return 0
     seconds = samples.clip(upper=int(p.crop_seconds * audio.SAMPLE_RATE)).sum() / audio.SAMPLE_RATE

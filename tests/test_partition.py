@@ -93,6 +93,18 @@ def test_owners_below_the_minimum_are_refused_or_merged(table):
         partition.owners(table, p.model_copy(update={"small_clients": "merge", "minimum_minutes": 1e6}))
 
 
+@pytest.mark.parametrize("minimum", [0.0, 0.1])
+def test_a_client_of_utterances_too_short_to_train_on_is_refused_or_merged(table, minimum):
+    """It would fail in every round; half a second a hundred times is speech, and no training speech."""
+    short = table.speaker == table.speaker.iloc[0]
+    table = table.assign(samples=table.samples.where(~short, 8_000))
+    p = parameters("speaker", table, clients=10**9, minimum_minutes=minimum)
+    with pytest.raises(partition.PartitionError, match="1 of 120 clients .* 1 s or more"):
+        partition.owners(table, p)
+    owner = partition.owners(table, p.model_copy(update={"small_clients": "merge"}))
+    assert owner.max() + 1 == 119 and (owner == owner[short][0]).sum() > short.sum()
+
+
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [

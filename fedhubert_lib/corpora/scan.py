@@ -88,6 +88,8 @@ def _unlike_audio(start: bytes, size: int) -> str:
     if not start:
         return "empty file"
     if start[:4] == b"RIFF":
+        if start[4:8] == b"\xff\xff\xff\xff":
+            return "WAV header gives no length: it was written to a pipe; convert it to a file"
         promised = int.from_bytes(start[4:8], "little") + 8
         return f"truncated: {size} of {promised} bytes" if size < promised else ""
     if start[:4] != b"fLaC":
