@@ -60,13 +60,14 @@ def _run(options: argparse.Namespace) -> None:
     stages = STAGES[STAGES.index(options.first) : STAGES.index(options.until) + 1]
     if not stages:
         raise runs.RunError(f"--from {options.first} comes after --until {options.until}: nothing to run")
-    _run_stages(studies.load(options.study, options.set, options.run), stages, options.force)
+    study = studies.load(options.study, options.set, options.run)
+    _run_stages(study, stages, options.force, [runs.named(options.like)] if options.like else [])
 
 
-def _run_stages(study: studies.Study, stages: Sequence[str], force: bool) -> None:
+def _run_stages(study: studies.Study, stages: Sequence[str], force: bool, like: Sequence[Path] = ()) -> None:
     from fedhubert_lib import index  # here: pandas takes a second to import, which a wrong parameter need not wait for
 
-    runner.run(study, stages, force)
+    runner.run(study, stages, force, like)
     if results := index.results(runs.outputs() / study.run):
         print(results)
 
@@ -84,9 +85,7 @@ def _ls(options: argparse.Namespace) -> None:
 def _clean(options: argparse.Namespace) -> None:
     from fedhubert_lib import index
 
-    run = runs.outputs() / options.run if (runs.outputs() / options.run).is_dir() else Path(options.run).resolve()
-    if not (run / "run.json").is_file():
-        raise runs.RunError(f"{options.run}: no run of that name in {runs.outputs()}, and no folder of a run")
+    run = runs.named(options.run)
     aside = {path.name: path for path in runs.previous(run)}
     names = [name.rstrip("/").removeprefix(f"{runs.PREVIOUS}/") for name in options.folder]
     if unknown := [name for name in names if name not in aside]:
@@ -193,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
     argument = add("run", _run, "run a study's notebooks in order into outputs/RUN, those that changed", _RUN)
     _add_study(argument)
     argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)")
+    argument("--like", metavar="RUN", help="take the stages of this run that do not differ, as hard links")
     argument("--from", dest="first", choices=STAGES, default="corpus", metavar="STAGE", help="first stage")
     argument("--until", choices=STAGES, default="evaluate", metavar="STAGE", help="last stage")
 

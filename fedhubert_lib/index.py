@@ -1,6 +1,7 @@
 """All runs side by side, and what a run keeps, as tables for the terminal."""
 
 import json
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,21 @@ def listing(outputs: Path) -> str:
         return f"no runs in {outputs} yet: fedhubert run params/quickstart.yaml"
     table = pd.DataFrame.from_dict(rows, orient="index").sort_values(["started", "state"], ascending=False)
     text = table.to_string(na_rep="-", float_format="{:.4g}".format)
-    parameters = pd.DataFrame(values).filter(regex=r"\.(?!run$|seed$)", axis=0)
-    differ = parameters[parameters.map(json.dumps).replace("NaN", None).nunique(axis=1) > 1]
+    differ = differing(values).filter(regex=r"\.(?!seed$)", axis=0)
     return f"{text}\n\nparameters that differ:\n{differ.to_string(na_rep='-')}" if len(differ) else text
+
+
+def differing(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The parameters (rows, ``stage.name``) in which runs (columns) differ; NaN where a stage was not begun."""
+    table = pd.DataFrame(values).filter(regex=r"\.(?!run$)", axis=0)
+    return table[table.map(json.dumps).replace("NaN", None).nunique(axis=1) > 1]
 
 
 def summary(run: Path) -> dict[str, Any]:
     """The columns of ``listing``. Raises RunError where one of the run's records cannot be read."""
     facts = runs.read_json(run / "run.json") or {}
     states = {stage: state for stage in params.SECTIONS if (state := runs.state(run, stage))}
-    git, used = facts.get("git") or {}, states.values()
+    git, used = facts.get("git") or {}, [state for state in states.values() if "taken_from" not in state]
     seconds = [state["finished"] - state["started"] for state in used if "finished" in state]
     peaks = [state["peak_memory_bytes"] for state in used if "peak_memory_bytes" in state]
     row = {
@@ -58,6 +64,11 @@ def _state(run: Path, states: dict[str, dict[str, Any]]) -> str:
     if word == "running" and not any(runs.is_held(run / lock) for lock in (".lock", ".runner.lock")):
         word = "not finished"  # its process was killed, or has stopped after its work
     word = "done" if word == "done" and len(states) == len(params.SECTIONS) else f"{params.FOLDERS[last]} {word}"
+    taken: dict[str, list[str]] = {}
+    for stage, state in states.items():
+        if "taken_from" in state:
+            taken.setdefault(Path(state["taken_from"]["run"]).name, []).append(params.FOLDERS[stage][:2])
+    word = "; ".join([word, *(f"{' '.join(numbers)} from {other}" for other, numbers in taken.items())])
     return "; ".join([word, *(f"{params.FOLDERS[stage]} stale" for stage in records.stale(run))])
 
 
@@ -82,11 +93,19 @@ def previous(run: Path) -> str:
         if folder.is_dir():
             done = runs.read_json(folder / "done.json")
             word = "not finished" if done is None else f"done {runs.clock(done['finished'])[:16]}"
+            if origin := (done or {}).get("taken_from"):
+                word += f", taken from {origin['run']}"
             rows[folder.relative_to(run).as_posix()] = {"size": size(folder), "state": word}
     return pd.DataFrame.from_dict(rows, orient="index").to_string() if rows else f"nothing in {run}"
 
 
 def size(folder: Path) -> str:
-    """The size of the files below ``folder``."""
-    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    """The size of the files below ``folder``, and of those among them that other folders hold, too."""
+    found = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+    shared = sum(file.st_size for file in found if file.st_nlink > 1)
+    text = _bytes(sum(file.st_size for file in found))
+    return f"{text} ({_bytes(shared)} shared)" if shared else text
+
+
+def _bytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

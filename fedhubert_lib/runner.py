@@ -20,10 +20,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fedhubert_lib import files, identity, params, progress, runs, studies
+from fedhubert_lib import files, identity, params, progress, runs, sharing, studies
 
 OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 """Exit codes. 75 is EX_TEMPFAIL, "try again later": batch systems can requeue on it."""
+
+UNCHANGED = "unchanged, skipped"
 
 
 class StageError(RuntimeError):
@@ -58,8 +60,10 @@ class _Stop:
             raise StageError(f"stopped by {self.by}; the same command resumes", INTERRUPTED)
 
 
-def run(study: studies.Study, stages: Sequence[str], force: bool = False) -> None:
+def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: Sequence[Path] = ()) -> None:
     """Run ``stages`` of ``study``, in this order; ``force`` runs those, too, that have not changed.
+
+    A stage that has to start anew is taken from the first of the runs ``like`` that has done the same work.
 
     Raises RunError when something is wrong that can be known before, StageError when a stage does not end well.
     """
@@ -79,7 +83,7 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False) -> Non
                 with _lock(folder):
                     runs.record(folder, study=study.study)
                 for number, stage in enumerate(stages, start=1):
-                    _stage(stage, getattr(study, stage), folder, force, stop)
+                    _stage(stage, getattr(study, stage), folder, force, like, stop)
                     if stage in ("corpus", "partition"):  # now more is known about the stages to come
                         preflight.study(study, stages[number:], folder)
             finally:  # inside the lock: refused, it is another runner that has begun nothing yet
@@ -99,23 +103,28 @@ def needed(future: runs.Outlook, executed: Path) -> tuple[bool, str]:
     if any(future.changes):
         return True, future.words
     if executed.exists():
-        return False, "unchanged, skipped"
+        return False, UNCHANGED
     return True, "its notebook was not saved, or was run by hand: its results are kept"
 
 
-def _stage(stage: str, p: params.Section, run: Path, force: bool, stop: _Stop) -> None:
+def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence[Path], stop: _Stop) -> None:
     """Run one stage, or print why not."""
     name, folder = params.FOLDERS[stage], run / params.FOLDERS[stage]
     executed, unfinished = run / f"{name}.ipynb", run / f"{name}.unfinished.ipynb"
     stop.check()
     future = runs.outlook(stage, p, run, force)
+    if taken := future.kind == "anew" and future.changes.results != "forced":
+        with _lock(run):
+            taken = sharing.take(stage, p, run, like, future.identity)
+        future = runs.outlook(stage, p, run) if taken else future
     if future.source is not None:
         _print(f"{name}: {future.words}")
         with _lock(run):
             runs.take_back(run, stage, future.source)
         future = runs.outlook(stage, p, run)
     work, why = needed(future, executed)
-    _print(f"{name}: {why}")
+    if not (taken and why == UNCHANGED):
+        _print(f"{name}: {why}")
     if not work:
         return
     if force:

@@ -162,7 +162,7 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     if future.source is not None:
         take_back(run, stage.name, future.source)
     elif future.kind == "anew":
-        replaced = _clear(run, stage.name)
+        replaced = clear(run, stage.name)
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
@@ -268,7 +268,7 @@ def _aside(run: Path, stage: str) -> Path:
     return run / PREVIOUS / f"{params.FOLDERS[stage]}-{number}"
 
 
-def _clear(run: Path, stage: str) -> str:
+def clear(run: Path, stage: str) -> str:
     """Move the folder of ``stage``, with its executed notebook, to ``.previous/``; one without results goes.
 
     Returns its name there, if any. The caller holds the run's lock.
@@ -288,7 +288,7 @@ def _clear(run: Path, stage: str) -> str:
 
 def take_back(run: Path, stage: str, source: Path) -> None:
     """Move a folder of ``.previous/`` to its place. The caller holds the run's lock."""
-    _clear(run, stage)
+    clear(run, stage)
     folder = run / params.FOLDERS[stage]
     source.rename(folder)
     notebook = folder / f"{folder.name}.ipynb"
@@ -413,6 +413,15 @@ def holding(path: Path, who: str) -> Iterator[None]:
         about = f"{who}, process {os.getpid()} on {socket.gethostname()}, since {clock(time.time())}\n"
         path.write_text(about, encoding="utf-8")
         yield
+
+
+def named(name: str) -> Path:
+    """The folder of the run ``name``, or at the path ``name``. Raises RunError where there is no run."""
+    folder = outputs() / name
+    folder = folder if folder.is_dir() else Path(name).resolve()
+    if not (folder / "run.json").is_file():
+        raise RunError(f"{name}: no run of that name in {outputs()}, and no folder of a run")
+    return folder
 
 
 def is_held(path: Path) -> bool:

@@ -1,0 +1,171 @@
+"""A run takes from another what does not differ, shares no file that is written to, and does without the other."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+
+from fedhubert_lib import cli, files, identity, index, params, records, runner, runs, sharing
+
+STAGES = list(params.SECTIONS)[:5]
+
+
+def do(stage: str, run: str, **changes: object) -> Path:
+    """A stage of ``run`` from start to finish, with a file of each kind that the real one leaves; its folder."""
+    begun = runs.start(stage, params.SECTIONS[stage](run=run, **changes).model_dump())
+    with begun.working():
+        folder = begun.folder
+        if stage == "corpus":
+            (folder / "synthetic").mkdir()
+            (folder / "synthetic/u.flac").write_bytes(b"speech")
+        if stage in ("corpus", "partition"):
+            audio = begun.run / "00_corpus/synthetic/u.flac"
+            rows = {"utterance": ["u", "v"], "path": [str(audio), "/data/v.flac"], "samples": [6, 8]}
+            (folder / "clients/c").mkdir(parents=True)
+            pd.DataFrame(rows).to_parquet(folder / "clients/c/train.parquet")
+            pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
+        else:
+            (folder / "federated").mkdir()
+            np.save(folder / "federated/weights.npy", np.arange(3) + len(changes))
+            files.append_row(folder / "metrics.jsonl", {"kind": "round", "round": 1})
+            (folder / ".lock").touch()
+    runs.finish(begun, {"figure": 1.0})
+    (begun.run / f"{folder.name}.ipynb").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def other(outputs: Path) -> Path:
+    for stage in STAGES:
+        do(stage, "a")
+    return outputs / "a"
+
+
+def take(run: Path, *others: Path, **changes: dict[str, object]) -> list[str]:
+    """Take stages until one cannot be; the names of those that were."""
+    taken = []
+    for stage in STAGES:
+        p = params.SECTIONS[stage](run=run.name, **changes.get(stage, {}))
+        if not sharing.take(stage, p, run, others, runs.outlook(stage, p, run).identity):
+            break
+        taken.append(stage)
+    return taken
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_stages_that_do_not_differ_are_links_that_outlive_the_other_run(other, capsys):
+    run, before = other.with_name("b"), contents(other)
+    capsys.readouterr()
+    assert take(run, other, distill={"temperature": 2.0}) == STAGES[:4]
+    assert "04_distill: differs from a (parameters changed: temperature 4.0 -> 2.0)" in capsys.readouterr().out
+    assert contents(other) == before
+    for name in ("00_corpus/synthetic/u.flac", "02_kmeans/federated/weights.npy", "03_pretrain/federated/weights.npy"):
+        assert os.path.samefile(run / name, other / name)
+    assert not list(run.rglob(".lock")) and not list(run.glob(".*.partial"))
+    # What says whose it is, or is appended to, is the run's.
+    files.append_row(run / "03_pretrain/metrics.jsonl", {"kind": "round", "round": 2})
+    assert contents(other) == before
+    assert yaml.safe_load((run / "03_pretrain/params.yaml").read_text())["run"] == "b"
+    for table in ("00_corpus/manifest", "00_corpus/clients/c/train", "01_partition/clients/c/train"):
+        paths = pd.read_parquet(run / f"{table}.parquet").path.tolist()
+        assert paths == [str(run / "00_corpus/synthetic/u.flac"), "/data/v.flac"]
+    done = json.loads((run / "01_partition/done.json").read_text())
+    assert done["taken_from"]["run"] == str(other) and done["git"] == identity.git()
+    assert done["taken_from"]["outputs"] == json.loads((other / "01_partition/done.json").read_text())["outputs"]
+    assert json.loads((run / "run.json").read_text())["data"] == done["speech"][:16]
+    # The other may go, or do other work: here all is done as before, and the next stage can begin.
+    shutil.rmtree(other)
+    assert not records.stale(run) and runs.lost_audio(run) is None
+    for stage in STAGES[:4]:
+        future = runs.outlook(stage, params.SECTIONS[stage](run="b"), run)
+        assert future.kind == "done" and not any(future.changes)
+        assert runner.needed(future, run / f"{params.FOLDERS[stage]}.ipynb") == (False, "unchanged, skipped")
+    assert runs.outlook("distill", params.Distill(run="b", temperature=2.0), run).kind == "anew"
+
+
+def test_a_stage_that_differs_moves_aside_what_the_run_holds(other, capsys):
+    held = do("corpus", "b", minutes=2.0)
+    assert take(other.with_name("b"), other, kmeans={"clusters": 9}) == STAGES[:2]
+    assert (held.parent / ".previous/00_corpus-1/done.json").exists() and runs.state(held.parent, "corpus")
+    # The second of two runs has what the first has not; a chain of runs is no different.
+    do("kmeans", "b", clusters=9)
+    capsys.readouterr()
+    run = other.with_name("c")
+    assert take(run, other, other.with_name("b"), kmeans={"clusters": 9}) == STAGES[:3]
+    out = capsys.readouterr().out
+    assert "02_kmeans: differs from a (parameters changed: clusters 20 -> 9)" in out
+    assert f"02_kmeans: taken from {other.with_name('b')}" in out
+    assert "03_pretrain: differs from a (inputs changed: 02_kmeans)" in out and "03_pretrain: not done in b" in out
+
+
+def test_a_baseline_is_added_to_a_stage_that_was_taken(outputs):
+    for stage in STAGES[:4]:
+        do(stage, "a", **({"centralised": False} if stage == "pretrain" else {}))
+    assert take(outputs / "b", outputs / "a") == STAGES[:4]
+    future = runs.outlook("pretrain", params.Pretrain(run="b"), outputs / "b")
+    assert future.kind == "done" and "centralised False -> True" in future.changes.additions
+
+
+def test_damage_is_not_shared_and_a_real_federation_neither(other, outputs, capsys):
+    assert take(outputs / "b", other, kmeans={"engine": "deployment"}) == STAGES[:2]
+    assert "real federation" in capsys.readouterr().out
+    np.save(other / "02_kmeans/federated/weights.npy", np.arange(4))
+    with pytest.raises(runs.RunError, match="02_kmeans: files that it made are missing or were changed"):
+        take(outputs / "b", other)
+    assert not (outputs / "b/02_kmeans").exists() and not list((outputs / "b").glob(".*partial*"))
+
+
+def test_without_hard_links_results_are_copied_and_that_is_printed(other, monkeypatch, capsys):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert take(other.with_name("b"), other) == STAGES
+    assert "1 files copied: no hard links" in capsys.readouterr().out
+    assert not os.path.samefile(
+        other / "02_kmeans/federated/weights.npy", other.with_name("b") / "02_kmeans/federated/weights.npy"
+    )
+
+
+def test_listing_and_sizes_tell_what_is_shared_and_from_where(other):
+    run = other.with_name("b")
+    take(run, other)
+    assert "00 01 02 03 04 from a" in index.listing(run.parent)
+    assert "shared" in index.size(run / "02_kmeans") and f"taken from {other}" in index.previous(run)
+    shutil.rmtree(other)
+    assert "shared" not in index.size(run / "02_kmeans")
+
+
+@pytest.mark.slow
+def test_a_real_run_like_another_equals_one_made_alone_and_outlives_the_other(outputs, capsys):
+    def run(name: str, *more: str) -> Path:
+        assert cli.main(["run", str(ROOT / "params/toy.yaml"), "--run", name, *more]) == runner.OK
+        return outputs / name
+
+    def results(folder: Path) -> dict[str, bytes]:
+        kept = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".npy", ".bin")]
+        names = {path: str(path.relative_to(folder)) for path in kept}
+        return {name: path.read_bytes() for path, name in names.items() if "session-" not in name}  # drawn anew
+
+    other, changed = run("a"), ["--set", "pretrain.local_steps=3"]
+    capsys.readouterr()
+    run("b", "--like", "a", *changed, "--until", "distill")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if "taken from" in line] == ["00_corpus", "01_partition", "02_kmeans"]
+    assert any(line.startswith("03_pretrain: differs from a (parameters changed: local_steps 2 -> 3") for line in lines)
+    shutil.rmtree(other)
+    like, alone = run("b", *changed), run("alone", *changed)
+    for stage in ("02_kmeans", "03_pretrain", "04_distill"):
+        assert results(like / stage) == results(alone / stage) != {}
+    reports = [json.loads((folder / "05_evaluate/report.json").read_text()) for folder in (like, alone)]
+    assert [report.pop("run") for report in reports] == ["b", "alone"] and reports[0] == reports[1]
