@@ -61,7 +61,28 @@ def _run(options: argparse.Namespace) -> None:
     if not stages:
         raise runs.RunError(f"--from {options.first} comes after --until {options.until}: nothing to run")
     study = studies.load(options.study, options.set, options.run)
-    _run_stages(study, stages, options.force, [runs.named(options.like)] if options.like else [])
+    if options.seeds:
+        _run_seeds(options, study.run, stages)
+    else:
+        _run_stages(study, stages, options.force, [runs.named(options.like)] if options.like else [])
+
+
+def _run_seeds(options: argparse.Namespace, name: str, stages: Sequence[str]) -> None:
+    """Run ``name``-SEED for each training seed; all but the first take over what their seeds do not change."""
+    from fedhubert_lib import compare
+    from fedhubert_lib.evaluation import training_seeds
+
+    others = compare.groups([options.like]).popitem()[1] if options.like else []
+    folders: list[Path] = []
+    for seed in dict.fromkeys(options.seeds):
+        overrides = [*options.set, f"pretrain.seed={seed}", f"distill.seed={seed}"]
+        study = studies.load(options.study, overrides, f"{name}-{seed}")
+        like = [other for other in others if other.name.endswith(f"-{seed}")] or others[:1]
+        print(f"{study.run}:", flush=True)
+        runner.run(study, stages, options.force, [*like, *folders[:1]])
+        folders.append(runs.outputs() / study.run)
+    if "evaluate" in stages:
+        print(training_seeds.markdown(training_seeds.reports(folders)))
 
 
 def _run_stages(study: studies.Study, stages: Sequence[str], force: bool, like: Sequence[Path] = ()) -> None:
@@ -130,6 +151,13 @@ def _reference(options: argparse.Namespace) -> None:
     print(options.to)
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from fedhubert_lib import compare
+
+    groups = compare.groups(options.runs)
+    print(compare.write(groups, options.to or runs.outputs() / "-".join(["compare", *groups])))
+
+
 def _export(options: argparse.Namespace) -> None:
     from fedhubert_lib.export.formats import ExportError
 
@@ -193,6 +221,8 @@ def parser() -> argparse.ArgumentParser:
     _add_study(argument)
     argument("--run", metavar="NAME", help="folder under outputs/ (default: the study's name)")
     argument("--like", metavar="RUN", help="take the stages of this run that do not differ, as hard links")
+    seeds = "training seeds: runs NAME-0, NAME-1 ..., which share what does not differ, and their table"
+    argument("--seeds", type=int, nargs="+", default=[], metavar="N", help=seeds)
     argument("--from", dest="first", choices=STAGES, default="corpus", metavar="STAGE", help="first stage")
     argument("--until", choices=STAGES, default="evaluate", metavar="STAGE", help="last stage")
 
@@ -240,6 +270,12 @@ def _add_evaluation(add: Callable) -> None:
     argument("runs", **runs)
     about = "such as params/reference/STUDY.json, where notebooks look for one"
     argument("--to", type=Path, required=True, metavar="FILE", help=about)
+
+    about = "runs beside each other: parameters that differ, curves, figures with intervals; as text and as a page"
+    argument = add("compare", _compare, about)
+    seeds = "name or folder of a run; a name whose runs NAME-0, NAME-1 ... are those of --seeds stands for their mean"
+    argument("runs", nargs="+", metavar="RUN", help=seeds)
+    argument("--to", type=Path, metavar="FOLDER", help="folder to write (default: outputs/compare-RUN-RUN...)")
 
     formats = "\n".join(f"  {name:13} {text}" for name, text in export.FORMATS.items())
     argument = add("export", _export, "write a checkpoint for other software, and compare it with the source", formats)

@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_578,
+    "library, lines": 15_806,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
@@ -47,7 +47,7 @@ LAYERS = (
     "kmeans pooled pretraining distillation",
     "evaluation",
     "export",
-    "diagnosis reference runs sharing index notebook planning preflight progress runner",
+    "diagnosis reference runs sharing index notebook planning preflight progress runner compare",
     "cli",
 )
 """From the bottom to the top: a module imports from its layer and those below it. A package stands for its modules."""

@@ -56,6 +56,12 @@ def hours_table() -> pd.DataFrame:
     return pd.DataFrame([(*row, "PNMI") for row in rows], columns=["run", "system", "hours", "value", "measure"])
 
 
+def trainings() -> pd.DataFrame:
+    common = {"stage": "Pretraining", "system": "federated", "measure": "validation_accuracy_masked"}
+    rows = [("a", "a-0", 1, 0.1), ("a", "a-1", 1, 0.3), ("b", "b", 1, 0.2), ("b", "b", 2, 0.4)]
+    return pd.DataFrame(rows, columns=["run", "member", "round", "value"]).assign(hours=lambda t: t["round"], **common)
+
+
 def pictures() -> dict[str, Figure]:
     """One call of every function that draws."""
     table = manifest()
@@ -77,6 +83,7 @@ def pictures() -> dict[str, Figure]:
         "histograms": plots.histograms(pd.DataFrame(RNG.integers(1, 9, (3, 20)), CLIENTS)),
         "matrices": plots.matrices({"federated": SQUARE, "client": SQUARE}, "distance (bits)"),
         "curves": plots.curves(metrics(3, 2), metrics(3, 0), clusters=20),
+        "comparison": plots.comparison(trainings()),
         "ledger": plots.ledger(metrics(3, 2)),
         "bars": plots.bars(result),
     }

@@ -344,6 +344,35 @@ def test_a_line_says_how_far_a_training_is_and_who_is_at_work():
     assert progress.last_round(rows, since=3.5) == ""
 
 
+@pytest.mark.slow
+def test_training_seeds_share_what_they_do_not_change_and_resume_where_they_stopped(project):
+    project.notebook("pretrain", ROUNDS)
+    project.gate.parent.mkdir()
+    project.gate.touch()
+    arguments = ("--seeds", "3", "5", "--until", "pretrain")
+    process = project.begin("run", "study.yaml", *arguments)
+    folders = [project.root / f"outputs/study-{seed}" for seed in (3, 5)]
+    rounds = folders[0] / "03_pretrain/rounds.json"
+    wait_for(lambda: rounds.exists() and len(json.loads(rounds.read_text())) == 3, process)
+    process.send_signal(signal.SIGTERM)
+    project.gate.unlink()
+    assert process.wait() == runner.INTERRUPTED and not folders[1].exists()
+    result = project(*arguments)
+    assert result.returncode == runner.OK, result.stderr
+    assert [line for line in lines(result) if "round " not in line] == [
+        *[f"{params.FOLDERS[stage]}: unchanged, skipped" for stage in list(params.SECTIONS)[:3]],
+        "03_pretrain: was not finished: resumes",
+        *[f"{params.FOLDERS[stage]}: taken from {folders[0]}" for stage in list(params.SECTIONS)[:3]],
+        "03_pretrain: differs from study-3 (parameters changed: seed 3 -> 5)",
+        "03_pretrain: not run yet",
+    ]
+    assert [line[3:] for line in lines(project(*arguments))] == 2 * [
+        f"{stage}: unchanged, skipped" for stage in list(params.SECTIONS)[:4]
+    ]
+    assert (folders[0] / "02_kmeans/made.bin").samefile(folders[1] / "02_kmeans/made.bin")
+    assert not (folders[0] / "03_pretrain/made.bin").samefile(folders[1] / "03_pretrain/made.bin")
+
+
 def test_a_round_is_printed_once_however_many_rows_follow(tmp_path, capsys):
     shown, rows = "", tmp_path / "metrics.jsonl"
     with runner._progress(tmp_path, every=0.01):

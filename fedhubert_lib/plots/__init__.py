@@ -16,4 +16,4 @@ from fedhubert_lib.plots.speech import (
     projection,
 )
 from fedhubert_lib.plots.style import heat_map, panels, png, save
-from fedhubert_lib.plots.training import along, bars, curves, ledger
+from fedhubert_lib.plots.training import along, bars, comparison, curves, ledger

@@ -1,7 +1,7 @@
 """Training round by round, from the rows of metrics.jsonl, and its results beside their baselines."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,7 @@ def curves(
     band behind the curves.
     """
     rounds, clients, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
-    measured = {*rounds.columns, *central.columns}
-    kinds = [
-        ("loss", f"loss ({'nats ' if 'accuracy_masked' in measured else ''}per frame)", "Loss"),
-        ("accuracy_masked", "accuracy", "Masked frames"),
-        ("accuracy_unmasked", "accuracy", "Unmasked frames"),
-        ("cosine", "cosine", "Teacher's layers, predicted"),
-    ]
-    kinds = [kind for kind in kinds if kind[0] in measured]
+    kinds = _kinds({*rounds.columns, *central.columns})
     figure, axes = style.panels(1, len(kinds), width=11)
     marker = "o" if len(rounds) <= style.NAMED else ""
     heard = _add_hours(rounds, clients, central)
@@ -86,6 +79,57 @@ def _add_hours(rounds: pd.DataFrame, clients: pd.DataFrame, central: pd.DataFram
     if len(clients):  # of a round that is under way some are there already
         clients["hours"] = clients["round"].map(rounds.set_index("round").hours if len(rounds) else {})
     return True
+
+
+def _kinds(measured: Collection[str]) -> list[tuple[str, str, str]]:
+    """Name, axis label and title of the panels of what was ``measured``."""
+    kinds = [
+        ("loss", f"loss ({'nats ' if 'accuracy_masked' in measured else ''}per frame)", "Loss"),
+        ("accuracy_masked", "accuracy", "Masked frames"),
+        ("accuracy_unmasked", "accuracy", "Unmasked frames"),
+        ("cosine", "cosine", "Teacher's layers, predicted"),
+    ]
+    return [kind for kind in kinds if kind[0] in measured]
+
+
+@style.styled
+def comparison(table: pd.DataFrame) -> Figure:
+    """Training of several runs over hours of speech heard: panels of a stage in a row, a line per run and system.
+
+    ``table`` has the columns stage, run, member, system, round, hours, measure (names of metrics.jsonl) and value. A
+    line is the mean over the members of a run, its training seeds, and its band reaches from lowest to highest.
+    Dashed: training on the pooled data.
+    """
+    on = table.measure.str.extract("^(validation_)?(.*)").fillna("").set_axis(["prefix", "measure"], axis=1)
+    table = table.assign(**on)
+    stages = dict(list(table.groupby("stage", sort=False)))
+    kinds = {stage: _kinds(set(rows.measure)) for stage, rows in stages.items()}
+    columns, runs = max(map(len, kinds.values())), list(table.run.unique())
+    colours = dict(zip(runs, style.PALETTE[:6] * len(runs), strict=False))
+    widths = dict(zip(runs, np.linspace(3.2, 1.2, len(runs)) if len(runs) > 1 else [1.6], strict=True))
+    figure, axes = style.panels(len(stages), columns, width=11, height=0.4 + 2.8 * len(stages))
+    for number, (stage, rows) in enumerate(stages.items()):
+        panels = axes[number * columns : (number + 1) * columns]
+        for panel, (name, label, title) in zip(panels, kinds[stage], strict=False):
+            for (run, system), points in rows[rows.measure == name].groupby(["run", "system"], sort=False):
+                by_round = points.groupby("round")
+                hours, values = by_round.hours.mean(), by_round.value
+                line, text = ("-", run) if system == "federated" else ("--", f"{run}, {system}")
+                look = {"color": colours[run], "linewidth": widths[run]}  # of curves that are the same, all are seen
+                look |= {"marker": "o", "markersize": 3} if len(hours) <= style.NAMED else {}
+                panel.plot(hours, values.mean(), line, label=text, **look)
+                panel.fill_between(hours, values.min(), values.max(), color=colours[run], alpha=0.15, linewidth=0)
+            if label == "accuracy":
+                panel.yaxis.set_major_formatter(PercentFormatter(1))
+            label = rows.prefix.iloc[0].replace("_", " ") + label
+            panel.set(xlabel="hours of speech heard", ylabel=label, title=f"{stage}: {title.lower()}")
+        for panel in panels[len(kinds[stage]) :]:
+            panel.set_axis_off()
+    if (members := table.groupby("run").member.nunique().max()) > 1:
+        figure.supxlabel(f"line: mean of up to {members} training seeds, band: lowest to highest", fontsize=8)
+    lines = {line.get_label(): line for panel in axes for line in panel.lines}
+    figure.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=min(len(lines), 6))
+    return figure
 
 
 @style.styled

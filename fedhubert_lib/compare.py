@@ -1,0 +1,148 @@
+"""Runs beside each other: parameters that differ, curves in one picture, figures; as text and as a page.
+
+A name stands for a run, or for the runs NAME-0, NAME-1 ... of one study with different training seeds, over which means
+and intervals are taken. Runs may be unfinished: what there is so far is shown.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from fedhubert_lib import files, index, params, plots, records, runner, runs
+from fedhubert_lib.evaluation import report, tables, training_seeds
+from fedhubert_lib.evaluation.intervals import Interval
+
+Groups = Mapping[str, Sequence[Path]]
+"""Name to the folders of its runs."""
+TRAINING = {"pretrain": "Pretraining", "distill": "Distillation"}
+MEASURES = ("loss", "accuracy_masked", "accuracy_unmasked", "cosine")
+PICTURE = "curves.png"
+
+
+def groups(names: Sequence[str]) -> dict[str, list[Path]]:
+    """The runs that each of ``names``, or of folders, stands for. Raises RunError where there are none."""
+    short = [Path(name).name for name in names]
+    keys = short if len(set(short)) == len(set(names)) else names
+    return {key: list(seed_runs(name).values()) or [runs.named(name)] for key, name in zip(keys, names, strict=True)}
+
+
+def seed_runs(name: str) -> dict[int, Path]:
+    """Training seed to folder of the runs ``name``-SEED, ascending; empty for the name of a run, or of nothing."""
+    whole = runs.outputs() / name
+    numbers = {path: path.name.removeprefix(f"{whole.name}-") for path in whole.parent.glob(f"{whole.name}-*")}
+    folders = {int(number): path for path, number in numbers.items() if number.isdecimal()}
+    return {} if (whole / "run.json").is_file() else dict(sorted(folders.items()))
+
+
+def parameters(groups: Groups) -> pd.DataFrame:
+    """The parameters (rows) in which the groups (columns) differ; what runs of a group differ in is listed."""
+    values: dict[str, dict[str, Any]] = {}
+    for name, folders in groups.items():
+        of_runs = [records.all_parameters(folder) for folder in folders]
+        for key in dict.fromkeys(key for one in of_runs for key in one):
+            unique = {str(one[key]): one[key] for one in of_runs if key in one}
+            values.setdefault(name, {})[key] = unique.popitem()[1] if len(unique) == 1 else ", ".join(unique)
+    return index.differing(values)
+
+
+def states(groups: Groups) -> pd.DataFrame:
+    """A row per run: study, commit, state, time."""
+    return pd.DataFrame(
+        {folder.name: index.summary(folder) for folders in groups.values() for folder in folders}
+    ).T.reindex(columns=["study", "commit", "state", "started", "time", "memory"])
+
+
+def curves(groups: Groups) -> pd.DataFrame:
+    """All curves so far, for ``plots.comparison``, of groups as ``run`` and of their runs as ``member``.
+
+    Values are those on validation speech, which runs of one partition share; those of training where no run has any.
+    """
+    rows = []
+    for stage, title in TRAINING.items():
+        tables = {
+            (name, folder.name, system): rounds
+            for name, folders in groups.items()
+            for folder in folders
+            for system, place in (("federated", "."), ("centralised", "centralised"))
+            if len(rounds := _rounds(folder / params.FOLDERS[stage] / place / "metrics.jsonl"))
+        }
+        validated = any("validation_loss" in table for table in tables.values())
+        for (name, member, system), table in tables.items():
+            table["hours"] = table.audio_seconds.cumsum() / 3600
+            facts = {"stage": title, "run": name, "member": member, "system": system}
+            for measure in [f"validation_{measure}" if validated else measure for measure in MEASURES]:
+                if measure in table:
+                    part = table[["round", "hours", measure]].dropna().rename(columns={measure: "value"})
+                    rows.append(part.assign(**facts, measure=measure))
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def _rounds(path: Path) -> pd.DataFrame:
+    """The rows of rounds in a metrics.jsonl; of one that was repeated after a restart, the last."""
+    rows = pd.DataFrame([row for row in files.read_rows(path) if row["kind"] == "round"])
+    return rows.drop_duplicates("round", keep="last", ignore_index=True) if len(rows) else rows
+
+
+def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
+    """The headline figures, measure and system by group, as ``mean ± interval``; and what to know when reading them."""
+    columns: dict[str, dict[tuple[str, str], str]] = {}
+    notes: list[str] = []
+    spans: dict[str, list[str]] = {}
+    measured_on: dict[str, str] = {}
+    for name, folders in groups.items():
+        done = [folder for folder in folders if (folder / report.STAGE / "report.json").is_file()]
+        if len(done) < len(folders):
+            notes.append(f"{name}: {f'{len(done)} of {len(folders)} runs' if done else 'not'} evaluated so far.")
+        if not done:
+            continue
+        reports = training_seeds.reports(done)
+        measured_on[name] = json.dumps(reports[0]["data"])
+        if len(done) > 1:
+            found, span = training_seeds.means(reports), f"{len(done)} training seeds"
+        else:
+            found, span = _intervals(reports[0]), f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
+        spans.setdefault(span, []).append(name)
+        columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in found.items()}
+    notes += [f"{', '.join(names)}: intervals over {span}." for span, names in spans.items()]
+    if len(set(measured_on.values())) > 1:
+        notes.append(f"{', '.join(measured_on)}: evaluated on different words or speech; figures do not compare.")
+    table = pd.DataFrame(columns).reindex([tables.TITLES[name] for name in tables.HEADLINE], level=0)
+    return table.fillna(""), notes
+
+
+def _intervals(one: tables.Report) -> dict[tuple[str, str], Interval]:
+    """The headline of one report, as ``training_seeds.means`` gives that of several."""
+    best, titles = tables.best(one["figures"]), tables.titles(one)
+    return {
+        (titles[system], name): Interval(*(of_system[name][key] for key in Interval._fields))
+        for name in tables.HEADLINE
+        for system, of_system in best.items()
+        if name in of_system
+    }
+
+
+def write(groups: Groups, folder: Path) -> str:
+    """Compare ``groups``: compare.html, compare.ipynb and curves.png in ``folder``; returns the tables as text."""
+    text, cells = [], [f"# {', '.join(groups)}, compared"]
+    compared, notes = figures(groups)
+    for title, table, remark in (
+        ("Runs", states(groups), ""),
+        ("Parameters that differ", parameters(groups), ""),
+        ("Figures: mean and 95 % interval", compared, " ".join(notes)),
+    ):
+        text += [f"{title}:", table.to_string(na_rep="-") if len(table) else "none", remark, ""]
+        cells.append(f"## {title}\n\n{table.to_html(na_rep='-') if len(table) else 'None.'}\n\n{remark}")
+    if len(drawn := curves(groups)):
+        with files.atomic(folder / PICTURE) as temporary:
+            temporary.write_bytes(plots.png(plots.comparison(drawn)))
+        what = "A lower loss and higher accuracies at the same hours are better, for runs with the same targets."
+        cells.insert(3, f"## Curves\n\n![Curves of {', '.join(groups)}]({PICTURE})\n\n{what}")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(cell) for cell in cells])
+    with files.atomic(folder / "compare.ipynb") as temporary:
+        nbformat.write(notebook, temporary)
+    page = runner.save_page(folder / "compare.ipynb")
+    return "\n".join([*filter(None, text[:-1]), "", str(page), *([str(folder / PICTURE)] if len(drawn) else [])])
