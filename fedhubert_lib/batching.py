@@ -36,6 +36,8 @@ LENGTHS = 16
 """Lengths of crops, in equal steps up to ``crop_seconds``: more crop less away, fewer make fewer shapes of batches."""
 AHEAD = 3
 """Batches kept ready, beside those that are being decoded."""
+LONG = 40 * SAMPLE_RATE
+"""Samples beyond which a recording counts as several utterances, one for each such stretch, and is read in slices."""
 
 Keys = tuple[int, int, str]
 """Seed, round and client, from which every draw derives."""
@@ -119,6 +121,7 @@ def _passes(
     usable = np.flatnonzero(samples >= audio.SHORTEST)
     if not len(usable):
         raise ValueError(f"{keys[2]}: none of its {len(samples)} utterances is 1 s or longer")
+    usable = np.repeat(usable, -(-samples[usable] // LONG))
     longest = crop_seconds * SAMPLE_RATE
     steps = np.clip(longest * np.arange(LENGTHS, 0, -1) / LENGTHS, min(audio.SHORTEST, longest), None)
     lengths = [HOP * (frame_count(int(length)) - 1) + RECEPTIVE_FIELD for length in steps]
@@ -160,7 +163,7 @@ def batches(
         device: where they will be used. A GPU trains faster than one core decodes: for it as many threads as torch
             takes decode, and batches lie in pinned memory. A CPU's cores train.
         normalise: give each utterance zero mean and unit variance before it is cropped, as the recipe does for models
-            with ``do_normalize``; the whole file is then read for it.
+            with ``do_normalize``; the whole file is then read for it, or of a long recording a stretch of ``LONG``.
 
     Raises audio.AudioError on a file that cannot be read, and ValueError when an utterance has no labels, or another
     number of them than frames.
@@ -177,10 +180,10 @@ def batches(
         mask = np.empty((len(plan.rows), frames), dtype=bool)
         for i, (row, start) in enumerate(zip(plan.rows, plan.starts, strict=True)):
             first, last, whole = int(start), int(start) + plan.samples, int(samples[row])
-            if normalise:
-                waveforms[i] = audio.normalise(_read(paths[row], 0, whole, whole))[first:last]
-            else:
-                waveforms[i] = _read(paths[row], first, last, whole)
+            begin = max(0, min(first, whole - LONG)) if normalise else first
+            end = max(last, min(whole, begin + LONG)) if normalise else last
+            stretch = _read(paths[row], begin, end, whole)
+            waveforms[i] = (audio.normalise(stretch) if normalise else stretch)[first - begin : last - begin]
             targets[i] = _crop_labels(labels, utterances[row], whole, first, frames)
             draw = seeds.numpy_generator(*keys, "mask", plan.step, i)
             mask[i] = masking.spans(frames, draw, p.mask_probability, p.mask_length)
@@ -216,7 +219,7 @@ def _read(path: str, start: int, stop: int, samples: int) -> Tensor:
     """``audio.read``, from memory where the file was decoded before; nothing is dropped, so what fits stays."""
     key = (path, samples, os.stat(path).st_mtime_ns if os.path.exists(path) else 0)  # audio.read says that it is gone
     if (whole := _decoded.get(key)) is None:
-        if not _has_room():
+        if samples > LONG or not _has_room():
             return audio.read(path, start, stop, samples)
         whole = audio.read(path, samples=samples)
         integers = (whole * 32_768).to(torch.int16)

@@ -74,8 +74,10 @@ class Section(BaseModel):
 class Corpus(Section):
     """00_corpus: the speech to train on, and the keywords to evaluate on."""
 
-    kind: Literal["synthetic", "librispeech"] = Field("synthetic", description="built-in corpus or LibriSpeech folders")
-    root: Place = Field("", description="folder that holds the LibriSpeech subsets (kind: librispeech)")
+    kind: Literal["synthetic", "librispeech", "folder"] = Field(
+        "synthetic", description="built-in corpus, LibriSpeech, or a folder per speaker"
+    )
+    root: Place = Field("", description="folder of LibriSpeech subsets, or of a folder per speaker (kind: folder)")
     train_subsets: list[Name] = Field(["train-clean-100"], min_length=1, description="subsets to train on")
     test_subsets: list[Name] = Field(["test-clean"], description="subsets for unit quality, never trained on")
     alignments: Place = Field("", description="phone alignments: folder of TextGrids, or JSON; empty: none")
@@ -95,12 +97,12 @@ class Corpus(Section):
     decode_check: bool = Field(False, description="decode every file in full, not only its header and its end")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        for kind, key, folder in ("librispeech", "kind", "root"), ("speech-commands", "keywords", "keywords_root"):
+        for key, folder in ("kind", "root"), ("keywords", "keywords_root"):
             choice, value = getattr(self, key), getattr(self, folder)
-            if choice == kind and not value:
-                yield folder, f"empty, but {key}: {kind} needs the folder that holds it"
-            if choice != kind and value:
-                yield folder, f"{value!r}, but {key} is {choice}; set {key}: {kind}, or leave it empty"
+            if choice != "synthetic" and not value:
+                yield folder, f"empty, but {key}: {choice} needs the folder that holds it"
+            if choice == "synthetic" and value:
+                yield folder, f"{value!r}, but {key} is synthetic; set {key} to what lies there, or leave it empty"
         subsets = self.train_subsets + self.test_subsets
         if len(set(subsets)) < len(subsets):
             yield "test_subsets", "names a subset twice; test speech is never trained on, name each once"

@@ -295,11 +295,11 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
     with files.atomic(destination) as folder:
         copy = folder / "01_partition" / "clients" / client
         copy.mkdir(parents=True)
-        (folder / "audio").mkdir()
         for part in ("train", "validation"):
             table = pd.read_parquet(source / f"{part}.parquet")
             names = [f"{row.utterance}{Path(row.path).suffix}" for row in table.itertuples()]
             for name, row in zip(names, table.itertuples(), strict=True):
+                (folder / "audio" / name).parent.mkdir(parents=True, exist_ok=True)  # of a plain folder: SPEAKER/FILE
                 shutil.copyfile(row.path, folder / "audio" / name)
                 if scan.header(str(folder / "audio" / name)).fingerprint != row.fingerprint:
                     raise PartitionError(f"{row.path}: not the audio that was scanned; run 00_corpus again")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, resources, runs, studies
-from fedhubert_lib.corpora import archives, librispeech, speech_commands
+from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
 from fedhubert_lib.labels import Labels
@@ -71,6 +71,19 @@ def _speech(p: params.Corpus, *_: Any) -> None:
     if p.kind == "librispeech" and not p.download:
         subsets = p.train_subsets + p.test_subsets
         librispeech.home(Path(p.root), [name for name in subsets if not Path(p.root, f"{name}.tar.gz").is_file()])
+    if p.kind == "folder":
+        folder.speakers(Path(p.root))
+
+
+def _speakers(p: params.Partition, run: Path, study: studies.Study | None) -> None:
+    """Whether a plain folder has speakers for all clients, before an hour goes into reading it."""
+    if study is None or study.corpus.kind != "folder":
+        return
+    with contextlib.suppress(librispeech.CorpusError):  # which _speech names
+        count, clients = len(folder.speakers(Path(study.corpus.root))), p.clients if p.scheme == "speakers" else 1
+        if count < p.heldout_speakers + clients:
+            needs = f"{clients} clients and {p.heldout_speakers} held-out speakers need more; give fewer of either"
+            raise ValueError(f"{study.corpus.root} has {count} speakers, and {needs}")
 
 
 def _words(p: params.Corpus, *_: Any) -> None:
@@ -116,7 +129,8 @@ def _labels(p: Any, run: Path, study: studies.Study | None) -> None:
 
 def _features(p: params.Kmeans, _: Path, study: studies.Study | None) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
-    alone = study is not None and study.corpus.kind == "librispeech" and not study.corpus.test_subsets
+    corpus = study.corpus if study is not None else params.Corpus()
+    alone = corpus.kind == "folder" or (corpus.kind == "librispeech" and not corpus.test_subsets)
     if model and p.layer == "auto" and study is not None and alone and not study.partition.heldout_speakers:
         raise ValueError("layer: auto measures layers on speech that no client has; give layer or heldout_speakers")
     if model and p.layer != "auto" and p.layer > (depth := model.config.num_hidden_layers):
@@ -164,6 +178,7 @@ def _units(p: params.Evaluate, run: Path, *_: Any) -> None:
 CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Corpus, "root", _speech),
     (params.Corpus, "keywords_root", _words),
+    (params.Partition, "clients", _speakers),
     (params.Kmeans | params.Federation, "engine", _engine),
     (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
     (params.Kmeans, "features", _features),

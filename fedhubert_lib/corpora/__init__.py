@@ -1,4 +1,4 @@
-"""The speech of a study: LibriSpeech and Speech Commands folders, or the built-in synthetic corpus, in one manifest.
+"""The speech of a study: LibriSpeech, Speech Commands and plain folders, or the built-in corpus, in one manifest.
 
 ``prepare`` is what 00_corpus calls. It writes, in the run's folder ``00_corpus``:
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedhubert_lib import files, params
-from fedhubert_lib.corpora import alignments, archives, librispeech, scan, speech_commands, synthetic
+from fedhubert_lib.corpora import alignments, archives, folder, librispeech, scan, speech_commands, synthetic
 from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
 
@@ -32,12 +32,15 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
     CorpusError when a folder is missing or empty, when nothing in it can be used, when an archive is not the published
     one, or when a speaker is both in a training and in a test subset.
     """
-    folder = run / "00_corpus"
-    keywords, excluded_clips = _keywords(folder, p, on_progress)
-    root, train, test = _speech(folder, p, on_progress)
-    places = [root / subset for subset in train + test]
-    scanned = scan.scan(places, folder / "scan.parquet", on_progress, decode=p.decode_check)
-    manifest, excluded = librispeech.utterances(root, train + test, scanned)
+    out = run / "00_corpus"
+    keywords, excluded_clips = _keywords(out, p, on_progress)
+    root, train, test = _speech(out, p, on_progress)
+    places = [root / subset for subset in train + test] or [root]
+    scanned = scan.scan(places, out / "scan.parquet", on_progress, decode=p.decode_check)
+    if p.kind == "folder":
+        manifest, excluded = folder.utterances(root, scanned)
+    else:
+        manifest, excluded = librispeech.utterances(root, train + test, scanned)
     manifest["split"] = manifest["subset"].isin(test).map({True: "test", False: "train"})
     _check(manifest, root, excluded, bool(test))
 
@@ -48,18 +51,21 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
         phones = pq.read_table(root / "phones.parquet")
 
     excluded = pd.concat([excluded, excluded_clips, refused], ignore_index=True).sort_values("path")
-    with files.atomic(folder / "phones.parquet") as temporary, pq.ParquetWriter(temporary, PHONES) as writer:
+    with files.atomic(out / "phones.parquet") as temporary, pq.ParquetWriter(temporary, PHONES) as writer:
         for batch in phones.to_batches(1 << 20):
             writer.write_table(pa.Table.from_batches([batch]).cast(PHONES))
     for name, table in (("keywords", keywords), ("excluded", excluded), ("manifest", manifest)):
-        with files.atomic(folder / f"{name}.parquet") as temporary:
+        with files.atomic(out / f"{name}.parquet") as temporary:
             table.to_parquet(temporary, index=False)
 
 
-def _speech(folder: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[Path, list[str], list[str]]:
-    """The LibriSpeech folder, its training subsets and its test subsets."""
+def _speech(out: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[Path, list[str], list[str]]:
+    """The folder of the speech, its training subsets and its test subsets; a plain folder has none."""
+    if p.kind == "folder":
+        folder.speakers(Path(p.root))
+        return Path(p.root), [], []
     if p.kind == "synthetic":
-        root = folder / "synthetic" / "LibriSpeech"
+        root = out / "synthetic" / "LibriSpeech"
         synthetic.speech(root, p, on_progress)
         return root, [synthetic.TRAIN_SUBSET], [synthetic.TEST_SUBSET]
     subsets = p.train_subsets + p.test_subsets
@@ -68,10 +74,10 @@ def _speech(folder: Path, p: params.Corpus, on_progress: Progress | None) -> tup
     return librispeech.home(Path(p.root), subsets), p.train_subsets, p.test_subsets
 
 
-def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _keywords(out: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The keyword clips, and (path, reason) of those left out."""
     if p.keywords == "synthetic":
-        root = folder / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
+        root = out / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
         synthetic.keywords(root, p, on_progress)
     else:
         root = Path(p.keywords_root)
@@ -79,7 +85,7 @@ def _keywords(folder: Path, p: params.Corpus, on_progress: Progress | None) -> t
             archives.provide(root, archives.KEYWORDS, p.keywords_mirror, download=p.download, on_progress=on_progress)
         root = speech_commands.home(root)
     words = speech_commands.words(root)
-    scanned = scan.scan(words, folder / "scan_keywords.parquet", on_progress, decode=p.decode_check)
+    scanned = scan.scan(words, out / "scan_keywords.parquet", on_progress, decode=p.decode_check)
     keywords, excluded = speech_commands.clips(root, scanned)
     if keywords.empty:
         raise CorpusError(f"{root}: no usable clip among {len(scanned)} files; {_reasons(excluded)}")

@@ -74,13 +74,7 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
 
     # The first in the order of the subsets stays, so that a smaller subset inside a larger one costs nothing.
     table["order"] = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
-    table = table.sort_values(["order", "utterance"], kind="stable")
-    for column, words in ("utterance", "its utterance is already there:"), ("fingerprint", "same audio as"):
-        usable = table[(table["reason"] == "") & ~table[column].isin(["", "0" * 32])]
-        first = usable.drop_duplicates(column).set_index(column)["path"]
-        copies = usable[usable[column].duplicated()]
-        table.loc[copies.index, "reason"] = words + " " + copies[column].map(first)
-
+    table = without_copies(table.sort_values(["order", "utterance"], kind="stable"))
     good = table["reason"] == ""
     sex = sexes(root / "SPEAKERS.TXT")
     accepted = table[good].sort_values("utterance")
@@ -90,6 +84,17 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     rest = table.loc[~good & ~table["path"].isin(read), ["path", "reason"]]
     excluded = pd.concat([rest, pd.DataFrame(unreadable, columns=["path", "reason"])])
     return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
+
+
+def without_copies(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with a reason at each later row of an utterance, or of a recording, that an earlier usable row has."""
+    table = table.copy()
+    for column, words in ("utterance", "its utterance is already there:"), ("fingerprint", "same audio as"):
+        usable = table[(table["reason"] == "") & ~table[column].isin(["", "0" * 32])]
+        first = usable.drop_duplicates(column).set_index(column)["path"]
+        copies = usable[usable[column].duplicated()]
+        table.loc[copies.index, "reason"] = words + " " + copies[column].map(first)
+    return table
 
 
 def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[str, str]]]:

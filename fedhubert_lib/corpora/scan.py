@@ -2,7 +2,7 @@
 
 A file that is not audio, not 16 kHz mono speech of at least one frame, or truncated comes back with the reason. Of a
 FLAC file the header and the last sample are read, which libsndfile finds in a complete file only; damage in the middle
-shows when it is decoded. A WAV file has no checksum; these are small (one second), so they are decoded.
+shows when it is decoded. A WAV file has no checksum, and is always decoded, a stretch at a time.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ FLAC_HEADER = 42
 """Bytes of the mark and of STREAMINFO (RFC 9639), which ends with the MD5 of the decoded samples."""
 FLAC_BYTES = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
 """Bytes per sample under that MD5."""
+BLOCK = 2**20
+"""Samples that are decoded at once: an hour of speech is not held in memory."""
 KEYS = ["path", "size", "modified"]
 TYPES = {
     "samples": "int64", "sample_rate": "int32", "channels": "int32", "fingerprint": "str", "reason": "str",
@@ -105,22 +107,26 @@ def _flac(path: str, start: bytes, decode: bool) -> Header:
         reason = _unfit(file)
         if not reason:
             file.seek(0 if decode else file.frames - 1)
-            samples, width = file.read(dtype="int32"), FLAC_BYTES.get(file.subtype, 0)
-            # The MD5 is that of samples of their width; libsndfile puts them to the upper end of 32 bits.
-            stored = samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :]
-            if len(samples) != (file.frames if decode else 1):
+            decoded, count, width = hashlib.md5(usedforsecurity=False), 0, FLAC_BYTES.get(file.subtype, 0)
+            for samples in file.blocks(BLOCK, dtype="int32"):
+                # The MD5 is that of samples of their width; libsndfile puts them to the upper end of 32 bits.
+                decoded.update(samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :].tobytes())
+                count += len(samples)
+            if count != (file.frames if decode else 1):
                 reason = f"truncated or damaged: does not end with sample {file.frames}, as its header promises"
-            elif decode and width and int(fingerprint, 16) and hashlib.md5(stored.tobytes()).hexdigest() != fingerprint:
+            elif decode and width and int(fingerprint, 16) and decoded.hexdigest() != fingerprint:
                 reason = "damaged: the decoded audio is not what its header's MD5 says"
         return Header(file.frames, file.samplerate, file.channels, fingerprint, reason)
 
 
 def _wav(path: str) -> Header:
     with soundfile.SoundFile(path) as file:
-        samples = file.read(dtype="int16" if file.subtype == "PCM_16" else "float32")
-        reason = _unfit(file) or ("" if np.isfinite(samples).all() else "NaN or infinite samples")
-        fingerprint = hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest()
-        return Header(file.frames, file.samplerate, file.channels, fingerprint, reason)
+        fingerprint, finite = hashlib.blake2b(digest_size=16), True
+        for samples in file.blocks(BLOCK, dtype="int16" if file.subtype == "PCM_16" else "float32"):
+            fingerprint.update(samples.tobytes())
+            finite = finite and bool(np.isfinite(samples).all())
+        reason = _unfit(file) or ("" if finite else "NaN or infinite samples")
+        return Header(file.frames, file.samplerate, file.channels, fingerprint.hexdigest(), reason)
 
 
 def _unfit(file: soundfile.SoundFile) -> str:

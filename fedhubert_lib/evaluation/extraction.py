@@ -72,7 +72,7 @@ def utterances(
 
     def encode(utterance: tuple[str, int]) -> np.ndarray:
         path, samples = utterance
-        states = encoder(audio.read(path, samples=samples)[None, : layers.LONGEST])
+        states = encoder(audio.read(path, 0, min(samples, layers.LONGEST), samples)[None])
         return torch.stack([layer[0].float() for layer in states], dim=1).cpu().numpy()
 
     if not path.exists():

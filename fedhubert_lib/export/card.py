@@ -15,6 +15,12 @@ from fedhubert_lib.records import parameters, read_json
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
 """Stages whose ``checkpoint`` can have a card, and the model's name in the report."""
+SPEECH = {
+    "librispeech": ("cc-by-4.0", "LibriSpeech (CC BY 4.0)"),
+    "synthetic": ("apache-2.0", "made by eSpeak NG"),
+    "folder": ("other", "a plain folder of speakers"),
+}
+"""Licence of the model and name of its speech, by the corpus's kind."""
 CARD = """\
 ---
 license: {license}
@@ -80,16 +86,17 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     if (heldout := run / "01_partition" / "heldout.parquet").is_file():
         train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
     kind, p, results = parameters(run / "00_corpus").get("kind"), parameters(stage), _results(run)
+    licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
     rounds = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
     losses = [row["loss"] for row in rounds if row["loss"] is not None]  # a private round may have none
     text = CARD.format(
-        license="cc-by-4.0" if kind == "librispeech" else "apache-2.0",
+        license=licence,
         run=run.name,
         name=STAGES[stage.name],
         config=model.config,
         parameters=cost.parameters(model),
         macs=cost.macs(model.config),
-        source="made by eSpeak NG" if kind == "synthetic" else "LibriSpeech (CC BY 4.0)",
+        source=source,
         subsets=", ".join(sorted(train.subset.unique())),
         hours=float((train.samples / train.sample_rate).sum()) / 3600,
         utterances=len(train),

@@ -26,7 +26,7 @@ from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import ClientHome
 
 BATCH_SAMPLES = 600 * audio.SAMPLE_RATE
-"""Audio that is read and turned into features at once."""
+"""Audio that is read and turned into features at once: several forward passes of a checkpoint (hidden.py)."""
 BATCH_VALUES = 2**23
 """Numbers of kept features that are read back at once: 32 MiB as float32."""
 READERS = 4
@@ -34,6 +34,10 @@ READERS = 4
 FIT_FRAMES = 360_000
 """Frames that a client holds at most to fit a codebook of its own: two hours. One hour is enough for MFCCs (Hsu et al.
 2021, table IV); Lloyd rounds stream and see all that is sampled."""
+LONG = 100 * audio.SAMPLE_RATE
+"""Samples beyond which a recording may be cut to its beginning, to fit a codebook or choose a layer."""
+DELTAS = 2 * audio.HOP
+"""Samples beside a piece of a long recording that its MFCCs need: delta and its delta look two frames ahead each."""
 
 EVERYBODY = ""
 Scales = Mapping[str, Sequence[Tensor]]
@@ -62,8 +66,13 @@ def sampled(home: ClientHome, config: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def within(table: pd.DataFrame, config: Mapping[str, Any], frames: int) -> pd.DataFrame:
-    """As many utterances of ``table``, in the order of their draws, as have at most ``frames`` frames together."""
+    """As many utterances of ``table``, in the order of their draws, as have at most ``frames`` frames together.
+
+    Of a recording longer than 100 s and than an equal part of ``frames`` only its beginning counts: ``samples`` is its
+    length then.
+    """
     order = np.argsort(rank(config, table.utterance), kind="stable")
+    table = table.assign(samples=table.samples.clip(upper=max(LONG, frames // max(1, len(order)) * audio.HOP)))
     lengths = table.samples.map(audio.frame_count).to_numpy()
     return table.iloc[np.sort(order[np.cumsum(lengths[order]) <= frames])]
 
@@ -86,11 +95,13 @@ def in_memory(
 def stream(
     home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame
 ) -> Iterator[tuple[pd.DataFrame, list[Tensor]]]:
-    """Features of the utterances of ``table`` in its order, a batch at a time: its rows, and [frames, D] for each."""
+    """Features of the utterances of ``table`` in its order, a batch at a time: its rows, and [frames, D] for each, of
+    as many of its samples as ``table`` says."""
     scales = _scales(home, arrays, config)
     cached = labels.Ragged(home.state / "features", "features", dtype_of(config), config["width"])
     for rows in _batches(table, BATCH_VALUES // config["width"] * audio.HOP):
-        parts = [torch.tensor(cached[name], device=home.device).float() for name in rows.utterance]
+        kept = (cached[row.utterance][: audio.frame_count(row.samples)] for row in rows.itertuples())
+        parts = [torch.tensor(frames, device=home.device).float() for frames in kept]
         yield rows, normalised(parts, rows.speaker, scales)
 
 
@@ -151,18 +162,34 @@ def extracted(
 ) -> Iterator[tuple[pd.DataFrame, list[Tensor]]]:
     """Features of each batch of utterances of ``table``, computed: float32 [L, frames, D] for each utterance.
 
-    Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint.
+    Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint. Recordings longer than a batch
+    are read in pieces; their features are those of the whole, to the bit.
     """
+    if from_mfcc := config["features"] != "hidden":
+        beside, model = DELTAS, None
+    else:
+        beside, model = 0, optional("hidden").model_of(arrays, config, device)  # which sees no piece but its own
+
+    def computed(waveforms: Sequence[Tensor]) -> list[Tensor]:
+        if from_mfcc:
+            return [frames[None, ::2] for frames in features.mfcc([waveform.to(device) for waveform in waveforms])]
+        return list(optional("hidden").states(model, waveforms, layers or [config["layer"]], device))
+
+    def in_pieces(path: str, samples: int) -> Tensor:
+        count, size, parts = audio.frame_count(samples), BATCH_SAMPLES // audio.HOP, []
+        for first in range(0, count, size):
+            last, start = min(count, first + size), max(0, first * audio.HOP - beside)
+            stop = min(samples, (last - 1) * audio.HOP + audio.RECEPTIVE_FIELD + beside)
+            (states,) = computed([audio.read(path, start, stop)])
+            parts.append(states[:, first - start // audio.HOP :][:, : last - first])
+        return torch.cat(parts, dim=1)
+
     with ThreadPoolExecutor(READERS) as readers:
         for rows in _batches(table, BATCH_SAMPLES):
-            waveforms = list(readers.map(lambda path, n: audio.read(path, samples=n), rows.path, rows.samples))
-            if config["features"] == "hidden":
-                hidden = optional("hidden")
-                model = hidden.model_of(arrays, config, device)
-                yield rows, list(hidden.states(model, waveforms, layers or [config["layer"]], device))
-            else:
-                mfccs = features.mfcc([waveform.to(device) for waveform in waveforms])
-                yield rows, [frames[None, ::2] for frames in mfccs]
+            short = rows[rows.samples <= BATCH_SAMPLES]
+            parts = iter(computed(list(readers.map(_read, short.path, short.samples))))
+            lengths = zip(rows.path, rows.samples, strict=True)
+            yield rows, [next(parts) if n <= BATCH_SAMPLES else in_pieces(path, n) for path, n in lengths]
 
 
 def optional(name: str) -> Any:
@@ -175,6 +202,11 @@ def _batches(table: pd.DataFrame, samples: int) -> Iterator[pd.DataFrame]:
     batch = (table.samples.cumsum() - table.samples) // samples
     for _, rows in table.groupby(batch.to_numpy(), sort=True):
         yield rows
+
+
+def _read(path: str, samples: int) -> Tensor:
+    """All of an utterance; of one of ``LONG`` or more, which ``within`` may have cut, so many samples."""
+    return audio.read(path, samples=samples) if samples < LONG else audio.read(path, 0, samples)
 
 
 def speaker_statistics(parts: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:

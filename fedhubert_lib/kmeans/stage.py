@@ -260,8 +260,9 @@ def _probe(
     scales = {reading.EVERYBODY: (arrays["mean"], arrays["std"])} if "mean" in arrays else None
     parts = [part[0].float() for part in public.extracted(weights, config, table, device)]
     parts = public.normalised(parts, table.speaker, config, scales)
-    labelled = table.utterance.isin(chosen.utterance)
-    return torch.cat([part for part, taken in zip(parts, labelled, strict=True) if taken]), phones
+    counts = dict(zip(chosen.utterance, chosen.samples.map(audio.frame_count), strict=True))
+    taken = (part[: counts[name]] for name, part in zip(table.utterance, parts, strict=True) if name in counts)
+    return torch.cat(list(taken)), phones
 
 
 def _agreement(
