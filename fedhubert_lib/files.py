@@ -133,11 +133,9 @@ def walk(root: str | Path) -> Iterator[os.DirEntry[str]]:
 
 
 def read_text(path: str | Path) -> str:
-    """A text file that others wrote: UTF-8, or UTF-16 with a byte order mark; the mark is left out.
-
-    Raises OSError or UnicodeDecodeError.
-    """
-    content = Path(path).read_bytes()
+    """A text of others: UTF-8, or UTF-16 with a byte order mark, which is left out. Raises OSError or ValueError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe is empty
+        content = file.read()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
 

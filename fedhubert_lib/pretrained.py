@@ -153,7 +153,7 @@ def read_config(folder: Path) -> HubertConfig:
 def _read_json(path: Path, key: str = "") -> dict[str, Any]:
     """The object in a JSON file, or the one under ``key`` in it; empty where there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(path))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, a folder

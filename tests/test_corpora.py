@@ -534,6 +534,15 @@ def test_read_textgrids_in_encodings_of_praat_behind_a_link(encoding, tmp_path):
     assert alignments.read(tmp_path / "grids", MANIFEST)[0]["phone"].to_pylist() == ["AA"]
 
 
+def test_pipes_in_the_place_of_texts_are_not_waited_at(tree, tmp_path):
+    for path in (tree / "SPEAKERS.TXT", next(tree.rglob("*.trans.txt")), tmp_path / "1-2-0000.TextGrid"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    assert set(prepare(tmp_path / "run", tree)["manifest"].sex) == {""}
+    with pytest.raises(corpora.CorpusError, match="not a complete TextGrid"):
+        alignments.read(tmp_path, MANIFEST)
+
+
 def test_read_json_of_the_montreal_aligner(tmp_path):
     tiers = {
         name: {"type": "interval", "entries": [[0, 0.4, "AA1"], [0.4, 1.0, "spn"]]} for name in ("words", "phones")

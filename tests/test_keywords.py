@@ -216,7 +216,11 @@ def test_superb_cuts_the_silence_of_each_split_from_other_noise(commands):
 def test_superb_names_what_is_missing(commands):
     with pytest.raises(keywords.KeywordError, match="no clip of stop"):
         keywords.superb(commands[commands.word != "stop"], 0)
-    for path in (Path(commands.path[0]).parents[1] / "_background_noise_").iterdir():
+    noise = Path(commands.path[0]).parents[1] / "_background_noise_"
+    soundfile.write(noise / "nan.wav", np.full(16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match="nan.wav"):
+        keywords.superb(commands, 0)
+    for path in noise.iterdir():
         path.unlink()
     with pytest.raises(keywords.KeywordError, match="_background_noise_"):
         keywords.superb(commands, 0)

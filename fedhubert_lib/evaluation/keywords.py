@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -103,16 +102,14 @@ def _silence(root: Path) -> pd.DataFrame:
 def noise(root: Path) -> dict[Path, int]:
     """The WAV files in ``_background_noise_`` of a Speech Commands folder, with their samples.
 
-    Raises KeywordError if there is none, AudioError if one is no 16 kHz mono.
+    Raises KeywordError if there is none, AudioError if one is no readable 16 kHz mono.
     """
     paths = [path for path in sorted((root / NOISE).glob("*.wav")) if not path.name.startswith(".")]  # macOS: ._NAME
     if not paths:
         raise KeywordError(
             f"{root / NOISE}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"
         )
-    for path in paths:
-        audio.read(path, 0, 0)  # its format
-    return {path: soundfile.info(path).frames for path in paths}
+    return {path: len(audio.read(path)) for path in paths}
 
 
 def waveforms(clips: pd.DataFrame) -> Tensor:
