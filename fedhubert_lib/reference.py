@@ -101,6 +101,9 @@ def make(runs: Sequence[Path]) -> Reference:
     The band is where the curve of another seed lies 19 times in 20: mean ± t(n-1) s sqrt(1 + 1/n) by Student's t, with
     s² averaged over a tenth of the points, three at least, since of few seeds at one point it is hardly known.
     """
+    for run in runs:
+        if not (run / "03_pretrain" / "done.json").exists():
+            raise records.RunError(f"{run}: 03_pretrain is not done; a reference is made from runs that have trained")
     training_seeds.check_one_study(runs)
     recorded = [records.all_parameters(run) for run in runs]
     trained = [values["pretrain.seed"] for values in recorded]

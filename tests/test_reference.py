@@ -108,7 +108,9 @@ def test_a_run_of_other_length_is_compared_where_both_have_heard(tmp_path, folde
 def test_only_seeds_of_one_study_make_a_reference(tmp_path):
     one, same = make(tmp_path / "one"), make(tmp_path / "same")
     other = make(tmp_path / "other", LOSS, "pretrain.seed=1", "pretrain.rounds=5")
-    for runs, word in (([one], "two runs"), ([one, same], "pretrain.seed"), ([one, other], "pretrain.rounds")):
+    none = tmp_path / "none"
+    wrong = {"two runs": [one], "pretrain.seed": [one, same], "pretrain.rounds": [one, other], "not done": [one, none]}
+    for word, runs in wrong.items():
         with pytest.raises(records.RunError, match=word):
             reference.make(runs)
 
