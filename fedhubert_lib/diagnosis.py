@@ -71,10 +71,8 @@ def _shifted(run: Path, p: Mapping[str, Any], last: pd.Series, frequencies: np.n
         if lag == 0:
             return ""
         side = "before" if lag > 0 else "after"
-        figures = (
-            f"{measured[lag]:.0%} of the labels fit the audio {20 * abs(lag)} ms {side} them, {measured[0]:.0%} that"
-        )
-        figures += " beside them"
+        figures = f"{measured[lag]:.0%} of the labels fit the audio {20 * abs(lag)} ms {side} them,"
+        figures += f" {measured[0]:.0%} that beside them"
     elif not _learns(last, frequencies) or last.accuracy_unmasked > last.accuracy_masked:
         return ""
     else:
@@ -91,14 +89,16 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     """
     folder = run / "02_kmeans" / "codebooks" / codebook
     homes = [handlers.home(run, path.name, "kmeans", "cpu", True) for path in sorted(run.glob("02_kmeans/clients/*"))]
-    homes = [home for home in homes if (home.data / "train.parquet").exists()]
+    homes = [home for home in homes if (home.labels / codebook / "index.parquet").exists()]
     stored = {path.stem: torch.from_numpy(np.load(path)) for path in folder.glob("*.npy")}
     settings = (records.read_json(folder / "codebook.json") or {}).get("settings", {})
     if not homes or "centroids" not in stored or settings.get("features") != "mfcc":
         return None
     table = reading.utterances(homes[0]).head(SPEECH)
-    (_, parts), *_ = reading.extracted({}, settings, table, "cpu")
-    parts, scales = [part[0] for part in parts], {}
+    if not all(Path(path).exists() for path in table.path):
+        return None
+    parts = [part[0] for _, batch in reading.extracted({}, settings, table, "cpu") for part in batch]
+    scales: reading.Scales = {}
     if settings["normalisation"] == "global":
         scales = {reading.EVERYBODY: (stored["mean"], stored["std"])}
     elif settings["normalisation"] == "speaker":

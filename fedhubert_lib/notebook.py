@@ -50,7 +50,8 @@ def properties(values: Mapping[str, Any]) -> None:
     """Show names and values in two columns, such as a stage's provenance; nested mappings become one line."""
     words = pd.Series({name: _words(name, value) for name, value in values.items()}).to_frame()
     with pd.option_context("display.max_colwidth", None):
-        _display(HTML(words.to_html(header=False, border=0, justify="left")))
+        rows = words.to_html(header=False, border=0).replace("<td>", '<td style="text-align: left">')
+        _display(HTML(rows))
 
 
 def _words(name: str, value: Any) -> str:
