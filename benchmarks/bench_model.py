@@ -36,7 +36,7 @@ import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fedhubert_lib import audio, batching, hubert, masking, objectives, params, resources, seeds, training
+from fedhubert_lib import audio, batching, hubert, identity, masking, objectives, params, resources, seeds, training
 from fedhubert_lib.evaluation import cost
 from fedhubert_lib.export import formats
 
@@ -406,7 +406,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="base", help="preset to measure it on; empty: none")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    facts = resources.hardware()
+    facts = identity.hardware()
     gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "no GPU was used"
     print(f"{facts['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {gpu}")
     results = []

@@ -12,11 +12,12 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedhubert_lib import __version__, files, params
+from fedhubert_lib import __version__, files, params, resources
 from fedhubert_lib.records import RunError, read_json, stale
 
 _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
@@ -180,6 +181,20 @@ def versions() -> dict[str, str]:
     """Versions of Python, this library and the packages that results may depend on."""
     packages = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), "fedhubert": __version__, **packages}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs. GPUs are listed once torch is loaded: a stage that does without uses none."""
+    torch, cpuinfo = sys.modules.get("torch"), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": models[0] if models else platform.processor(),
+        "cores": resources.cores(),
+        "memory_bytes": resources.memory_limit(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
+    }
 
 
 def git() -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-import platform
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -102,20 +101,6 @@ def autocast(device: "torch.device | str", precision: str) -> "torch.autocast":
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" or precision == "auto" and fast)
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs. GPUs are listed once torch is loaded: a stage that does without uses none."""
-    torch, cpuinfo = sys.modules.get("torch"), Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "machine": f"{platform.system()} {platform.machine()}",
-        "processor": models[0] if models else platform.processor(),
-        "cores": cores(),
-        "memory_bytes": memory_limit(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
-    }
 
 
 def peak_memory() -> int:

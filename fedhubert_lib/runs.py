@@ -121,7 +121,7 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
         "seed": p.seed,
         "git": identity.git(),
         "versions": future.identity["versions"],
-        "hardware": resources.hardware(),
+        "hardware": identity.hardware(),
         "data": identity.data_fingerprint(run),
         "started": clock(time.time()),
     }

@@ -31,7 +31,7 @@ class DivergedError(RuntimeError):
     """A loss or gradient that is not finite; the message names the batch."""
 
 
-EPS = 1e-6
+EPS = 1e-6  # AdamW's, as fairseq's
 CHECK_EVERY = 50
 """Steps after which a GPU is asked whether all gradients were finite."""
 

@@ -7,7 +7,7 @@ import pynvml
 import pytest
 import torch
 
-from fedhubert_lib import resources, threads
+from fedhubert_lib import identity, resources, threads
 from fedhubert_lib.meter import Meter
 
 
@@ -85,7 +85,7 @@ def test_memory_by_limits_of_control_groups(machine, membership, files, limit, f
 
 
 def test_hardware_and_meter_of_this_machine():
-    facts = resources.hardware()
+    facts = identity.hardware()
     assert facts["cores"] >= 1 and facts["memory_bytes"] > 2**28 and facts["gpus"] == []
     row = Meter("cpu").used()
     assert row["peak_memory_bytes"] > 2**26 and row.keys() == {"peak_memory_bytes"}
