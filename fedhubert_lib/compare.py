@@ -102,11 +102,11 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
         reports = training_seeds.reports(done)
         measured_on[name] = json.dumps(reports[0]["data"])
         if len(done) > 1:
-            found, span = training_seeds.means(reports), f"{len(done)} training seeds"
+            values, span = training_seeds.means(reports), f"{len(done)} training seeds"
         else:
-            found, span = _intervals(reports[0]), f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
+            values, span = _intervals(reports[0]), f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
         spans.setdefault(span, []).append(name)
-        columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in found.items()}
+        columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in values.items()}
     notes += [f"{', '.join(names)}: intervals over {span}." for span, names in spans.items()]
     if len(set(measured_on.values())) > 1:
         notes.append(f"{', '.join(measured_on)}: evaluated on different words or speech; figures do not compare.")

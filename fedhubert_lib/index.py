@@ -101,9 +101,9 @@ def previous(run: Path) -> str:
 
 def size(folder: Path) -> str:
     """The size of the files below ``folder``, and of those among them that other folders hold, too."""
-    found = [path.lstat() for path in folder.rglob("*") if path.is_file()]
-    shared = sum(file.st_size for file in found if file.st_nlink > 1)
-    text = _bytes(sum(file.st_size for file in found))
+    stats = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+    shared = sum(file.st_size for file in stats if file.st_nlink > 1)
+    text = _bytes(sum(file.st_size for file in stats))
     return f"{text} ({_bytes(shared)} shared)" if shared else text
 
 

@@ -36,7 +36,7 @@ def take(stage: str, p: params.Section, run: Path, others: Sequence[Path], now: 
             print(f"{name}: {why}", flush=True)
         else:
             copied = _link(stage, p, run, other, now)
-            note = f"; {copied} files copied: no hard links from there to here" if copied else ""
+            note = f"; {copied} files copied: no hard links possible between these folders" if copied else ""
             print(f"{name}: taken from {other}{note}", flush=True)
             return True
     return False
@@ -55,10 +55,10 @@ def _differs(stage: str, p: Any, other: Path, done: dict[str, Any] | None, now: 
 
 def _seen_from(run: Path, other: Path, stage: str, now: Mapping[str, Any]) -> Mapping[str, Any]:
     """The identity ``now`` of ``stage`` in ``run`` as it would be in ``other``, whose same speech lies elsewhere."""
-    here, there = (records.read_json(folder / "00_corpus" / "done.json") or {} for folder in (run, other))
-    if stage != "partition" or not here or here.get("speech") != there.get("speech"):
+    ours, theirs = (records.read_json(folder / "00_corpus" / "done.json") or {} for folder in (run, other))
+    if stage != "partition" or not ours or ours.get("speech") != theirs.get("speech"):
         return now
-    return {**now, "inputs": {**now["inputs"], "00_corpus": there["outputs"]}}
+    return {**now, "inputs": {**now["inputs"], "00_corpus": theirs["outputs"]}}
 
 
 def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[str, Any]) -> int:
