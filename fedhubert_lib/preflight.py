@@ -6,7 +6,7 @@ before the first, and again once the corpus and the clients exist.
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,12 @@ def study(study: studies.Study, stages: Sequence[str], run: Path) -> None:
 def _refuse(sections: dict[str, params.Section], run: Path, study: studies.Study | None) -> None:
     """Raise RunError with all problems of ``sections``: first those of places that parameters name, then the rest."""
     for look in _places, _problems:
-        lines = [f"{stage}.{name}: {why}" for stage, p in sections.items() for name, why in look(stage, p, run, study)]
-        if lines:
+        found = ((stage, look(stage, p, run, study, sections)) for stage, p in sections.items())
+        if lines := [f"{stage}.{name}: {why}" for stage, problems in found for name, why in problems]:
             raise runs.RunError("\n".join(dict.fromkeys(lines)))
 
 
-def _places(stage: str, p: params.Section, run: Path, study: studies.Study | None) -> _Problems:
+def _places(stage: str, p: params.Section, run: Path, *_: Any) -> _Problems:
     """Files and folders that parameters point to and that do not exist, or that the stage is going to make."""
     fetched = {"root", "keywords_root"} if isinstance(p, params.Corpus) and p.download else set()
     made = [(run / folder).resolve() for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]]
@@ -52,12 +52,17 @@ def _places(stage: str, p: params.Section, run: Path, study: studies.Study | Non
             yield name, f"{place}: lies in what this run makes from it; give the run another name, or copy it first"
 
 
-def _problems(stage: str, p: params.Section, run: Path, study: studies.Study | None) -> _Problems:
-    """Parameters that keep ``stage`` from working; its ``study`` tells what the stages before it are going to make."""
+def _problems(
+    stage: str, p: params.Section, run: Path, study: studies.Study | None, coming: Container[str]
+) -> _Problems:
+    """Parameters that keep ``stage`` from working; its ``study`` tells what the stages before it are going to make.
+
+    What an earlier start has left of a stage that is ``coming``, too, is no reason: it may be made anew.
+    """
     for section, name, look in CHECKS:
         try:
             if isinstance(p, section):
-                look(p, run, study)
+                look(p, run, study, coming)
         except (OSError, ValueError) as error:  # also the library's own refusal of a corpus, a checkpoint, a teacher
             yield name, str(error).removeprefix(f"{stage}.{name}: ")
 
@@ -75,7 +80,7 @@ def _speech(p: params.Corpus, *_: Any) -> None:
         folder.speakers(Path(p.root))
 
 
-def _speakers(p: params.Partition, run: Path, study: studies.Study | None) -> None:
+def _speakers(p: params.Partition, run: Path, study: studies.Study | None, _: Any) -> None:
     """Whether a plain folder has speakers for all clients, before an hour goes into reading it."""
     if study is None or study.corpus.kind != "folder":
         return
@@ -107,14 +112,14 @@ def _model(folder: str) -> Any:
     return pretrained.load(folder, weights=False)[0] if folder else None
 
 
-def _cohort(p: Any, run: Path, *_: Any) -> None:
-    if (run / "01_partition" / "clients.parquet").is_file():
-        clients = len(federated.client_ids(run, p.codebook))
+def _cohort(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
+    if "partition" not in coming and (run / "01_partition" / "clients.parquet").is_file():
+        clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
         if (size := rounds.sized(p, clients).cohort) > clients:
             raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _labels(p: Any, run: Path, study: studies.Study | None) -> None:
+def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
     """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
     if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
         return
@@ -127,7 +132,7 @@ def _labels(p: Any, run: Path, study: studies.Study | None) -> None:
             raise ValueError(f"{labels.folder}: label {highest} of {clusters} clusters; delete it, run 02_kmeans again")
 
 
-def _features(p: params.Kmeans, _: Path, study: studies.Study | None) -> None:
+def _features(p: params.Kmeans, _: Path, study: studies.Study | None, __: Any) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
     corpus = study.corpus if study is not None else params.Corpus()
     alone = corpus.kind == "folder" or (corpus.kind == "librispeech" and not corpus.test_subsets)
@@ -137,7 +142,7 @@ def _features(p: params.Kmeans, _: Path, study: studies.Study | None) -> None:
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
 
-def _teacher(p: params.Distill, run: Path, study: studies.Study | None) -> None:
+def _teacher(p: params.Distill, run: Path, study: studies.Study | None, _: Any) -> None:
     """Whether the student can learn from its teacher; that of 03_pretrain to come is what the study describes."""
     clusters = study.kmeans.clusters if study else None
     with torch.device("meta"):
@@ -149,10 +154,10 @@ def _teacher(p: params.Distill, run: Path, study: studies.Study | None) -> None:
         distillation.check_teacher(run, p, teacher, clusters)
 
 
-def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None) -> None:
+def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None, coming: Container[str]) -> None:
     """Whether the clips allow a fair figure; before 00_corpus, whether SUPERB's task has what it needs."""
     path = run / "00_corpus" / "keywords.parquet"
-    if path.is_file():
+    if "corpus" not in coming and path.is_file():
         clips = keywords.read_clips(path)
         if p.task == "superb":
             keywords.superb(clips, p.seed)
@@ -168,9 +173,10 @@ def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None) -> Non
             keywords.noise(root)
 
 
-def _units(p: params.Evaluate, run: Path, *_: Any) -> None:
+def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:
     """Whether the held-out speech, once it is there, has a frame for every cluster."""
-    if (run / "00_corpus" / "manifest.parquet").is_file() and (run / "01_partition" / "heldout.parquet").is_file():
+    made = (run / "00_corpus" / "manifest.parquet").is_file() and (run / "01_partition" / "heldout.parquet").is_file()
+    if made and "partition" not in coming:  # which comes with or after the corpus
         with contextlib.suppress(layers.NoPhonesError):  # units are then left out
             layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
 

@@ -123,6 +123,21 @@ def test_clusters_are_compared_with_the_frames_that_there_are(tmp_path):
     assert not problems(tmp_path, "evaluate.clusters=12", first="evaluate")
 
 
+def test_what_an_earlier_start_left_is_no_reason_where_its_stage_comes_again(words, tmp_path):
+    """More clients, or words that were missing: the same command must make what it would otherwise be refused for."""
+    for stage in ("00_corpus", "01_partition", "02_kmeans/codebooks/federated"):
+        (tmp_path / stage).mkdir(parents=True)
+    for name in ("00_corpus/keywords", "00_corpus/manifest", "01_partition/heldout"):
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1")
+    pd.DataFrame({"client": ["a", "b"]}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
+    (tmp_path / "02_kmeans" / "codebooks" / "federated" / "codebook.json").write_text('{"labelled": ["a"]}')
+    assert not superb(tmp_path, words)
+    told = superb(tmp_path, words, first="partition")
+    assert told.startswith("evaluate.task: ") and "keywords.parquet" in told and "cohort" not in told
+    assert "01_partition made 2 clients" in superb(tmp_path, words, first="kmeans")
+    assert "01_partition made 1 clients" in superb(tmp_path, words, first="pretrain")
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> Path:
     """Speech Commands with SUPERB's ten commands, another word, and noise."""
@@ -140,8 +155,9 @@ def words(tmp_path: Path) -> Path:
     return root
 
 
-def superb(run: Path, words: Path) -> str:
-    return problems(run, "corpus.keywords=speech-commands", f"corpus.keywords_root={words}", "evaluate.task=superb")
+def superb(run: Path, words: Path, first: str = "corpus") -> str:
+    settings = "corpus.keywords=speech-commands", f"corpus.keywords_root={words}", "evaluate.task=superb"
+    return problems(run, *settings, first=first)
 
 
 def test_what_superb_needs_is_looked_at_before_the_corpus_is_read(words, tmp_path):
