@@ -7,6 +7,8 @@ from fedhubert_lib import params
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {stage: ROOT / "notebooks" / f"{folder}.ipynb" for stage, folder in params.FOLDERS.items()}
+OWN = ROOT / "notebooks" / "own_experiment.ipynb"
+"""No stage: what a reader builds from the library's parts."""
 INJECTED: dict[str, dict[str, Any]] = {
     "kmeans": {"codebooks": ["federated", "one-shot", "client", "aligned", "random-projection", "central"]},
     "pretrain": {"rounds": 3},

@@ -1,26 +1,26 @@
 """The notebooks as they are written: short cells, prose between them, no code that belongs in the library."""
 
 import ast
+from pathlib import Path
 
 import nbformat
 import pytest
-from chapters import NOTEBOOKS
+from chapters import NOTEBOOKS, OWN
 
 from fedhubert_lib import params
 
 LONGEST = 25
 
 
-@pytest.fixture(params=NOTEBOOKS)
-def stage(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def cells(stage: str) -> list[nbformat.NotebookNode]:
-    notebook = nbformat.read(NOTEBOOKS[stage], 4)
+def read(path: Path) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(path, 4)
     assert notebook.metadata.kernelspec.name == "python3", "papermill needs the kernel's name"
     return notebook.cells
+
+
+@pytest.fixture(params=[*NOTEBOOKS.values(), OWN], ids=lambda path: path.stem)
+def cells(request: pytest.FixtureRequest) -> list[nbformat.NotebookNode]:
+    return read(request.param)
 
 
 def test_begins_with_an_idea_and_its_parameters(cells):
@@ -30,15 +30,19 @@ def test_begins_with_an_idea_and_its_parameters(cells):
     assert all(" # " in " " + line for line in cells[1].source.splitlines()), "each parameter says what it is"
 
 
-def test_starts_and_finishes_the_stage(cells, stage):
+@pytest.mark.parametrize("stage", NOTEBOOKS)
+def test_starts_and_finishes_the_stage(stage):
+    cells = read(NOTEBOOKS[stage])
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     assert f'stage = runs.start("{stage}", globals())' in code[1]
     assert "runs.finish(stage, headline)" in code[-1]
     assert any("with stage.working()" in source for source in code[2:]), "the lock, the record, an interrupt in a line"
 
 
-def test_no_cell_sets_what_is_a_parameter(cells, stage):
+@pytest.mark.parametrize("stage", NOTEBOOKS)
+def test_no_cell_sets_what_is_a_parameter(stage):
     """In a kernel that is warm, the next start would take it for the parameter's value."""
+    cells = read(NOTEBOOKS[stage])
     for cell in cells[2:]:
         if cell.cell_type == "code":
             names = {node.id for node in ast.walk(ast.parse(cell.source)) if _is_set(node)}
