@@ -157,8 +157,7 @@ def batches(
     """``steps`` training batches of one client.
 
     Args:
-        table: columns utterance, path, samples (the client's ``train.parquet``).
-        p: sizes of batches and crops, and what is masked.
+        table, p: columns utterance, path, samples (``train.parquet``); sizes of batches and crops, and what is masked.
         keys: equal keys give equal batches, whatever else ran before.
         device: where they will be used. A GPU trains faster than one core decodes: for it as many threads as torch
             takes decode, and batches lie in pinned memory. A CPU's cores train.
@@ -167,6 +166,8 @@ def batches(
 
     Raises audio.AudioError on a file that cannot be read, and ValueError when an utterance has no labels, or another
     number of them than frames.
+    >>> next(batches(table, labels, p, (0, 1, "client-000"), steps=1)).waveforms.shape
+    torch.Size([2, 23760])
     """
     utterances, paths = table["utterance"].to_numpy(), table["path"].to_numpy()
     samples = table["samples"].to_numpy(dtype=np.int64)
@@ -206,8 +207,7 @@ def batches(
 
 
 _decoded: dict[tuple[str, int, int], Tensor] = {}
-"""What this process has decoded, by path, length and time of change: int16 where that is exact, as of FLAC and WAV
-speech; then 115 MB hold an hour."""
+"""Audio by path, length and time of change: int16 where that is exact, as of FLAC and WAV; 115 MB hold an hour."""
 
 
 def _has_room() -> bool:

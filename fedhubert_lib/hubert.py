@@ -305,7 +305,9 @@ class Encoder(nn.Module):
 
 
 class Hubert(nn.Module):
-    """The model, of teachers and students. Its weights are PyTorch's defaults until ``initialise`` sets them."""
+    """The model, of teachers and students. Its weights are PyTorch's defaults until ``initialise`` sets them.
+    >>> Hubert(preset("tiny", "logmel"))(torch.zeros(3, 16_000)).last.shape
+    torch.Size([3, 49, 192])"""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -319,15 +321,14 @@ class Hubert(nn.Module):
     def forward(
         self, waveforms: Tensor, mask: Tensor | None = None, hidden_states: bool = False, normalised: bool = False
     ) -> HubertOutput:
-        """Hidden states of clips of equal length, never padded: GroupNorm would take the padding for speech.
+        """Hidden states of clips of equal length, never padded: GroupNorm would take the padding for speech. Raises
+        ValueError when a shape does not fit.
 
         Args:
             waveforms: float [B, S], S >= 400 samples at 16 kHz.
             mask: bool [B, T], True where a frame is replaced by the mask embedding; None: nowhere.
             hidden_states: also return the output of every layer.
             normalised: ``do_normalize`` was seen to already: these are crops of whole utterances that were normalised.
-
-        Raises ValueError when a shape does not fit.
         """
         if waveforms.ndim != 2 or not (frames := frame_count(waveforms.shape[1])):
             raise ValueError(f"waveforms must be [clips, samples >= {RECEPTIVE_FIELD}], not {list(waveforms.shape)}")

@@ -5,16 +5,20 @@ the final figure, and the browser its first page as a PNG beside the widget.
 """
 
 import base64
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
+from inspect import getsource
 from pathlib import Path
+from symtable import symtable
 from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
 import torch
+from IPython import get_ipython
 from IPython.display import HTML, Audio, DisplayHandle, Image
 from IPython.display import display as _display
 from matplotlib.figure import Figure
@@ -28,6 +32,20 @@ SOUND_SECONDS = 8.0
 """The most that is embedded of a clip: a notebook must stay small."""
 PAGE_SECONDS = 4
 """Length of a page of the browser: on a longer one, labels of 20 ms cannot be read."""
+
+
+def _name_the_public(*_: object) -> None:
+    """Let Tab behind a module of the library list what it defines, not what it imports or keeps to itself (PEP 562)."""
+    for place, module in list(sys.modules.items()):
+        if place.startswith("fedhubert_lib.") and "__dir__" not in vars(module):
+            symbols = symtable(getsource(module), place, "exec").get_symbols()
+            names = [symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported()]
+            public = getattr(module, "__all__", [name for name in names if not name.startswith("_")])
+            module.__dir__ = public.copy  # type: ignore[method-assign]
+
+
+if (_shell := get_ipython()) is not None:
+    _shell.events.register("post_run_cell", _name_the_public)
 
 
 def show(figure: Figure, folder: Path, name: str) -> None:

@@ -40,6 +40,8 @@ def masked_prediction(model: Hubert, head: Head, batch: Batch, *, unmasked_weigh
     of the time. All frames are scored at once, since picking frames by a mask makes a GPU wait for their number.
 
     ``measured`` holds objective (the loss), penalty_sum (mean squared feature × masked frames) and ``label_sums``.
+    >>> masked_prediction(module["model"], module["head"], batch).count == int(batch.mask.sum())
+    True
     """
     output = model(batch.waveforms, batch.mask, normalised=batch.normalised)
     logits = head(output.last)

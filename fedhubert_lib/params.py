@@ -74,9 +74,7 @@ class Section(BaseModel):
 class Corpus(Section):
     """00_corpus: the speech to train on, and the keywords to evaluate on."""
 
-    kind: Literal["synthetic", "librispeech", "folder"] = Field(
-        "synthetic", description="built-in corpus, LibriSpeech, or a folder per speaker"
-    )
+    kind: Literal["synthetic", "librispeech", "folder"] = Field("synthetic", description="source of the speech")
     root: Place = Field("", description="folder of LibriSpeech subsets, or of a folder per speaker (kind: folder)")
     train_subsets: list[Name] = Field(["train-clean-100"], min_length=1, description="subsets to train on")
     test_subsets: list[Name] = Field(["test-clean"], description="subsets for unit quality, never trained on")

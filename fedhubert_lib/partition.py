@@ -133,7 +133,11 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     """The number of the client that owns each row of ``table``, by ``p.scheme``: int64 [utterances], 0 … clients-1.
 
     Every client has at least ``p.minimum_minutes`` of speech; merging leaves fewer clients than asked for. Needs only
-    the columns speaker, chapter, subset, sex and samples.
+    the columns samples and speaker, and chapter, subset and sex where the scheme looks at them.
+
+    >>> minutes = pd.DataFrame({"speaker": ["ana", "ana", "ben"], "samples": 960_000})
+    >>> owners(minutes, params.Partition(scheme="speaker", clients=2))
+    array([0, 0, 1])
     """
     rng = seeds.numpy_generator(p.seed, "partition", p.scheme)
     samples = table["samples"].to_numpy()

@@ -85,6 +85,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
     pretraining's, but for the model's shape. ``run`` names the folder under outputs/; default: the file's ``run``, else
     its ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
     ParameterError with all errors at once.
+
+    >>> study = load(params.ROOT / "params" / "toy.yaml", ["pretrain.rounds=8"], "mine")
+    >>> study.pretrain.rounds, study.distill.run
+    (8, 'mine')
     """
     path = Path(path)
     raw, places = _read(path)

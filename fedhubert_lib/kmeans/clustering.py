@@ -180,6 +180,10 @@ def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> tuple[Tensor
     """K-means of frames in memory: centroids [K, D] float64 and frames in each [K] float64.
 
     K-means++ and Lloyd until it stands still on a sample, then Lloyd on all: the passes over all frames are few.
+
+    >>> centroids, counts = fit(torch.tensor([[0.0], [1.0], [8.0], [9.0]]), 2, np.random.default_rng(0))
+    >>> centroids.shape, counts.tolist(), len(set(nearest(torch.tensor([[0.5], [8.5], [9.0]]), centroids).tolist()))
+    (torch.Size([2, 1]), [2.0, 2.0], 2)
     """
     sample = points
     if len(points) > SEEDING_POINTS:

@@ -17,3 +17,8 @@ from fedhubert_lib.plots.speech import (
 )
 from fedhubert_lib.plots.style import heat_map, panels, png, save
 from fedhubert_lib.plots.training import along, bars, comparison, curves, ledger
+
+__all__ = [
+    "aligned_units", "along", "bars", "clients", "cluster_spectra", "comparison", "curves", "heat_map", "histograms",
+    "ledger", "matrices", "panels", "partition_schemes", "phones_per_cluster", "png", "projection", "save",
+]  # fmt: skip
