@@ -240,18 +240,19 @@ def verdict(run: Path, stage: str, folder: Path = FOLDER) -> str:
     """Whether the curves of ``stage`` are normal, in words: where each measure is, and, where one is worse than the
     band or there is none, which of the usual causes the run's records show."""
     reference, words = of(run, stage, folder)
+    places = [] if reference is None else list(positions(curves(run, stage), reference.curves[stage]))
+    worse = [MEASURES[place.measure] for place in places if place.worse]
+    better = [MEASURES[place.measure] for place in places if place.place != "inside" and not place.worse]
     lines = [words]
-    worse = reference is None
-    if reference is not None:
-        places = list(positions(curves(run, stage), reference.curves[stage]))
-        lines += map(str, places) if places else ["nothing was measured in both: no verdict"]
-        worse = any(place.worse for place in places)
-        if places and all(place.place == "inside" for place in places):
-            lines.append("the curves are normal")
-    if worse:
+    if places:
+        outside = f"worse than normal: {', '.join(worse)}" if worse else f"better than normal: {', '.join(better)}"
+        lines += [outside if worse or better else "the curves are normal", *map(str, places)]
+    elif reference is not None:
+        lines.append("nothing was measured in both: no verdict")
+    if worse or reference is None:
         causes = diagnosis.causes(run)
         lines += [f"{number}. {cause}" for number, cause in enumerate(causes, 1)]
-        if reference is not None and not causes:
+        if worse and not causes:
             lines.append("none of the usual causes shows in the records of 02_kmeans and 03_pretrain")
         lines.append("docs/curves.md shows the usual causes, each with its curve")
     return "\n".join(lines)

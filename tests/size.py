@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_975,
+    "library, lines": 15_976,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,

@@ -91,7 +91,8 @@ def test_a_curve_is_inside_above_or_below_and_since_when(tmp_path, folder, loss,
     (position,) = reference.positions(reference.curves(run, "pretrain"), band)
     assert position.place == place and position.worse == (place == "above")
     assert since <= position.since <= since + 0.5 * (place == "above") + 0.01
-    assert ("the curves are normal" in reference.verdict(run, "pretrain", folder)) == (place == "inside")
+    words = {"inside": "the curves are normal", "above": "worse than normal: loss", "below": "better than normal: loss"}
+    assert reference.verdict(run, "pretrain", folder).splitlines()[1] == words[place]
 
 
 def test_a_run_of_other_length_is_compared_where_both_have_heard(tmp_path, folder):
