@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_976,
+    "library, lines": 15_991,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
