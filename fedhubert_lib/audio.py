@@ -63,7 +63,7 @@ def read(path: str | Path, start: int = 0, stop: int | None = None, samples: int
             file.seek(start)
             waveform = file.read(stop - start, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror if isinstance(error, OSError) else error.error_string
         raise AudioError(f"{path}: cannot be read ({reason}); fetch it again, or remove it") from error
     if len(waveform) != stop - start:
         raise AudioError(f"{path}: {len(waveform)} samples where its header promises {stop - start}; fetch it again")

@@ -22,7 +22,7 @@ from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["utterance", "start_sample", "end_sample", "phone"]
-SUFFIXES = (".TextGrid", ".json")
+SUFFIXES = (".textgrid", ".json")
 SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
@@ -112,10 +112,10 @@ def _alignments(
 ) -> Iterator[Alignment | tuple[str, str]]:
     """The alignments of the utterances of ``samples``, in order of path, or (path, reason) of one that is unusable."""
     if root.is_dir():
-        paths = sorted(Path(entry.path) for entry in files.walk(root) if entry.name.endswith(SUFFIXES))
+        paths = sorted(Path(entry.path) for entry in files.walk(root) if entry.name.lower().endswith(SUFFIXES))
         paths = [path for path in paths if path.stem in samples]
         for done, path in enumerate(paths, start=1):
-            yield _textgrid(path) if path.suffix == ".TextGrid" else _montreal_json(path)
+            yield _textgrid(path) if path.suffix.lower() == ".textgrid" else _montreal_json(path)
             if on_progress:
                 on_progress("read alignments", done, len(paths))
     elif root.is_file():
