@@ -1,6 +1,7 @@
 # Everything a person or a CI needs; `make help` lists it. Python packages come from the index that pip is set up with.
 
 PYTHON ?= python3
+PYTHON312 ?= 3.12
 VENV := .venv
 BIN := $(VENV)/bin
 # Nothing here phones home.
@@ -10,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart lab test test-all bench lint lock export ray s3prl
+.PHONY: help install quickstart lab test test-all bench lint lock export tensorboard ray s3prl fastabx
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +36,9 @@ bench: $(VENV)/.installed-test ## time the parts that have to be fast against th
 export: $(VENV)/.installed ## add what `fedhubert export` needs: transformers and ONNX
 	$(ADD) transformers onnx onnxruntime onnxscript
 
+tensorboard: $(VENV)/.installed ## add TensorBoard: FEDHUBERT_TENSORBOARD=outputs/tensorboard has curves written for it
+	$(ADD) tensorboard
+
 ray: $(VENV)/.installed ## add the engine `ray`
 	$(ADD) ray
 
@@ -52,6 +56,8 @@ gpu-wheels: $(VENV)/.uv ## collect what `make gpu` needs beside torch, for a mac
 
 s3prl: $(VENV)-s3prl/.installed ## an environment for s3prl, which needs an older torch (about 5 GB)
 
+fastabx: $(VENV)-fastabx/.installed ## an environment for fastabx, with which ABX is compared, on Python 3.12 (5 GB)
+
 lint: $(VENV)/.installed-test ## style, plain mistakes, types, and the library's size and structure
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,6 +68,7 @@ lock: $(VENV)/.uv ## write the lock files anew after a change of pyproject.toml 
 	$(LOCK) --extra synthetic --output-file requirements.lock pyproject.toml
 	$(LOCK) --all-extras --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
 	$(LOCK) --output-file requirements-s3prl.lock requirements-s3prl.in
+	$(subst 3.11,3.12,$(LOCK)) --output-file requirements-fastabx.lock requirements-fastabx.in
 
 # Packages of the extras at the versions that are tested. `pip install '.[export]'` would put a copy in the place of the
 # bench that is edited here.
@@ -86,6 +93,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml $(VENV)/.uv
 
 $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-test.lock
+	touch $@
+
+$(VENV)-fastabx/.installed: requirements-fastabx.lock $(VENV)/.uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON312) $(VENV)-fastabx
+	$(BIN)/uv pip install --quiet --python $(VENV)-fastabx/bin/python --require-hashes -r requirements-fastabx.lock
 	touch $@
 
 $(VENV)-s3prl/.installed: requirements-s3prl.lock $(VENV)/.uv

@@ -162,6 +162,8 @@ class Ledger:
         rows = [row for row in rows if row.get("round", 0) <= done] + next_failures
         with files.atomic(self._path) as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+        events = files.events()
+        self._curve = events and events.Curve(out, done + 1)
         if not rows:
             self.row("plan", plan)
 
@@ -171,6 +173,8 @@ class Ledger:
         files.append_row(self._path, row)
         if kind == "round":
             self.failed = []
+            if self._curve is not None:
+                self._curve.add(row, row["round"], row["time"])
         elif kind == "failure" and not row["client"]:
             self.failed.append(row)
         if self._on_row is not None:

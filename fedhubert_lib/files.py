@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import importlib
 import json
 import os
 import re
@@ -130,6 +131,11 @@ def walk(root: str | Path) -> Iterator[os.DirEntry[str]]:
                     folders.append((entry.path, (*above, here)))
                 else:
                     yield entry
+
+
+def events() -> Any:
+    """The module ``events`` where ``FEDHUBERT_TENSORBOARD`` asks for TensorBoard's files; else None, and no import."""
+    return importlib.import_module("fedhubert_lib.events") if os.environ.get("FEDHUBERT_TENSORBOARD") else None
 
 
 def read_text(path: str | Path) -> str:

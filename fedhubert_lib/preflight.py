@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedhubert_lib import distillation, federated, hubert, params, pretrained, recipes, resources, runs, studies
+from fedhubert_lib import distillation, federated, files, hubert, params, pretrained, recipes, resources, runs, studies
 from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
@@ -35,6 +35,8 @@ def study(study: studies.Study, stages: Sequence[str], run: Path) -> None:
 
 def _refuse(sections: dict[str, params.Section], run: Path, study: studies.Study | None) -> None:
     """Raise RunError with all problems of ``sections``: first those of places that parameters name, then the rest."""
+    if (events := files.events()) is not None:
+        events.check()
     for look in _places, _problems:
         found = ((stage, look(stage, p, run, study, sections)) for stage, p in sections.items())
         if lines := [f"{stage}.{name}: {why}" for stage, problems in found for name, why in problems]:

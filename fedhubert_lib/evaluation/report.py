@@ -75,6 +75,8 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
     _add_s3prl(report, run)
     files.write_json(run / STAGE / "speed.json", {system.name: cost.speed(system.encoder) for system in compared})
     _write(run, report)
+    if (events := files.events()) is not None:
+        events.figures(run / STAGE, tables.best(report["figures"]), report["along"])
     return report
 
 
