@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
-from fedhubert_lib import seeds
+from fedhubert_lib import seeds, threads, units
 
 PENALTY = 1e-2
 """Ridge penalty of linear probes, per training row."""
@@ -84,57 +84,73 @@ def speaker_accuracy(rows: np.ndarray, speakers: np.ndarray, *, seed: int) -> tu
     return float(ridge(rows[train], speakers[train]).score(rows[test], speakers[test])), 1 / len(names)
 
 
-def triplets(labels: np.ndarray, speakers: np.ndarray, *, seed: int, count: int) -> np.ndarray:
-    """``count`` seeded (A, B, X) for ABX across speakers, int64 [count, 3], as indices of clips.
+def abx_error(frames: np.ndarray, words: np.ndarray, speakers: np.ndarray) -> float:
+    """ABX error ON the word, ACROSS speakers, over all triplets of clips; chance is 0.5, and a tie counts half.
 
-    A and B are of one speaker and of different words; X is A's word by another speaker. Raises TooFewClipsError when
-    the clips allow no such triplet.
-    """
-    rng = seeds.numpy_generator(seed, "abx")
-    by_word = {word: np.flatnonzero(labels == word) for word in np.unique(labels)}
-    by_speaker = {speaker: np.flatnonzero(speakers == speaker) for speaker in np.unique(speakers)}
-    drawn: list[tuple[int, int, int]] = []
-    for _ in range(20 * count):
-        a = int(rng.integers(len(labels)))
-        others, same = by_speaker[speakers[a]], by_word[labels[a]]
-        others, same = others[labels[others] != labels[a]], same[speakers[same] != speakers[a]]
-        if len(others) and len(same):
-            drawn.append((a, int(rng.choice(others)), int(rng.choice(same))))
-        if len(drawn) == count:
-            return np.array(drawn)
-    raise TooFewClipsError("ABX needs words that two speakers said, and speakers who said two words")
+    A and B are different words of one speaker, X is A's word by another one: an error where X is closer to B. Errors
+    are averaged over the triplets of two words and two speakers, then over speakers, then over pairs of words, as
+    fastabx does (``Task(on="word", across=["speaker"])``, ``Score(task, "angular").collapse(levels=["speaker"])``) and
+    ZeroSpeech before it. Distances are angles between frames, averaged along the best path of dynamic time warping.
 
-
-def abx_error(frames: np.ndarray, triples: np.ndarray, chunk: int = 256) -> float:
-    """Fraction of triplets whose X is closer to B, the wrong word, than to A; ties count half. Chance is 0.5.
-
-    ``frames``: [clips, frames, width]. The distance is dynamic time warping over angles between frames, averaged along
-    the path, as in ZeroSpeech's ABX; here every triplet weighs the same, where ZeroSpeech averages per context.
+    ``frames`` is [clips, frames, width]. Raises TooFewClipsError when the clips allow no such triplet.
     """
     unit = functional.normalize(torch.from_numpy(frames).float(), dim=-1)
-    wrong = 0.0
-    for start in range(0, len(triples), chunk):
-        a, b, x = (unit[column] for column in triples[start : start + chunk].T)
-        to_a, to_b = _warped(a, x), _warped(b, x)
-        wrong += float((to_b < to_a).sum() + 0.5 * (to_b == to_a).sum())
-    return wrong / len(triples)
+    (names, word), (_, speaker) = (np.unique(labels, return_inverse=True) for labels in (words, speakers))
+    takes = units.contingency(speaker, word, speaker.max() + 1, len(names))
+    # X is compared with all that is said by others who say its word; distances are the same both ways.
+    compared = (speaker[:, None] != speaker) & (takes[speaker][:, word].T > 0)
+    compared = np.triu(compared | compared.T)
+
+    def to_later(x: int) -> np.ndarray:
+        distances, later = np.full(len(unit), np.nan), np.flatnonzero(compared[x])
+        distances[later] = _warped(unit[x], unit[later])
+        return distances
+
+    distances = np.stack(list(threads.each(to_later, range(len(unit)))))
+    distances = np.fmax(distances, distances.T)  # whichever is not NaN
+    totals, counts = np.zeros((2, len(names), len(names)))
+    for voice, said in zip(*np.nonzero(takes), strict=True):
+        x = np.flatnonzero((word == said) & (speaker != voice))
+        a = np.flatnonzero((word == said) & (speaker == voice))
+        b = np.flatnonzero((word != said) & (speaker == voice))
+        if len(x) and len(b):
+            to_a, to_b = distances[x][:, a, None], distances[x][:, None, b]
+            wrong = ((to_b < to_a) + 0.5 * (to_b == to_a)).mean(1)  # [X, B]
+            per_voice = _means(wrong, np.unique(speaker[x], return_inverse=True)[1])
+            cells = _means(per_voice.T, word[b], len(names))  # [words, voices of X]
+            totals[said] += np.nansum(cells, 1)
+            counts[said] += np.isfinite(cells).sum(1)
+    if not counts.any():
+        raise TooFewClipsError("ABX needs words that two speakers said, and speakers who said two words")
+    return float((totals[counts > 0] / counts[counts > 0]).mean())
 
 
-def _warped(left: Tensor, right: Tensor) -> np.ndarray:
-    """Mean angle along the best warping path between pairs of unit-length sequences [pairs, frames, width]: [pairs]."""
-    cosines = (left @ right.transpose(1, 2)).clamp(-1, 1)  # rounding leaves them a little beyond 1
-    angles = torch.arccos(cosines).permute(1, 2, 0).numpy() / np.pi
-    rows, columns, pairs = angles.shape
+def _means(rows: np.ndarray, groups: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Mean of the rows of each group: [groups, columns]; NaN for a group without rows."""
+    member = np.eye(count or groups.max() + 1)[:, groups]
+    with np.errstate(invalid="ignore"):
+        return member @ rows / member.sum(1, keepdims=True)
+
+
+def _warped(one: Tensor, many: Tensor) -> np.ndarray:
+    """Mean angle along the best path, of ``one`` [frames, width] and ``many`` [pairs, frames, width]: [pairs]."""
+    rows, columns, pairs = len(one), many.shape[1], len(many)
+    cosines = (one @ many.transpose(0, 1).flatten(0, 1).T).clamp_(-1, 1)  # rounding leaves them a little beyond 1
+    angle = cosines.arccos_().div_(np.pi).view(rows, columns, pairs).numpy()
     # One antidiagonal at a time: cell i of diagonal d is (i, d - i); its neighbours lie on the two diagonals before.
-    costs, steps = [np.full((rows + 1, pairs), np.inf) for _ in range(2)], [np.zeros((rows + 1, pairs))] * 2
+    costs, steps = [np.full((rows + 1, pairs), np.inf, np.float32) for _ in range(2)], [np.zeros((rows + 1, pairs))] * 2
     costs[0][0] = 0  # the corner before both sequences
     for diagonal in range(rows + columns - 1):
-        i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        cost, step = costs[0][i], steps[0][i]
-        for neighbour in (i, i + 1):
+        first, last = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
+        cost, step = costs[0][first:last], steps[0][first:last]
+        for later in (1, 0):
+            neighbour = slice(first + later, last + later)
             shorter = costs[1][neighbour] < cost
             cost = np.where(shorter, costs[1][neighbour], cost)
             step = np.where(shorter, steps[1][neighbour], step)
-        costs, steps = [costs[1], np.full((rows + 1, pairs), np.inf)], [steps[1], np.zeros((rows + 1, pairs))]
-        costs[1][i + 1], steps[1][i + 1] = cost + angles[i, diagonal - i], step + 1
+        costs = [costs[1], np.full((rows + 1, pairs), np.inf, np.float32)]
+        steps = [steps[1], np.zeros((rows + 1, pairs), np.float32)]
+        i = np.arange(first, last)
+        costs[1][first + 1 : last + 1] = cost + angle[i, diagonal - i]
+        steps[1][first + 1 : last + 1] = step + 1
     return costs[1][-1] / steps[1][-1]
