@@ -155,7 +155,7 @@ def stage(tmp_path):
         "00_corpus/manifest.parquet": {"split": "train", "samples": 16_000 * 3600, "sample_rate": 16_000}
         | {"utterance": ["a-1", "b-1"], "speaker": ["a", "b"], "subset": "train-clean-100"},
         "01_partition/heldout.parquet": {"utterance": ["b-1"]},
-        "01_partition/clients.parquet": {"client": ["client-000"]},
+        "01_partition/clients.parquet": {"client": ["client-000"], "hours": [0.9]},
     }
     for name, columns in tables.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,9 @@ def test_card_of_data_training_and_results(stage):
     text = written(stage)
     assert text.startswith("---\nlicense: cc-by-4.0\n") and "Not evaluated" in text
     assert "1.00 h, 1 utterances, 1 speakers" in text
-    assert "partition scheme unknown" in text and "parameters: privacy none, rounds 3, codebook federated\n" in text
+    assert "clients: 1 with 0.9 to 0.9 h of it each, partition scheme unknown" in text
+    assert "* distill: no reference curves" in text and "* evaluate: " not in text
+    assert "parameters: privacy none, rounds 3, codebook federated\n" in text
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 1, "loss": 2.5})
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 2, "loss": None})  # with privacy: client
     assert "last loss: 2.5" in written(stage)

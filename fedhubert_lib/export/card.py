@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedhubert_lib import files, params, pretrained
+from fedhubert_lib import files, params, pretrained, reference
 from fedhubert_lib.evaluation import cost, tables
 from fedhubert_lib.export.formats import ExportError
 from fedhubert_lib.records import parameters, read_json
@@ -45,7 +45,7 @@ HuBERT, trained by federated learning: clients trained on their own speech and s
 
 * speech: {source}: {subsets}
 * at clients, for training and validation: {hours:.2f} h, {utterances} utterances, {speakers} speakers
-* clients: {clients}, partition scheme {scheme}
+* clients: {clients} with {shares} h of it each, partition scheme {scheme}
 
 ## Training
 
@@ -62,6 +62,10 @@ HuBERT, trained by federated learning: clients trained on their own speech and s
 ## Results
 
 {results}
+
+## Curves beside the reference of the study
+
+{verdict}
 
 ## Limits
 
@@ -87,6 +91,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
     kind, p, results = parameters(run / "00_corpus").get("kind"), parameters(stage), _results(run)
     licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
+    clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
     rounds = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
     losses = [row["loss"] for row in rounds if row["loss"] is not None]  # a private round may have none
     text = CARD.format(
@@ -101,7 +106,8 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         hours=float((train.samples / train.sample_rate).sum()) / 3600,
         utterances=len(train),
         speakers=train.speaker.nunique(),
-        clients=len(pd.read_parquet(run / "01_partition" / "clients.parquet")),
+        clients=len(clients),
+        shares=f"{clients.hours.min():.2g} to {clients.hours.max():.2g}",
         scheme=parameters(run / "01_partition").get("scheme", "unknown"),
         rounds=len(rounds),
         loss=f"{losses[-1]:.4f}" if losses else "unknown",
@@ -111,6 +117,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         updates=_updates(rounds, p),
         statistics=_statistics(run, p.get("codebook", "federated")),
         results="\n\n".join(results) or "Not evaluated.",
+        verdict=_verdict(run, stage.name[3:], bool(results)),
     )
     with files.atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -140,6 +147,12 @@ def _epsilon(spent: dict[str, Any], delta: float | None) -> str:
     epsilon = "infinite" if spent["epsilon"] is None else f"{spent['epsilon']:.3g}"
     condition = ", had the noise been secret," if spent["privacy"].startswith("not private") else ""
     return f"epsilon {epsilon}{condition} at delta {delta}"
+
+
+def _verdict(run: Path, trained: str, evaluated: bool) -> str:
+    """Whether the curves of the stage ``trained`` are normal, in words, and those of quality, which are of teachers."""
+    stages = [trained, "evaluate"] if evaluated and trained == "pretrain" else [trained]
+    return "\n".join(f"* {stage}: {line}" for stage in stages for line in reference.verdict(run, stage).splitlines())
 
 
 def _results(run: Path) -> list[str]:
