@@ -168,6 +168,19 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{options.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
 
 
+def _units(options: argparse.Namespace) -> None:
+    from fedhubert_lib.export import formats, unit_text
+
+    names = ("codebook", "layer", "clusters", "seed", "deduplicate", "device")
+    try:
+        facts = unit_text.write(
+            options.checkpoint, options.folder, options.to, **{name: getattr(options, name) for name in names}
+        )
+    except (formats.ExportError, ValueError) as error:
+        raise runner.StageError(str(error), runner.FAILED) from error
+    print(f"{options.to}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
+
+
 def _s3prl(options: argparse.Namespace) -> None:
     from fedhubert_lib.evaluation import report
     from fedhubert_lib.export import formats, s3prl
@@ -282,6 +295,20 @@ def _add_evaluation(add: Callable) -> None:
     argument("format", choices=list(export.FORMATS), metavar="FORMAT", help="one of those below")
     argument("checkpoint", type=Path, help="such as outputs/RUN/04_distill/checkpoint")
     argument("out", type=Path, help="folder or file to write")
+
+    about = "write recordings as text: a line NAME|12 12 7 ... of each, the clusters of a hidden layer, 50 a second"
+    argument = add("units", _units, about)
+    argument("checkpoint", type=Path, help="such as outputs/RUN/03_pretrain/checkpoint")
+    argument("folder", type=Path, help="its .wav and .flac files, in subfolders too, are 16 kHz mono speech")
+    argument("--to", type=Path, default=Path("units.txt"), metavar="FILE", help="(default: units.txt)")
+    argument(
+        "--codebook", type=Path, metavar="FILE", help="of an earlier call (default: fitted on the folder, and kept)"
+    )
+    argument("--layer", type=int, help="1 is the first (default: the middle one)")
+    argument("--clusters", type=int, default=100, help="to fit (default: 100)")
+    argument("--seed", type=int, default=0, help="of the recordings that are fitted on, and of k-means (default: 0)")
+    argument("--deduplicate", action="store_true", help="one unit for each run of the same")
+    argument("--device", type=params.device, default="cpu", help="cpu, cuda, auto")
 
     about = "train and evaluate s3prl's speech_commands on a model of a run, and add its accuracy to the report"
     argument = add("s3prl", _s3prl, about, "Needs s3prl's environment: make s3prl.")

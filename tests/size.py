@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 15_991,
+    "library, lines": 16_250,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
@@ -40,14 +40,15 @@ CEILINGS = {
 }
 
 LAYERS = (
-    "audio files seeds units threads params studies records identity resources meter plots",
+    "audio files seeds units threads params events studies records identity resources meter plots",
     "corpora labels features kernels hubert pretrained masking batching objectives teaching training partition skew",
     "weights checkpoints",
     "recipes federated",
     "kmeans pooled pretraining distillation",
     "evaluation",
+    "diagnosis reference",
     "export",
-    "diagnosis reference runs sharing index notebook planning preflight progress runner compare",
+    "runs sharing index notebook planning preflight progress runner compare",
     "cli",
 )
 """From the bottom to the top: a module imports from its layer and those below it. A package stands for its modules."""

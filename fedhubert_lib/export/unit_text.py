@@ -1,0 +1,150 @@
+"""Speech as text: the cluster of every frame of a hidden layer, as spoken-language models take it (GSLM, textless).
+
+A line for each recording, ``name|12 12 7 ...``: its path below the folder without the suffix, then 50 units a second,
+or one for each run of the same unit. Clusters are k-means of the layer as it is, fitted on these recordings or on
+earlier ones. Recordings pass through the model one by one: their units depend on nothing else in the folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from fedhubert_lib import audio, files, pretrained, resources, seeds, threads
+from fedhubert_lib.corpora import scan
+from fedhubert_lib.export.formats import ExportError
+from fedhubert_lib.federated.protocol import digest
+from fedhubert_lib.hubert import Hubert
+from fedhubert_lib.kmeans import clustering, hidden, reading
+
+NAMED = 5
+"""Recordings that an error names, of all that it is about."""
+
+
+def write(
+    checkpoint: Path,
+    folder: Path,
+    out: Path,
+    *,
+    codebook: Path | None = None,
+    layer: int | None = None,
+    clusters: int = 100,
+    seed: int = 0,
+    deduplicate: bool = False,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Write the units of all recordings in ``folder`` to the text file ``out``; returns what it holds.
+
+    ``codebook`` is the file of an earlier call. Without it, ``clusters`` are fitted on ``layer`` (1 is the first; the
+    default is the middle one) from ``seed`` and kept beside ``out``, named OUT.codebook.safetensors; a call that was
+    killed after that takes them from there. ``out`` is written as a whole or not at all.
+
+    Raises ExportError where ``out`` exists, a recording cannot be used, or the codebook belongs to another model.
+    """
+    if out.exists():
+        raise ExportError(f"{out} is there already; name another, or remove it")
+    device = resources.resolve(device)
+    model = pretrained.load(checkpoint)[0].to(device)
+    table = recordings(folder)
+    place = codebook or out.with_name(f"{out.name}.codebook.safetensors")
+    made: dict[str, Any] = {"model": digest(model.state_dict())}
+    if codebook is None:
+        depth = model.config.num_hidden_layers
+        made |= {"layer": layer or max(1, depth // 2), "clusters": clusters, "seed": seed}
+        made["speech"] = hashlib.sha256(table[["name", "samples", "fingerprint"]].to_csv().encode()).hexdigest()[:16]
+        if not 1 <= made["layer"] <= depth:
+            raise ExportError(f"layer {layer} asked for; the layers of {checkpoint} are 1 to {depth}")
+        if not place.exists():
+            _fit(model, table, made, place, device)
+    centroids, layer = _read(place, made)
+    frames, runs, used = 0, 0, np.zeros(len(centroids), bool)
+    with files.atomic(out) as temporary, temporary.open("w", encoding="utf-8") as text:
+        for name, states in _states(model, table, layer, device, "units"):
+            units = clustering.nearest(states, centroids).numpy()
+            shortened = units[np.flatnonzero(np.diff(units, prepend=-1))]
+            text.write(f"{name}|{' '.join(map(str, shortened if deduplicate else units))}\n")
+            frames, runs, used[units] = frames + len(units), runs + len(shortened), True
+    hours = float(table.samples.sum()) / audio.SAMPLE_RATE / 3600
+    counted = {"recordings": len(table), "hours": hours, "units used": int(used.sum()), "mean run": frames / runs}
+    return {"layer": layer, **counted}
+
+
+def recordings(folder: Path) -> pd.DataFrame:
+    """Name, path, samples and fingerprint of all .wav and .flac files below ``folder``, in order of path.
+
+    Raises ExportError, before anything is computed, where there is none, or where one is not 16 kHz mono speech.
+    """
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: no such folder; give one of .wav or .flac files")
+    table = scan.scan([folder])
+    table = table[table.path.str.lower().str.endswith((".wav", ".flac"))].reset_index(drop=True)
+    if table.empty:
+        raise ExportError(f"{folder}: holds no .wav or .flac file; other formats have to be converted first")
+    table["name"] = [str(Path(path).relative_to(folder.absolute()).with_suffix("")) for path in table.path]
+    refused = [f"{row.path}: {row.reason}" for row in table[table.reason != ""].itertuples()]
+    if refused:
+        raise ExportError(
+            f"{_some(refused)}. Convert with: sox IN.wav -r 16000 -c 1 OUT.wav, or move what is no speech away"
+        )
+    if strange := table.path[table.name.str.contains(r"[|\n\r]")].tolist():
+        raise ExportError(f"{_some(strange)}: no line can hold a name with | or a line break; rename it")
+    if double := table.path[table.name.duplicated(keep=False)].tolist():
+        raise ExportError(f"{_some(double)}: differ in their suffix alone; move one away")
+    return table
+
+
+def _some(rows: list[str]) -> str:
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return "; ".join(rows[:NAMED]) + more
+
+
+def _fit(model: Hubert, table: pd.DataFrame, made: dict[str, Any], place: Path, device: str) -> None:
+    """K-means of a layer on recordings that the seed draws, ``FIT_FRAMES`` frames at most; kept in ``place``."""
+    counts = table.samples.map(audio.frame_count).to_numpy()
+    if counts.sum() < made["clusters"]:
+        raise ExportError(
+            f"{made['clusters']} clusters from {counts.sum()} frames: lower --clusters, or give more speech"
+        )
+    order = seeds.numpy_generator(made["seed"], "units-sample").permutation(len(table))
+    before = np.cumsum(counts[order]) - counts[order]
+    chosen = table.iloc[order[before < reading.FIT_FRAMES]]
+    parts = [states for _, states in _states(model, chosen, made["layer"], device, "k-means")]
+    frames = torch.cat(parts)[: reading.FIT_FRAMES]
+    centroids, _ = clustering.fit(frames, made["clusters"], seeds.numpy_generator(made["seed"], "units"))
+    with files.atomic(place) as temporary:
+        save_file({"centroids": centroids.float()}, temporary, {"units": json.dumps(made)})
+
+
+def _read(place: Path, expected: dict[str, Any]) -> tuple[Tensor, int]:
+    """Centroids [K, D] and layer of the codebook ``place``. Raises ExportError unless it was made as ``expected``."""
+    try:
+        with safe_open(place, "pt") as stored:
+            made, centroids = json.loads(stored.metadata()["units"]), stored.get_tensor("centroids")
+            layer = int(made["layer"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ExportError(f"{place}: no codebook of fedhubert units ({error})") from error
+    if differing := [name for name, value in expected.items() if made.get(name) != value]:
+        raise ExportError(
+            f"{place}: made with another {', '.join(differing)}; name another output, or give what it is of"
+        )
+    return centroids, layer
+
+
+def _states(model: Hubert, table: pd.DataFrame, layer: int, device: str, title: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and frames [T, D] of ``layer`` of each recording of ``table``, in its order, with a bar of progress."""
+    with tqdm(total=len(table), desc=title, unit="file") as bar:
+        for start in range(0, len(table), threads.count()):
+            rows = table.iloc[start : start + threads.count()]
+            waveforms = [audio.read(path, samples=count) for path, count in zip(rows.path, rows.samples, strict=True)]
+            for name, states in zip(rows.name, hidden.states(model, waveforms, [layer], device), strict=True):
+                yield name, states[0]
+                bar.update()
