@@ -196,6 +196,10 @@ def test_student_is_a_fraction_of_its_teacher(evaluated):
     chosen = tables.best(written["figures"])
     ratio = chosen["student"]["pnmi"]["value"] / chosen["teacher"]["pnmi"]["value"]
     assert fractions["PNMI of units"] == ratio and fractions["parameters"] > 1  # two layers after one
+    at_zero = [figure | {"value": figure["value"] * (figure["measure"] != "pnmi")} for figure in written["figures"]]
+    assert fractions.index.difference(tables.student(written | {"figures": at_zero}).system).tolist() == [
+        "PNMI of units"
+    ]
     alone = [figure for figure in written["figures"] if figure["system"] != "student"]
     assert tables.student(written | {"figures": alone}).empty
 

@@ -103,7 +103,7 @@ def student(report: Report) -> pd.DataFrame:
         (TITLES[name], f"{kind}: fraction of the teacher's", of_student[name]["value"] / of_teacher[name]["value"], 1.0)
         for kind, names in (("quality", QUALITY), ("cost", COST))
         for name in names
-        if name in of_student and name in of_teacher
+        if name in of_student and of_teacher.get(name, {}).get("value")  # of nothing there is no fraction
     ]
     return pd.DataFrame(rows, columns=["system", "measure", "value", "baseline"])
 
