@@ -84,8 +84,8 @@ def _shifted(run: Path, p: Mapping[str, Any], last: pd.Series, frequencies: np.n
 def agreement(run: Path, codebook: str) -> pd.Series | None:
     """The fraction of labels that the audio gives again, by lag (frames that labels come after their audio).
 
-    From the first utterances of the first client. None where its audio is not on this machine, where the codebook is
-    not one for all, or where a checkpoint's features were clustered.
+    From the first utterances of the first client, the beginning of a long one. None where its audio is not on this
+    machine, where the codebook is not one for all, or where a checkpoint's features were clustered.
     """
     folder = run / "02_kmeans" / "codebooks" / codebook
     homes = [handlers.home(run, path.name, "kmeans", "cpu", True) for path in sorted(run.glob("02_kmeans/clients/*"))]
@@ -95,6 +95,7 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     if not homes or "centroids" not in stored or settings.get("features") != "mfcc":
         return None
     table = reading.utterances(homes[0]).head(SPEECH)
+    table = table.assign(samples=table.samples.clip(upper=reading.LONG))
     if not all(Path(path).exists() for path in table.path):
         return None
     parts = [part[0] for _, batch in reading.extracted({}, settings, table, "cpu") for part in batch]
@@ -104,7 +105,9 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     elif settings["normalisation"] == "speaker":
         scales = reading.speaker_statistics(zip(table.speaker, parts, strict=True))
     labels, lists = Labels(homes[0].labels / codebook), reading.normalised(parts, table.speaker, scales)
-    pairs = [(client.assign(x, stored).numpy(), labels[u]) for x, u in zip(lists, table.utterance, strict=True)]
+    pairs = [
+        (client.assign(x, stored).numpy(), labels[u][: len(x)]) for x, u in zip(lists, table.utterance, strict=True)
+    ]
     pairs = [pair for pair in pairs if len(pair[1]) > 2 * max(LAGS)]
     if not pairs:
         return None
