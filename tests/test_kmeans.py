@@ -469,6 +469,17 @@ def test_work_of_other_settings_moves_aside_and_comes_back(run, monkeypatch):
     assert labels_of(run, "client-001").flat.tolist() == whole and len(codebook(run)) == 8
 
 
+def test_two_folders_without_settings_move_aside_both(tmp_path):
+    for number in range(2):
+        folder = tmp_path / "features"
+        folder.mkdir()
+        (folder / "work").write_text(str(number))
+        reading.folder_for(folder, {"seed": number})
+        (folder / "settings.json").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    assert sorted(path.read_text() for path in tmp_path.glob(".previous/*/work")) == ["0", "1"]
+
+
 @pytest.mark.parametrize("where", ["_fit", "_agreement"])
 def test_work_of_other_settings_that_was_stopped_is_not_taken_for_that_of_these(run, monkeypatch, where):
     kmeans.run(run, settings(), Direct(run))

@@ -141,6 +141,10 @@ def test_results_are_kept_and_move_aside_for_other_settings(evaluated, monkeypat
     files.write_json(evaluated / "00_corpus" / "done.json", done)
     s3prl.of_run(evaluated, "teacher", seeds=1, rate=0.25, **options)
     assert len(list(previous.glob("teacher-frozen-seed-*/result.json"))) == 4
+    shutil.rmtree(next(previous.glob("*1338*")))  # by hand
+    for rate in (0.5, 0.25):
+        s3prl.of_run(evaluated, "teacher", seeds=1, rate=rate, **options)
+    assert len(list(previous.glob("teacher-frozen-seed-*/result.json"))) == 5
 
 
 def test_benchmark_refuses_a_broken_checkpoint(clips, tmp_path):

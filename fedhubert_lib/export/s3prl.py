@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def of_run(
     for out in sorted(folder.glob("seed-*")):
         if not settings.items() <= (records.read_json(out / "result.json") or {}).items():
             previous.mkdir(exist_ok=True)
-            out.rename(previous / f"{folder.name}-{out.name}-{sum(1 for _ in previous.iterdir())}")
+            out.rename(previous / f"{folder.name}-{out.name}-{time.time_ns()}")
     if system.folder is None:  # random weights are nowhere on disk
         pretrained.save(folder / "checkpoint", system.model)
     results = []

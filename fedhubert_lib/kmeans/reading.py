@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -260,8 +261,8 @@ def folder_for(folder: Path, settings: Mapping[str, Any]) -> Path:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if before != text:
         if folder.exists():
-            aside(before).parent.mkdir(exist_ok=True)
-            folder.rename(aside(before))
+            aside(before).parent.mkdir(exist_ok=True)  # work without settings may be there already
+            folder.rename(aside(before + str(time.time_ns()) if aside(before).exists() else before))
         if aside(text).exists():
             aside(text).rename(folder)
         else:
