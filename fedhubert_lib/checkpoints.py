@@ -95,7 +95,8 @@ def _by_file(weights: Arrays) -> dict[str, Arrays]:
 
 def rounds(out: Path) -> list[int]:
     """The rounds that have a checkpoint, ascending."""
-    return sorted(int(folder.name.removeprefix("round-")) for folder in (out / "checkpoints").glob("round-*"))
+    folders = (out / "checkpoints").glob("round-*")
+    return sorted(int(folder.name[6:]) for folder in folders if folder.name[6:].isdecimal())  # others are copies
 
 
 def read(out: Path, number: int) -> tuple[Arrays, Arrays, dict[str, Any]]:

@@ -123,18 +123,19 @@ def _changed(kind: str, words: Iterable[str]) -> str:
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
-    ``speech``: wherever the tables say audio is. ``training``: the same without the words to evaluate on.
-    ``codebooks``: the labels and centroids of each.
+    ``files``: of each file. ``speech``: wherever the tables say audio is. ``training``: the same without the words to
+    evaluate on. ``codebooks``: the labels and centroids of each.
     """
     data = _data(folder)
     hashes: dict[str, Any] = {"outputs": _combined(data)}
+    hashes["files"] = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
     if isinstance(p, params.Kmeans):
         hashes["codebooks"] = {
             kind: _combined({name: value for name, value in data.items() if kind in name.split("/")})
             for kind in p.codebooks
         }
     elif stage in ("corpus", "partition"):
-        data |= {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
+        data = data | {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
         hashes["speech"] = _combined(data)
         words = {"keywords.parquet", "excluded.parquet"}
         hashes["training"] = _combined({name: data[name] for name in data if name not in words})
@@ -144,6 +145,16 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
 def outputs(folder: Path) -> str:
     """Hash of the data that a stage has made."""
     return _combined(_data(folder))
+
+
+def intact(folder: Path, done: Mapping[str, Any]) -> bool:
+    """Whether all data that a stage had made when it was ``done`` is there as it was then.
+
+    Not that nothing else is: a copy or an export that somebody has put beside it is no reason to make it anew.
+    """
+    if "files" not in done:  # of an earlier version
+        return outputs(folder) == done["outputs"]
+    return done["files"].items() <= _data(folder).items()
 
 
 def listings(p: params.Section) -> dict[str, str]:

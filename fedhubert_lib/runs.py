@@ -241,7 +241,7 @@ def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Ou
     elif done is None:
         words = "was not finished: resumes" + (f" ({changes})" if any(changes) else "")
         return Outlook("resume", words, changes, now)
-    elif identity.outputs(folder) != done["outputs"] or (lost and lost.is_relative_to(run)):
+    elif not identity.intact(folder, done) or (lost and lost.is_relative_to(run)):
         changes = Changes(DAMAGED)
     else:
         if lost:

@@ -1,7 +1,9 @@
 """A run's stages: checked before anything moves, done only when they say so, and nothing that cost time is deleted."""
 
+import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -163,6 +165,44 @@ def test_the_same_work_resumes_and_other_work_moves_it_aside(outputs, capsys):
     assert (outputs / "toy/.previous/00_corpus-2/checkpoint").read_text() == "round 5"
 
 
+def work_until_rename(number: int, **changes: object) -> None:
+    """Work in 00_corpus, in a process of its own that dies before it renames for the time ``number``."""
+    count = itertools.count()
+    for name in ("rename", "replace"):
+        rename = getattr(os, name)
+        setattr(os, name, lambda *a, do=rename, **k: os._exit(9) if next(count) == number else do(*a, **k))
+    begun = begin(**changes)
+    with begun.working():
+        (begun.folder / "made.bin").write_text("new")
+    runs.finish(begun, {})
+
+
+@pytest.mark.parametrize("changes", [{}, {"minutes": 3.0}])
+def test_a_kill_before_any_rename_loses_nothing(outputs, tmp_path, changes):
+    """Neither where results move aside nor where earlier ones come back for them; and the same work goes on then."""
+    for content, minutes in (("a", 1.5), ("b", 2.0)):
+        do("corpus", content, minutes=minutes)
+        (outputs / "toy/00_corpus.ipynb").write_text(content)
+    shutil.copytree(outputs / "toy", tmp_path / "before")
+    for number in itertools.count():
+        shutil.rmtree(outputs / "toy")
+        shutil.copytree(tmp_path / "before", outputs / "toy")
+        process = multiprocessing.get_context("fork").Process(target=work_until_rename, args=(number,), kwargs=changes)
+        process.start()
+        process.join()
+        again = begin(**changes)
+        with again.working():
+            (again.folder / "made.bin").write_text("new")
+        runs.finish(again, {})
+        for name, expected in (("made.bin", {"b", "new"}), ("00_corpus.ipynb", {"a", "b"})):
+            expected = expected | ({"a"} if changes else set())  # else it is what came back and was worked on
+            assert {path.read_text() for path in (outputs / "toy").rglob(name)} >= expected, number
+        assert state(outputs / "toy")["state"] == "done"
+        if process.exitcode == 0:
+            break
+    assert number > 5
+
+
 def test_results_without_a_record_move_aside_too(outputs):
     folder = do("corpus", "a")
     for name in ("begun", "done"):
@@ -170,6 +210,23 @@ def test_results_without_a_record_move_aside_too(outputs):
     with begin().working():
         assert not (folder / "made.bin").exists()
     assert (outputs / "toy/.previous/00_corpus-1/made.bin").read_text() == "a"
+
+
+def test_a_file_beside_the_results_is_no_reason_to_make_them_anew(outputs):
+    """Such as an export of a model into its stage's folder, or moments of a client that somebody removes; a result that
+    is missing, or was changed, is."""
+    folder = do("corpus", "m", name="clients/client-000/session-1/moments-000001.safetensors")
+    with begin().working():
+        (folder / "made.bin").write_text("a")
+    runs.finish(begin(), {})
+    shutil.rmtree(folder / "clients")
+    (folder / "exported").mkdir()
+    (folder / "exported" / "model.safetensors").write_text("a copy")
+    assert runs.outlook("corpus", params.Corpus(), outputs / "toy").kind == "done"
+    (folder / "made.bin").write_text("b")
+    assert runs.outlook("corpus", params.Corpus(), outputs / "toy").changes.results == runs.DAMAGED
+    (folder / "made.bin").unlink()
+    assert runs.outlook("corpus", params.Corpus(), outputs / "toy").changes.results == runs.DAMAGED
 
 
 def test_done_until_it_works_again(outputs):

@@ -134,7 +134,8 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
         folder = run / place
         rows = [row for row in files.read_rows(folder.parent / "metrics.jsonl") if row["kind"] == "round"]
         heard = np.cumsum([row["audio_seconds"] for row in rows]) / 3600
-        models = {int(path.name[6:]): path for path in folder.parent.glob("checkpoints/model-*")}
+        kept = folder.parent.glob("checkpoints/model-*")
+        models = {int(path.name[6:]): path for path in kept if path.name[6:].isdecimal()}
         if models and (folder / "config.json").is_file():
             models[rows[-1]["round"]] = folder
         for row, hours in zip(rows, heard, strict=True):
