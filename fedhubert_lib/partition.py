@@ -312,3 +312,8 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
         if (source / "phones.parquet").exists():
             shutil.copyfile(source / "phones.parquet", copy / "phones.parquet")
     return destination
+
+
+def can_train(data: Path) -> bool:
+    """Whether the client's folder ``data`` lists a training utterance that is long enough for it."""
+    return (pd.read_parquet(data / "train.parquet", columns=["samples"])["samples"] >= SHORTEST).any()
