@@ -22,9 +22,9 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.E
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk (fedhubert clean RUN shows what a run could spare)",
     errno.EDQUOT: "free space in your quota (fedhubert clean RUN shows what a run could spare)",
-    errno.EACCES: "get the right to write there, or set FEDHUBERT_OUTPUTS to another folder",
-    errno.EPERM: "get the right to write there, or set FEDHUBERT_OUTPUTS to another folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "get the right to write there, or set FEDHUBERT_OUTPUTS elsewhere"),
     errno.EROFS: "it is mounted read-only; set FEDHUBERT_OUTPUTS to a folder that can be written",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder belongs; move it, or name another"),
     errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
     errno.ENAMETOOLONG: "give the run or the clients shorter names",
     errno.EIO: "the disk does not answer as it should; look at the system's log",
@@ -67,8 +67,8 @@ def atomic(path: Path) -> Iterator[Path]:
 def naming(path: Path) -> Iterator[None]:
     """Give an error of the system that names no file ``path`` and a remedy.
 
-    A write does not say where it failed; safetensors and pyarrow report the number in words. A ValueError is of the
-    library's, which names its file: one that could not be read while ``path`` was written.
+    A write does not say where it failed; safetensors and pyarrow report the number in words, libsndfile that there is
+    one. A ValueError is of the library's, which names its file: one that could not be read while ``path`` was written.
     """
     try:
         yield
@@ -78,6 +78,8 @@ def naming(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (match := re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)):
             number = int(match[1])
+        elif number is None and "System error" in str(error) and shutil.disk_usage(path.parent).free < 2**20:
+            number = errno.ENOSPC
         if number is None or getattr(error, "filename", None) is not None:
             raise
         raise explained(number, path) from error
@@ -108,9 +110,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that may still be growing: an unfinished last line is left for the next read."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines if line]
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -157,6 +158,22 @@ def test_atomic_names_path_and_remedy_of_system_errors(tmp_path, error):
     with pytest.raises(OSError, match="No space left on device; free space on that disk") as caught, files.atomic(path):
         raise error
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize("free", [0, 2**30])
+def test_atomic_asks_the_disk_where_libsndfile_does_not_say(tmp_path, monkeypatch, free):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    words = "No space left on device; free space on that disk" if free == 0 else "^Error opening 'a.wav': System error"
+    with pytest.raises((OSError, RuntimeError), match=words), files.atomic(tmp_path / "corpus"):
+        raise RuntimeError("Error opening 'a.wav': System error.")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_with_a_remedy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for outputs in (tmp_path / "file", tmp_path):
+        monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(outputs))
+        assert cli.main(["run", str(ROOT / "params" / "toy.yaml"), "--run", "file"]) == 1
+        assert "a file stands where a folder belongs; move it, or name another" in capsys.readouterr().err
 
 
 def test_atomic_keeps_other_errors(tmp_path):
