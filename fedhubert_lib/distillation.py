@@ -86,10 +86,11 @@ def _modules(student: str, device: str) -> nn.ModuleDict:
 
 def _teacher(home: ClientHome, config: Mapping[str, Any]) -> Teacher:
     """The teacher that the message names, from this client's disk or its public folder; the last one is kept loaded."""
-    kept = home.state / "teacher" / config["teacher"]["digest"]
-    folder = kept if kept.exists() else Path(config["teacher"]["folder"])
+    folder = home.state / "teacher" / config["teacher"]["digest"]
+    if home.simulated and not folder.exists():  # over a network no path of the server's is followed
+        folder = Path(config["teacher"]["folder"])
     if not (folder / "config.json").is_file():
-        raise TeacherError(f"{home.client} cannot read the teacher's folder {folder}; set send_teacher: true")
+        raise TeacherError(f"{home.client} has no teacher in {folder}; set send_teacher: true")
     return _load(folder, config["teacher"]["digest"], home.device)
 
 

@@ -13,6 +13,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fedhubert_lib import cli, params
@@ -90,6 +91,25 @@ def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):
     settings = tomllib.loads(client[client.index("--node-config") + 1].replace('" ', '"\n'))
     assert settings == {"client": "client-001", "run": str(tmp_path / "a run"), "device": "cuda:1"}
     assert deployment.environment(folder)["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_a_client_without_speech_does_not_start_its_node(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(deployment, "_start", lambda *_: pytest.fail("started"))
+    lists = tmp_path / "01_partition" / "clients" / "client-001"
+    lists.mkdir(parents=True)
+    pd.DataFrame({"samples": [8_000]}).to_parquet(lists / "train.parquet")
+    with pytest.raises(deployment.DeploymentError, match="client-001: train.parquet lists no utterance"):
+        deployment.attend(folder / "nodes" / "client-001", tmp_path)
+
+
+def test_a_client_of_a_name_that_is_a_path_is_refused(folder, tmp_path):
+    node = tmp_path / "node"
+    node.mkdir()
+    (node / "node.json").write_text('{"client": "../client-000", "host": "localhost", "port": 1}')
+    with pytest.raises(ValueError, match=r"node.json: '../client-000' is no name"):
+        deployment.supernode_command(node, tmp_path)
+    with pytest.raises(ValueError, match="client: '../../server' is no name"):
+        deployment.add_client(folder, "../../server")
 
 
 def test_the_app_that_flower_carries_to_clients_holds_no_code(folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Distillation over a federation: every objective, a teacher sent once, known by its digest; resume; clear errors."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict
@@ -140,6 +141,14 @@ def test_send_once_and_keep_by_digest(run, monkeypatch):
     lacking = handlers.home(run / "nowhere", "client-000", "distill", "cpu", True)
     with pytest.raises(TeacherError, match="send_teacher: true"):
         distillation._teacher(lacking, config)
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_over_a_network_no_path_of_the_servers_is_followed(run, simulated):
+    config = distillation.begin(run, distill(), distillation.read_teacher(run, distill()))[0].config
+    home = handlers.home(run, "client-000", "distill", "cpu", simulated)
+    with contextlib.nullcontext() if simulated else pytest.raises(TeacherError, match="send_teacher: true"):
+        assert distillation._teacher(home, config).model.config == TEACHER
 
 
 def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from grid import InProcessGrid, Message
 
 from fedhubert_lib import checkpoints, federated, files, seeds
 from fedhubert_lib.federated import accounting, client_state, flower, handlers, privacy, robust, rounds, scaffold
+from fedhubert_lib.federated.ending import forget
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
 SERVERS = ["fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
@@ -63,6 +65,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pd.DataFrame({"client": CLIENTS}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", pull)
     monkeypatch.setitem(handlers.HANDLERS, "toy.validate", measure)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.forget", forget)
     return tmp_path
 
 
@@ -222,6 +225,20 @@ def test_a_node_that_is_slow_to_say_its_name_joins_a_later_round(run, monkeypatc
         first, *others = [row["kind"] for row in ledger if row.get("client") == client]
         assert first == "failure" and others[-1] == "client"
     assert {row["client"] for row in failures(run)} == set(CLIENTS[:2])
+
+
+def test_nodes_that_say_nothing_cost_the_start_no_longer_than_it_waits(run, monkeypatch):
+    """However late they connect: each new node used to have as long again to say its name."""
+    clock = [0.0]
+    monkeypatch.setattr(flower.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(flower.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + max(seconds, 0.5)))
+    grid = InProcessGrid(run, CLIENTS, monkeypatch)
+    grid.pull_messages = lambda identifiers: []
+    grid.get_node_ids = lambda: [node for node in grid.configs if clock[0] >= 100 + node]
+    clients = flower.GridClients(grid, CLIENTS)
+    clients.wait(flower.WAIT_SECONDS)
+    assert flower.WAIT_SECONDS <= clock[0] <= flower.WAIT_SECONDS + 2
+    assert clients.connected(0) == {} and clock[0] <= flower.WAIT_SECONDS + 2
 
 
 def failures(run: Path) -> list[dict]:
@@ -467,11 +484,44 @@ def test_state_of_clients_stays_small_and_leaves_other_sessions_alone(run):
     other = run / "clients" / CLIENTS[0] / "session-other" / "toy-000003.safetensors"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"days of work")
-    train(run, cohort=6, rounds=8)
+    copied = other.with_name("toy-000003-copy.safetensors")
+    copied.write_bytes(b"made by hand")
+
+    def look(row):
+        if row["kind"] == "round" and row["round"] == 7:
+            for client in CLIENTS:
+                (session,) = (path for path in (run / "clients" / client).iterdir() if path != other.parent)
+                assert 1 <= len(list(session.iterdir())) <= 3
+
+    train(run, cohort=6, rounds=8, on_row=look)
     assert other.read_bytes() == b"days of work"
+    assert client_state._files(handlers.home(run, CLIENTS[0], "toy", "cpu", True), {"session": "other"}, "toy") == {
+        3: other
+    }
+
+
+@pytest.mark.parametrize(("patience", "kept"), [(0, {"personal-000003"}), (1, {"personal-000002", "toy-000002"})])
+def test_only_personal_heads_stay_after_the_last_round(run, monkeypatch, patience, kept):
+    """But where patience has ended the training: raised, it resumes from all that clients keep."""
+
+    def keeps_a_head(home, arrays, config):
+        client_state.save(home, config, "personal", {"head.a": torch.ones(1)})
+        return pull(home, arrays, config)
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", keeps_a_head)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.validate", lambda *_: ({}, {"loss_sum": 1.0, "objective_count": 1.0}))
+    train(run, cohort=6, rounds=3, patience=patience)
     for client in CLIENTS:
-        (session,) = (path for path in (run / "clients" / client).iterdir() if path != other.parent)
-        assert len(list(session.iterdir())) <= 3
+        (session,) = (run / "clients" / client).iterdir()
+        assert {file.stem for file in session.iterdir()} >= kept
+        assert patience or {file.stem.partition("-")[0] for file in session.iterdir()} == {"personal"}
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(run):
+    train(run, rounds=2)
+    shutil.copytree(checkpoints.path(run / "toy", 2), run / "toy/checkpoints/round-00002-copy")
+    assert checkpoints.rounds(run / "toy")[-1] == 2
+    train(run, rounds=2)
 
 
 def test_the_ledger_adds_up(run):

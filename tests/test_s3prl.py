@@ -161,10 +161,6 @@ def test_export_never_overwrites(tmp_path, capsys):
     assert "difference" in capsys.readouterr().out
     assert cli.main(["export", "torchaudio", str(checkpoint), str(tmp_path / "out")]) == 1
     assert "is there already" in capsys.readouterr().err
-    assert (
-        cli.main(["export", "huggingface", str(save(tmp_path / "mel", front_end="logmel")), str(tmp_path / "x")]) == 1
-    )
-    assert "front_end logmel" in capsys.readouterr().err
 
 
 def test_hubert_local_is_a_pickle_of_plain_data(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def _session(home: ClientHome, config: Mapping[str, Any]) -> Path:
 def _files(home: ClientHome, config: Mapping[str, Any], name: str) -> dict[int, Path]:
     """The files of ``name`` by round."""
     saved = _session(home, config).glob(f"{name}-*.safetensors")
-    return {int(file.stem.rpartition("-")[2]): file for file in saved}
+    return {int(number): file for file in saved if (number := file.stem.removeprefix(f"{name}-")).isdecimal()}
 
 
 def personal(update: Update) -> Iterator[None]:

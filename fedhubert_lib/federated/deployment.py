@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from fedhubert_lib import files
+from fedhubert_lib import files, partition
 from fedhubert_lib.federated import wire
 from fedhubert_lib.federated.protocol import Clients
 
@@ -110,7 +110,7 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
 
 def add_client(folder: Path, client: str) -> None:
     """Write the folder of one more client; ``register`` lets it in."""
-    node = folder / "nodes" / client
+    node = folder / "nodes" / wire.checked_name("client", client)
     if node.exists():
         raise FileExistsError(f"{node}: this client has its key already")
     write_node_keys(node)
@@ -182,7 +182,8 @@ def supernode_command(node: Path, run: Path, device: str = "cpu") -> list[str]:
     """The command of a client's SuperNode. ``node`` is the client's folder from ``prepare``; ``run`` the run folder
     with its data. The port is for Flower's internal use."""
     about = json.loads((node / "node.json").read_text(encoding="utf-8"))
-    settings = {"client": about["client"], "run": str(run.resolve()), "device": device}
+    client = wire.checked_name(str(node / "node.json"), about["client"])
+    settings = {"client": client, "run": str(run.resolve()), "device": device}
     return [
         "flower-supernode",
         *("--root-certificates", str(node / "server.pem")),
@@ -233,8 +234,12 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
 def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
     """Run a client's SuperNode until this process is stopped, and start it anew when it ends.
 
-    A server that was restarted knows its key, not its session.
+    A server that was restarted knows its key, not its session. Raises DeploymentError where ``run`` lists nothing for
+    this client to train on.
     """
+    client = json.loads((node / "node.json").read_text(encoding="utf-8"))["client"]
+    if not partition.can_train(lists := run / "01_partition" / "clients" / client):
+        raise DeploymentError(f"{lists}: train.parquet lists no utterance that is long enough; give it longer speech")
     while True:
         supernode = _start(supernode_command(node, run, device), node)
         try:

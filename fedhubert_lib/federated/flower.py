@@ -26,7 +26,7 @@ POLL_SECONDS = 0.05
 IDENTIFY_SECONDS = 120.0
 """Time that a request waits for a new node to name its client: the node's process has to import PyTorch."""
 WAIT_SECONDS = 120
-"""Time to wait for all clients at the start; those still missing then are left out until they come."""
+"""Time to wait at the start until all clients are named; those still missing then are left out until they come."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,12 @@ def answer(message: Message, context: Context) -> Message:
     node, request = context.node_config, records["request"]
     run, device = Path(str(node["run"])), str(node.get("device", "cpu"))
     home = handlers.home(run, str(node["client"]), request["action"], device, simulated=False)
-    answer = handlers.answer(home, request["action"], unpacked(records["arrays"]), json.loads(request["config"]))
+    answer: Reply | Failure
+    try:
+        wire.check(config := json.loads(request["config"]))
+        answer = handlers.answer(home, request["action"], unpacked(records["arrays"]), config)
+    except ValueError as error:  # it says nothing but what the server has written
+        answer = Failure(home.client, str(error))
     if isinstance(answer, Failure):
         reply = RecordDict({"client": ConfigRecord({"id": answer.client, "failure": answer.reason})})
     else:
@@ -108,23 +113,24 @@ class GridClients(Clients):
     def wait(self, seconds: float) -> None:
         """Wait until all clients are connected, or ``seconds`` have passed. Nodes appear as they activate."""
         deadline = time.monotonic() + seconds
-        while missing := sorted(set(self.ids) - set(self.connected())):
+        while missing := sorted(set(self.ids) - set(self.connected(deadline - time.monotonic()))):
             if time.monotonic() > deadline:
                 logger.warning("%s: not connected within %.0f s; left out until they come", ", ".join(missing), seconds)
                 return
             time.sleep(0.5)
 
-    def connected(self) -> dict[str, int]:
+    def connected(self, seconds: float | None = None) -> dict[str, int]:
         """Nodes by client, of those that are connected now.
 
-        A new node has IDENTIFY_SECONDS to say which client it is; the name of a slower one is taken whenever it comes,
-        and a node that failed is asked again. Raises ValueError when two say that they are the same client.
+        A new node has ``seconds`` (default: IDENTIFY_SECONDS) to say which client it is; the name of a slower one is
+        taken whenever it comes, and a node that failed is asked again. Raises ValueError when two say that they are the
+        same client.
         """
         nodes = set(self._grid.get_node_ids())
         if unnamed := sorted(nodes - {*self._nodes.values(), *self._asked.values()} - self._strangers):
             sent = self._push(Request("identify", {}, {}, (), None), unnamed)
             self._asked |= {identifier: node for identifier, node in zip(sent, unnamed, strict=True) if identifier}
-        new, deadline = set(unnamed) - self._met, time.monotonic() + IDENTIFY_SECONDS
+        new, deadline = set(unnamed) - self._met, time.monotonic() + (IDENTIFY_SECONDS if seconds is None else seconds)
         self._met |= new
         while self._asked:
             for message in self._grid.pull_messages(list(self._asked)):
@@ -191,6 +197,6 @@ def main(grid: Grid, context: Context) -> None:
     with Client(str(context.run_config["socket"]), family="AF_UNIX") as pipe:
         clients = GridClients(grid, wire.receive(pipe))
         clients.wait(WAIT_SECONDS)
-        wire.send(pipe, connected := sorted(clients.connected()))
+        wire.send(pipe, connected := sorted(clients.connected(0)))
         if connected:
             wire.serve(pipe, clients)

@@ -47,7 +47,7 @@ class Task:
     """What is trained."""
 
     name: str
-    """Clients are asked for NAME.update and NAME.validate, and NAME.keys for secure aggregation."""
+    """Clients are asked for NAME.update, NAME.validate and NAME.forget, and NAME.keys for secure aggregation."""
     config: Mapping[str, Any]
     """Sent with each message, JSON-like; the loop adds round, session and durable."""
     averages: Callable[[Mapping[str, float]], dict[str, float]]
@@ -115,8 +115,11 @@ def serving(
     """
     with checkpoints.sole(out), ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
         server = Server(clients, p, task, weights, out, on_row, writer)
+        resumed = server.durable
         yield server
         server.settle()
+        if resumed < server.durable == p.rounds:  # no round can follow, as it can where patience has ended it
+            list(clients.ask(f"{task.name}.forget", config=server.message(p.rounds), timeout=120.0))
 
 
 class Server:

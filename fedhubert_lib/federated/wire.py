@@ -11,6 +11,7 @@ run`` starts on the same machine. Answers are fetched one at a time: neither end
 import itertools
 import json
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -29,6 +30,31 @@ from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, R
 
 NEXT, END = "next", "end"
 """Requests of a stage beside files: the next answer; nothing more."""
+
+
+NAMES, NUMBERS = {"session", "kind", "digest"}, {"round", "durable"}
+"""Settings of a message that become parts of paths at a client, wherever in the message they stand."""
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``NAMES`` in a message are names of files, and ``NUMBERS`` whole numbers from 0 on.
+
+    A server is hostile until looked at: none of its words may lead out of the client's folders.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check(value)
+        elif key in NAMES:
+            checked_name(key, value)
+        elif key in NUMBERS and not (type(value) is int and value >= 0):
+            raise ValueError(f"{key}: {value!r} in a message; a whole number from 0 on is expected")
+
+
+def checked_name(key: str, value: Any) -> str:
+    """``value``, which is called ``key``, if it can name a file or folder and nothing else. Raises ValueError."""
+    if not isinstance(value, str) or re.fullmatch(r"[\w-][\w.-]*", value, re.ASCII) is None:
+        raise ValueError(f"{key}: {value!r} is no name; letters, digits and _ . - are expected, and no . in front")
+    return value
 
 
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
