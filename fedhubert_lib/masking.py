@@ -22,6 +22,9 @@ def spans(
         minimum: fewest spans, though never more than there are starts.
 
     Raises ValueError when the clip is shorter than a span.
+
+    >>> spans(12, np.random.default_rng(0), length=12, minimum=1).sum()
+    np.int64(12)
     """
     starts = frames - length + 1
     if starts < 1:

@@ -27,14 +27,14 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_352,
+    "library, lines": 16_367,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
     "closure of kmeans, lines": 2_500,
-    "closure of pretraining, lines": 4_000,
+    "closure of pretraining, lines": 4_010,
     "closure of distillation, lines": 4_500,
-    "closure of evaluation, lines": 3_000,
+    "closure of evaluation, lines": 3_003,
     "import circles": 0,
     "upward imports": 0,
 }

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import federation
@@ -15,10 +16,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fedhubert_lib import batching, hubert, labels, notebook, objectives, params
+from fedhubert_lib import batching, hubert, labels, notebook, objectives, params, pretraining
 
 EXAMPLES = [
-    "batching.batches", "hubert.Hubert", "kmeans.clustering.fit",
+    "batching.batches", "evaluation.layers.unit_quality", "federated.rounds.Server.rounds", "federated.rounds.cohort",
+    "hubert.Hubert", "kmeans.clustering.fit", "masking.spans",
     "objectives.masked_prediction", "objectives.unmasked_weight", "partition.owners", "seeds.derive", "studies.load",
     "training.local_update",
 ]  # fmt: skip
@@ -63,23 +65,19 @@ def test_tab_shows_the_public_names_alone(module, names):
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the examples begin with: the speech and labels of a client, parameters, a narrow model, a batch."""
-    run = federation.make(tmp_path_factory.mktemp("examples") / "run", clients=1)
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What the examples begin with: the speech and labels of a client, parameters, a narrow model, a batch, server."""
+    run = federation.make(tmp_path_factory.mktemp("examples") / "run", clients=2)
     table = pd.read_parquet(run / "01_partition" / "clients" / "client-000" / "train.parquet")
     targets = labels.Labels(run / "02_kmeans" / "clients" / "client-000" / federation.CODEBOOK)
-    p = federation.pretrain()
+    p = federation.pretrain(hidden_size=32, layers=1, centralised=False)
     (batch,) = batching.batches(table, targets, p, (0, 1, "client-000"), 1)
     config = hubert.preset("tiny", "logmel", **federation.NARROW)
     module = torch.nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, federation.TONES)})
-    given = {"table": table, "labels": targets, "p": p, "batch": batch, "module": module}
-    return given | {
-        "objective": functools.partial(_objective, module),
-        "params": params,
-        "np": np,
-        "pd": pd,
-        "torch": torch,
-    }
+    given = {"table": table, "labels": targets, "p": p, "batch": batch, "module": module, "params": params}
+    given |= {"objective": functools.partial(_objective, module), "np": np, "pd": pd, "torch": torch}
+    with pretraining.serving(run, p) as server:
+        yield given | {"server": server}
 
 
 def _objective(module: torch.nn.ModuleDict, batch: batching.Batch, progress: float) -> objectives.Sums:

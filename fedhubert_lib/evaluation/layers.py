@@ -73,6 +73,9 @@ def unit_quality(rows: np.ndarray, phones: np.ndarray, *, clusters: int, seed: i
     Lloyd's k-means, 30 rounds at most from a k-means++ start; on these few minutes it ends at a lower inertia and a
     higher PNMI than the MiniBatchKMeans of fairseq's ``simple_kmeans``, in a fifth of the time. Below 100 clusters the
     best of several starts is taken. Each dimension is first divided by its standard deviation.
+
+    >>> round(unit_quality(np.eye(3)[[0, 0, 1, 2]], np.array([5, 5, 6, -1]), clusters=3, seed=0)["pnmi"], 3)
+    1.0
     """
     scale = rows.std(0)
     scale[scale == 0] = 1

@@ -65,7 +65,11 @@ def sized(p: F, clients: int) -> F:
 
 
 def cohort(ids: Sequence[str], count: int, seed: int, number: int, attempt: int = 0) -> list[str]:
-    """The clients of round ``number``, sorted: drawn by client id without replacement, again for each attempt."""
+    """The clients of round ``number``, sorted: drawn by client id without replacement, again for each attempt.
+
+    >>> cohort(["a", "b", "c"], 3, seed=0, number=1)
+    ['a', 'b', 'c']
+    """
     if count > len(ids):
         raise ValueError(
             f"a cohort of {count} cannot be drawn from {len(ids)} clients; set cohort to {len(ids)} or less"
@@ -166,6 +170,11 @@ class Server:
         """The rounds that are left, until all are done or none was better for too long.
 
         A round that was not saved comes again, with another cohort. Raises QuorumError after ``ATTEMPTS`` of them.
+
+        >>> this_round = next(server.rounds())
+        >>> update = this_round.collect(this_round.ask(this_round.draw()))
+        >>> update.keys() == server.weights.keys()
+        True
         """
         while not self.finished():
             number, began = self.state["round"] + 1, time.perf_counter()
