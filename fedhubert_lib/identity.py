@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedhubert_lib import __version__, files, params, resources
+from fedhubert_lib import __version__, folders, params, resources
 from fedhubert_lib.records import RunError, read_json, stale
 
 _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "pyarrow", "papermill")
@@ -255,7 +255,7 @@ def _without_paths(table: Path) -> str:
 def _listing(root: Path, by_content: bool) -> str:
     # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
     lines, start = [], len(os.path.join(root, ""))
-    for file in [entry.path for entry in files.walk(root)] if root.is_dir() else [str(root)]:
+    for file in [entry.path for entry in folders.walk(root)] if root.is_dir() else [str(root)]:
         if os.path.isfile(file):
             facts, place = os.stat(file), file[start:] or "."
             state = _sha256(Path(file)) if by_content else f"{facts.st_size} {facts.st_mtime_ns}"

@@ -27,20 +27,20 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_367,
+    "library, lines": 16_372,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
     "closure of kmeans, lines": 2_500,
-    "closure of pretraining, lines": 4_010,
+    "closure of pretraining, lines": 4_000,
     "closure of distillation, lines": 4_500,
-    "closure of evaluation, lines": 3_003,
+    "closure of evaluation, lines": 3_000,
     "import circles": 0,
     "upward imports": 0,
 }
 
 LAYERS = (
-    "audio files seeds units threads params events studies records identity resources meter plots",
+    "audio files folders seeds units threads params events studies records identity resources meter plots",
     "corpora labels features kernels hubert pretrained masking batching objectives teaching training partition skew",
     "weights checkpoints",
     "recipes federated",

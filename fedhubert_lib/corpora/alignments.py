@@ -17,7 +17,7 @@ import pyarrow as pa
 from praatio.utilities import textgrid_io
 from praatio.utilities.errors import PraatioException
 
-from fedhubert_lib import files
+from fedhubert_lib import files, folders
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.corpora.librispeech import CorpusError
 
@@ -112,7 +112,7 @@ def _alignments(
 ) -> Iterator[Alignment | tuple[str, str]]:
     """The alignments of the utterances of ``samples``, in order of path, or (path, reason) of one that is unusable."""
     if root.is_dir():
-        paths = sorted(Path(entry.path) for entry in files.walk(root) if entry.name.lower().endswith(SUFFIXES))
+        paths = sorted(Path(entry.path) for entry in folders.walk(root) if entry.name.lower().endswith(SUFFIXES))
         paths = [path for path in paths if path.stem in samples]
         for done, path in enumerate(paths, start=1):
             yield _textgrid(path) if path.suffix.lower() == ".textgrid" else _montreal_json(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedhubert_lib import files
+from fedhubert_lib import folders
 from fedhubert_lib.corpora.librispeech import COLUMNS, CorpusError, without_copies
 
 SUFFIXES = (".flac", ".wav")
@@ -16,8 +16,8 @@ SUFFIXES = (".flac", ".wav")
 
 def speakers(root: Path) -> list[str]:
     """The folders of ``root`` with a .wav or .flac in them, by names alone. Raises CorpusError where there is none."""
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    names = [path.name for path in folders if any(entry.name.lower().endswith(SUFFIXES) for entry in files.walk(path))]
+    below = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    names = [path.name for path in below if any(entry.name.lower().endswith(SUFFIXES) for entry in folders.walk(path))]
     if not names:
         raise CorpusError(
             f"corpus.root: {root} has no folder of a speaker with a .wav or .flac in it; lay the files out as "

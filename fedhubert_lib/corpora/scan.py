@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from fedhubert_lib import files
+from fedhubert_lib import files, folders
 from fedhubert_lib.audio import RECEPTIVE_FIELD, SAMPLE_RATE
 from fedhubert_lib.corpora.librispeech import CorpusError
 
@@ -143,7 +143,7 @@ def listing(root: Path) -> list[tuple[str, int, int]]:
     A link that leads nowhere has size -1. Raises CorpusError at a name that is not text: no table could hold it.
     """
     rows = []
-    for entry in files.walk(root):
+    for entry in folders.walk(root):
         try:
             entry.path.encode()
             status = entry.stat()
