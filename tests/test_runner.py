@@ -391,8 +391,8 @@ def test_progress_is_shown_a_second_runner_refused_and_a_killed_one_replaced(pro
     process = project.until_round_3("--until", "corpus")
     result = project("--until", "corpus")
     assert result.returncode == runner.USAGE and "in use by fedhubert run, process" in result.stderr
-    shown = next(line for line in process.stdout if "round 3/6" in line)
-    assert shown == "00_corpus: round 3/6, loss 4.25, masked accuracy 0.125, 99 audio s/s, 0:00:03 left\n"
+    shown = next(line for line in process.stdout if "round 3 of 6" in line)
+    assert shown == "00_corpus: round 3 of 6, loss 4.25, masked accuracy 0.125, 99 audio s/s, 0:00:03 left\n"
     process.kill()
     process.communicate()
     project.gate.unlink()
