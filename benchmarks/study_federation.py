@@ -48,7 +48,7 @@ from fedhubert_lib.plots import style
 
 STUDY = params.ROOT / "params" / "mini.yaml"
 SHORT = {"rounds": 40}
-"""Of ten steps: 25,600 s of audio are heard, in two to three minutes on two idle cores."""
+"""Of ten steps: 25,600 s of audio are heard."""
 FEDADAM = {"server": "fedadam", "server_tau": 0.01, "server_schedule": "clients"}
 NESTEROV = {"server": "nesterov"}
 BEST: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ BEST: dict[str, dict[str, Any]] = {
     "Nesterov": NESTEROV | {"learning_rate": 0.004, "server_rate": 0.7, "server_momentum": 0.6},
     "FedAdam": FEDADAM | {"learning_rate": 0.004, "server_rate": 0.03},
 }
-"""The rates that ``rates`` has found best."""
+"""One set of rates for each; FedAvg's is the better of the two that were run, the others wait for ``rates``."""
 KINDS = ("federated", "one-shot", "client", "aligned", "random-projection")
 
 
