@@ -67,6 +67,8 @@ def test_a_codebook_gives_a_recording_the_same_units_in_any_folder(checkpoint, f
     codebook = tmp_path / "first.txt.codebook.safetensors"
     unit_text.write(checkpoint, other, tmp_path / "second.txt", codebook=codebook)
     assert lines(tmp_path / "second.txt") == {"two": lines(tmp_path / "first.txt")["a/two"]}
+    with pytest.raises(formats.ExportError, match="another layer"):
+        unit_text.write(checkpoint, other, tmp_path / "third.txt", codebook=codebook, layer=2)
     stranger = hubert.Hubert(hubert.preset("tiny", "logmel", **SMALL))
     pretrained.save(tmp_path / "stranger", stranger)
     with pytest.raises(formats.ExportError, match="another model"):
@@ -118,8 +120,8 @@ def test_what_cannot_be_used_is_named_before_the_work(
 
 
 def test_few_frames_many_layers_and_empty_folders(folder, checkpoint, tmp_path):
-    for options, match in (({"clusters": 999}, "lower --clusters"), ({"layer": 3}, "are 1 to 2")):
-        with pytest.raises(formats.ExportError, match=match):
+    for options in ({"clusters": 999}, {"layer": 3}, {"layer": 0}):
+        with pytest.raises(formats.ExportError, match="are 1 to 2" if "layer" in options else "lower --clusters"):
             unit_text.write(checkpoint, folder, tmp_path / "units.txt", **options)
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", tmp_path / "nowhere"):

@@ -57,12 +57,14 @@ def write(
     table = recordings(folder)
     place = codebook or out.with_name(f"{out.name}.codebook.safetensors")
     made: dict[str, Any] = {"model": digest(model.state_dict())}
-    if codebook is None:
-        depth = model.config.num_hidden_layers
-        made |= {"layer": layer or max(1, depth // 2), "clusters": clusters, "seed": seed}
-        made["speech"] = hashlib.sha256(table[["name", "samples", "fingerprint"]].to_csv().encode()).hexdigest()[:16]
-        if not 1 <= made["layer"] <= depth:
+    depth = model.config.num_hidden_layers
+    if layer is not None:
+        made["layer"] = layer
+        if not 1 <= layer <= depth:
             raise ExportError(f"layer {layer} asked for; the layers of {checkpoint} are 1 to {depth}")
+    if codebook is None:
+        made = {"layer": max(1, depth // 2), "clusters": clusters, "seed": seed} | made
+        made["speech"] = hashlib.sha256(table[["name", "samples", "fingerprint"]].to_csv().encode()).hexdigest()[:16]
         if not place.exists():
             _fit(model, table, made, place, device)
     centroids, layer = _read(place, made)
