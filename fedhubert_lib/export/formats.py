@@ -93,10 +93,7 @@ def _add_code(model: Hubert, folder: Path) -> None:
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     module = Path(CODE).stem
     classes = {"AutoConfig": f"{module}.FedHubertConfig", "AutoModel": f"{module}.FedHubertModel"}
-    changes: dict[str, dict[str, Any]] = {
-        "config.json": {"architectures": ["FedHubertModel"], "auto_map": classes},
-        "preprocessor_config.json": {},
-    }
+    changes: dict[str, dict[str, Any]] = {"config.json": {"architectures": ["FedHubertModel"], "auto_map": classes}}
     if isinstance(front_end := model.feature_extractor, LogMel):
         changes["preprocessor_config.json"] = {"return_attention_mask": True}
         tensors = {f"log_mel.{name}": tensor for name, tensor in front_end.named_buffers()}
