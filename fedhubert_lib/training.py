@@ -73,14 +73,14 @@ def local_update(
     """Train ``module`` in place on ``batches`` and return what was measured.
 
     Args:
-        module, batches, p: all that trains, where it computes; ``accumulate`` batches make a step, by ``p``'s schedule.
+        module, batches, p: all that trains, on its device; ``accumulate`` batches make a step, by ``p``'s schedule.
         first_step, total_steps: where in the global schedule this update stands.
         seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
         optimiser, adjust: a new ``adamw``; what is added to gradients before they are clipped (see ``gradient``).
 
     Returns sums of the objective's ``measured``, objective_sum, objective_count, steps, audio_seconds, seconds,
     waiting_seconds (for data), gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and
-    threads: same weights, on a GPU, too. A loss or gradient that is not finite raises DivergedError, weights untouched.
+    threads: same weights, on a GPU, too. A step that is not finite leaves weights as they are: DivergedError.
     >>> local_update(module, [batch] * 4, objective, p, first_step=0, total_steps=4, seed=0)["steps"]
     4.0
     """
