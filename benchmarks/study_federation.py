@@ -133,7 +133,7 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain, out: Path) -
     return {**objectives.averages(sums), "unigram_loss": float(stats.entropy(counts))}
 
 
-def arm(study: str, name: str, seed: int, base: Path, out: Path, essentials: bool) -> dict[str, Any]:
+def arm(study: str, name: str, seed: int, base: Path, out: Path) -> dict[str, Any]:
     """Everything that the report needs of one arm and seed."""
     settings = studies.load(STUDY)
     changes = SHORT | ARMS[study][name] | {"seed": seed}
@@ -147,7 +147,7 @@ def arm(study: str, name: str, seed: int, base: Path, out: Path, essentials: boo
     result |= {"seconds": float(ledger.seconds.sum()), "failures": sum(row["kind"] == "failure" for row in rows)}
     if p.head == "shared" and p.codebook != "client":
         result["new_voices"] = on_new_voices(base, checkpoint, p, out)
-    if essentials:
+    if study != "rates":
         model, _ = pretrained.load(checkpoint)
         result["figures"] = figures(systems.of_model(model, torch.device("cpu")), base, out)
     return result
@@ -183,10 +183,10 @@ def report(out: Path) -> None:
         if not rows:
             continue
         print(f"\n{study}\n")
-        pooled: dict[int, dict[str, float]] = {}  # the best rate of a seed
+        pooled: dict[tuple[Any, ...], dict[str, float]] = {}  # the best rate for a seed and cohort
         for result in (r for name, of_arm in rows.items() if name.startswith("pooled") for r in of_arm):
-            best = pooled.setdefault(result["seed"], result["new_voices"])
-            pooled[result["seed"]] = min(best, result["new_voices"], key=lambda voices: voices["loss"])
+            best = pooled.setdefault(_draw(result), result["new_voices"])
+            pooled[_draw(result)] = min(best, result["new_voices"], key=lambda voices: voices["loss"])
         if study != "rates":
             rows |= {floor["arm"]: [floor] for floor in floors}
         table = pd.DataFrame.from_dict({name: _row(of_arm, pooled) for name, of_arm in rows.items()}, orient="index")
@@ -201,13 +201,18 @@ def report(out: Path) -> None:
         style.save(curves(curves_of), out, "curves")
 
 
-def _row(results: list[dict[str, Any]], pooled: dict[int, dict[str, float]]) -> dict[str, str]:
+def _draw(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Seed and cohort, which an arm shares with the pooled training that it is compared with."""
+    return result["seed"], result["changes"].get("cohort")
+
+
+def _row(results: list[dict[str, Any]], pooled: dict[tuple[Any, ...], dict[str, float]]) -> dict[str, str]:
     """A line of the table: what ``results``, an arm's, have measured, and the fraction of what ``pooled`` gains."""
     values: dict[str, list[float]] = {"loss on new voices": [], "fraction of the pooled gain": []}
     for result in results:
         if (heard := result.get("new_voices")) is not None:
             values["loss on new voices"].append(heard["loss"])
-            if (best := pooled.get(result["seed"])) is not None:
+            if (best := pooled.get(_draw(result))) is not None:
                 gained, whole = heard["unigram_loss"] - heard["loss"], best["unigram_loss"] - best["loss"]
                 values["fraction of the pooled gain"].append(gained / whole)
         for measure in measures.ESSENTIALS:
@@ -251,7 +256,7 @@ def main() -> None:
         for name in options.arms or ARMS[options.study]:
             path = options.out / f"{options.study}-{name.replace(' / ', '-')}-{seed}.json"
             if not path.exists() and time.monotonic() - began < 60 * options.minutes:
-                done = arm(options.study, name, seed, options.base, options.out, options.study != "rates")
+                done = arm(options.study, name, seed, options.base, options.out)
                 files.write_json(path, done)
                 print(f"{path}: done", flush=True)
 
