@@ -63,15 +63,15 @@ def curves(groups: Groups) -> pd.DataFrame:
     """
     rows = []
     for stage, title in TRAINING.items():
-        tables = {
-            (name, folder.name, system): rounds
+        trained = {
+            (name, folder.name, system): pd.DataFrame(rounds)
             for name, folders in groups.items()
             for folder in folders
             for system, place in (("federated", "."), ("centralised", "centralised"))
-            if len(rounds := _rounds(folder / params.FOLDERS[stage] / place / "metrics.jsonl"))
+            if (rounds := files.rounds(folder / params.FOLDERS[stage] / place / "metrics.jsonl"))
         }
-        validated = any("validation_loss" in table for table in tables.values())
-        for (name, member, system), table in tables.items():
+        validated = any("validation_loss" in table for table in trained.values())
+        for (name, member, system), table in trained.items():
             table["hours"] = table.audio_seconds.cumsum() / 3600
             facts = {"stage": title, "run": name, "member": member, "system": system}
             for measure in [f"validation_{measure}" if validated else measure for measure in MEASURES]:
@@ -79,12 +79,6 @@ def curves(groups: Groups) -> pd.DataFrame:
                     part = table[["round", "hours", measure]].dropna().rename(columns={measure: "value"})
                     rows.append(part.assign(**facts, measure=measure))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-
-
-def _rounds(path: Path) -> pd.DataFrame:
-    """The rows of rounds in a metrics.jsonl; of one that was repeated after a restart, the last."""
-    rows = pd.DataFrame([row for row in files.read_rows(path) if row["kind"] == "round"])
-    return rows.drop_duplicates("round", keep="last", ignore_index=True) if len(rows) else rows
 
 
 def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:

@@ -30,7 +30,7 @@ def causes(run: Path) -> list[str]:
     """The causes that the records of pretraining show, in the order in which they should be looked into."""
     p = records.parameters(run / "03_pretrain")
     rows = files.read_rows(run / "03_pretrain" / "metrics.jsonl")
-    rounds = pd.DataFrame([row for row in rows if row["kind"] == "round"])
+    rounds = pd.DataFrame(files.rounds(run / "03_pretrain" / "metrics.jsonl"))
     if rounds.empty or rounds.loss.isna().all():  # with privacy a round may have no loss
         return []
     last = rounds.select_dtypes("number").tail(max(1, len(rounds) // 10)).mean()

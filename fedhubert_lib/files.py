@@ -114,6 +114,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
+def rounds(path: Path) -> list[dict[str, Any]]:
+    """The rows of rounds in a metrics.jsonl; of one that was repeated after a restart, the last."""
+    return list({row["round"]: row for row in read_rows(path) if row["kind"] == "round"}.values())
+
+
 def events() -> Any:
     """The module ``events`` where ``FEDHUBERT_TENSORBOARD`` asks for TensorBoard's files; else None, and no import."""
     return importlib.import_module("fedhubert_lib.events") if os.environ.get("FEDHUBERT_TENSORBOARD") else None

@@ -75,7 +75,7 @@ def curves(run: Path, stage: str) -> Curves:
     """
     if stage == "evaluate":
         return _quality(run)
-    rows = [row for row in files.read_rows(run / params.FOLDERS[stage] / "metrics.jsonl") if row["kind"] == "round"]
+    rows = files.rounds(run / params.FOLDERS[stage] / "metrics.jsonl")
     table = pd.DataFrame(rows).reindex(columns=["audio_seconds", *MEASURES]).astype(float)
     hours = table.audio_seconds.cumsum() / 3600
     whole = {name: pd.DataFrame({"hours": hours, "value": table[name]}).dropna() for name in MEASURES}

@@ -92,7 +92,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     kind, p, results = parameters(run / "00_corpus").get("kind"), parameters(stage), _results(run)
     licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
     clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
-    rounds = [row for row in files.read_rows(stage / "metrics.jsonl") if row["kind"] == "round"]
+    rounds = files.rounds(stage / "metrics.jsonl")
     losses = [row["loss"] for row in rounds if row["loss"] is not None]  # a private round may have none
     text = CARD.format(
         license=licence,
