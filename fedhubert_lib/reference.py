@@ -47,8 +47,7 @@ TASK = {
     "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "corpus.test_subsets"],
 }
 """By stage, the parameters in which a run must equal its reference."""
-_ASIDE = params.HOW | params.ADDITIONS | {"validate_every", "decode_check"}
-_ASIDE |= {"root", "keywords_root", "alignments", "checkpoint"}
+_ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"patience", "validate_every", "decode_check"}
 """Parameters that move no curve."""
 
 Curves = dict[str, pd.DataFrame]
@@ -168,11 +167,11 @@ def of(run: Path, stage: str, folder: Path = FOLDER) -> tuple[Reference | None, 
     references = [reference for path in sorted(folder.glob("*.json")) if stage in (reference := read(path)).curves]
     if not references:
         return None, "no reference curves: none was made of this stage yet (fedhubert reference)"
-    differing = {reference.study: _differing(values, reference.parameters) for reference in references}
-    task = {name: [key for key in differing[name] if key in TASK[stage]] for name in differing}
-    nearest = min(references, key=lambda reference: (len(task[reference.study]), len(differing[reference.study])))
-    differs, forbidding = differing[nearest.study], task[nearest.study]
-    if forbidding:
+    differing = [_differing(values, reference.parameters) for reference in references]
+    tasks = [[key for key in differs if key in TASK[stage]] for differs in differing]
+    place = min(range(len(references)), key=lambda place: (len(tasks[place]), len(differing[place])))
+    nearest, differs = references[place], differing[place]
+    if forbidding := tasks[place]:
         words = ", ".join(differs[key] for key in forbidding[:4])
         return None, f"no reference curves: the nearest, of {nearest.study}, has learned something else: {words}"
     begun = [f"{name}." for name in ("corpus", "partition", "kmeans", stage)]

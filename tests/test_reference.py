@@ -76,6 +76,16 @@ def test_what_is_learned_decides_which_reference_belongs(tmp_path, folder, chang
     assert word in words if word else "differs" not in words
 
 
+def test_of_two_references_of_one_study_the_nearest_belongs(tmp_path, folder):
+    text = (folder / "toy.json").read_text()
+    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "b.json").write_text(text.replace('"kmeans.clusters": 20', '"kmeans.clusters": 30'))
+    for clusters in (20, 30):
+        run = make(tmp_path / f"run{clusters}", LOSS, f"kmeans.clusters={clusters}")
+        chosen, words = reference.of(run, "pretrain", tmp_path)
+        assert chosen.parameters["kmeans.clusters"] == clusters and "differs" not in words
+
+
 @pytest.mark.parametrize(
     ("loss", "place", "since"),
     [
