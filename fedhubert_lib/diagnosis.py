@@ -20,8 +20,6 @@ LAGS = range(-25, 26)
 """Frames by which labels are looked for before and after their audio: half a second."""
 SPEECH = 20
 """Utterances that this is done with."""
-
-
 NEAR = 0.1
 """Nats within which a loss is that of guessing, and beyond which it has moved."""
 
@@ -34,8 +32,8 @@ def causes(run: Path) -> list[str]:
     if rounds.empty or rounds.loss.isna().all():  # with privacy a round may have no loss
         return []
     last = rounds.select_dtypes("number").tail(max(1, len(rounds) // 10)).mean()
-    counts = run / "02_kmeans" / "codebooks" / p["codebook"] / "counts.npy"
-    frequencies = np.load(counts) / np.load(counts).sum() if counts.exists() else None
+    path = run / "02_kmeans" / "codebooks" / p["codebook"] / "counts.npy"
+    frequencies = (counts := np.load(path)) / counts.sum() if path.exists() else None
     shown = _plateau(last, frequencies), _shifted(run, p, last, frequencies), _rate(p, rows, rounds, frequencies)
     return [cause for cause in (*shown, _codebooks(run, p, rows)) if cause]
 

@@ -143,7 +143,7 @@ def test_curves_over_hours_heard_have_the_reference_behind_them():
     assert [line[:, 0].tolist() for line in axes[0].collections[1].get_segments()] == 2 * [[0.5, 1.0, 1.5]]
     assert axes[0].get_xlabel() == "hours of speech heard" != plots.curves(metrics(3, 2)).axes[0].get_xlabel()
     begun = [row for row in rows if row["kind"] == "client" and row["round"] == 1]
-    plots.curves(begun, [row for row in rows if row["kind"] == "round"]), "before the first round is done"
+    plots.curves(begun, [row for row in rows if row["kind"] == "round"])  # before the first round is done
 
 
 def test_curves_of_a_student_without_clusters_show_loss_and_cosine():

@@ -71,7 +71,7 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
                 figures = tables.best(result.figures)[system.name]
             report["along"] += _on_the_way(system.name, number, hours, figures)
         if not report["along"]:
-            report["notes"].append("along: 03_pretrain has kept no checkpoint on the way")
+            report["notes"].append("along: 03_pretrain has kept no checkpoint on the way whose hours are known")
     _add_s3prl(report, run)
     files.write_json(run / STAGE / "speed.json", {system.name: cost.speed(system.encoder) for system in compared})
     _write(run, report)
