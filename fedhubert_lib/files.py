@@ -115,8 +115,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def rounds(path: Path) -> list[dict[str, Any]]:
-    """The rows of rounds in a metrics.jsonl; of one that was repeated after a restart, the last."""
-    return list({row["round"]: row for row in read_rows(path) if row["kind"] == "round"}.values())
+    """The rows of rounds in a metrics.jsonl, one for each: training that resumes cuts off those that come again."""
+    return [row for row in read_rows(path) if row["kind"] == "round"]
 
 
 def events() -> Any:

@@ -112,10 +112,6 @@ def test_a_run_of_other_length_is_compared_where_both_have_heard(tmp_path, folde
         measured = reference.curves(make(tmp_path / name, loss), "pretrain")
         (position,) = reference.positions(measured, band)
         assert position.place == "inside" and position.value < 5
-    again = make(tmp_path / "again")
-    for row in files.rounds(again / "03_pretrain" / "metrics.jsonl")[-9:]:  # killed before their checkpoint
-        files.append_row(again / "03_pretrain" / "metrics.jsonl", row)
-    assert reference.curves(again, "pretrain")["loss"].hours.iloc[-1] == pytest.approx(HOURS[-1])
     later = {"loss": pd.DataFrame({"hours": [0.01], "value": [9.0]})}
     assert not list(reference.positions(later, band)), "the reference begins at 0.1 hours"
 
