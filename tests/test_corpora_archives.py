@@ -212,8 +212,8 @@ def test_provide_unpacks_nothing_but_the_published_archive(name, tmp_path, monke
 
 def test_provide_continues_after_a_full_disk(tmp_path, monkeypatch):
     members = GOOD | {"LibriSpeech/mine/1/2/1-2-0009.flac": b"x", "LibriSpeech/mine/1/2/1-2-0001.flac": CONTENT}
-    publish(monkeypatch, mine=tar(members))
-    (tmp_path / "mine.tar.gz").write_bytes(tar(members))
+    publish(monkeypatch, mine=(archive := tar(members)))  # another would have its own time
+    (tmp_path / "mine.tar.gz").write_bytes(archive)
     with full_disk(), pytest.raises(OSError, match="File too large") as caught:
         provide(tmp_path)
     assert str(caught.value.filename).endswith("1-2-0001.flac") and not (tmp_path / "LibriSpeech").exists()

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,9 @@ def test_tab_shows_the_public_names_alone(module, names):
     loaded = importlib.import_module(module)
     notebook._name_the_public()
     shown = set(dir(loaded))
+    for place in list(sys.modules):  # as other tests expect them
+        if place.startswith("fedhubert_lib."):
+            vars(sys.modules[place]).pop("__dir__", None)
     imported = {name for name, value in vars(loaded).items() if inspect.ismodule(value)} | {"Path", "Any", "Tensor"}
     imported -= set(getattr(loaded, "__all__", ()))
     assert names <= shown, "what notebooks use is public"
