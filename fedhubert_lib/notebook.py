@@ -36,7 +36,7 @@ PAGE_SECONDS = 4
 
 def _name_the_public(*_: object) -> None:
     """Let Tab behind a module of the library list what it defines, not what it imports or keeps to itself (PEP 562)."""
-    for place, module in list(sys.modules.items()):
+    for place, module in sys.modules.copy().items():  # one step of the interpreter: other threads import meanwhile
         if place.startswith("fedhubert_lib.") and "__dir__" not in vars(module):
             symbols = symtable(getsource(module), place, "exec").get_symbols()
             names = [symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported()]

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -54,18 +55,42 @@ def used() -> dict[str, set[str]]:
     return names
 
 
+@pytest.fixture
+def modules_as_before() -> Iterator[None]:
+    """Take away what names the public, as other tests expect it."""
+    yield
+    for place in list(sys.modules):
+        if place.startswith("fedhubert_lib."):
+            vars(sys.modules[place]).pop("__dir__", None)
+
+
+@pytest.mark.usefixtures("modules_as_before")
 @pytest.mark.parametrize(("module", "names"), sorted(used().items()))
 def test_tab_shows_the_public_names_alone(module, names):
     loaded = importlib.import_module(module)
     notebook._name_the_public()
     shown = set(dir(loaded))
-    for place in list(sys.modules):  # as other tests expect them
-        if place.startswith("fedhubert_lib."):
-            vars(sys.modules[place]).pop("__dir__", None)
     imported = {name for name, value in vars(loaded).items() if inspect.ismodule(value)} | {"Path", "Any", "Tensor"}
     imported -= set(getattr(loaded, "__all__", ()))
     assert names <= shown, "what notebooks use is public"
     assert not shown & imported and not any(name.startswith("_") for name in shown)
+
+
+@pytest.mark.usefixtures("modules_as_before")
+def test_tab_bears_modules_that_are_imported_meanwhile(monkeypatch):
+    """Another thread's imports, of a notebook's progress bar say, played by the garbage collector's callbacks."""
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    imports = iter(range(100_000))
+    meanwhile = lambda *_: sys.modules.update({f"module_{next(imports)}": None})  # noqa: E731
+    threshold = gc.get_threshold()
+    gc.callbacks.append(meanwhile)
+    gc.set_threshold(1)
+    try:
+        notebook._name_the_public()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(meanwhile)
+    assert next(imports) > 0, "something was imported"
 
 
 @pytest.fixture(scope="module")
