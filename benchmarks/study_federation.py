@@ -47,7 +47,7 @@ from fedhubert_lib.labels import Labels
 from fedhubert_lib.plots import style
 
 STUDY = params.ROOT / "params" / "mini.yaml"
-SHORT = {"rounds": 40}
+SHORT = {"rounds": 40, "validate_every": 20}
 """Of ten steps: 25,600 s of audio are heard."""
 FEDADAM = {"server": "fedadam", "server_tau": 0.01, "server_schedule": "clients"}
 NESTEROV = {"server": "nesterov"}
@@ -68,18 +68,20 @@ def _steps(arm: dict[str, Any], steps: int) -> dict[str, Any]:
 
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
-        "pooled, .004": {"learning_rate": 0.004},
-        "FedAvg, .004, 1.5": {"learning_rate": 0.004, "server_rate": 1.5},
-        "FedAvg, .008, 1.5": {"learning_rate": 0.008, "server_rate": 1.5},
-        "Nesterov, .004, .7 / .6": BEST["Nesterov"],
-        "FedAdam, .004, .03": BEST["FedAdam"],
-        "pooled, .008": {"learning_rate": 0.008},
-        "FedAvg, .008, 1": {"learning_rate": 0.008, "server_rate": 1.0},
-        "Nesterov, .004, .5 / .8": NESTEROV | {"learning_rate": 0.004, "server_rate": 0.5, "server_momentum": 0.8},
-        "FedAdam, .004, .06": FEDADAM | {"learning_rate": 0.004, "server_rate": 0.06},
-        "pooled, .006": {"learning_rate": 0.006},
-        "Nesterov, .006, .7 / .6": BEST["Nesterov"] | {"learning_rate": 0.006},
-        "FedAdam, .008, .03": BEST["FedAdam"] | {"learning_rate": 0.008},
+        **{f"pooled, {rate:g}": {"learning_rate": rate} for rate in (0.003, 0.004, 0.006, 0.008)},
+        **{
+            f"FedAvg, {rate:g}, {server:g}": {"learning_rate": rate, "server_rate": server}
+            for rate, server in ((0.004, 1.5), (0.004, 2.0), (0.004, 3.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5))
+        },
+        **{
+            f"Nesterov, {rate:g}, {server:g} / {momentum:g}": NESTEROV
+            | {"learning_rate": rate, "server_rate": server, "server_momentum": momentum}
+            for rate, server, momentum in ((0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.004, 1.0, 0.6), (0.006, 0.7, 0.6))
+        },
+        **{
+            f"FedAdam, {rate:g}, {server:g}": FEDADAM | {"learning_rate": rate, "server_rate": server}
+            for rate, server in ((0.004, 0.015), (0.004, 0.03), (0.004, 0.06), (0.008, 0.03))
+        },
     },
     "parity": {
         **BEST,
