@@ -59,7 +59,7 @@ def states(groups: Groups) -> pd.DataFrame:
 def curves(groups: Groups) -> pd.DataFrame:
     """All curves so far, for ``plots.comparison``, of groups as ``run`` and of their runs as ``member``.
 
-    Values are those on validation speech, which runs of one partition share; those of training where no run has any.
+    Values are those on validation speech, which runs of one partition share; those of training where a run has none.
     """
     rows = []
     for stage, title in TRAINING.items():
@@ -70,7 +70,7 @@ def curves(groups: Groups) -> pd.DataFrame:
             for system, place in (("federated", "."), ("centralised", "centralised"))
             if (rounds := files.rounds(folder / params.FOLDERS[stage] / place / "metrics.jsonl"))
         }
-        validated = any("validation_loss" in table for table in trained.values())
+        validated = all("validation_loss" in table for table in trained.values())
         for (name, member, system), table in trained.items():
             table["hours"] = table.audio_seconds.cumsum() / 3600
             facts = {"stage": title, "run": name, "member": member, "system": system}

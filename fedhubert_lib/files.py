@@ -127,7 +127,7 @@ def events() -> Any:
 def read_text(path: str | Path) -> str:
     """A text of others: UTF-8, or UTF-16 with a byte order mark, which is left out. Raises OSError or ValueError."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe is empty
-        content = file.read()
+        content = file.read() or b""  # none: its writer is silent
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
 

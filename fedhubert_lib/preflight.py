@@ -151,10 +151,11 @@ def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
 
 def _features(p: params.Kmeans, _: Path, study: studies.Study | None, __: Any) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
-    corpus = study.corpus if study is not None else params.Corpus()
-    alone = corpus.kind == "folder" or (corpus.kind == "librispeech" and not corpus.test_subsets)
-    if model and p.layer == "auto" and study is not None and alone and not study.partition.heldout_speakers:
-        raise ValueError("layer: auto measures layers on speech that no client has; give layer or heldout_speakers")
+    if model and p.layer == "auto" and study is not None:
+        corpus = study.corpus
+        alone = corpus.kind == "folder" or (corpus.kind == "librispeech" and not corpus.test_subsets)
+        if alone and not study.partition.heldout_speakers:
+            raise ValueError("layer: auto measures layers on speech that no client has; give layer or heldout_speakers")
     if model and p.layer != "auto" and p.layer > (depth := model.config.num_hidden_layers):
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 

@@ -85,6 +85,16 @@ def test_curves_are_those_on_validation_speech_over_hours_heard(outputs):
     assert compare.curves(compare.groups(["c"])).empty
 
 
+def test_curves_beside_a_run_without_validation_are_those_of_training(outputs):
+    make(outputs, "a")
+    make(outputs, "b")
+    for path in (outputs / "b").rglob("metrics.jsonl"):
+        rows = [{key: x for key, x in row.items() if "validation" not in key} for row in files.read_rows(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = compare.curves(compare.groups(["a", "b"]))
+    assert set(table.run) == {"a", "b"} and "loss" in set(table.measure) and "validation_loss" not in set(table.measure)
+
+
 def test_the_picture_has_a_line_per_run_and_a_band_over_seeds(outputs):
     seeds_of(outputs, "base", [0.5, 0.6])
     make(outputs, "lr")

@@ -126,13 +126,6 @@ def test_aligned_units_draws_labels_where_their_frames_are():
     assert plots.png(plots.aligned_units(torch.zeros(16_000))), "silence"
 
 
-def test_curves_count_a_repeated_round_once():
-    rows = metrics(3, 2) + [row | {"loss": 9.0} for row in metrics(3, 2) if row["round"] == 3]
-    loss = plots.curves(rows).axes[0]
-    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 1.5], [3, 9]]
-    assert [line[-1].tolist() for line in loss.collections[0].get_segments()] == [[3, 9], [3, 9]]
-
-
 def test_curves_over_hours_heard_have_the_reference_behind_them():
     rows = [row | {"audio_seconds": 1800.0} for row in metrics(3, 2)]
     band = pd.DataFrame({"hours": [0.5, 1.5], "mean": [3.0, 1.0], "band": 0.25})

@@ -6,7 +6,6 @@ report that is there, and an evaluation that is run again keeps them as long as 
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,9 +108,9 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
 def read(run: Path) -> dict[str, Any]:
     """The report.json of ``run``. Raises FileNotFoundError where it has not been evaluated."""
     path = run / STAGE / "report.json"
-    if not path.is_file():
+    if (report := records.read_json(path)) is None:
         raise FileNotFoundError(f"{path}: not there; run 05_evaluate first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
 def words(run: Path, seed: int) -> str:
@@ -158,7 +157,7 @@ def _add_s3prl(report: dict[str, Any], run: Path) -> None:
     report["notes"] = [note for note in report["notes"] if not note.startswith("s3prl")]
     digests = {system["system"]: system["digest"] for system in report["systems"]}
     for folder in sorted((run / "s3prl").glob("*-*")):  # SYSTEM-frozen, SYSTEM-fine-tuned
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*/result.json"))]
+        results = [records.read_json(path) or {} for path in sorted(folder.glob("seed-*/result.json"))]
         measured = Result(results[0]["system"] if results else "")
         now = digests.get(measured.system), words(run, report["seed"])
         if {(result["digest"], result.get("words")) for result in results} - {now}:

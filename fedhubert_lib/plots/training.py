@@ -166,11 +166,9 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], kind: str) -> pd.DataFrame:
-    """The rows of one kind; of a round that was repeated after a restart, the last."""
+    """The rows of one kind, with NaN for a loss that a private study does not tell."""
     chosen = [row for row in rows if row["kind"] == kind]
-    # A round of a private study may have no loss.
-    table = pd.DataFrame([{key: np.nan if value is None else value for key, value in row.items()} for row in chosen])
-    return table.drop_duplicates(["round", "client"][: 1 + (kind == "client")], keep="last") if len(table) else table
+    return pd.DataFrame([{key: np.nan if value is None else value for key, value in row.items()} for row in chosen])
 
 
 @style.styled
