@@ -206,7 +206,9 @@ class LocalTraining(Section):
     unmasked_weight: NotNegative = Field(1.0, description="initial weight of the loss on unmasked frames; published: 0")
     unmasked_decay: Fraction = Field(0.6, description="fraction of all steps over which it falls to 0; 0: it stays")
     proximal: NotNegative = Field(0.0, description="FedProx: weight of the squared distance to the global model")
-    local_state: Literal["reset", "keep"] = Field("keep", description="AdamW moments of a client from round to round")
+    local_state: Literal["reset", "keep", "cohort"] = Field(
+        "keep", description="AdamW moments of a client from round to round; cohort: they travel, and are the cohort's"
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
@@ -291,6 +293,9 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
         needs_all = self.server in ("scaffold", "trimmed-mean", "median")
+        protected = self.secure_aggregation or self.privacy != "none" or self.compression != "none"
+        if self.local_state == "cohort" and (needs_all or protected):
+            yield "local_state", "cohort needs a mean of updates as they are: no privacy, compression or other sums"
         if self.secure_aggregation:
             if self.weighting != "clients" or self.compression != "none":
                 yield "secure_aggregation", "needs weighting: clients, compression: none; it adds integers of one scale"

@@ -47,8 +47,7 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
 
 
 def steps(home: ClientHome, p: params.Federation, number: int) -> int:
-    """Optimiser steps of a client in round ``number``: ``local_steps``, or ``local_epochs`` passes if those are
-    fewer."""
+    """Optimiser steps of a client in round ``number``: ``local_steps``, or ``local_epochs`` passes if fewer."""
     if not p.local_epochs:
         return p.local_steps
     samples = pd.read_parquet(home.data / "train.parquet", columns=["samples"])["samples"].to_numpy(dtype=np.int64)

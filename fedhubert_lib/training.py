@@ -31,7 +31,7 @@ class DivergedError(RuntimeError):
     """A loss or gradient that is not finite; the message names the batch."""
 
 
-EPS = 1e-6  # AdamW's, as fairseq's
+EPS, BETAS = 1e-6, (0.9, 0.98)  # AdamW's, as fairseq's
 CHECK_EVERY = 50
 """Steps after which a GPU is asked whether all gradients were finite: each question makes it wait."""
 
@@ -223,7 +223,7 @@ def adamw(module: nn.Module, p: Federation) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=p.learning_rate,
-        betas=(0.9, 0.98),
+        betas=BETAS,
         eps=EPS,
         weight_decay=p.weight_decay,
         fused=True,

@@ -190,6 +190,8 @@ def test_every_hook_is_a_function_of_updates_or_a_class_of_the_server():
         for hook in hooks.chosen(hooks.AT_CLIENTS, p):
             assert inspect.isgeneratorfunction(hook) and list(inspect.signature(hook).parameters) == ["update"]
         assert all(issubclass(hook, hooks.Hook) for hook in hooks.chosen(hooks.AT_SERVER, p))
+    (cohort,) = hooks.chosen(hooks.AT_SERVER, params.Pretrain(local_state="cohort"))
+    assert issubclass(cohort, hooks.Hook)
     plain = params.Pretrain(local_state="reset")
     assert len(list(hooks.chosen(hooks.AT_CLIENTS, plain))) == 1 and not list(hooks.chosen(hooks.AT_SERVER, plain))
 

@@ -27,7 +27,7 @@ from fedhubert_lib.federated.protocol import Failure, Reply
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 STUDY = {"rounds": 2, "cohort": 3, "local_steps": 1, "validate_every": 2, "layers": 1, "hidden_size": 64}
-STUDY |= {"server": "nesterov", "server_schedule": "clients", "server_rate": 0.7}
+STUDY |= {"server": "nesterov", "server_schedule": "clients", "server_rate": 0.7, "local_state": "cohort"}
 
 
 def make(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from fedhubert_lib import (
     training,
     weights,
 )
-from fedhubert_lib.federated import flower, handlers, rounds, wire
+from fedhubert_lib.federated import flower, handlers, moments, optimisers, rounds, wire
 from fedhubert_lib.federated.protocol import ClientHome
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -91,8 +91,9 @@ def test_federated_pretraining_learns_and_writes_a_model_folder(run):
         {"head": "personal"},
         {"server": "scaffold", "server_rate": 1.0},
         {"local_state": "keep", "proximal": 0.1, "server": "fedavg", "server_rate": 1.0},
+        {"local_state": "cohort", "head": "personal"},
     ],
-    ids=["personal head", "scaffold", "kept moments"],
+    ids=["personal head", "scaffold", "kept moments", "moments of the cohort"],
 )
 def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, changes):
     p = pretrain(**changes)
@@ -213,6 +214,53 @@ def test_local_steps_bound_local_epochs(run):
     assert all(row["audio_seconds"] < 4 * 2 * 1.6 for row in each)
     (plan, *_) = files.read_rows(run / "03_pretrain/centralised/metrics.jsonl")
     assert plan["local_steps"] == 4
+
+
+def test_moments_of_a_cohort_of_one_are_those_that_it_keeps(tmp_path):
+    """Through the server and back to the bit: all the rounds are then one run of AdamW."""
+    run, ends = make(tmp_path / "one", clients=1), []
+    for state in ("keep", "cohort", "reset"):
+        p = pretrain(cohort=1, server="fedavg", server_rate=1.0, local_state=state)
+        ends.append(digest(weights_of(pretraining.run(run, p))))
+        shutil.rmtree(run / "03_pretrain")
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_second_moments_of_a_cohort_are_those_of_its_batches_together():
+    """Eight clients whose gradients are one gradient and noise of their own, beside AdamW on the mean of them all."""
+    steps, clients, size = 200, 8, 4000
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.logspace(-3, 1, size)
+    weight = [torch.nn.Linear(size, 1, bias=False) for _ in range(clients + 1)]
+    optimisers = [training.adamw(module, pretrain()) for module in weight]
+    for _ in range(steps):
+        gradients = signal + torch.randn(clients, 1, size, generator=generator)
+        for module, gradient in zip(weight, [*gradients, gradients.mean(0)], strict=True):
+            module.weight.grad = gradient.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    each = [weights.moments(o, {"w": m.weight}) for o, m in zip(optimisers, weight, strict=True)]
+    mean = {f"moments/{name}": torch.stack([one[name] for one in each[:-1]]).mean(0) for name in each[0]}
+    sent, wanted = moments.pooled(mean, clients)["moments/w/exp_avg_sq"], each[-1]["w/exp_avg_sq"]
+    ratio = (sent / wanted).view(8, -1).mean(1)  # from noise alone to signal alone
+    torch.testing.assert_close(ratio, torch.ones(8), atol=0.12, rtol=0)
+    assert float((mean["moments/w/exp_avg_sq"] / wanted).view(8, -1).mean(1)[0]) > 6, "the mean's is that of one client"
+    assert moments.pooled(mean, 1)["moments/w/exp_avg_sq"] is mean["moments/w/exp_avg_sq"]
+
+
+def test_moments_of_a_cohort_leave_nothing_at_clients_and_none_below_zero_get_in(run):
+    p = pretrain(local_state="cohort", cohort=4, rounds=2)
+    trunk = sum(t.numel() for t in weights_of(pretraining.run(run, p)).values())
+    ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
+    tensors = len(weights_of(run / "03_pretrain/checkpoint"))
+    assert {row["bytes_up"] for row in ledger if row["kind"] == "round"} == {4 * 4 * (3 * trunk + tensors)}
+    assert not list((run / "03_pretrain/clients").glob("*/session-*/*"))
+    like = {"w": torch.ones(2), "moments/w/exp_avg_sq": torch.ones(2), "moments/w/step": torch.tensor(4.0)}
+    norm = moments.Sharing.collector(None, None).norm
+    assert norm(like, like) == pytest.approx(2**0.5), "the update's alone"
+    for name in "exp_avg_sq", "step":
+        with pytest.raises(optimisers.UpdateError, match=f"{name} has values below 0"):
+            norm(like | {f"moments/w/{name}": -like[f"moments/w/{name}"]}, like)
 
 
 def test_a_personal_head_never_leaves_its_client(run):

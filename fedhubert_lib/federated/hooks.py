@@ -25,6 +25,7 @@ Table = Mapping[str, Callable[[Federation], bool]]
 AT_CLIENTS: Table = {
     "client_state:personal": lambda p: True,
     "client_state:moments": lambda p: p.local_state == "keep",
+    "moments:shared": lambda p: p.local_state == "cohort",
     "fedprox:proximal": lambda p: p.proximal > 0,
     "scaffold:corrected": lambda p: p.server == "scaffold",
     "privacy:protected": lambda p: p.privacy != "none",
@@ -37,6 +38,7 @@ AT_SERVER: Table = {
     "secure:Summing": lambda p: p.secure_aggregation,
     "privacy:Bounding": lambda p: p.privacy != "none",
     "scaffold:Control": lambda p: p.server == "scaffold",
+    "moments:Sharing": lambda p: p.local_state == "cohort",
     "robust:SortedUpdates": lambda p: p.server in ("trimmed-mean", "median"),
 }
 """The server's half of each hook, MODULE:CLASS."""
@@ -44,9 +46,7 @@ AT_SERVER: Table = {
 
 def chosen(table: Table, p: Federation) -> Iterator[Callable[..., Any]]:
     """The functions or classes in ``table`` that ``p`` chooses."""
-    return (
-        pkgutil.resolve_name(f"fedhubert_lib.federated.{name}") for name, asked_for in table.items() if asked_for(p)
-    )
+    return (pkgutil.resolve_name(f"fedhubert_lib.federated.{name}") for name, needed in table.items() if needed(p))
 
 
 @dataclass
