@@ -7,10 +7,11 @@
 
 ``rates``: learning rates of every kind of training, as many tries for pooled training as for each server optimiser,
 on a seed that no other figure uses. ``parity``: each at the best of its rates, beside pooled training with as many
-optimiser steps on as much audio; clients' moments kept and reset; local steps per round (H) at equal updates.
-``heads``: kinds of codebook with shared and personal heads (the base run needs kmeans.codebooks). ``cohorts``: a part
-of the clients in each round. A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below --out
-when it is done, and is not run again; ``report`` prints the tables and draws curves.png.
+optimiser steps on as much audio; clients' moments kept, reset and the cohort's; local steps per round (H) at equal
+updates. ``long``: 2.5 times as many updates. ``cohorts``: a part of the clients in each round. ``bytes``: compression,
+and the noise of privacy. ``heads``: kinds of codebook with shared and personal heads (the base run needs
+kmeans.codebooks). A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below --out when it is
+done, and is not run again; ``report`` prints the tables and draws curves.png.
 """
 
 import argparse
@@ -47,51 +48,78 @@ from fedhubert_lib.labels import Labels
 from fedhubert_lib.plots import style
 
 STUDY = params.ROOT / "params" / "mini.yaml"
-SHORT = {"rounds": 40, "validate_every": 20}
+SHORT = {"rounds": 40, "validate_every": 20, "local_state": "keep", "server_rate": 1.0}
 """Of ten steps: 25,600 s of audio are heard."""
-FEDADAM = {"server": "fedadam", "server_tau": 0.01, "server_schedule": "clients"}
+COHORT = {"local_state": "cohort"}
 NESTEROV = {"server": "nesterov"}
+FEDADAM = {"server": "fedadam", "server_tau": 0.01, "server_schedule": "clients"}
 BEST: dict[str, dict[str, Any]] = {
     "pooled": {"learning_rate": 0.004},
     "FedAvg": {"learning_rate": 0.004, "server_rate": 1.5},
     "Nesterov": NESTEROV | {"learning_rate": 0.004, "server_rate": 0.7, "server_momentum": 0.6},
     "FedAdam": FEDADAM | {"learning_rate": 0.004, "server_rate": 0.03},
+    "FedAvg, cohort's moments": COHORT | {"learning_rate": 0.004},
 }
-"""One set of rates for each; FedAvg's is the better of the two that were run, the others wait for ``rates``."""
+"""The best of the rates that ``rates`` has tried for each."""
 KINDS = ("federated", "one-shot", "client", "aligned", "random-projection")
 
 
-def _steps(arm: dict[str, Any], steps: int) -> dict[str, Any]:
-    """``arm`` with ``steps`` local steps a round and as many updates in all."""
-    return arm | {"local_steps": steps, "rounds": SHORT["rounds"] * 10 // steps}
+def _steps(arm: dict[str, Any], steps: int, factor: float = 1.0) -> dict[str, Any]:
+    """``arm`` with ``steps`` local steps a round and ``factor`` times the updates of SHORT in all."""
+    return arm | {"local_steps": steps, "rounds": round(factor * SHORT["rounds"] * 10 / steps)}
 
 
+def _tried(name: str, arm: dict[str, Any], *rates: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+    """``arm`` at each of ``rates``: the clients', the server's, the server's momentum."""
+    parameters = "learning_rate", "server_rate", "server_momentum"
+    return {
+        f"{name}, {' / '.join(f'{rate:g}' for rate in tried)}": arm | dict(zip(parameters, tried, strict=False))
+        for tried in rates
+    }
+
+
+FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
-        **{f"pooled, {rate:g}": {"learning_rate": rate} for rate in (0.003, 0.004, 0.006, 0.008)},
-        **{
-            f"FedAvg, {rate:g}, {server:g}": {"learning_rate": rate, "server_rate": server}
-            for rate, server in ((0.004, 1.5), (0.004, 2.0), (0.004, 3.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5))
-        },
-        **{
-            f"Nesterov, {rate:g}, {server:g} / {momentum:g}": NESTEROV
-            | {"learning_rate": rate, "server_rate": server, "server_momentum": momentum}
-            for rate, server, momentum in ((0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.004, 1.0, 0.6), (0.006, 0.7, 0.6))
-        },
-        **{
-            f"FedAdam, {rate:g}, {server:g}": FEDADAM | {"learning_rate": rate, "server_rate": server}
-            for rate, server in ((0.004, 0.015), (0.004, 0.03), (0.004, 0.06), (0.008, 0.03))
-        },
+        **_tried("pooled", {}, (0.003,), (0.004,), (0.006,), (0.008,)),
+        **_tried("FedAvg", {}, (0.004, 1.5), (0.004, 2.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5)),
+        **_tried("Nesterov", NESTEROV, (0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.003, 0.7, 0.7)),
+        **_tried("FedAdam", FEDADAM, (0.004, 0.015), (0.004, 0.03), (0.004, 0.06)),
+        **_tried("FedAvg, cohort's moments", COHORT, (0.004, 1.0), (0.006, 1.0), (0.004, 1.25)),
+        **{f"{name}, H {n}": _steps(BEST[name], n) for name in ("FedAvg", "FedAvg, cohort's moments") for n in (2, 5)},
     },
     "parity": {
         **BEST,
-        **{f"{name}, reset": arm | {"local_state": "reset"} for name, arm in BEST.items() if name != "pooled"},
-        **{f"{name}, H {n}": _steps(arm, n) for n in (40, 100) for name, arm in BEST.items() if name != "pooled"},
+        **{f"{name}, H {n}": _steps(FEDERATED[name], n) for n in (5, 40, 100) for name in FEDERATED},
+        **{
+            f"{name}, reset": arm | {"local_state": "reset"}
+            for name, arm in FEDERATED.items()
+            if arm.get("local_state") is None
+        },
+    },
+    "long": {
+        "pooled": _steps(BEST["pooled"], 10, 2.5),
+        "FedAvg": _steps(BEST["FedAvg"], 10, 2.5),
+        **{f"FedAvg, cohort's moments, H {n}": _steps(BEST["FedAvg, cohort's moments"], n, 2.5) for n in (5, 10)},
     },
     "cohorts": {
-        f"{name}, {cohort} of 8": arm | {"cohort": cohort, "rounds": 40 * 8 // cohort}
+        f"{name}, {cohort} clients": arm | {"cohort": cohort, "rounds": 40 * 8 // cohort}
         for cohort in (4, 2)
         for name, arm in BEST.items()
+    },
+    "bytes": {
+        **{f"FedAvg, {kind}": BEST["FedAvg"] | {"compression": kind} for kind in ("none", "float16", "int8", "top-k")},
+        **{
+            f"FedAvg, privacy noise {noise:g}": BEST["FedAvg"]
+            | {
+                "privacy": "server",
+                "privacy_seeded": True,
+                "weighting": "clients",
+                "privacy_clip": 8.0,
+                "privacy_noise": noise,
+            }
+            for noise in (0.0, 3e-4, 1e-3, 3e-3)
+        },
     },
     "heads": {f"{kind}, {head}": {"codebook": kind, "head": head} for kind in KINDS for head in ("shared", "personal")},
 }
