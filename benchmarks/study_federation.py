@@ -85,6 +85,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **_tried("FedAvg", {}, (0.004, 1.5), (0.004, 2.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5)),
         **_tried("Nesterov", NESTEROV, (0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.003, 0.7, 0.7)),
         **_tried("FedAdam", FEDADAM, (0.004, 0.015), (0.004, 0.03), (0.004, 0.06)),
+        **_tried("FedAdam, constant rate, tau .001", {"server": "fedadam"}, (0.004, 0.006), (0.004, 0.012)),
         **_tried("FedAvg, cohort's moments", COHORT, (0.004, 1.0), (0.006, 1.0), (0.004, 1.25)),
         **{f"{name}, H {n}": _steps(BEST[name], n) for name in ("FedAvg", "FedAvg, cohort's moments") for n in (2, 5)},
     },
