@@ -89,8 +89,10 @@ class _Mean(Mean):
 
 def _norm(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
     checked_norm(update, like)
-    for name, tensor in update.items():
-        if name.startswith(PREFIX) and not name.endswith("/exp_avg") and bool((tensor < 0).any()):
-            raise UpdateError(f"{name} has values below 0, which no square and no number of steps is")
-    weights_of = [name for name in update if not name.startswith(PREFIX)]
-    return checked_norm({name: update[name] for name in weights_of}, {name: like[name] for name in weights_of})
+    moments = {name: tensor for name, tensor in update.items() if name.startswith(PREFIX)}
+    for name, tensor in moments.items():
+        lowest = {"exp_avg_sq": torch.zeros(()), "step": like[name]}.get(name.rpartition("/")[2], tensor)
+        if bool((tensor < lowest).any()):
+            raise UpdateError(f"{name} is lower than it can be: a square below 0, or fewer steps than were sent")
+    change = {name: tensor for name, tensor in update.items() if name not in moments}
+    return checked_norm(change, {name: like[name] for name in change})
