@@ -87,7 +87,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **_tried("FedAdam", FEDADAM, (0.004, 0.015), (0.004, 0.03), (0.004, 0.06)),
         **_tried("FedAdam, constant rate, tau .001", {"server": "fedadam"}, (0.004, 0.006), (0.004, 0.012)),
         **_tried("FedAvg, cohort's moments", COHORT, (0.004, 1.0), (0.006, 1.0), (0.004, 1.25)),
-        **{f"{name}, H {n}": _steps(BEST[name], n) for name in ("FedAvg", "FedAvg, cohort's moments") for n in (2, 5)},
+        **{f"{name}, H {n}": _steps(arm, n) for name, arm in FEDERATED.items() for n in (2, 5)},
     },
     "parity": {
         **BEST,
