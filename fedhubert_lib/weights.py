@@ -14,8 +14,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 @torch.no_grad()
 def fill(module: nn.Module, arrays: Mapping[str, Tensor], personal: Mapping[str, Tensor] | None = None) -> None:
     """Write the global weights, and the client's ``personal`` parameters where it kept some, into ``module``."""
-    arrays = placed(arrays, next(module.parameters()).device)
-    for name, parameter in module.named_parameters():
+    names = dict(module.named_parameters())
+    arrays = placed({name: arrays[name] for name in names if name in arrays}, next(module.parameters()).device)
+    for name, parameter in names.items():
         if name in arrays:
             parameter.copy_(arrays[name])
         elif personal is not None:

@@ -53,7 +53,8 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "targets.lloyd": ({"sums", "counts", "inertias"}, set()),
     "targets.forget": (set(), set()),
 }
-"""Tensors and metrics of each answer. Weights are those that the server sent, as a difference to them."""
+"""Tensors and metrics of each answer. Weights are those that the server sent, as a difference to them, and with
+``local_state: cohort`` AdamW's moments."""
 
 SHORT = {"rounds": 1, "cohort": 3, "device": "cpu", "precision": "float32"}
 
@@ -190,8 +191,9 @@ def test_every_hook_is_a_function_of_updates_or_a_class_of_the_server():
         for hook in hooks.chosen(hooks.AT_CLIENTS, p):
             assert inspect.isgeneratorfunction(hook) and list(inspect.signature(hook).parameters) == ["update"]
         assert all(issubclass(hook, hooks.Hook) for hook in hooks.chosen(hooks.AT_SERVER, p))
-    (cohort,) = hooks.chosen(hooks.AT_SERVER, params.Pretrain(local_state="cohort"))
-    assert issubclass(cohort, hooks.Hook)
+    p = params.Pretrain(local_state="cohort")
+    assert [hook.__name__ for hook in hooks.chosen(hooks.AT_SERVER, p)] == ["Sharing"]
+    assert [hook.__name__ for hook in hooks.chosen(hooks.AT_CLIENTS, p)] == ["personal", "shared"]
     plain = params.Pretrain(local_state="reset")
     assert len(list(hooks.chosen(hooks.AT_CLIENTS, plain))) == 1 and not list(hooks.chosen(hooks.AT_SERVER, plain))
 

@@ -72,6 +72,14 @@ def test_pool_gives_the_weights_of_inprocess(tmp_path, expected, no_children_lef
     assert no_children_left()
 
 
+def test_pool_gives_the_weights_of_inprocess_where_clients_keep_moments(tmp_path):
+    ends = []
+    for engine in ("inprocess", "pool"):
+        p = federation.pretrain(**STUDY | {"local_state": "keep", "engine": engine})
+        ends.append(digest(pretraining.run(make(tmp_path / engine), p)))
+    assert ends[0] == ends[1]
+
+
 def test_ray_gives_the_weights_of_inprocess(tmp_path, expected):
     ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     run = make(tmp_path)

@@ -237,6 +237,13 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),
         ("pretrain.local_state=cohort pretrain.compression=int8", "pretrain.local_state"),
         ("pretrain.local_state=cohort pretrain.server=median", "pretrain.local_state"),
+        ("pretrain.local_state=cohort pretrain.server=trimmed-mean", "pretrain.local_state"),
+        ("pretrain.local_state=cohort pretrain.server=scaffold", "pretrain.local_state"),
+        ("pretrain.local_state=cohort pretrain.privacy=server pretrain.weighting=clients", "pretrain.local_state"),
+        (
+            "pretrain.local_state=cohort pretrain.secure_aggregation=true pretrain.weighting=clients",
+            "pretrain.local_state",
+        ),
         ("pretrain.privacy=client", "pretrain.privacy"),
         ("pretrain.privacy=client pretrain.weighting=clients pretrain.patience=2", "pretrain.patience"),
         ("pretrain.privacy=client pretrain.weighting=clients pretrain.compression=int8", "pretrain.compression"),

@@ -248,19 +248,59 @@ def test_second_moments_of_a_cohort_are_those_of_its_batches_together():
     assert moments.pooled(mean, 1)["moments/w/exp_avg_sq"] is mean["moments/w/exp_avg_sq"]
 
 
-def test_moments_of_a_cohort_leave_nothing_at_clients_and_no_impossible_ones_get_in(run):
-    p = pretrain(local_state="cohort", cohort=4, rounds=2)
-    trunk = sum(t.numel() for t in weights_of(pretraining.run(run, p)).values())
-    ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
-    tensors = len(weights_of(run / "03_pretrain/checkpoint"))
-    assert {row["bytes_up"] for row in ledger if row["kind"] == "round"} == {4 * 4 * (3 * trunk + tensors)}
-    assert not list((run / "03_pretrain/clients").glob("*/session-*/*"))
-    like = {"w": torch.ones(2), "moments/w/exp_avg_sq": torch.ones(2), "moments/w/step": torch.tensor(4.0)}
-    norm = moments.Sharing.collector(None, None).norm
-    assert norm(like, like) == pytest.approx(2**0.5), "the update's alone"
-    for name in "exp_avg_sq", "step":
-        with pytest.raises(optimisers.UpdateError, match=f"{name} is lower than it can be"):
-            norm(like | {f"moments/w/{name}": -like[f"moments/w/{name}"]}, like)
+def test_moments_of_a_cohort_travel_and_stay_with_no_client(run, monkeypatch):
+    monkeypatch.setitem(handlers.HANDLERS, "pretrain.forget", lambda *_: ({}, {}))
+    for state, kept in (("keep", 4), ("cohort", 0)):
+        trained = weights_of(pretraining.run(run, pretrain(local_state=state, cohort=4, rounds=2)))
+        values = sum(t.numel() for t in trained.values())
+        values += (2 * values + len(trained)) * (state == "cohort")  # two moments, and a number of steps for each
+        ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
+        assert {row["bytes_up"] for row in ledger if row["kind"] == "round"} == {4 * 4 * values}
+        assert len(list((run / "03_pretrain/clients").glob("*/session-*/moments-000002.safetensors"))) == kept
+        shutil.rmtree(run / "03_pretrain")
+
+
+def sharing(p) -> moments.Sharing:
+    return moments.Sharing(SimpleNamespace(weights={"w": torch.zeros(3)}, tensors={}, p=p))
+
+
+@pytest.mark.parametrize("taken", [(2, 2), (1, 2)])
+def test_second_moments_are_averaged_as_if_clients_had_started_from_their_mean(taken):
+    """What was sent in their place is no part of the mean: two rounds of two clients, beside moments by hand."""
+    hook, generator, beta = sharing(pretrain(local_state="cohort")), torch.Generator().manual_seed(0), training.BETAS[1]
+    expected, name = torch.zeros(3), "moments/w/exp_avg_sq"
+    for _ in range(2):
+        round = SimpleNamespace(asked=["a", "b"], payload={})
+        hook.message(round)
+        ends, by_hand = [], []
+        for steps in taken:
+            one, own = {key: tensor.clone() for key, tensor in round.payload.items()}, expected
+            for _ in range(steps):
+                square = torch.rand(3, generator=generator)
+                one[name], own = beta * one[name] + (1 - beta) * square, beta * own + (1 - beta) * square
+            one["moments/w/step"] += steps
+            ends.append(one)
+            by_hand.append(own)
+        hook.step(round, {key: (ends[0][key] + ends[1][key]) / 2 for key in ends[0]})
+        expected = sum(by_hand) / 2
+    tolerance = 1e-6 if taken[0] == taken[1] else 1e-3  # beta to the mean number of steps is nearly the mean power
+    torch.testing.assert_close(hook.server.tensors[name], expected, atol=0, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"exp_avg": 1e19}, {"exp_avg_sq": 60.0}, {"exp_avg_sq": -0.1}, {"step": 3.0}, {"step": 99.0}],
+    ids=["a gradient beyond the clipping norm", "its square", "a square below 0", "steps undone", "too many steps"],
+)
+def test_moments_that_no_training_has_are_refused(change):
+    p = pretrain(local_state="cohort", local_steps=2, clip_norm=10.0)
+    like = {"w": torch.ones(2), "moments/w/exp_avg": torch.ones(2), "moments/w/exp_avg_sq": torch.ones(2)}
+    like |= {"moments/w/step": torch.tensor(4.0)}
+    norm = sharing(p).collector(None).norm
+    assert norm(like | {"moments/w/step": torch.tensor(6.0)}, like) == pytest.approx(2**0.5), "the update's alone"
+    ((key, value),) = change.items()
+    with pytest.raises(optimisers.UpdateError, match="its moments are not those of so many steps"):
+        norm(like | {f"moments/w/{key}": torch.full_like(like[f"moments/w/{key}"], value)}, like)
 
 
 def test_a_personal_head_never_leaves_its_client(run):

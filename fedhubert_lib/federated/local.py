@@ -37,9 +37,7 @@ class Lesson:
 
 def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], lesson: Lesson) -> Answer:
     """Local steps from the global weights ``arrays`` on the training utterances of ``home``; the change of every
-    parameter that travels, and what was measured.
-
-    The learning rate follows the round's number, not how many rounds the client had a part in.
+    parameter that travels, and what was measured. The learning rate follows the round's number.
     """
     p, module = lesson.p, lesson.module
     module["model"].gradient_checkpointing(p.gradient_checkpointing)
@@ -63,8 +61,8 @@ def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
             adjust=update.adjust,
         )
     update.measured["peak_memory_bytes"] = float(resources.peak_memory())
-    start = weights.placed(arrays, next(iter(names.values())).device)
-    update.change = weights.to_host({name: names[name].detach() - start[name] for name in names if name in arrays})
+    start = weights.placed({name: arrays[name] for name in names if name in arrays}, next(iter(names.values())).device)
+    update.change = weights.to_host({name: names[name].detach() - start[name] for name in start})
     for hook in around:
         next(hook, None)
     return update.change, update.measured

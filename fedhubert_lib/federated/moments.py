@@ -1,10 +1,12 @@
 """``local_state: cohort``: AdamW's moments travel with the weights, and fit a batch as large as the whole cohort's.
 
 The server averages moments as it does weights (Local Adam: Cheng and Glasgow 2024, arXiv 2409.13155; Iacob et al. 2025,
-arXiv 2505.22549). A client keeps nothing, and one that is seldom drawn starts from nothing old. The mean second moment
-is g^2 + s^2, of a gradient g with the noise s of one client's small batches, so that the mean of M clients' steps is
-shorter than a step on all their batches, which is divided by g^2 + s^2 / M. That is what clients start from here, with
-the first moment for g; it makes the mean step as long as a pooled one at the same rates (docs/federation.md).
+arXiv 2505.22549). A client keeps nothing but a personal head's, and one that is seldom drawn starts from nothing old.
+
+The mean second moment is g^2 + s^2, of a gradient g with the noise s of one client's small batches, so that the mean of
+M clients' steps is shorter than a step on all their batches, divided by the root of g^2 + s^2 / M. That is what clients
+start from here, with the first moment for g (docs/federation.md). It is an estimate: what changes g for all
+counts as noise, clients count alike, and in the local steps the moment drifts back to that of one client's batches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.optimisers import Mean, UpdateError, checked_norm
 from fedhubert_lib.federated.protocol import Arrays
+from fedhubert_lib.params import Federation
 
 PREFIX = "moments/"
 
@@ -49,7 +52,7 @@ class Sharing(Hook):
         round.payload |= self.sent
 
     def collector(self, round) -> Mean:
-        return _Mean()
+        return _Mean(self.p)
 
     def step(self, round, update: dict[str, Tensor]) -> None:
         averaged = {name: update.pop(name) for name in self.sent}
@@ -80,19 +83,25 @@ def pooled(moments: Mapping[str, Tensor], clients: int) -> Arrays:
 
 
 class _Mean(Mean):
-    """The mean of updates and moments; the norm is that of the update."""
+    """The mean of updates and moments. Its norm is that of the update; moments are bounded, since gradients are."""
 
-    def __init__(self) -> None:
+    def __init__(self, p: Federation) -> None:
         super().__init__()
-        self.norm = _norm
+        self._p, self.norm = p, self._checked_norm
 
-
-def _norm(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
-    checked_norm(update, like)
-    moments = {name: tensor for name, tensor in update.items() if name.startswith(PREFIX)}
-    for name, tensor in moments.items():
-        lowest = {"exp_avg_sq": torch.zeros(()), "step": like[name]}.get(name.rpartition("/")[2], tensor)
-        if bool((tensor < lowest).any()):
-            raise UpdateError(f"{name} is lower than it can be: a square below 0, or fewer steps than were sent")
-    change = {name: tensor for name, tensor in update.items() if name not in moments}
-    return checked_norm(change, {name: like[name] for name in change})
+    def _checked_norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
+        checked_norm(update, like)
+        kinds: dict[str, Arrays] = {key: {} for key in ("weights", *weights.MOMENTS)}
+        for name, tensor in update.items():
+            kinds[name.rpartition("/")[2] if name.startswith(PREFIX) else "weights"][name] = tensor
+        first, second, steps = (kinds[key] for key in weights.MOMENTS)
+        largest = 1.001 * self._p.clip_norm  # rounding
+        taken = [float(step - like[name]) for name, step in steps.items()]
+        if (
+            checked_norm(first, {name: like[name] for name in first}) > largest
+            or sum(float(square.sum(dtype=torch.float64)) for square in second.values()) > largest**2
+            or any(bool((square < 0).any()) for square in second.values())
+            or not all(0 <= number <= self._p.local_steps for number in taken)
+        ):
+            raise UpdateError("its moments are not those of so many steps with gradients of at most clip_norm")
+        return checked_norm(kinds["weights"], {name: like[name] for name in kinds["weights"]})
