@@ -97,7 +97,7 @@ class Ours:
         self.model, self.head = hubert.Hubert(work.config), hubert.Head(work.config, CLUSTERS)
         self.module = nn.ModuleList([self.model, self.head]).to(work.device)
         self.model.gradient_checkpointing(checkpointing)
-        self.p = params.Pretrain(learning_rate=1e-5, warmup_share=0.0, precision=precision)
+        self.p = params.Pretrain(learning_rate=1e-5, warmup_fraction=0.0, precision=precision)
         self.optimiser = training.adamw(self.module, self.p)
         self.batch = work.batch()
 

@@ -115,7 +115,7 @@ class Partition(Section):
     clients: Natural = Field(3, description="number of clients (scheme speaker: at most)")
     alpha: Positive = Field(0.5, description="concentration of the Dirichlet scheme; smaller: clients differ more")
     power: Positive = Field(1.5, description="exponent of the quantity scheme's power law")
-    validation_share: Fraction = Field(0.1, description="fraction of each client's utterances for validation")
+    validation_fraction: Fraction = Field(0.1, description="fraction of each client's utterances for validation")
     heldout_speakers: Count = Field(1, description="speakers of no client: the global validation set")
     minimum_minutes: NotNegative = Field(0.1, description="minutes of speech that every client has at least")
     small_clients: Literal["error", "merge"] = Field("error", description="action on clients below the minimum")
@@ -131,7 +131,7 @@ class Kmeans(Section):
     )
     clusters: Clusters = Field(20, description="clusters per codebook, K")
     normalisation: Literal["none", "global", "speaker"] = Field("speaker", description="of the features, per dimension")
-    sample_share: Part = Field(1.0, description="fraction of utterances that codebooks are fitted on")
+    sample_fraction: Part = Field(1.0, description="fraction of utterances that codebooks are fitted on")
     lloyd_rounds: Natural = Field(10, description="federated Lloyd rounds at most")
     tolerance: NotNegative = Field(1e-4, description="relative fall of the inertia below which Lloyd rounds stop")
     minimum_count: Count = Field(0, description="frames of a cluster below which a client does not report it (privacy)")
@@ -198,7 +198,7 @@ class LocalTraining(Section):
     batch_seconds: Positive = Field(16.0, description="seconds of audio per step")
     crop_seconds: Positive = Field(4.0, description="seconds of an utterance that a step sees at most")
     learning_rate: Positive = Field(1e-3, description="peak learning rate of the client's AdamW")
-    warmup_share: Fraction = Field(0.08, description="fraction of all steps over which the rate rises")
+    warmup_fraction: Fraction = Field(0.08, description="fraction of all steps over which the rate rises")
     weight_decay: NotNegative = Field(0.01, description="weight decay of the client's AdamW, on all parameters")
     clip_norm: Positive = Field(10.0, description="gradient norm above which gradients are scaled down")
     mask_probability: Fraction = Field(0.8, description="expected fraction of masked frames, if spans did not overlap")
@@ -224,8 +224,8 @@ class Server(Section):
 
     rounds: Natural = Field(2, description="federated rounds")
     cohort: Natural = Field(3, description="clients per round, drawn by (seed, round)")
-    cohort_share: Part = Field(1.0, description="fraction of all clients per round, between cohort_minimum and cohort")
-    cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_share below 1")
+    cohort_fraction: Part = Field(1.0, description="fraction of clients per round, between cohort_minimum and cohort")
+    cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_fraction below 1")
     server: Optimiser = Field("fedavg", description="server optimiser")
     server_rate: Positive = Field(1.5, description="learning rate of the server optimiser")
     server_schedule: Literal["constant", "clients"] = Field(
@@ -253,7 +253,7 @@ class Server(Section):
     @property
     def smallest_cohort(self) -> int:
         """Clients that a round has at least."""
-        return self.cohort if self.cohort_share == 1 else self.cohort_minimum
+        return self.cohort if self.cohort_fraction == 1 else self.cohort_minimum
 
 
 class Privacy(Section):
@@ -273,7 +273,7 @@ class Transport(Section):
 
     engine: Engine = Field("inprocess", description=_ENGINE)
     compression: Compression = Field("none", description="compression of updates; int8, top-k: with error feedback")
-    top_k_share: Part = Field(0.01, description="fraction of an update's values that top-k sends")
+    top_k_fraction: Part = Field(0.01, description="fraction of an update's values that top-k sends")
 
 
 class Machine(Section):
@@ -358,7 +358,7 @@ class Evaluate(Section):
     """05_evaluate: keywords and units, beside the baselines."""
 
     seeds: Natural = Field(3, description="evaluation seeds, each with its draw of training clips and its probe")
-    train_share: Part = Field(0.8, description="fraction of the training clips that each seed draws")
+    train_fraction: Part = Field(0.8, description="fraction of the training clips that each seed draws")
     probe_steps: Natural = Field(100, description="steps of the keyword probe")
     probe_rate: Positive = Field(1e-2, description="learning rate of the keyword probe")
     standardise: bool = Field(True, description="scale features by the training clips; False: exactly as s3prl")

@@ -268,7 +268,7 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
 
 
 def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:
-    """Which rows are for validation: ``p.validation_share`` of each client's utterances, rounded; bool [utterances].
+    """Which rows are for validation: ``p.validation_fraction`` of each client's utterances, rounded; bool [utterances].
 
     At least one where the fraction is not zero and the client has two; a client always keeps one to train on.
     """
@@ -277,7 +277,7 @@ def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:
     count = np.bincount(client)
     rank = np.empty(len(client), dtype=np.int64)
     rank[order] = np.arange(len(client)) - np.repeat(np.cumsum(count) - count, count)
-    kept = np.round(p.validation_share * count).clip(int(p.validation_share > 0), count - 1)
+    kept = np.round(p.validation_fraction * count).clip(int(p.validation_fraction > 0), count - 1)
     return rank < kept[client]
 
 

@@ -38,9 +38,9 @@ CHECK_EVERY = 50
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # reproducible sums; read when CUDA is first used
 
 
-def rate(peak: float, warmup_share: float, step: int, total_steps: int) -> float:
+def rate(peak: float, warmup_fraction: float, step: int, total_steps: int) -> float:
     """Learning rate of global ``step`` (from 0): linear warm-up to the peak, then linear decay towards 0 at the end."""
-    warmup = round(warmup_share * total_steps)
+    warmup = round(warmup_fraction * total_steps)
     return peak * (step + 1) / warmup if step < warmup else peak * (total_steps - step) / max(total_steps - warmup, 1)
 
 
@@ -106,7 +106,7 @@ def local_update(
                 add(count / unit)
             norm = _clip(parameters, count / unit, p.clip_norm)
             for parameter_group in optimiser.param_groups:
-                parameter_group["lr"] = rate(p.learning_rate, p.warmup_share, number, total_steps)
+                parameter_group["lr"] = rate(p.learning_rate, p.warmup_fraction, number, total_steps)
             tally.step(number, norm, group)
             if device.type != "cpu":  # where it is not seen before the step: AdamW then leaves the weights as they are
                 optimiser.found_inf = (~norm.isfinite()).float()

@@ -14,7 +14,7 @@ from fedhubert_lib.corpora import scan
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.kmeans import reading
 
-MFCC = {"features": "mfcc", "layer": 0, "checkpoint": "", "width": 39, "seed": 0, "sample_share": 1.0}
+MFCC = {"features": "mfcc", "layer": 0, "checkpoint": "", "width": 39, "seed": 0, "sample_fraction": 1.0}
 
 
 @pytest.fixture

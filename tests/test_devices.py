@@ -134,7 +134,7 @@ def test_training_step_never_waits_for_the_device(monkeypatch):
             module,
             [batch] * 4,
             objective,
-            pretrain(warmup_share=0.2),
+            pretrain(warmup_fraction=0.2),
             accumulate=2,
             first_step=0,
             total_steps=10,

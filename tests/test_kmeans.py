@@ -284,8 +284,8 @@ def test_every_kind_end_to_end(run):
     assert {row["kind"] for row in rows} == {"features", "lloyd", "codebook", "quality"}
     assert rows[0]["bytes_up"] == 3 * (2 * 39 + 1) * 8  # of the global mean and deviation: sums, squares, count
     frames = sum(len(labels_of(run, one, "central").flat) for one in clients.ids)
-    assert table.loc["federated", "fit_share"] == table.loc["federated", "fit_frames"] / frames
-    assert 0.6 < table.loc["federated", "fit_share"] < 1  # all that is for training
+    assert table.loc["federated", "fit_fraction"] == table.loc["federated", "fit_frames"] / frames
+    assert 0.6 < table.loc["federated", "fit_fraction"] < 1  # all that is for training
     assert table.bytes_up["central"] == 0 < table.bytes_up["federated"]
     # A start that was killed at its very end finds all of this, and asks nobody for anything but to tidy up.
     again = Direct(run)
@@ -738,13 +738,13 @@ def test_noise_has_its_standard_deviation(run):
     assert answers[0]["inertias"].sum() == 0
 
 
-def test_sample_share(run):
+def test_sample_fraction(run):
     clients, rows = Direct(run), []
     everything = kmeans.run(run, settings(), clients).loc["federated", "fit_frames"]
     shutil.rmtree(run / "02_kmeans")
-    part = kmeans.run(run, settings(sample_share=0.4), clients, rows.append).loc["federated"]
+    part = kmeans.run(run, settings(sample_fraction=0.4), clients, rows.append).loc["federated"]
     assert 0 < part.fit_frames < 0.8 * everything
-    assert part.fit_share == part.fit_frames / part.labelled_frames
+    assert part.fit_fraction == part.fit_frames / part.labelled_frames
 
 
 def test_changed_audio_is_noticed(run):

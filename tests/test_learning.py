@@ -67,7 +67,7 @@ def train(
     for part in module.values():
         hubert.initialise(part, seeds.torch_generator(0))
     p = params.Pretrain(
-        learning_rate=learning_rate, warmup_share=0.06, batch_seconds=batch_seconds, crop_seconds=crop_seconds
+        learning_rate=learning_rate, warmup_fraction=0.06, batch_seconds=batch_seconds, crop_seconds=crop_seconds
     )
     optimiser = training.adamw(module, p)
 

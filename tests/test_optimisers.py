@@ -54,7 +54,10 @@ def reference(make, steps: list[dict[str, torch.Tensor]], rates: list[float] | N
 )
 @pytest.mark.parametrize("schedule", ["constant", "clients"])
 def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make, schedule):
-    steps, p = updates(6), pretrain(server_rate=0.5, server_schedule=schedule, rounds=6, warmup_share=1 / 3, **changes)
+    steps, p = (
+        updates(6),
+        pretrain(server_rate=0.5, server_schedule=schedule, rounds=6, warmup_fraction=1 / 3, **changes),
+    )
     weights, _ = trajectory(p, steps)
     rates = [0.25, 0.5, 0.5, 0.375, 0.25, 0.125] if schedule == "clients" else None  # up in 2 of 6, then down to 0
     for name, expected in reference(make, steps, rates).items():
@@ -63,7 +66,7 @@ def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make, schedul
 
 def test_the_servers_schedule_is_that_of_a_client_with_one_step_in_a_round():
     p = pretrain(server_rate=0.5, server_schedule="clients", rounds=40, learning_rate=1e-3)
-    clients = [training.rate(p.learning_rate, p.warmup_share, step, p.rounds) for step in range(p.rounds)]
+    clients = [training.rate(p.learning_rate, p.warmup_fraction, step, p.rounds) for step in range(p.rounds)]
     assert [optimisers.rate(p, number) / 0.5 for number in range(1, 41)] == pytest.approx([r / 1e-3 for r in clients])
 
 
@@ -80,7 +83,7 @@ def test_moments_are_those_of_adam():
 @pytest.mark.parametrize("schedule", ["constant", "clients"])
 def test_fedyogi_follows_reddi_et_al(schedule):
     steps = updates(6)
-    p = pretrain(server="fedyogi", server_rate=0.5, server_schedule=schedule, rounds=6, warmup_share=0.0)
+    p = pretrain(server="fedyogi", server_rate=0.5, server_schedule=schedule, rounds=6, warmup_fraction=0.0)
     weights, _ = trajectory(p, steps)
     for name in weights:
         x = np.ones(weights[name].shape)

@@ -233,7 +233,7 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("pretrain.conv_width=64", "pretrain.conv_width"),
         ("pretrain.head=personal", "distill.objectives"),
         ("distill.cohort=2 distill.server=trimmed-mean", "distill.server"),
-        ("pretrain.cohort_share=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
+        ("pretrain.cohort_fraction=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),
         ("pretrain.local_state=cohort pretrain.compression=int8", "pretrain.local_state"),
         ("pretrain.local_state=cohort pretrain.server=median", "pretrain.local_state"),

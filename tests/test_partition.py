@@ -142,7 +142,7 @@ def run(tmp_path: Path, table: pd.DataFrame) -> Path:
 
 
 def test_assign_writes_every_utterance_once(run, table):
-    clients = partition.assign(run, params.Partition(clients=5, heldout_speakers=4, validation_share=0.2))
+    clients = partition.assign(run, params.Partition(clients=5, heldout_speakers=4, validation_fraction=0.2))
     folder = run / "01_partition"
     parts = ("train.parquet", "validation.parquet")
     lists = {c: [pd.read_parquet(folder / "clients" / c / part) for part in parts] for c in clients.client}
@@ -173,14 +173,11 @@ def test_assign_replaces_an_earlier_partition(run):
 
 def test_validation_mask_leaves_something_to_train_on():
     client = np.array([0, 1, 1, 2, 2, 2])
-    mask = partition.validation_mask(client, params.Partition(validation_share=1.0))
+    mask = partition.validation_mask(client, params.Partition(validation_fraction=1.0))
     assert np.bincount(client[~mask]).tolist() == [1, 1, 1]
-    assert not partition.validation_mask(client, params.Partition(validation_share=0.0)).any()
-    assert np.bincount(client[partition.validation_mask(client, params.Partition(validation_share=0.01))]).tolist() == [
-        0,
-        1,
-        1,
-    ]
+    assert not partition.validation_mask(client, params.Partition(validation_fraction=0.0)).any()
+    mask = partition.validation_mask(client, params.Partition(validation_fraction=0.01))
+    assert np.bincount(client[mask]).tolist() == [0, 1, 1]
 
 
 def test_client_names_sort_as_numbers():

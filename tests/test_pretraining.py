@@ -147,7 +147,7 @@ def test_pooled_training_takes_over_no_setting_that_is_the_federations_alone(run
     (run / "03_pretrain").rename(tmp_path / "plain")
     assert digest(weights_of(pooled.train(run, pretrain(rounds=2, **federated_only)))) == plain
     (run / "03_pretrain").rename(tmp_path / "private")
-    compressed = pretrain(rounds=2, cohort=3, compression="top-k", top_k_share=0.01)
+    compressed = pretrain(rounds=2, cohort=3, compression="top-k", top_k_fraction=0.01)
     assert digest(weights_of(pooled.train(run, compressed))) == plain
 
 
@@ -187,14 +187,14 @@ def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start(tmp_p
 @pytest.mark.slow
 def test_the_plan_counts_the_steps_of_both_trainings(run):
     """Of 4 clients in 3 rounds, half of which take part: 2 steps each, and as many on the pooled data."""
-    p = pretrain(cohort=4, cohort_share=0.5)
+    p = pretrain(cohort=4, cohort_fraction=0.5)
     assert planning.plan(run, p).steps == 2 * 3 * 2 * 2
     assert planning.plan(run, p.model_copy(update={"centralised": False})).steps == 3 * 2 * 2
 
 
 def test_local_epochs_are_passes_over_what_each_client_has(run):
     """Two of four clients in each round, the cohort being a share of them; the last step is the schedule's last."""
-    one = {"local_epochs": 1, "local_steps": 99, "cohort": 4, "cohort_share": 0.5, "warmup_share": 0.0}
+    one = {"local_epochs": 1, "local_steps": 99, "cohort": 4, "cohort_fraction": 0.5, "warmup_fraction": 0.0}
     pretraining.run(run, pretrain(**one))
     ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
     each = [row for row in ledger if row["kind"] == "client"]

@@ -49,7 +49,7 @@ def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
 
     module = torch.nn.ModuleDict({"model": student, "head": head})
     training.local_update(
-        module, [batch(), batch(1)], objective, pretrain(warmup_share=0.0), first_step=0, total_steps=2, seed=0
+        module, [batch(), batch(1)], objective, pretrain(warmup_fraction=0.0), first_step=0, total_steps=2, seed=0
     )
     assert torch.equal(first, teacher.probabilities(batch().waveforms, 4.0))
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
@@ -167,7 +167,7 @@ def test_objectives_bring_a_student_nearer_to_its_teacher(teacher, name):
         return teaching.layer_regression(student, regressors, teacher, one)
 
     module = torch.nn.ModuleDict({"student": student, "head": head, "regressors": regressors})
-    p = pretrain(learning_rate=2e-3, warmup_share=3 / 40)
+    p = pretrain(learning_rate=2e-3, warmup_fraction=3 / 40)
     first = objective(batch())
     training.local_update(module, [batch()] * 40, objective, p, first_step=0, total_steps=40, seed=0)
     last = objective(batch())

@@ -195,7 +195,7 @@ def train(corpus, steps: int = 3, adjust=lambda module: (), **changes) -> tuple[
         module,
         stream,
         objective(module),
-        pretrain(warmup_share=0.2, **changes),
+        pretrain(warmup_fraction=0.2, **changes),
         first_step=0,
         total_steps=10,
         seed=0,
@@ -225,7 +225,7 @@ def test_the_objective_knows_the_fraction_of_all_steps_that_are_done():
         seen.append(progress)
         return objective(module)(batch, progress)
 
-    p = pretrain(warmup_share=0.0)
+    p = pretrain(warmup_fraction=0.0)
     for first_step in (0, 2):
         training.local_update(module, [random_batch(2)] * 2, watched, p, first_step=first_step, total_steps=4, seed=0)
     assert seen == [0.0, 0.25, 0.5, 0.75]
@@ -253,7 +253,7 @@ def test_diverging_batch_is_named(corpus):
     with torch.no_grad():
         module["head"].final_proj.weight.fill_(float("nan"))
     stream = batching.batches(table, labels, cut(8.0, 4.0), KEYS, 2)
-    p = pretrain(warmup_share=0.2)
+    p = pretrain(warmup_fraction=0.2)
     with pytest.raises(training.DivergedError, match="batch u"):
         training.local_update(module, stream, objective(module), p, first_step=0, total_steps=9, seed=0)
 
@@ -358,7 +358,7 @@ def test_accumulated_batches_give_the_step_of_one(corpus, monkeypatch):
     weights = []
     for stream, accumulate in (([whole], 1), (halves, 2)):
         module = make()
-        p, options = pretrain(warmup_share=0.0), {"accumulate": accumulate, "total_steps": 9}
+        p, options = pretrain(warmup_fraction=0.0), {"accumulate": accumulate, "total_steps": 9}
         training.local_update(module, stream, objective(module), p, first_step=0, seed=0, **options)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.allclose(*weights, rtol=0, atol=1e-6)
@@ -418,7 +418,7 @@ def test_a_teacher_inside_the_objective_stays_in_eval_mode():
             seen.append(teacher(batch.waveforms).last)
         return objective(module)(batch, progress)
 
-    p = pretrain(warmup_share=0.0)
+    p = pretrain(warmup_fraction=0.0)
     training.local_update(module, [batch, batch], distil, p, first_step=0, total_steps=9, seed=0)
     assert torch.equal(*seen)
     assert not teacher.training

@@ -145,7 +145,7 @@ def _of_seeds(work: Callable[[int], Value], p: "Evaluate") -> list[Value]:
 def _words(result: Result, rows: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """The keyword probe, and a linear one on each layer, which finds the best."""
     task, chance = speech.task, 1 / len(speech.task.words)
-    options = {"steps": p.probe_steps, "rate": p.probe_rate, "fraction": p.train_share, "standardise": p.standardise}
+    options = {"steps": p.probe_steps, "rate": p.probe_rate, "fraction": p.train_fraction, "standardise": p.standardise}
     result.outcomes = _of_seeds(lambda seed: keywords.probe(rows, task, seed, **options), p)
     result.add("keyword-accuracy", [outcome.accuracy for outcome in result.outcomes], baseline=chance)
 
@@ -207,7 +207,7 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
     rows, both, layer = moments[:, 0], moments.reshape(len(moments), -1), result.layer
 
     def linear(seed: int) -> float:
-        train, _ = keywords.training_clips(task, seed, p.train_share)
+        train, _ = keywords.training_clips(task, seed, p.train_fraction)
         return probes.ridge(both[train], task.labels[train]).score(both[task.test], task.labels[task.test])
 
     if system.frames:  # otherwise its one frame holds both

@@ -34,7 +34,7 @@ def encoded(update: Update) -> Iterator[None]:
         update.change = encode(update.change, p.compression)
         return
     lost = client_state.load(update.home, update.config, "lost")
-    update.change, lost = with_feedback(update.change, p.compression, lost, fraction=p.top_k_share)
+    update.change, lost = with_feedback(update.change, p.compression, lost, fraction=p.top_k_fraction)
     client_state.save(update.home, update.config, "lost", lost)
 
 

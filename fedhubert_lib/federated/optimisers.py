@@ -162,4 +162,4 @@ def rate(p: Federation, number: int) -> float:
     does from round to round: steps of FedAdam and FedYogi do not shrink with the clients' by themselves."""
     if p.server_schedule == "constant":
         return p.server_rate
-    return training.rate(p.server_rate, p.warmup_share, number - 1, p.rounds)
+    return training.rate(p.server_rate, p.warmup_fraction, number - 1, p.rounds)

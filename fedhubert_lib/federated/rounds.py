@@ -57,11 +57,11 @@ class Task:
 
 
 def sized(p: F, clients: int) -> F:
-    """``p`` with ``cohort_share`` of ``clients`` clients as its cohort, within cohort_minimum and cohort."""
-    if p.cohort_share == 1:
+    """``p`` with ``cohort_fraction`` of ``clients`` clients as its cohort, within cohort_minimum and cohort."""
+    if p.cohort_fraction == 1:
         return p
-    count = max(p.cohort_minimum, min(p.cohort, round(p.cohort_share * clients)))
-    return p.model_copy(update={"cohort": count, "cohort_share": 1.0})
+    count = max(p.cohort_minimum, min(p.cohort, round(p.cohort_fraction * clients)))
+    return p.model_copy(update={"cohort": count, "cohort_fraction": 1.0})
 
 
 def cohort(ids: Sequence[str], count: int, seed: int, number: int, attempt: int = 0) -> list[str]:

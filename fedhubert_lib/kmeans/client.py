@@ -159,8 +159,8 @@ def _kept(home: ClientHome, config: Mapping[str, Any]) -> Path:
 def _require(home: ClientHome, frames: int, needed: int) -> None:
     if frames < needed:
         raise ValueError(
-            f"{home.client} has {frames} frames to fit {needed} clusters; lower clusters, raise sample_share, or give"
-            " the client more speech (01_partition: minimum_minutes)"
+            f"{home.client} has {frames} frames to fit {needed} clusters; lower clusters, raise sample_fraction, or"
+            " give the client more speech (01_partition: minimum_minutes)"
         )
 
 

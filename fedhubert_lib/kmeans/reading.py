@@ -60,10 +60,10 @@ def rank(config: Mapping[str, Any], utterances: Iterable[str]) -> np.ndarray:
 def sampled(home: ClientHome, config: Mapping[str, Any]) -> pd.DataFrame:
     """The training utterances that codebooks are fitted on: each by its own draw, one at least."""
     table = pd.read_parquet(home.data / "train.parquet", columns=["utterance", "path", "speaker", "samples"])
-    if config["sample_share"] == 1 or table.empty:
+    if config["sample_fraction"] == 1 or table.empty:
         return table
     draws = rank(config, table.utterance)
-    return table[draws < max(config["sample_share"], np.nextafter(draws.min(), 1))]
+    return table[draws < max(config["sample_fraction"], np.nextafter(draws.min(), 1))]
 
 
 def within(table: pd.DataFrame, config: Mapping[str, Any], frames: int) -> pd.DataFrame:

@@ -90,7 +90,7 @@ def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None,
     return f"its answer holds a NaN or an infinity ({', '.join(unusable)})" if unusable else ""
 
 
-SETTINGS = {"normalisation", "sample_share", "seed", "clusters"}
+SETTINGS = {"normalisation", "sample_fraction", "seed", "clusters"}
 SETTINGS |= {"minimum_count", "noise_multiplier", "noise_clip", "noise_seeded"}
 """Parameters that clients receive."""
 

@@ -73,7 +73,7 @@ def run(
         codebook, row = _codebook(run, p, exchange, arrays, {**config, "kind": kind}, log)
         row = _label(run, p, exchange, {**arrays, **codebook}, {**config, "kind": kind}) | row
         if "fit_frames" in row and "labelled_frames" in row:
-            row["fit_share"] = row["fit_frames"] / row["labelled_frames"]
+            row["fit_fraction"] = row["fit_frames"] / row["labelled_frames"]
         if probe is not None and ("centroids" in codebook or not p.noise_multiplier):
             matrices[kind], figures = _agreement(exchange, *probe, codebook, {**config, "kind": kind})
             row |= figures
