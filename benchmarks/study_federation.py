@@ -113,7 +113,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Arms of each study, with their parameters of 03_pretrain beyond those of mini.yaml and SHORT."""
-EVALUATED = ("parity", "long", "heads")
+EVALUATED = ("parity", "heads")
 """Studies whose arms are measured on words and phones, too: it takes half as long as a short training."""
 
 
@@ -214,12 +214,10 @@ def report(out: Path) -> None:
         print("| " + " | ".join(["", *table.columns]) + " |\n" + "|---" * (1 + table.shape[1]) + "|")
         for name, row in zip(table.index, table.fillna("").to_numpy(), strict=True):
             print("| " + " | ".join([name, *row]) + " |")
-    curves_of = {
-        name: np.array([r["rounds"]["loss"] for r in results if (r["study"], r["arm"]) == ("parity", name)])
-        for name in BEST
-    }
-    if curves_of := {name: values for name, values in curves_of.items() if len(values)}:
-        style.save(curves(curves_of), out, "curves")
+    drawn = ("pooled", "FedAvg", "Nesterov, H 5", "FedAvg, cohort's moments, H 5")
+    of_arms = {name: [r["rounds"] for r in results if (r["study"], r["arm"]) == ("parity", name)] for name in drawn}
+    if any(of_arms.values()):
+        style.save(curves({name: rounds for name, rounds in of_arms.items() if rounds}), out, "curves")
 
 
 def _draw(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -245,14 +243,15 @@ def _row(results: list[dict[str, Any]], pooled: dict[tuple[Any, ...], dict[str, 
 
 
 @style.styled
-def curves(arms: dict[str, np.ndarray]) -> Figure:
-    """Loss over rounds, a line per arm: the mean of its seeds, which are the thin lines; [seeds, rounds]."""
+def curves(arms: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Loss over hours heard, a line per arm: the mean of its seeds, which are the thin lines."""
     figure, (axes,) = style.panels(1, 1, width=7, height=4)
-    for (name, values), colour in zip(arms.items(), style.PALETTE, strict=False):
-        at = np.arange(1, values.shape[1] + 1)
-        axes.plot(at, values.T, color=colour, linewidth=0.6, alpha=0.5)
-        axes.plot(at, values.mean(0), color=colour, linewidth=2, label=name)
-    axes.set(xlabel="round", ylabel="loss (nats per frame)")
+    for (name, seeds), colour in zip(arms.items(), style.PALETTE, strict=False):
+        hours = np.cumsum([seed["audio_seconds"] for seed in seeds], axis=1).mean(0) / 3600
+        losses = np.array([seed["loss"] for seed in seeds])
+        axes.plot(hours, losses.T, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(hours, losses.mean(0), color=colour, linewidth=2, label=name)
+    axes.set(xlabel="hours of speech heard", ylabel="loss in training (nats per masked frame)")
     axes.legend()
     return figure
 
