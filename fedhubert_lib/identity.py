@@ -148,14 +148,15 @@ def outputs(folder: Path) -> str:
     return _combined(_data(folder))
 
 
-def intact(folder: Path, done: Mapping[str, Any]) -> bool:
-    """Whether all data that a stage had made when it was ``done`` is there as it was then.
+def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
+    """The files of data that a stage had made when it was ``done`` and that are missing now, or were changed.
 
-    Not that nothing else is: a copy or an export that somebody has put beside it is no reason to make it anew.
+    A copy or an export that somebody has put beside them is none.
     """
     if "files" not in done:  # of an earlier version
-        return outputs(folder) == done["outputs"]
-    return done["files"].items() <= _data(folder).items()
+        return [] if outputs(folder) == done["outputs"] else ["."]
+    now = _data(folder)
+    return [name for name, value in done["files"].items() if now.get(name) != value]
 
 
 def listings(p: params.Section) -> dict[str, str]:

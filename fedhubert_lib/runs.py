@@ -241,7 +241,11 @@ def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Ou
     elif done is None:
         words = "was not finished: resumes" + (f" ({changes})" if any(changes) else "")
         return Outlook("resume", words, changes, now)
-    elif not identity.intact(folder, done) or (lost and lost.is_relative_to(run)):
+    elif lost and lost.is_relative_to(run):
+        changes = Changes(DAMAGED)
+    elif damaged := identity.damaged(folder, done):
+        if all("checkpoint" in name.split("/") for name in damaged):  # the model alone: the last round has it, too
+            return Outlook("resume", f"{DAMAGED}: {damaged[0]}; made again from the last round", changes, now)
         changes = Changes(DAMAGED)
     else:
         if lost:

@@ -81,7 +81,7 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
     with files.atomic(run / source.name) as folder:
         shutil.copytree(source, folder, copy_function=link, ignore=shutil.ignore_patterns(".*"))
         done, begun = (records.read_json(folder / f"{record}.json") or {} for record in ("done", "begun"))
-        if not identity.intact(folder, done):
+        if identity.damaged(folder, done):
             raise runs.RunError(f"{source}: {runs.DAMAGED}; run that stage there again, or do without --like")
         origin = {"run": str(other), "outputs": done["outputs"], "time": runs.clock(time.time())}
         if stage in ("corpus", "partition"):

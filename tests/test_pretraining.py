@@ -106,6 +106,16 @@ def test_interrupted_pretraining_ends_with_the_same_bits(run, tones, tmp_path, c
 
 
 @pytest.mark.parametrize("train", [pretraining.run, pooled.train])
+def test_a_model_that_was_damaged_is_written_again(run, train):
+    p = pretrain(rounds=2)
+    folder = train(run, p)
+    before = digest(weights_of(folder))
+    (folder / "config.json").write_text("{")
+    (folder / "model.safetensors").unlink()
+    assert digest(weights_of(train(run, p))) == before
+
+
+@pytest.mark.parametrize("train", [pretraining.run, pooled.train])
 def test_gradient_checkpointing_gives_the_same_weights(run, monkeypatch, train):
     """Bit for bit with a log-mel front end; the waveform's convolutions differ in rounding."""
     monkeypatch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], "num_hidden_layers": 2})
