@@ -67,7 +67,7 @@ def rounds_of(folder):
     "objectives", [["soft-targets"], ["distilhubert"], ["hubert"], ["soft-targets", "distilhubert"]]
 )
 def test_every_objective_runs_federated_and_centralised(run, objectives):
-    p = distill(objectives=objectives)
+    p = distill(objectives=objectives, local_state="cohort")
     checkpoint = trained(run, p)
     assert checkpoint == run / "04_distill" / "checkpoint"
     student, head = pretrained.load(checkpoint)
