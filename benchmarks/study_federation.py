@@ -98,7 +98,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "long": {
-        **{name: _steps(BEST[name], 10, 2.5) | {"validate_every": 5} for name in ("pooled", "FedAvg")},  # of mini.yaml
+        **{name: _steps(BEST[name], 10, 2.5) for name in ("pooled", "FedAvg")},  # as mini.yaml
         **{f"FedAvg, cohort's moments, H {n}": _steps(BEST["FedAvg, cohort's moments"], n, 2.5) for n in (5, 10)},
     },
     "cohorts": {
