@@ -244,7 +244,8 @@ def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Ou
     elif lost and lost.is_relative_to(run):
         changes = Changes(DAMAGED)
     elif damaged := identity.damaged(folder, done):
-        if all("checkpoint" in name.split("/") for name in damaged):  # the model alone: the last round has it, too
+        models = [(folder / name).parent for name in damaged]  # which the last round beside them has, too
+        if all(model.name == "checkpoint" and any(model.parent.glob("checkpoints/round-*")) for model in models):
             return Outlook("resume", f"{DAMAGED}: {damaged[0]}; made again from the last round", changes, now)
         changes = Changes(DAMAGED)
     else:

@@ -232,14 +232,21 @@ def test_a_file_beside_the_results_is_no_reason_to_make_them_anew(outputs):
 def test_a_damaged_model_is_made_again_from_the_last_round(outputs):
     for stage in ("corpus", "partition", "kmeans"):
         do(stage)
+    kept = ("checkpoints/round-00002/state.json", "centralised/checkpoints/round-00002/state.json")
     with begin("pretrain").working():
-        for name in ("clients/made.bin", "centralised/checkpoint/model.safetensors"):
+        for name in ("clients/made.bin", "centralised/checkpoint/model.safetensors", *kept):
             (outputs / "toy/03_pretrain" / name).parent.mkdir(parents=True)
             (outputs / "toy/03_pretrain" / name).write_text("{}")
     folder = do("pretrain", "a", name="checkpoint/model.safetensors")
     for place in (".", "centralised"):
         (folder / place / "checkpoint/model.safetensors").unlink()
         assert runs.outlook("pretrain", params.Pretrain(), outputs / "toy").kind == "resume"
+    shutil.rmtree(folder / "centralised/checkpoints")
+    assert runs.outlook("pretrain", params.Pretrain(), outputs / "toy").kind == "anew", (
+        "no round is left to resume from"
+    )
+    (folder / "centralised/checkpoint/model.safetensors").write_text("{}")
+    assert runs.outlook("pretrain", params.Pretrain(), outputs / "toy").kind == "resume"
     (folder / "clients/made.bin").write_text("{")
     assert runs.outlook("pretrain", params.Pretrain(), outputs / "toy").kind == "anew"
 

@@ -42,26 +42,25 @@ class Sharing(Hook):
 
     def __init__(self, server) -> None:
         super().__init__(server)
-        self.sent: Arrays = {}
         for name, weight in server.weights.items():
             sizes = dict.fromkeys(weights.MOMENTS, weight.shape) | {"step": ()}
             server.tensors |= {f"{PREFIX}{name}/{key}": torch.zeros(size) for key, size in sizes.items()}
 
     def message(self, round) -> None:
-        self.sent = pooled(self._moments(), len(round.asked))
-        round.payload |= self.sent
+        round.payload |= pooled(self._moments(), len(round.asked))
 
     def collector(self, round) -> Mean:
         return _Mean(self.p)
 
     def step(self, round, update: dict[str, Tensor]) -> None:
-        averaged = {name: update.pop(name) for name in self.sent}
-        for name, moment in self._moments().items():
+        moments, sent = self._moments(), round.payload
+        averaged = {name: update.pop(name) for name in moments}
+        for name, moment in moments.items():
             if name.endswith("/exp_avg_sq"):  # as if clients had started from the mean itself, not from what was sent
                 step = name.replace("exp_avg_sq", "step")
-                steps = float(averaged[step] - self.sent[step])
-                averaged[name].add_(moment - self.sent[name], alpha=training.BETAS[1] ** steps)
-        for name, moment in self._moments().items():
+                steps = float(averaged[step] - sent[step])
+                averaged[name].add_(moment - sent[name], alpha=training.BETAS[1] ** steps)
+        for name, moment in moments.items():
             moment.copy_(averaged[name])
 
     def _moments(self) -> Arrays:
