@@ -9,8 +9,10 @@
 ``parity``: each at the best of its rates, beside pooled training with as many optimiser steps on as much audio;
 clients' moments kept, reset and the cohort's; local steps per round (H) at equal updates. ``long``: 2.5 times as many
 updates. ``cohorts``: a part of the clients in each round. ``heads``: kinds of codebook with shared and personal heads
-(the base run needs kmeans.codebooks). A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below
---out when it is done, and is not run again; ``report`` prints the tables and draws curves.png.
+(the base run needs kmeans.codebooks). ``bytes``: compressed updates. ``privacy``: clipped and noisy ones (the base run
+needs 16 clients). ``distill``: students, with and without the teacher (that of the base run, which needs 03_pretrain).
+A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below --out when it is done, and is not run
+again; ``report`` prints the tables and draws curves.png.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from scipy import stats
 
 from fedhubert_lib import (
     batching,
+    distillation,
     files,
     objectives,
     params,
@@ -47,7 +50,7 @@ from fedhubert_lib.labels import Labels
 from fedhubert_lib.plots import style
 
 STUDY = params.ROOT / "params" / "mini.yaml"
-SHORT = {"rounds": 40, "validate_every": 20, "local_state": "keep", "server_rate": 1.0}
+SHORT: dict[str, Any] = {"rounds": 40, "validate_every": 20, "local_state": "keep", "server_rate": 1.0}
 """Of ten steps: 25,600 s of audio are heard."""
 COHORT = {"local_state": "cohort"}
 NESTEROV = {"server": "nesterov"}
@@ -77,7 +80,16 @@ def _tried(name: str, arm: dict[str, Any], *rates: tuple[float, ...]) -> dict[st
     }
 
 
+FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
+PRIVATE = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients", "privacy": "server", "privacy_seeded": True}
+PRIVATE |= {"privacy_clip": 6.0, "privacy_quantile": 0.5}
+TAUGHT = {
+    "teacher and labels": {},
+    "labels alone": {"soft_weight": 0.0, "label_weight": 1.0},
+    "teacher alone": {"soft_weight": 1.0, "label_weight": 0.0},
+    "teacher at temperature 1": {"soft_weight": 1.0, "label_weight": 0.0, "temperature": 1.0},
+}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
         **_tried("pooled", {}, (0.003,), (0.004,), (0.006,), (0.008,)),
@@ -85,8 +97,18 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **_tried("Nesterov", NESTEROV, (0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.003, 0.7, 0.7)),
         **_tried("FedAdam", FEDADAM, (0.004, 0.015), (0.004, 0.03), (0.004, 0.06)),
         **_tried("FedAdam, constant rate, tau .001", {"server": "fedadam"}, (0.004, 0.006), (0.004, 0.012)),
+        **_tried("FedAdam, cohort's moments, H 5, tau .003", FEDADAM_COHORT, (0.004, 0.004, 0.5), (0.004, 0.006, 0.5)),
+        **_tried(
+            "FedAdam, cohort's moments, H 5, tau .01",
+            FEDADAM_COHORT | {"server_tau": 0.01},
+            (0.004, 0.012, 0.9),
+            (0.004, 0.012, 0.5),
+            (0.004, 0.016, 0.5),
+            (0.004, 0.012, 0.2),
+        ),
         **_tried("FedAvg, cohort's moments", COHORT, (0.004, 1.0), (0.006, 1.0), (0.004, 1.25)),
-        **{f"{name}, H {n}": _steps(arm, n) for name, arm in FEDERATED.items() for n in (2, 5)},
+        **{f"{name}, H {n}": _steps(arm, n) for name, arm in FEDERATED.items() for n in (2, 5, 40, 100)},
+        **{f"{name}, reset": FEDERATED[name] | {"local_state": "reset"} for name in ("FedAvg", "Nesterov")},
     },
     "parity": {
         **BEST,
@@ -111,24 +133,33 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         for kind in KINDS
         for head in ("shared", "personal")
     },
+    "bytes": {kind: BEST["FedAvg"] | {"compression": kind} for kind in ("float16", "int8", "top-k")},
+    "privacy": {f"noise {noise:g}": PRIVATE | {"privacy_noise": noise} for noise in (0.0, 0.001, 0.003, 0.01, 0.03)},
+    "distill": {
+        f"{name}, {taught}": _steps(BEST[name], steps) | weights
+        for taught, weights in TAUGHT.items()
+        for name, steps in (("pooled", 10), ("FedAvg, cohort's moments", 5))
+    },
 }
-"""Arms of each study, with their parameters of 03_pretrain beyond those of mini.yaml and SHORT."""
-EVALUATED = ("parity", "heads")
+"""Arms of each study, with their parameters of the stage beyond those of mini.yaml and SHORT."""
+EVALUATED = ("parity", "heads", "bytes", "privacy", "distill")
 """Studies whose arms are measured on words and phones, too: it takes half as long as a short training."""
 
 
-def trained(base: Path, name: str, p: params.Pretrain, out: Path) -> tuple[Path, list[dict[str, Any]]]:
+def trained(base: Path, name: str, p: params.Pretrain | params.Distill, out: Path) -> tuple[Path, list[dict[str, Any]]]:
     """Train one arm in a folder beside links to the stages of ``base``; the model folder and its ledger's rows."""
     out.mkdir(parents=True, exist_ok=True)
-    for stage in ("00_corpus", "01_partition", "02_kmeans"):
+    stages = list(params.FOLDERS.values())
+    module: Any = pretraining if isinstance(p, params.Pretrain) else distillation
+    for stage in stages[: stages.index(module.STAGE)]:
         if not (out / stage).exists():
             (out / stage).symlink_to((base / stage).resolve())
     if name.startswith("pooled"):
-        return pooled_training.train(out, p), files.read_rows(out / "03_pretrain/centralised/metrics.jsonl")
-    return pretraining.run(out, p), files.read_rows(out / "03_pretrain/metrics.jsonl")
+        return pooled_training.train(out, p), files.read_rows(out / module.STAGE / "centralised/metrics.jsonl")
+    return module.run(out, p), files.read_rows(out / module.STAGE / "metrics.jsonl")
 
 
-def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain, out: Path) -> dict[str, float]:
+def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain | params.Distill, out: Path) -> dict[str, float]:
     """Masked loss and accuracy on all speech of the held-out speakers, who are labelled by the shared codebook."""
     heldout = pd.read_parquet(base / "01_partition" / "heldout.parquet")
     home = ClientHome("heldout", out / "heldout", out / "heldout/labels", out / "heldout/state")
@@ -158,15 +189,18 @@ def arm(study: str, name: str, seed: int, base: Path, out: Path) -> dict[str, An
     """Everything that the report needs of one arm and seed."""
     settings = studies.load(STUDY)
     changes = SHORT | ARMS[study][name] | {"seed": seed}
-    p = params.Pretrain.model_validate(settings.pretrain.model_dump() | changes)
+    stage = "distill" if study == "distill" else "pretrain"
+    p = params.SECTIONS[stage].model_validate(getattr(settings, stage).model_dump() | changes)
+    assert isinstance(p, params.Pretrain | params.Distill)
     run = out / f"{study}-{name.replace(', ', '-').replace(' / ', '-').replace(' ', '-')}-{seed}"
     checkpoint, rows = trained(base, name, p, run)
     ledger = pd.DataFrame([row for row in rows if row["kind"] == "round"])
     result: dict[str, Any] = {"study": study, "arm": name, "seed": seed, "changes": changes}
     kept = ["round", "loss", "validation_loss", "accuracy_masked", "accuracy_unmasked", "audio_seconds"]
+    kept = [name for name in [*kept, "bytes_up", "update_norm", "clip", "epsilon"] if name in ledger]
     result |= {"rounds": ledger[kept].astype(object).where(ledger[kept].notna(), None).to_dict("list")}
     result |= {"seconds": float(ledger.seconds.sum()), "failures": sum(row["kind"] == "failure" for row in rows)}
-    if p.head == "shared" and p.codebook != "client":
+    if getattr(p, "head", "shared") == "shared" and p.codebook != "client":
         result["new_voices"] = on_new_voices(base, checkpoint, p, out)
     if study in EVALUATED:
         model, _ = pretrained.load(checkpoint)
