@@ -84,11 +84,17 @@ FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
 PRIVATE = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients", "privacy": "server", "privacy_seeded": True}
 PRIVATE |= {"privacy_clip": 6.0, "privacy_quantile": 0.5}
-TAUGHT = {
+TAUGHT: dict[str, dict[str, Any]] = {
     "teacher and labels": {},
     "labels alone": {"soft_weight": 0.0, "label_weight": 1.0},
     "teacher alone": {"soft_weight": 1.0, "label_weight": 0.0},
     "teacher at temperature 1": {"soft_weight": 1.0, "label_weight": 0.0, "temperature": 1.0},
+    "teacher's layers": {"objectives": ["distilhubert"]},
+    "teacher's layers and labels": {
+        "objectives": ["soft-targets", "distilhubert"],
+        "soft_weight": 0.0,
+        "label_weight": 1.0,
+    },
 }
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
@@ -125,7 +131,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cohorts": {
         f"{name}, {cohort} clients": arm | {"cohort": cohort, "rounds": 40 * 8 // cohort}
-        for cohort in (4, 2)
+        for cohort in (16, 4, 2)
         for name, arm in BEST.items()
     },
     "heads": {
@@ -200,7 +206,8 @@ def arm(study: str, name: str, seed: int, base: Path, out: Path) -> dict[str, An
     kept = [name for name in [*kept, "bytes_up", "update_norm", "clip", "epsilon"] if name in ledger]
     result |= {"rounds": ledger[kept].astype(object).where(ledger[kept].notna(), None).to_dict("list")}
     result |= {"seconds": float(ledger.seconds.sum()), "failures": sum(row["kind"] == "failure" for row in rows)}
-    if getattr(p, "head", "shared") == "shared" and p.codebook != "client":
+    labelled = p.head == "shared" if isinstance(p, params.Pretrain) else "soft-targets" in p.objectives
+    if labelled and p.codebook != "client":
         result["new_voices"] = on_new_voices(base, checkpoint, p, out)
     if study in EVALUATED:
         model, _ = pretrained.load(checkpoint)
