@@ -14,7 +14,6 @@ import pandas as pd
 
 from fedhubert_lib import files, index, params, plots, records, runner, runs
 from fedhubert_lib.evaluation import report, tables, training_seeds
-from fedhubert_lib.evaluation.intervals import Interval
 
 Groups = Mapping[str, Sequence[Path]]
 """Name to the folders of its runs."""
@@ -95,28 +94,15 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
             continue
         reports = training_seeds.reports(done)
         measured_on[name] = json.dumps(reports[0]["data"])
-        if len(done) > 1:
-            values, span = training_seeds.means(reports), f"{len(done)} training seeds"
-        else:
-            values, span = _intervals(reports[0]), f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
-        spans.setdefault(span, []).append(name)
-        columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in values.items()}
+        one_model = f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
+        spans.setdefault(f"{len(done)} training seeds" if len(done) > 1 else one_model, []).append(name)
+        values = training_seeds.means(reports).items()
+        columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in values}
     notes += [f"{', '.join(names)}: intervals over {span}." for span, names in spans.items()]
     if len(set(measured_on.values())) > 1:
         notes.append(f"{', '.join(measured_on)}: evaluated on different words or speech; figures do not compare.")
     table = pd.DataFrame(columns).reindex([tables.TITLES[name] for name in tables.HEADLINE], level=0)
     return table.fillna(""), notes
-
-
-def _intervals(one: tables.Report) -> dict[tuple[str, str], Interval]:
-    """The headline of one report, as ``training_seeds.means`` gives that of several."""
-    best, titles = tables.best(one["figures"]), tables.titles(one)
-    return {
-        (titles[system], name): Interval(*(of_system[name][key] for key in Interval._fields))
-        for name in tables.HEADLINE
-        for system, of_system in best.items()
-        if name in of_system
-    }
 
 
 def write(groups: Groups, folder: Path) -> str:

@@ -70,6 +70,11 @@ def titles(report: Report) -> dict[str, str]:
     return {system["system"]: system["title"] for system in report["systems"]}
 
 
+def interval(figure: dict[str, Any]) -> Interval:
+    """Mean and interval of a figure of report.json."""
+    return Interval(*(figure[key] for key in Interval._fields))
+
+
 def headline(report: Report) -> pd.DataFrame:
     """One row per system, one column per measure of ``HEADLINE``, as text ``mean ± interval`` that no line breaks."""
     return _wide(report, HEADLINE)
@@ -92,7 +97,7 @@ def _wide(report: Report, names: Sequence[str]) -> pd.DataFrame:
 def _text(figure: dict[str, Any]) -> str:
     if figure["measure"] in COST:
         return f"{figure['value'] / 1e6:.2f}{NO_BREAK}M"
-    return str(Interval(*(figure[key] for key in Interval._fields))).replace(" ", NO_BREAK)
+    return str(interval(figure)).replace(" ", NO_BREAK)
 
 
 def student(report: Report) -> pd.DataFrame:

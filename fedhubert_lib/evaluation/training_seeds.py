@@ -53,7 +53,8 @@ def check_one_study(runs: Sequence[Path]) -> None:
 
 
 def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
-    """The headline of runs of one study with different seeds: (system title, measure name) to a mean over runs.
+    """The headline of runs of one study: (system title, measure name) to a mean over their training seeds, or, of a
+    single run, over its evaluation seeds.
 
     What not every run has is left out. Raises DifferentRunsError where the words differ, or two runs hold the same
     model.
@@ -66,20 +67,22 @@ def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
         if len(set(digests)) < len(digests):
             raise DifferentRunsError(f"two runs have the same {name}, bit by bit; give runs of different seeds")
     chosen = [tables.best(run["figures"]) for run in reports]
-    return {
-        (title, name): measure([run[system][name]["value"] for run in chosen])
+    figures = {
+        (title, name): [run[system][name] for run in chosen]
         for system, title in tables.titles(first).items()
         for name in HEADLINE
         if all(name in run.get(system, {}) for run in chosen)
     }
+    if len(reports) == 1:
+        return {key: tables.interval(figure) for key, [figure] in figures.items()}
+    return {key: measure([figure["value"] for figure in of_runs]) for key, of_runs in figures.items()}
 
 
 def markdown(reports: Sequence[Report]) -> str:
     """The headline of a run or of several training seeds, in Markdown, with what the intervals span."""
+    span = f"{len(reports)} training seeds"
     if len(reports) == 1:
-        table, span = tables.headline(reports[0]), "one training seed, {seeds} evaluation seeds"
-        span = span.format(**reports[0]["parameters"])
-    else:
-        cells = {(title, TITLES[name]): str(value) for (title, name), value in means(reports).items()}
-        table, span = pd.Series(cells).unstack(sort=False).fillna(""), f"{len(reports)} training seeds"
+        span = f"one training seed, {reports[0]['parameters']['seeds']} evaluation seeds"
+    cells = {(title, TITLES[name]): str(value) for (title, name), value in means(reports).items()}
+    table = pd.Series(cells).unstack(sort=False).fillna("")
     return tables.markdown(table, f"mean and 95 % interval over {span}")
