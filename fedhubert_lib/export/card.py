@@ -89,7 +89,10 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     train = pd.read_parquet(run / "00_corpus" / "manifest.parquet").query("split == 'train'")
     if (heldout := run / "01_partition" / "heldout.parquet").is_file():
         train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
-    kind, p, results = parameters(run / "00_corpus").get("kind"), parameters(stage), _results(run)
+    kind, p = parameters(run / "00_corpus").get("kind"), parameters(stage)
+    report = read_json(run / "05_evaluate" / "report.json")
+    results = [tables.headline(report), *tables.below(report)] if report else []
+    span = "mean and 95 % interval over evaluation seeds"
     licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
     clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
     rounds = files.rounds(stage / "metrics.jsonl")
@@ -116,7 +119,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         speech="pooled to start the codebook" if p.get("codebook") == "central" else "never left their client",
         updates=_updates(rounds, p),
         statistics=_statistics(run, p.get("codebook", "federated")),
-        results="\n\n".join(results) or "Not evaluated.",
+        results="\n\n".join(tables.markdown(table, span) for table in results) or "Not evaluated.",
         verdict=_verdict(run, stage.name[3:], bool(results)),
     )
     with files.atomic(path) as temporary:
@@ -153,11 +156,3 @@ def _verdict(run: Path, trained: str, evaluated: bool) -> str:
     """Whether the curves of the stage ``trained`` are normal, in words, and those of quality, which are of teachers."""
     stages = [trained, "evaluate"] if evaluated and trained == "pretrain" else [trained]
     return "\n".join(f"* {stage}: {line}" for stage in stages for line in reference.verdict(run, stage).splitlines())
-
-
-def _results(run: Path) -> list[str]:
-    """The report's tables in Markdown, all systems beside their baselines; none where 05_evaluate has not run."""
-    if (report := read_json(run / "05_evaluate" / "report.json")) is None:
-        return []
-    results = [tables.headline(report), *tables.below(report)]
-    return [tables.markdown(table, "mean and 95 % interval over evaluation seeds") for table in results]

@@ -92,21 +92,17 @@ def recordings(folder: Path) -> pd.DataFrame:
     if table.empty:
         raise ExportError(f"{folder}: holds no .wav or .flac file; other formats have to be converted first")
     table["name"] = [str(Path(path).relative_to(folder.absolute()).with_suffix("")) for path in table.path]
-    refused = [f"{row.path}: {row.reason}" for row in table[table.reason != ""].itertuples()]
-    if refused:
-        raise ExportError(
-            f"{_some(refused)}. Convert with: sox IN.wav -r 16000 -c 1 OUT.wav, or move what is no speech away"
-        )
-    if strange := table.path[table.name.str.contains(r"[|\n\r]")].tolist():
-        raise ExportError(f"{_some(strange)}: no line can hold a name with | or a line break; rename it")
-    if double := table.path[table.name.duplicated(keep=False)].tolist():
-        raise ExportError(f"{_some(double)}: differ in their suffix alone; move one away")
+    refused = table.reason != ""
+    named = table.path.mask(refused, table.path + ": " + table.reason)
+    for wrong, remedy in (
+        (refused, ". Convert with: sox IN.wav -r 16000 -c 1 OUT.wav, or move what is no speech away"),
+        (table.name.str.contains(r"[|\n\r]"), ": no line can hold a name with | or a line break; rename it"),
+        (table.name.duplicated(keep=False), ": differ in their suffix alone; move one away"),
+    ):
+        if wrong.any():
+            more = f" and {wrong.sum() - NAMED} more" if wrong.sum() > NAMED else ""
+            raise ExportError("; ".join(named[wrong][:NAMED]) + more + remedy)
     return table
-
-
-def _some(rows: list[str]) -> str:
-    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    return "; ".join(rows[:NAMED]) + more
 
 
 def _fit(model: Hubert, table: pd.DataFrame, made: dict[str, Any], place: Path, device: str) -> None:
