@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fedhubert_lib.params import Evaluate
 
 STAGE = "05_evaluate"
+ON_THE_WAY = ("measure", "layer", "value", "low", "high", "values")
+"""What ``along`` has of a figure, beside system, round and hours."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is, and of how much."""
@@ -68,7 +70,9 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
                 progress = functools.partial(on_progress, f"{system.title}, {hours:.2f} h")
                 result = measures.of_system(system, speech, p, progress, essentials=True)
                 figures = tables.best(result.figures)[system.name]
-            report["along"] += _on_the_way(system.name, number, hours, figures)
+            place = {"system": system.name, "round": number, "hours": hours}
+            best = [figures[name] for name in measures.ESSENTIALS if name in figures]
+            report["along"] += [place | {key: figure[key] for key in ON_THE_WAY} for figure in best]
         if not report["along"]:
             report["notes"].append("along: 03_pretrain has kept no checkpoint on the way whose hours are known")
     _add_s3prl(report, run)
@@ -142,13 +146,6 @@ def _mistakes(result: Result, speech: Speech, most: int = 12) -> tuple[list[list
             taken = words[np.bincount(predicted[wrong[:, index], index]).argmax()]
             missed.append({"clip": clip["clip"], "word": clip.word, "taken_for": taken, "seeds": seeds})
     return counts.tolist(), missed
-
-
-def _on_the_way(system: str, number: int, hours: float, best: dict[str, Any]) -> list[dict[str, Any]]:
-    """The essential figures of a checkpoint: those of its best layers."""
-    place = {"system": system, "round": number, "hours": hours}
-    keys = ("measure", "layer", "value", "low", "high", "values")
-    return [place | {key: best[name][key] for key in keys} for name in measures.ESSENTIALS if name in best]
 
 
 def _add_s3prl(report: dict[str, Any], run: Path) -> None:

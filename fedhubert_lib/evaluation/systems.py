@@ -4,7 +4,7 @@ Trained models, untrained ones and MFCC are one kind of function, so that the sa
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,11 +141,6 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
         for row, hours in zip(rows, heard, strict=True):
             if row["round"] in models and np.isfinite(hours):  # to a server that is not trusted nobody says them
                 yield row["round"], float(hours), _of_folder(name, title, models[row["round"]], device)
-
-
-def teacher_of(systems: Collection[str]) -> str:
-    """The name of the student's teacher among the names of ``systems``."""
-    return GIVEN_TEACHER if GIVEN_TEACHER in systems else "teacher"
 
 
 def _digest(folder: Path) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib.evaluation import systems
 from fedhubert_lib.evaluation.intervals import Interval
 from fedhubert_lib.evaluation.measures import ESSENTIALS, MEASURES
+from fedhubert_lib.evaluation.systems import GIVEN_TEACHER
 
 HEADLINE = ("keyword-accuracy", "moments-accuracy", "phone-accuracy", "pnmi", "abx-error")
 COST = ("parameters", "macs", "bytes")
@@ -103,7 +103,7 @@ def _text(figure: dict[str, Any]) -> str:
 def student(report: Report) -> pd.DataFrame:
     """Quality and cost of the student as fractions of its teacher's, for ``plots.bars``; empty without a student."""
     chosen = best(report["figures"])
-    of_student, of_teacher = chosen.get("student", {}), chosen.get(systems.teacher_of(chosen), {})
+    of_student, of_teacher = chosen.get("student", {}), chosen.get(GIVEN_TEACHER) or chosen.get("teacher", {})
     rows = [
         (TITLES[name], f"{kind}: fraction of the teacher's", of_student[name]["value"] / of_teacher[name]["value"], 1.0)
         for kind, names in (("quality", QUALITY), ("cost", COST))
