@@ -4,7 +4,7 @@ A file is written atomically and read back when it exists, so its name must iden
 clip passes through the encoder with others of its length alone, so that no features depend on a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from fedhubert_lib.evaluation.systems import Encoder
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of clips or frames that are done, and of all."""
-NONE = np.empty(0, dtype=np.int64)
 
 
 def clips(
@@ -26,7 +25,7 @@ def clips(
     table: pd.DataFrame,
     path: Path,
     *,
-    whole: np.ndarray = NONE,
+    whole: Sequence[int] | np.ndarray = (),
     batch: int = 32,
     on_progress: OnProgress = lambda *_: None,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -115,7 +115,7 @@ def of_system(
         system.encoder,
         speech.clips,
         speech.features(system, speech.clips),
-        whole=speech.abx_clips if system.frames else extraction.NONE,
+        whole=speech.abx_clips if system.frames else (),
         on_progress=on_progress,
     )
     _words(result, moments[:, 0], speech, p)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhubert_lib import audio, files, pretrained, seeds
-from fedhubert_lib.hubert import Hubert, HubertConfig, LogMel
+from fedhubert_lib.hubert import Head, Hubert, HubertConfig, LogMel
 
 SHAPES = ((1, 400), (2, 8_123), (1, 23_456), (3, 16_001))
 """Clips and samples of the comparison: one frame, odd lengths, several clips; no export was traced with one of them."""
@@ -61,16 +61,16 @@ def noise(clips: int, samples: int) -> Tensor:
     return 0.1 * torch.randn(clips, samples, generator=seeds.torch_generator(0, "export", samples))
 
 
-def load_published(checkpoint: Path, target: str) -> Hubert:
-    """The model of ``checkpoint``. Raises ExportError unless it is the published architecture: all ``target`` knows."""
-    model, _ = pretrained.load(checkpoint)
+def load_published(checkpoint: Path, target: str) -> tuple[Hubert, Head | None]:
+    """``pretrained.load``. Raises ExportError unless it is the published architecture: all that ``target`` knows."""
+    model, head = pretrained.load(checkpoint)
     if not pretrained.published(model.config):
         raise ExportError(
             f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end} and"
             f" position_embedding {model.config.position_embedding}. Export it as huggingface or ONNX, or train a"
             " published one"
         )
-    return model
+    return model, head
 
 
 def to_huggingface(checkpoint: Path, folder: Path) -> float:
@@ -126,7 +126,7 @@ def to_torchaudio(checkpoint: Path, folder: Path) -> float:
 
     Raises ExportError.
     """
-    model = load_published(checkpoint, "torchaudio")
+    model, _ = load_published(checkpoint, "torchaudio")
     settings = {"model": torchaudio_arguments(model.config), "normalize": model.config.do_normalize}
     with files.atomic(folder) as temporary:
         temporary.mkdir()

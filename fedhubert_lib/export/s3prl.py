@@ -77,9 +77,9 @@ def to_hubert_local(checkpoint: Path, path: Path) -> float:
     s3prl's format is a pickle of plain dictionaries and tensors; nothing here reads one. Raises ExportError for an
     architecture that s3prl does not know, or where it gives other numbers.
     """
-    model = formats.load_published(checkpoint, "s3prl's hubert_local")
+    model, head = formats.load_published(checkpoint, "s3prl's hubert_local")
     with files.atomic(path) as temporary:
-        torch.save(converted(model, pretrained.load(checkpoint)[1]), temporary)
+        torch.save(converted(model, head), temporary)
         return check(model, "hubert_local", temporary)
 
 

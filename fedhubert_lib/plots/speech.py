@@ -1,5 +1,6 @@
 """Speech and its labels: clients, clusters, and an utterance from sound to label."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,7 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     figure, axes = style.panels(3, count, width=2.5 + 1.6 * count, height=6.2, sharex="col", sharey="row")
     for column, (scheme, table) in enumerate(schemes.items()):
         top, middle, bottom = axes[column::count]
-        seconds = (table.samples / table.sample_rate).rename("seconds")
-        table = pd.concat([seconds, table[["client", "speaker", "sex"]]], axis=1)
+        table = table.assign(seconds=table.samples / table.sample_rate)
         held = table.pivot_table("seconds", "client", "speaker", aggfunc="sum", fill_value=0)
         held = held.iloc[np.argsort(-held.sum(axis=1).to_numpy(), kind="stable")]
         top.bar(np.arange(len(held)), held.sum(axis=1) / 3600, color=style.BLUE)
@@ -99,7 +99,11 @@ def aligned_units(
     [frames] is true the spectrogram is veiled. ``start`` is the second at which the waveform begins in its utterance.
     """
     seconds = len(waveform) / SAMPLE_RATE
-    strips = {} if phones is None or phones.empty else {"phones": _phone_runs(phones)}
+    strips: dict[str, list[tuple[float, float, str, Any]]] = {}  # left and width in seconds, text and colour
+    if phones is not None and len(phones):
+        starts, ends = phones.start_sample / SAMPLE_RATE, phones.end_sample / SAMPLE_RATE
+        greys = itertools.cycle(("#EFEFEF", "#D9D9D9"))
+        strips["phones"] = list(zip(starts, ends - starts, phones.phone, greys, strict=False))
     strips |= {name: _label_runs(np.asarray(units)) for name, units in (labels or {}).items()}
     ratios = {"height_ratios": [4] + [0.8] * len(strips)}
     figure, axes = style.panels(1 + len(strips), 1, width=11, height=2.4 + 0.42 * len(strips), sharex=True, **ratios)
@@ -126,14 +130,6 @@ def aligned_units(
     axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
     axes[-1].xaxis.set_major_formatter(lambda second, position: f"{start + second:g}")
     return figure
-
-
-def _phone_runs(phones: pd.DataFrame) -> list[tuple[float, float, str, Any]]:
-    """Start and width in seconds, text and colour of each phone."""
-    starts = phones.start_sample.to_numpy() / SAMPLE_RATE
-    widths = phones.end_sample.to_numpy() / SAMPLE_RATE - starts
-    colours = ["#D9D9D9" if i % 2 else "#EFEFEF" for i in range(len(phones))]
-    return list(zip(starts, widths, phones.phone, colours, strict=True))
 
 
 def _label_runs(labels: np.ndarray) -> list[tuple[float, float, str, Any]]:
