@@ -59,8 +59,8 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     """
     count = len(schemes)
     figure, axes = style.panels(3, count, width=2.5 + 1.6 * count, height=6.2, sharex="col", sharey="row")
-    for column, (scheme, table) in enumerate(schemes.items()):
-        top, middle, bottom = axes[column::count]
+    tops, middles, bottoms = axes.reshape(3, count)
+    for (scheme, table), top, middle, bottom in zip(schemes.items(), tops, middles, bottoms, strict=True):
         table = table.assign(seconds=table.samples / table.sample_rate)
         held = table.pivot_table("seconds", "client", "speaker", aggfunc="sum", fill_value=0)
         held = held.iloc[np.argsort(-held.sum(axis=1).to_numpy(), kind="stable")]
@@ -77,10 +77,10 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         bottom.bar(np.arange(len(held)), women, color=style.RED)
         bottom.axhline(sexes.F.sum() / (sexes.to_numpy().sum() or np.nan), color=style.BLACK, linestyle=":")
         bottom.set(xlabel="client, largest first", ylim=(0, 1), xticks=[0, len(held) - 1], xlim=(-0.6, len(held) - 0.4))
-    axes[0].set_ylabel("speech (hours)")
-    axes[count].set_ylabel("speaker")
-    axes[2 * count].set_ylabel("fraction of\nwomen's speech")
-    figure.colorbar(image, ax=list(axes[count : 2 * count]), label="fraction of the speaker's speech", pad=0.01)
+    tops[0].set_ylabel("speech (hours)")
+    middles[0].set_ylabel("speaker")
+    bottoms[0].set_ylabel("fraction of\nwomen's speech")
+    figure.colorbar(image, ax=list(middles), label="fraction of the speaker's speech", pad=0.01)
     return figure
 
 

@@ -108,8 +108,7 @@ def comparison(table: pd.DataFrame) -> Figure:
     colours = dict(zip(runs, style.PALETTE[:6] * len(runs), strict=False))
     widths = dict(zip(runs, np.linspace(3.2, 1.2, len(runs)) if len(runs) > 1 else [1.6], strict=True))
     figure, axes = style.panels(len(stages), columns, width=11, height=0.4 + 2.8 * len(stages))
-    for number, (stage, rows) in enumerate(stages.items()):
-        panels = axes[number * columns : (number + 1) * columns]
+    for panels, (stage, rows) in zip(axes.reshape(-1, columns), stages.items(), strict=True):
         for panel, (name, label, title) in zip(panels, kinds[stage], strict=False):
             for (run, system), points in rows[rows.measure == name].groupby(["run", "system"], sort=False):
                 by_round = points.groupby("round")
