@@ -89,11 +89,7 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
     if p.task == "superb":
         clips = keywords.superb(clips, p.seed)
     task, splits = keywords.task(clips), clips.groupby("split")
-    data = {
-        "words": task.words,
-        "clips": {split: int(count) for split, count in splits.size().items()},
-        "speakers": {split: int(count) for split, count in splits.speaker.nunique().items()},
-    }
+    data = {"words": task.words, "clips": splits.size().to_dict(), "speakers": splits.speaker.nunique().to_dict()}
     cache = run / STAGE / "features"
     try:
         utterances, phones = layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
