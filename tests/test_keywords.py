@@ -133,9 +133,15 @@ def test_features_are_extracted_once(table, tmp_path):
     assert sorted(calls) == [14, 20, 20] and (first == again).all()
 
 
-def test_broken_encoder_leaves_no_features(table, tmp_path):
-    with pytest.raises(keywords.KeywordError, match="not finite"):
-        extraction.clips(lambda x: (x[:, None, :4] * torch.nan,), keywords.read_clips(table), tmp_path / "rows")
+def test_broken_encoder_leaves_no_features_and_the_clip_is_named(table, tmp_path):
+    clips = keywords.read_clips(table)
+    broken = keywords.waveforms(clips.iloc[[5]])[0]
+
+    def encoder(waveforms):
+        return (torch.where((waveforms == broken).all(1)[:, None, None], torch.nan, waveforms[:, None, :4]),)
+
+    with pytest.raises(keywords.KeywordError, match=f"clip {clips['clip'].iloc[5]} are not finite"):
+        extraction.clips(encoder, clips, tmp_path / "rows")
     assert not list(tmp_path.glob("rows*"))
 
 

@@ -43,8 +43,9 @@ def clips(
         hidden = encoder(keywords.waveforms(table.iloc[start : start + batch]))
         states = torch.stack([layer.float() for layer in hidden], dim=1)
         block = torch.stack([states.mean(2), states.std(2, unbiased=False)], dim=1).cpu().numpy()
-        if not np.isfinite(block).all():
-            clip = table["clip"].iloc[start]
+        finite = np.isfinite(block).all(axis=(1, 2, 3))
+        if not finite.all():
+            clip = table["clip"].iloc[start + finite.argmin()]
             raise keywords.KeywordError(f"features of clip {clip} are not finite; is the checkpoint sound?")
         unit = functional.normalize(states[torch.from_numpy(chosen[start : start + batch])], dim=-1)
         return block, unit.half().cpu().numpy()
