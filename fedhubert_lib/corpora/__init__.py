@@ -25,7 +25,7 @@ PHONES = pa.schema(
 )
 
 
-def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
+def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None) -> None:
     """Find, fetch or generate the speech that ``p`` names and write its manifest below ``run/00_corpus``.
 
     ``on_progress(task, done, total)`` is called while something is fetched, unpacked, synthesised or read. Raises
@@ -59,7 +59,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress | None = None) ->
             table.to_parquet(temporary, index=False)
 
 
-def _speech(out: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[Path, list[str], list[str]]:
+def _speech(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[Path, list[str], list[str]]:
     """The folder of the speech, its training subsets and its test subsets; a plain folder has none."""
     if p.kind == "folder":
         folder.speakers(Path(p.root))
@@ -74,7 +74,7 @@ def _speech(out: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[
     return librispeech.home(Path(p.root), subsets), p.train_subsets, p.test_subsets
 
 
-def _keywords(out: Path, p: params.Corpus, on_progress: Progress | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _keywords(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The keyword clips, and (path, reason) of those left out."""
     if p.keywords == "synthetic":
         root = out / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"

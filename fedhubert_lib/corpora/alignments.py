@@ -8,7 +8,7 @@ are called ``sil``, so that labels agree with those of the synthetic corpus.
 
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from praatio.utilities.errors import PraatioException
 
 from fedhubert_lib import files, folders
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
+from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["utterance", "start_sample", "end_sample", "phone"]
@@ -41,9 +42,7 @@ class Alignment(NamedTuple):
     """Begin, end, phone."""
 
 
-def read(
-    root: Path, manifest: pd.DataFrame, on_progress: Callable[[str, int, int], None] | None = None
-) -> tuple[pa.Table, pd.DataFrame]:
+def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: None) -> tuple[pa.Table, pd.DataFrame]:
     """Phones of the manifest's utterances (COLUMNS), and (path, reason) of each alignment left out.
 
     The phones are an Arrow table whose names are kept once each: LibriSpeech has 35 million phones.
@@ -107,17 +106,14 @@ def _reason(alignment: Alignment, samples: int) -> str:
     return "" if alignment.phones else "has no phone"
 
 
-def _alignments(
-    root: Path, samples: dict[str, int], on_progress: Callable[[str, int, int], None] | None
-) -> Iterator[Alignment | tuple[str, str]]:
+def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> Iterator[Alignment | tuple[str, str]]:
     """The alignments of the utterances of ``samples``, in order of path, or (path, reason) of one that is unusable."""
     if root.is_dir():
         paths = sorted(Path(entry.path) for entry in folders.walk(root) if entry.name.lower().endswith(SUFFIXES))
         paths = [path for path in paths if path.stem in samples]
         for done, path in enumerate(paths, start=1):
             yield _textgrid(path) if path.suffix.lower() == ".textgrid" else _montreal_json(path)
-            if on_progress:
-                on_progress("read alignments", done, len(paths))
+            on_progress("read alignments", done, len(paths))
     elif root.is_file():
         yield from _json(root, samples)
     else:

@@ -58,7 +58,7 @@ class ArchiveError(CorpusError):
     """An archive that cannot be fetched, or is not the published one."""
 
 
-def provide(root: Path, name: str, mirror: str, *, download: bool, on_progress: Progress | None = None) -> None:
+def provide(root: Path, name: str, mirror: str, *, download: bool, on_progress: Progress = lambda *_: None) -> None:
     """Make the folder of a corpus part below ``root`` if it is missing: from ``root/NAME.tar.gz``, fetched first if
     need be.
 
@@ -82,7 +82,7 @@ def provide(root: Path, name: str, mirror: str, *, download: bool, on_progress: 
         _unpack(archive, root, name, published.inside, on_progress)
 
 
-def fetch(url: str, path: Path, md5: str, on_progress: Progress | None = None) -> None:
+def fetch(url: str, path: Path, md5: str, on_progress: Progress = lambda *_: None) -> None:
     """Fetch ``url`` to ``path``, resuming where an earlier attempt stopped, and check it.
 
     Raises ArchiveError when the server refuses, when ATTEMPTS requests in a row bring nothing new (what came is kept),
@@ -119,7 +119,7 @@ def fetch(url: str, path: Path, md5: str, on_progress: Progress | None = None) -
     partial.replace(path)
 
 
-def _fetch_rest(url: str, partial: Path, on_progress: Progress | None) -> None:
+def _fetch_rest(url: str, partial: Path, on_progress: Progress) -> None:
     """One request for what is missing of ``partial``. Raises one of TRANSIENT where it is not complete afterwards."""
     size = partial.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
@@ -132,22 +132,22 @@ def _fetch_rest(url: str, partial: Path, on_progress: Progress | None) -> None:
                 with files.naming(partial):
                     file.write(block)
                 size += len(block)
-                _report(on_progress, f"download {partial.stem} (MiB)", size, total)
+                on_progress(f"download {partial.stem} (MiB)", size >> 20, total >> 20)
     if size < total:
         raise ConnectionError("the connection was cut")
 
 
-def _verify(path: Path, md5: str, remedy: str, on_progress: Progress | None) -> None:
+def _verify(path: Path, md5: str, remedy: str, on_progress: Progress) -> None:
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-            _report(on_progress, f"check {path.name} (MiB)", file.tell(), path.stat().st_size)
+            on_progress(f"check {path.name} (MiB)", file.tell() >> 20, path.stat().st_size >> 20)
     if digest.hexdigest() != md5:
         raise ArchiveError(f"{path}: its MD5 is {digest.hexdigest()}, the published one {md5}; {remedy}")
 
 
-def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progress | None = None) -> None:
+def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progress) -> None:
     """Unpack ``archive`` so that ``root/inside/name`` appears, complete; other files of its top folder go beside it.
 
     A run that was killed, or whose disk was full, leaves its hidden folder, and the next one continues from there.
@@ -159,7 +159,7 @@ def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Prog
             if not path.is_file() or path.stat().st_size != member.size:
                 with files.naming(path):
                     tar.extract(member, hidden, filter="data")
-            _report(on_progress, f"unpack {archive.name} (MiB)", raw.tell(), packed)
+            on_progress(f"unpack {archive.name} (MiB)", raw.tell() >> 20, packed >> 20)
     top = hidden / inside
     if inside:
         (root / inside).mkdir(exist_ok=True)
@@ -170,8 +170,3 @@ def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Prog
     os.sync()
     top.rename(root / inside / name)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _report(on_progress: Progress | None, task: str, done: int, total: int) -> None:
-    if on_progress:
-        on_progress(task, done >> 20, total >> 20)

@@ -9,7 +9,6 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import soundfile
 
 from fedhubert_lib import files, folders
 from fedhubert_lib.audio import RECEPTIVE_FIELD, SAMPLE_RATE
+from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 CHUNK = 256
@@ -158,7 +158,7 @@ def listing(root: Path) -> list[tuple[str, int, int]]:
 def scan(
     roots: list[Path],
     cache: Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress = lambda *_: None,
     *,
     decode: bool = False,
 ) -> pd.DataFrame:
@@ -191,8 +191,7 @@ def scan(
     with ThreadPoolExecutor(THREADS) as pool:
         for chunk in pool.map(lambda paths: [header(path, decode) for path in paths], chunks):
             headers += chunk
-            if on_progress:
-                on_progress("decode" if decode else "scan", len(headers), len(todo))
+            on_progress("decode" if decode else "scan", len(headers), len(todo))
             if time.monotonic() > saved + SAVE_EVERY:
                 read_so_far()
                 saved = time.monotonic()

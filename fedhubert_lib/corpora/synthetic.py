@@ -52,7 +52,7 @@ ACCENTS = {
 }
 
 
-def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
+def speech(folder: Path, p: params.Corpus, on_progress: Progress = lambda *_: None) -> None:
     """Write ``folder``: a LibriSpeech-layout corpus of two subsets, SPEAKERS.TXT and phones.parquet.
 
     ``p.speakers`` train on ``p.minutes``; ``p.test_speakers`` others, of ``p.test_minutes``, are the test subset.
@@ -71,7 +71,7 @@ def speech(folder: Path, p: params.Corpus, on_progress: Progress | None = None) 
     _synthesise(folder, speakers, on_progress, lambda place, spoken: _finish_speech(place, speakers, spoken))
 
 
-def keywords(folder: Path, p: params.Corpus, on_progress: Progress | None = None) -> None:
+def keywords(folder: Path, p: params.Corpus, on_progress: Progress = lambda *_: None) -> None:
     """Write ``folder``: a Speech-Commands-layout corpus of the 35 words, with its validation and testing lists.
 
     A quarter of the voices is for testing only, an eighth for validation only, at least one each. An identical corpus
@@ -161,7 +161,7 @@ def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
 
 
 def _synthesise(
-    folder: Path, speakers: list[dict], on_progress: Progress | None, finish: Callable[[Path, list[Spoken]], None]
+    folder: Path, speakers: list[dict], on_progress: Progress, finish: Callable[[Path, list[Spoken]], None]
 ) -> None:
     """Write the audio of ``speakers`` to ``folder``, unless it was made by the same plan; ``finish`` adds the rest."""
     plan = json.dumps(speakers, indent=1)
@@ -174,8 +174,7 @@ def _synthesise(
         with ThreadPoolExecutor(threads.cores()) as pool:  # after an error or an interrupt nobody else begins to speak
             for files_of_speaker in pool.map(lambda speaker: _speak(speaker, temporary), speakers):
                 spoken.append(files_of_speaker)
-                if on_progress:
-                    on_progress("synthesise", len(spoken), len(speakers))
+                on_progress("synthesise", len(spoken), len(speakers))
         finish(temporary, spoken)
         (temporary / "plan.json").write_text(plan, encoding="utf-8")
 
