@@ -3,9 +3,9 @@
 Any subset name will do: train-clean-100 … test-other, Mini LibriSpeech's train-clean-5 and dev-clean-2, your own.
 """
 
+import re
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from fedhubert_lib import files
@@ -13,6 +13,10 @@ from fedhubert_lib import files
 COLUMNS = [
     "utterance", "path", "speaker", "chapter", "subset", "sex", "samples", "sample_rate", "text", "fingerprint",
 ]  # fmt: skip
+_FILE = re.compile(
+    r"^(?P<subset>[^/]+)/(?P<speaker>[^/]+)/(?P<chapter>[^/]+)/"
+    r"(?P<utterance>(?P=speaker)-(?P=chapter)-[^/]*)\.(?i:flac|wav)$"
+)
 
 
 class CorpusError(ValueError):
@@ -62,27 +66,20 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     does not fit its folders, and the second copy of an utterance or of a recording. A transcript that is not text is
     left out, too, and its utterances stay. Every file that was scanned is used or left out.
     """
-    parts = [path[len(str(root.absolute())) + 1 :].split("/") for path in scanned["path"]]
-    fits = [len(p) == 4 and p[3].startswith(f"{p[1]}-{p[2]}-") for p in parts]
-    names = pd.DataFrame([(p + [""] * 3)[:3] for p in parts], scanned.index, ["subset", "speaker", "chapter"])
-    table = scanned.join(names)
-    table["utterance"] = pd.Series([p[-1] for p in parts], scanned.index).str.replace(
-        r"(?i)\.(flac|wav)$", "", regex=True
-    )
-    misplaced = (table["reason"] == "") & ~np.array(fits, bool)
+    table = scanned.join(scanned["path"].str.slice(len(str(root.absolute())) + 1).str.extract(_FILE))
+    misplaced = (table["reason"] == "") & table["utterance"].isna()
     table.loc[misplaced, "reason"] = "not SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN"
 
     # The first in the order of the subsets stays, so that a smaller subset inside a larger one costs nothing.
     table["order"] = table["subset"].map({subset: i for i, subset in enumerate(subsets)})
     table = without_copies(table.sort_values(["order", "utterance"], kind="stable"))
-    good = table["reason"] == ""
     sex = sexes(root / "SPEAKERS.TXT")
-    accepted = table[good].sort_values("utterance")
-    texts, read, unreadable = transcripts(accepted["path"])
+    accepted = table[table["reason"] == ""].sort_values("utterance")
+    texts, opened = transcripts(accepted["path"])
     accepted["sex"] = pd.Series([sex.get(speaker, "") for speaker in accepted["speaker"]], accepted.index, dtype="str")
     accepted["text"] = accepted["utterance"].map(texts).astype("str")
-    rest = table.loc[~good & ~table["path"].isin(read), ["path", "reason"]]
-    excluded = pd.concat([rest, pd.DataFrame(unreadable, columns=["path", "reason"])])
+    table["reason"] = table["path"].map(pd.Series(opened, dtype="str")).fillna(table["reason"])
+    excluded = table.loc[table["reason"] != "", ["path", "reason"]]
     return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
 
 
@@ -97,13 +94,11 @@ def without_copies(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[str, str]]]:
-    """Texts of the .trans.txt files beside the audio files ``paths``.
-
-    Returns utterance to text, the files that were opened, and (path, reason) of those that cannot be read.
-    """
+def transcripts(paths: pd.Series) -> tuple[dict[str, str], dict[str, str]]:
+    """Texts of the .trans.txt files beside the audio files ``paths``, by utterance; and of each of these files the
+    reason why it cannot be read, or nothing."""
     texts: dict[str, str] = {}
-    opened, unreadable = set(), []
+    opened: dict[str, str] = {}
     for folder in sorted(set(paths.str.rsplit("/", n=1).str[0])):
         speaker, chapter = folder.rsplit("/", 2)[1:]
         file = f"{folder}/{speaker}-{chapter}.trans.txt"
@@ -112,8 +107,8 @@ def transcripts(paths: pd.Series) -> tuple[dict[str, str], set[str], list[tuple[
         except FileNotFoundError:
             continue
         except (UnicodeDecodeError, OSError) as error:
-            unreadable.append((file, f"transcript cannot be read ({error}); its utterances have no text"))
+            opened[file] = f"transcript cannot be read ({error}); its utterances have no text"
         else:
+            opened[file] = ""
             texts |= dict(line.strip().split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
-        opened.add(file)
-    return texts, opened, unreadable
+    return texts, opened
