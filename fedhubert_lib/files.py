@@ -126,10 +126,15 @@ def events() -> Any:
 
 def read_text(path: str | Path) -> str:
     """A text of others: UTF-8, or UTF-16 with a byte order mark, which is left out. Raises OSError or ValueError."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe is empty
-        content = file.read() or b""  # none: its writer is silent
+    with open(path, "rb", opener=at_once) as file:
+        content = file.read() or b""  # a pipe: empty, or None where its writer is silent
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
+
+
+def at_once(path: str, flags: int) -> int:
+    """An ``opener`` for ``open`` that does not wait for ever at a pipe, whatever it is called."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def sweep(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import audio, corpora, identity, params
+from fedhubert_lib import audio, corpora, files, identity, params
 from fedhubert_lib.corpora import alignments, librispeech, scan
 
 RNG = np.random.default_rng(0)
@@ -193,7 +193,7 @@ def test_scan_reads_an_unreadable_file_again(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr(scan, "_open", refuse)
+        patched.setattr(files, "at_once", refuse)
         reason = scan.scan([tmp_path / "tree"], tmp_path / "scan.parquet").reason[0]
         assert reason == "cannot be read: Permission denied"
     assert scan.scan([tmp_path / "tree"], tmp_path / "scan.parquet").reason[0] == ""

@@ -45,16 +45,12 @@ UNREADABLE = "cannot be read"
 class Header(NamedTuple):
     """A file's header. ``reason`` is empty for a file that can be used."""
 
-    samples: int
-    sample_rate: int
-    channels: int
-    fingerprint: str
+    samples: int = 0
+    sample_rate: int = 0
+    channels: int = 0
+    fingerprint: str = ""
     """Of the audio alone: the FLAC header's MD5 of the samples, or BLAKE2b of a WAV file's samples."""
-    reason: str
-
-
-def _refused(reason: str) -> Header:
-    return Header(0, 0, 0, "", reason)
+    reason: str = ""
 
 
 def header(path: str, decode: bool = False) -> Header:
@@ -63,26 +59,22 @@ def header(path: str, decode: bool = False) -> Header:
     What is wrong with the file is the ``reason``, not an error.
     """
     if not path.lower().endswith((".flac", ".wav")):
-        return _refused("neither .flac nor .wav")
+        return Header(reason="neither .flac nor .wav")
     try:
-        with open(path, "rb", buffering=0, opener=_open) as file:
+        with open(path, "rb", buffering=0, opener=files.at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                return _refused("not a plain file")
+                return Header(reason="not a plain file")
             start = file.read(FLAC_HEADER)
             if reason := _unlike_audio(start, status.st_size):
-                return _refused(reason)
+                return Header(reason=reason)
             try:
                 return _flac(path, start, decode) if start[:4] == b"fLaC" else _wav(path)
             except soundfile.SoundFileError as error:
                 file.readall()  # a disk that fails looks like damage: it says so here
-                return _refused(f"truncated or damaged: {error}")
+                return Header(reason=f"truncated or damaged: {error}")
     except OSError as error:
-        return _refused(f"{UNREADABLE}: {error.strerror}")
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # not to wait for ever at a pipe that is called .flac
+        return Header(reason=f"{UNREADABLE}: {error.strerror}")
 
 
 def _unlike_audio(start: bytes, size: int) -> str:
