@@ -147,7 +147,12 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
         case "chapter":
             client = _balanced(table, (table["speaker"] + "-" + table["chapter"]).rename("chapter"), p.clients, rng)
         case "speaker":
-            client = _by_speaker(table, p)
+            client, speakers = pd.factorize(table["speaker"], sort=True)
+            if p.clients < len(speakers):
+                raise PartitionError(
+                    f"partition.clients: scheme speaker makes one client of each of the {len(speakers)} speakers left "
+                    f"for training, not {p.clients}; set clients={len(speakers)}"
+                )
         case "sex" | "subset":
             client = _by_group(table, table[p.scheme], p, rng)
         case "dirichlet":
@@ -158,16 +163,6 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
         case "iid":
             client = _cut(samples, np.full(p.clients, 1 / p.clients), rng)
     return _at_least(client, table, p)
-
-
-def _by_speaker(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
-    codes, speakers = pd.factorize(table["speaker"], sort=True)
-    if p.clients < len(speakers):
-        raise PartitionError(
-            f"partition.clients: scheme speaker makes one client of each of the {len(speakers)} speakers left for "
-            f"training, not {p.clients}; set clients={len(speakers)}"
-        )
-    return codes
 
 
 def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
@@ -272,13 +267,10 @@ def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:
 
     At least one where the fraction is not zero and the client has two; a client always keeps one to train on.
     """
-    draw = seeds.numpy_generator(p.seed, "partition", "validation").random(len(client))
-    order = np.lexsort((draw, client))
+    draw = pd.Series(seeds.numpy_generator(p.seed, "partition", "validation").random(len(client)))
     count = np.bincount(client)
-    rank = np.empty(len(client), dtype=np.int64)
-    rank[order] = np.arange(len(client)) - np.repeat(np.cumsum(count) - count, count)
     kept = np.round(p.validation_fraction * count).clip(int(p.validation_fraction > 0), count - 1)
-    return rank < kept[client]
+    return (draw.groupby(client).rank(method="first") <= kept[client]).to_numpy()
 
 
 def export_client(run: Path, client: str, destination: Path, at: Path | None = None) -> Path:

@@ -101,12 +101,10 @@ def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray
     """
     count = owner.max() + 1
     used = np.flatnonzero(counts.any(axis=1))
-    draw = seeds.numpy_generator(seed, "skew", "halves").random(len(used))
-    order = used[np.lexsort((draw, owner[used]))]
-    size = np.bincount(owner[order], minlength=count)
-    second = (np.arange(len(order)) - np.repeat(np.cumsum(size) - size, size)) % 2
-    select = sparse.csr_array((np.ones(len(order)), (2 * owner[order] + second, order)), shape=(2 * count, len(counts)))
-    halves = select @ counts
+    draw = pd.Series(seeds.numpy_generator(seed, "skew", "halves").random(len(used)))
+    turn = draw.groupby(owner[used]).rank(method="first").to_numpy(np.int64) - 1
+    half = 2 * owner[used] + turn % 2
+    halves = sparse.csr_array((np.ones(len(used)), (half, used)), shape=(2 * count, len(counts))) @ counts
     distance = cdist(halves[0::2], halves[1::2], "jensenshannon") / np.sqrt(np.log(2))
     return np.where(np.isfinite(distance), distance, np.nan)  # of an empty half it is infinite
 
