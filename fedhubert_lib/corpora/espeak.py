@@ -58,11 +58,6 @@ class _Event(ctypes.Structure):
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
-def fold(mnemonic: str) -> str:
-    """The ARPAbet class of one of eSpeak NG's phoneme mnemonics; stress marks are ignored. Unknown: KeyError."""
-    return FOLD[mnemonic.lstrip("',%=") or "_"]
-
-
 def main() -> None:
     """Answer every line of the input. eSpeak NG's state is global, so this process has one voice."""
     voice_file, seed = Path(sys.argv[1]), int(sys.argv[2])
@@ -100,7 +95,8 @@ def main() -> None:
         call("espeak_SetParameter", 1, words_per_minute, 0)
         call("espeak_Synth", text.encode(), len(text.encode()) + 1, 0, 1, 0, UTF8, None, None)
         call("espeak_Synchronize")
-        samples, phones = b"".join(chunks), [(sample, fold(mnemonic)) for sample, mnemonic in mnemonics]
+        samples = b"".join(chunks)
+        phones = [(sample, FOLD[mnemonic.lstrip("',%=") or "_"]) for sample, mnemonic in mnemonics]
         sys.stdout.buffer.write(json.dumps([len(samples) // 2, phones]).encode() + b"\n" + samples)
         sys.stdout.buffer.flush()
 

@@ -11,7 +11,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
@@ -68,7 +67,9 @@ def speech(folder: Path, p: params.Corpus, on_progress: Progress = lambda *_: No
         for i, share in enumerate(shares / shares.sum()):
             seconds = 60 * minutes * share
             speakers.append(_speaker(p.seed, str(first + i), subset, sex="FM"[i % 2], seconds=seconds))
-    _synthesise(folder, speakers, on_progress, lambda place, spoken: _finish_speech(place, speakers, spoken))
+    if not _is_made(folder, speakers):
+        with files.atomic(folder.absolute()) as place:
+            _write_tables(place, speakers, _synthesise(place, speakers, on_progress))
 
 
 def keywords(folder: Path, p: params.Corpus, on_progress: Progress = lambda *_: None) -> None:
@@ -84,13 +85,12 @@ def keywords(folder: Path, p: params.Corpus, on_progress: Progress = lambda *_: 
     testing = max(1, p.keyword_voices // 4)
     validation = max(1, p.keyword_voices // 8)
     lists = {"testing_list.txt": voices[:testing], "validation_list.txt": voices[testing : testing + validation]}
-
-    def finish(place: Path, spoken: list[Spoken]) -> None:
-        for name, chosen in lists.items():
-            lines = sorted(u["path"] for speaker in chosen for u in speaker["utterances"])
-            (place / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    _synthesise(folder, voices, on_progress, finish)
+    if not _is_made(folder, voices):
+        with files.atomic(folder.absolute()) as place:
+            _synthesise(place, voices, on_progress)
+            for name, chosen in lists.items():
+                lines = sorted(u["path"] for speaker in chosen for u in speaker["utterances"])
+                (place / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def voice(rng: np.random.Generator, sex: str) -> str:
@@ -160,23 +160,21 @@ def _keyword_voice(seed: int, name: str, sex: str, takes: int) -> dict:
     return fields | place | {"utterances": utterances, "name": name}
 
 
-def _synthesise(
-    folder: Path, speakers: list[dict], on_progress: Progress, finish: Callable[[Path, list[Spoken]], None]
-) -> None:
-    """Write the audio of ``speakers`` to ``folder``, unless it was made by the same plan; ``finish`` adds the rest."""
-    plan = json.dumps(speakers, indent=1)
-    recorded = folder / "plan.json"
-    if recorded.exists() and recorded.read_text(encoding="utf-8") == plan:
-        return
-    with files.atomic(folder.absolute()) as temporary:
-        (temporary / "_voices").mkdir(parents=True)
-        spoken: list[Spoken] = []
-        with ThreadPoolExecutor(threads.cores()) as pool:  # after an error or an interrupt nobody else begins to speak
-            for files_of_speaker in pool.map(lambda speaker: _speak(speaker, temporary), speakers):
-                spoken.append(files_of_speaker)
-                on_progress("synthesise", len(spoken), len(speakers))
-        finish(temporary, spoken)
-        (temporary / "plan.json").write_text(plan, encoding="utf-8")
+def _is_made(folder: Path, speakers: list[dict]) -> bool:
+    plan = folder / "plan.json"
+    return plan.exists() and plan.read_text(encoding="utf-8") == json.dumps(speakers, indent=1)
+
+
+def _synthesise(folder: Path, speakers: list[dict], on_progress: Progress) -> list[Spoken]:
+    """Write the audio of ``speakers``, and the plan of it, to the new ``folder``."""
+    (folder / "_voices").mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps(speakers, indent=1), encoding="utf-8")
+    spoken: list[Spoken] = []
+    with ThreadPoolExecutor(threads.cores()) as pool:  # after an error or an interrupt nobody else begins to speak
+        for files_of_speaker in pool.map(lambda speaker: _speak(speaker, folder), speakers):
+            spoken.append(files_of_speaker)
+            on_progress("synthesise", len(spoken), len(speakers))
+    return spoken
 
 
 def _speak(speaker: dict, folder: Path) -> Spoken:
@@ -248,7 +246,7 @@ def _clip(waveform: np.ndarray, spans: list[Span], samples: int) -> np.ndarray:
     return np.pad(waveform[begin:end], (lead, samples - lead - (end - begin)))
 
 
-def _finish_speech(folder: Path, speakers: list[dict], spoken: list[Spoken]) -> None:
+def _write_tables(folder: Path, speakers: list[dict], spoken: list[Spoken]) -> None:
     """Write SPEAKERS.TXT, the chapters' transcripts and the phones."""
     rows, phones = [], []
     for speaker, times in zip(speakers, spoken, strict=True):
