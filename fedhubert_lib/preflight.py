@@ -97,7 +97,7 @@ def _speakers(p: params.Partition, run: Path, study: studies.Study | None, _: An
 def _words(p: params.Corpus, *_: Any) -> None:
     root = Path(p.keywords_root)
     fetched = p.download or (root / f"{archives.KEYWORDS}.tar.gz").is_file()
-    if p.keywords == "speech-commands" and (speech_commands.is_home(root) or not fetched):
+    if p.keywords == "speech-commands" and (speech_commands.homes(root) or not fetched):
         speech_commands.usable(speech_commands.home(root))
 
 
@@ -183,7 +183,7 @@ def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None, coming
         root = Path(study.corpus.keywords_root)
         if study.corpus.keywords == "synthetic":
             raise ValueError("superb given; it needs background noise, which the synthetic keywords lack: give words")
-        if speech_commands.is_home(root):
+        if speech_commands.homes(root):
             root = speech_commands.home(root)
             if missing := sorted(set(keywords.COMMANDS) - speech_commands.usable(root)):
                 lacks = f"{root} has no training or no test clip of {', '.join(missing)}"

@@ -81,7 +81,7 @@ def _keywords(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[pd.Da
         synthetic.keywords(root, p, on_progress)
     else:
         root = Path(p.keywords_root)
-        if not speech_commands.is_home(root):
+        if not speech_commands.homes(root):
             archives.provide(root, archives.KEYWORDS, p.keywords_mirror, download=p.download, on_progress=on_progress)
         root = speech_commands.home(root)
     words = speech_commands.words(root)

@@ -21,20 +21,15 @@ LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 SPLITS = ("train", *LISTS)
 
 
-def _homes(root: Path) -> list[Path]:
+def homes(root: Path) -> list[Path]:
     """Folders with both lists: the root itself, or what the archive and torchaudio make below it."""
     places = [root, root / "speech_commands_v0.02", root / "SpeechCommands" / "speech_commands_v0.02"]
     return [place for place in places if all((place / name).is_file() for name in LISTS.values())]
 
 
-def is_home(root: Path) -> bool:
-    """Whether Speech Commands lies in or below ``root``."""
-    return bool(_homes(root))
-
-
 def home(root: Path) -> Path:
     """The folder that holds the words and the lists: ``root``, or one below it."""
-    for place in _homes(root):
+    for place in homes(root):
         return place
     raise CorpusError(
         f"corpus.keywords_root: {root} holds no Speech Commands folder "
