@@ -30,10 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedhubert_lib import files, params, seeds
+from fedhubert_lib import corpora, files, params, seeds
 from fedhubert_lib.audio import SAMPLE_RATE, SHORTEST
 from fedhubert_lib.corpora import scan
 
@@ -97,17 +96,16 @@ def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.nda
     path = run / "00_corpus" / "phones.parquet"
     if not path.exists():
         return
-    table = pq.read_table(path, read_dictionary=["utterance", "phone"]).unify_dictionaries().combine_chunks()
+    table = pq.read_table(path, columns=corpora.PHONES.names, read_dictionary=["utterance", "phone"])
+    table = table.unify_dictionaries().combine_chunks()
     if not len(table):
         return
     coded = table["utterance"].chunk(0)
     owner = pd.Series(client, utterances).reindex(coded.dictionary.to_pylist(), fill_value=-1).to_numpy()
     owner = owner[coded.indices.to_numpy()]
     # As plain text: a dictionary would carry the names of everybody's utterances to every client.
-    text = {name: pa.string() for name in ("utterance", "phone")}
-    plain = pa.schema([field.with_type(text.get(field.name, field.type)) for field in table.schema])
     for name, rows in zip(names, _split(owner, np.arange(len(table)), len(names)), strict=True):
-        pq.write_table(table.take(rows).cast(plain), folder / name / "phones.parquet")
+        pq.write_table(table.take(rows).cast(corpora.PHONES), folder / name / "phones.parquet")
 
 
 def client_names(count: int) -> list[str]:
