@@ -38,9 +38,8 @@ class Ragged:
         except (OSError, ValueError) as error:
             raise LabelsError(f"{index}: cannot be read ({error}); {remedy}") from error
         self.utterances: list[str] = table.utterance.tolist()
-        self._offsets = table.offset.to_numpy()
-        self._frames = table.frames.to_numpy()
-        shape = (int(self._frames.sum()),) if width is None else (int(self._frames.sum()), width)
+        self._index = table
+        shape = (int(table.frames.sum()),) if width is None else (int(table.frames.sum()), width)
         path = self.folder / f"{name}.bin"
         promised = int(np.prod(shape)) * dtype.itemsize
         if not path.exists() or path.stat().st_size != promised:
@@ -48,18 +47,17 @@ class Ragged:
         self.flat = np.memmap(path, dtype, "r", shape=shape) if promised else np.zeros(shape, dtype)
 
     @functools.cached_property
-    def _rows(self) -> dict[str, int]:
-        return {utterance: row for row, utterance in enumerate(self.utterances)}
+    def _places(self) -> dict[str, slice]:
+        starts = self._index.offset
+        return dict(zip(self.utterances, map(slice, starts, starts + self._index.frames), strict=True))
 
     def __contains__(self, utterance: str) -> bool:
-        return utterance in self._rows
+        return utterance in self._places
 
     def __getitem__(self, utterance: str) -> np.ndarray:
-        try:
-            row = self._rows[utterance]
-        except KeyError:
-            raise LabelsError(f"{self.folder}: nothing for utterance {utterance}; run 02_kmeans again") from None
-        return self.flat[self._offsets[row] : self._offsets[row] + self._frames[row]]
+        if utterance not in self:
+            raise LabelsError(f"{self.folder}: nothing for utterance {utterance}; run 02_kmeans again")
+        return self.flat[self._places[utterance]]
 
 
 class Labels(Ragged):
