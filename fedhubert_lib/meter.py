@@ -1,5 +1,6 @@
 """Memory and energy of a training."""
 
+import pynvml
 import torch
 
 from fedhubert_lib import resources
@@ -32,10 +33,6 @@ class Meter:
 
 def _gpu_joules(device: str) -> float | None:
     """Joules that the GPU has used since its driver was loaded; None where it does not count them (a part of a GPU)."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
     try:
         pynvml.nvmlInit()
         # By its UUID: indices are others under CUDA_VISIBLE_DEVICES.

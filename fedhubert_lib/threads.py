@@ -53,14 +53,11 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Resu
     import torch  # here, since commands that compute nothing import this module
     from threadpoolctl import ThreadpoolController
 
-    before, libraries = torch.get_num_threads(), ThreadpoolController()
+    libraries = ThreadpoolController()
 
     def alone() -> None:  # OpenMP's number of threads is each thread's own
         torch.set_num_threads(1)
         libraries.limit(limits=1)
 
-    try:
-        with libraries.limit(limits=1), ThreadPoolExecutor(count(), initializer=alone) as pool:
-            yield from pool.map(work, items)
-    finally:
-        torch.set_num_threads(before)
+    with limited(0), libraries.limit(limits=1), ThreadPoolExecutor(count(), initializer=alone) as pool:
+        yield from pool.map(work, items)
