@@ -32,9 +32,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from fedhubert_lib import corpora, files, params, seeds
+from fedhubert_lib import files, params, seeds
 from fedhubert_lib.audio import SAMPLE_RATE, SHORTEST
-from fedhubert_lib.corpora import scan
+from fedhubert_lib.corpora import alignments, scan
 
 HOUR = 3600 * SAMPLE_RATE
 
@@ -96,7 +96,7 @@ def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.nda
     path = run / "00_corpus" / "phones.parquet"
     if not path.exists():
         return
-    table = pq.read_table(path, columns=corpora.PHONES.names, read_dictionary=["utterance", "phone"])
+    table = pq.read_table(path, columns=alignments.PHONES.names, read_dictionary=["utterance", "phone"])
     table = table.unify_dictionaries().combine_chunks()
     if not len(table):
         return
@@ -105,7 +105,7 @@ def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.nda
     owner = owner[coded.indices.to_numpy()]
     # As plain text: a dictionary would carry the names of everybody's utterances to every client.
     for name, rows in zip(names, _split(owner, np.arange(len(table)), len(names)), strict=True):
-        pq.write_table(table.take(rows).cast(corpora.PHONES), folder / name / "phones.parquet")
+        pq.write_table(table.take(rows).cast(alignments.PHONES), folder / name / "phones.parquet")
 
 
 def client_names(count: int) -> list[str]:

@@ -20,10 +20,6 @@ from fedhubert_lib.corpora import alignments, archives, folder, librispeech, sca
 from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
 
-PHONES = pa.schema(
-    [("utterance", pa.string()), ("start_sample", pa.int64()), ("end_sample", pa.int64()), ("phone", pa.string())]
-)
-
 
 def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None) -> None:
     """Find, fetch or generate the speech that ``p`` names and write its manifest below ``run/00_corpus``.
@@ -44,16 +40,16 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
     manifest["split"] = manifest["subset"].isin(test).map({True: "test", False: "train"})
     _check(manifest, root, excluded, bool(test))
 
-    phones, refused = PHONES.empty_table(), pd.DataFrame(columns=["path", "reason"])
+    phones, refused = alignments.PHONES.empty_table(), pd.DataFrame(columns=["path", "reason"])
     if p.alignments:
         phones, refused = alignments.read(Path(p.alignments), manifest, on_progress)
     elif p.kind == "synthetic":
         phones = pq.read_table(root / "phones.parquet")
 
     excluded = pd.concat([excluded, excluded_clips, refused], ignore_index=True).sort_values("path")
-    with files.atomic(out / "phones.parquet") as temporary, pq.ParquetWriter(temporary, PHONES) as writer:
+    with files.atomic(out / "phones.parquet") as temporary, pq.ParquetWriter(temporary, alignments.PHONES) as writer:
         for batch in phones.to_batches(1 << 20):
-            writer.write_table(pa.Table.from_batches([batch]).cast(PHONES))
+            writer.write_table(pa.Table.from_batches([batch]).cast(alignments.PHONES))
     for name, table in (("keywords", keywords), ("excluded", excluded), ("manifest", manifest)):
         with files.atomic(out / f"{name}.parquet") as temporary:
             table.to_parquet(temporary, index=False)

@@ -8,7 +8,7 @@ are called ``sil``, so that labels agree with those of the synthetic corpus.
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,10 @@ from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
 
-COLUMNS = ["utterance", "start_sample", "end_sample", "phone"]
+PHONES = pa.schema(
+    [("utterance", pa.string()), ("start_sample", pa.int64()), ("end_sample", pa.int64()), ("phone", pa.string())]
+)
+"""The columns of phones.parquet, whatever the corpus; samples at 16 kHz."""
 SUFFIXES = (".textgrid", ".json")
 SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
 LONGER, SHORTER = HOP, 800
@@ -37,13 +40,15 @@ _WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError, Ov
 class Alignment(NamedTuple):
     utterance: str
     source: Path
-    seconds: float
-    phones: list[tuple[float, float, str]]
+    seconds: float = 0.0
+    phones: Sequence[tuple[float, float, str]] = ()
     """Begin, end, phone."""
+    reason: str = ""
+    """Why it cannot be read."""
 
 
 def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: None) -> tuple[pa.Table, pd.DataFrame]:
-    """Phones of the manifest's utterances (COLUMNS), and (path, reason) of each alignment left out.
+    """Phones of the manifest's utterances (PHONES), and (path, reason) of each alignment left out.
 
     The phones are an Arrow table whose names are kept once each: LibriSpeech has 35 million phones.
 
@@ -58,11 +63,8 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
     codes, starts, ends, names = array("i"), array("q"), array("q"), array("i")
     refused = []
     for alignment in _alignments(root, samples, on_progress):
-        if not isinstance(alignment, Alignment):
-            refused.append(alignment)
-            continue
-        total = samples[alignment.utterance]
-        reason = "another file has it already" if alignment.utterance in utterances else _reason(alignment, total)
+        total, repeated = samples[alignment.utterance], alignment.utterance in utterances
+        reason = alignment.reason or ("another file has it already" if repeated else _reason(alignment, total))
         if reason:
             refused.append((str(alignment.source), f"alignment of {alignment.utterance}: {reason}"))
             continue
@@ -86,7 +88,7 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
         pa.array(ends, pa.int64()),
         pa.DictionaryArray.from_arrays(pa.array(names, pa.int32()), pa.array(list(phones), pa.string())),
     ]
-    return pa.table(columns, names=COLUMNS), pd.DataFrame(refused, columns=["path", "reason"])
+    return pa.table(columns, names=PHONES.names), pd.DataFrame(refused, columns=["path", "reason"])
 
 
 def fold(phone: str) -> str:
@@ -106,8 +108,8 @@ def _reason(alignment: Alignment, samples: int) -> str:
     return "" if alignment.phones else "has no phone"
 
 
-def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> Iterator[Alignment | tuple[str, str]]:
-    """The alignments of the utterances of ``samples``, in order of path, or (path, reason) of one that is unusable."""
+def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> Iterator[Alignment]:
+    """The alignments of the utterances of ``samples``, in order of path."""
     if root.is_dir():
         paths = sorted(Path(entry.path) for entry in folders.walk(root) if entry.name.lower().endswith(SUFFIXES))
         paths = [path for path in paths if path.stem in samples]
@@ -120,20 +122,20 @@ def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> I
         raise CorpusError(f"corpus.alignments: there is no file or folder {root}")
 
 
-def _textgrid(path: Path) -> Alignment | tuple[str, str]:
+def _textgrid(path: Path) -> Alignment:
     """One utterance in Praat's format."""
     try:
         # Not openTextgrid, which refuses intervals that overlap by a rounding of their times.
         grid = textgrid_io.parseTextgridStr(files.read_text(path), includeEmptyIntervals=True)
         seconds, tiers = float(grid["xmax"]), {tier["name"]: tier["entries"] for tier in grid["tiers"]}
         if "phones" not in tiers:
-            return str(path), f"alignment of {path.stem}: no tier phones; it has {', '.join(tiers) or 'none'}"
+            return Alignment(path.stem, path, reason=f"no tier phones; it has {', '.join(tiers) or 'none'}")
         spans = [_span(*span) for span in tiers["phones"]]
     except (PraatioException, *_WRONG) as error:
-        return str(path), f"alignment of {path.stem}: not a complete TextGrid ({type(error).__name__}: {error})"
+        return Alignment(path.stem, path, reason=f"not a complete TextGrid ({type(error).__name__}: {error})")
     # A tier covers its grid. praatio reads one that was cut between two intervals, too.
     if spans and spans[-1][1] < seconds - SHORTER / SAMPLE_RATE:
-        return str(path), f"alignment of {path.stem}: truncated at {spans[-1][1]} of {seconds} s"
+        return Alignment(path.stem, path, reason=f"truncated at {spans[-1][1]} of {seconds} s")
     return Alignment(path.stem, path, seconds, spans)
 
 
@@ -143,7 +145,7 @@ def _span(begin: Any, end: Any, phone: Any) -> tuple[float, float, str]:
     return float(begin), float(end), phone
 
 
-def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
+def _montreal_json(path: Path) -> Alignment:
     """One utterance as the Montreal Forced Aligner writes it with ``--output_format json``."""
     try:
         whole = json.loads(files.read_text(path))
@@ -151,10 +153,10 @@ def _montreal_json(path: Path) -> Alignment | tuple[str, str]:
         return Alignment(path.stem, path, float(whole["end"]), spans)
     except _WRONG as error:
         what = f"not JSON of the Montreal Aligner with a tier phones ({type(error).__name__}: {error})"
-        return str(path), f"alignment of {path.stem}: {what}"
+        return Alignment(path.stem, path, reason=what)
 
 
-def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment | tuple[str, str]]:
+def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment]:
     try:
         table = json.loads(files.read_text(path))
     except (ValueError, RecursionError) as error:  # not JSON, or not text
@@ -167,4 +169,4 @@ def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment | tuple[str
             phones = [_span(begin, float(begin) + float(length), phone) for begin, length, phone in spans]
             yield Alignment(utterance, path, float(seconds), phones)
         except _WRONG:
-            yield str(path), f"alignment of {utterance}: not [seconds, [[begin, duration, phone], …]]"
+            yield Alignment(utterance, path, reason="not [seconds, [[begin, duration, phone], …]]")

@@ -22,7 +22,7 @@ from scipy.signal import resample_poly
 
 from fedhubert_lib import files, params, seeds, threads
 from fedhubert_lib.audio import SAMPLE_RATE
-from fedhubert_lib.corpora import sentences
+from fedhubert_lib.corpora import alignments, sentences
 from fedhubert_lib.corpora.archives import Progress
 
 TRAIN_SUBSET, TEST_SUBSET = "synthetic-train", "synthetic-test"
@@ -262,5 +262,5 @@ def _write_tables(folder: Path, speakers: list[dict], spoken: list[Spoken]) -> N
             chapter.write_text("".join(lines), encoding="utf-8")
     header = ";ID | SEX | SUBSET | MINUTES | NAME\n"
     (folder / "SPEAKERS.TXT").write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
-    table = pd.DataFrame(phones, columns=["utterance", "start_sample", "end_sample", "phone"])
+    table = pd.DataFrame(phones, columns=alignments.PHONES.names)
     table.to_parquet(folder / "phones.parquet", index=False)
