@@ -202,8 +202,7 @@ def batches(
             while pending:
                 yield pending.popleft().result()
         finally:  # the consumer may stop early
-            for future in pending:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 _decoded: dict[tuple[str, int, int], Tensor] = {}

@@ -148,10 +148,7 @@ def _verify(path: Path, md5: str, remedy: str, on_progress: Progress) -> None:
 
 
 def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progress) -> None:
-    """Unpack ``archive`` so that ``root/inside/name`` appears, complete; other files of its top folder go beside it.
-
-    A run that was killed, or whose disk was full, leaves its hidden folder, and the next one continues from there.
-    """
+    """Unpack ``archive`` so that ``root/inside/name`` appears, complete; other files of its top folder go beside it."""
     hidden, packed = root / f".{name}.unpacking", archive.stat().st_size
     with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as tar:
         for member in tar:
