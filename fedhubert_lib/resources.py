@@ -23,17 +23,15 @@ def cores() -> int:
     Slurm's number counts because a cluster may not enforce it: ``--cpus-per-task``, else its CPUs on this node.
     """
     granted = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    granted += [max(1, int(quota) // int(period)) for quota, period in _quotas() if quota.isdecimal() and int(period)]
+    version_2 = (text.split() for text in _settings("", "cpu.max"))
+    version_1 = zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=True)
+    for quota, period in (*version_2, *version_1):
+        if quota.isdecimal() and int(period):  # max or -1: none
+            granted.append(max(1, int(quota) // int(period)))
     slurm = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
     if slurm.isdecimal():
         granted.append(int(slurm))
     return max(1, min(granted))
-
-
-def _quotas() -> Iterator[list[str]]:
-    """Quota and period of this process' control groups, of version 2 and 1; quota max or -1: none."""
-    yield from (text.split() for text in _settings("", "cpu.max"))
-    yield from zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=True)
 
 
 def resolve(device: str) -> str:
@@ -103,12 +101,13 @@ def autocast(device: "torch.device | str", precision: str) -> "torch.autocast":
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" or precision == "auto" and fast)
 
 
-def peak_memory() -> int:
-    """The largest number of bytes of main memory that this process has held so far.
+def peak_memory(children: bool = False) -> int:
+    """The largest number of bytes of main memory that this process, or one of its ``children`` that ended, has held.
 
     On Linux from /proc: ``getrusage`` gives a child no less than what its parent held when it was started.
     """
     status = Path("/proc/self/status")
-    if status.is_file():
+    if status.is_file() and not children:
         return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
+    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

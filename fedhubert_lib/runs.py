@@ -11,7 +11,6 @@ import ast
 import contextlib
 import math
 import os
-import resource
 import shutil
 import socket
 import sys
@@ -129,9 +128,9 @@ def start(stage: str, namespace: dict[str, Any]) -> Stage:
 
 
 def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str, Any]:
-    """End the stage: the last call of its notebook. ``fedhubert ls`` shows ``headline``, its main figures.
+    """End the stage: the last call of its notebook. Returns the provenance, now with time and peak memory.
 
-    Writes ``done.json`` last of all. Returns the provenance, now with time and peak memory.
+    ``fedhubert ls`` shows ``headline``, its main figures.
     """
     folder = stage.folder
     if wrong := [name for name, value in headline.items() if isinstance(value, float) and not math.isfinite(value)]:
@@ -390,10 +389,9 @@ def state(run: Path, stage: str) -> dict[str, Any]:
 
 def _used_since(started: float) -> dict[str, Any]:
     """Time since ``started``, and the peak memory of the notebook or of its largest worker, whichever is more."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = [resources.peak_memory(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit]
+    peak = max(resources.peak_memory(), resources.peak_memory(children=True))
+    used = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak}
     torch = sys.modules.get("torch")
-    used = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": max(peaks)}
     if torch and torch.cuda.is_initialized():
         used["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     return used
