@@ -28,7 +28,7 @@ def causes(run: Path) -> list[str]:
     """The causes that the records of pretraining show, in the order in which they should be looked into."""
     p = records.parameters(run / "03_pretrain")
     rows = files.read_rows(run / "03_pretrain" / "metrics.jsonl")
-    rounds = pd.DataFrame(files.rounds(run / "03_pretrain" / "metrics.jsonl"))
+    rounds = pd.DataFrame([row for row in rows if row["kind"] == "round"])
     if rounds.empty or rounds.loss.isna().all():  # with privacy a round may have no loss
         return []
     last = rounds.select_dtypes("number").tail(max(1, len(rounds) // 10)).mean()
@@ -42,11 +42,6 @@ def _entropy(frequencies: np.ndarray) -> float:
     """Nats that a model loses which names each label as often as it occurs, and hears nothing."""
     used = frequencies[frequencies > 0]
     return float(-(used * np.log(used)).sum())
-
-
-def _learns(last: pd.Series, frequencies: np.ndarray | None) -> bool:
-    """Whether the loss has left that of guessing."""
-    return frequencies is not None and last.loss < _entropy(frequencies) - NEAR
 
 
 def _plateau(last: pd.Series, frequencies: np.ndarray | None) -> str:
@@ -71,9 +66,10 @@ def _shifted(run: Path, p: Mapping[str, Any], last: pd.Series, frequencies: np.n
         side = "before" if lag > 0 else "after"
         figures = f"{measured[lag]:.0%} of the labels fit the audio {20 * abs(lag)} ms {side} them,"
         figures += f" {measured[0]:.0%} that beside them"
-    elif not _learns(last, frequencies) or last.accuracy_unmasked > last.accuracy_masked:
-        return ""
     else:
+        learns = frequencies is not None and last.loss < _entropy(frequencies) - NEAR
+        if not learns or last.accuracy_unmasked > last.accuracy_masked:
+            return ""
         figures = f"loss falls, to {last.loss:.2f}, but frames that are heard are not known better than hidden ones:"
         figures += f" accuracy {last.accuracy_unmasked:.3f} and {last.accuracy_masked:.3f}"
     return f"labels shifted against the audio: {figures}. Run 02_kmeans again, and look at how its labels were replaced"

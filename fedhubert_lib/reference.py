@@ -136,12 +136,11 @@ def _portable(value: Any) -> Any:
 
 def write(reference: Reference, path: Path) -> None:
     """Write a reference as JSON, a column of numbers on a line."""
-    values = dict(vars(reference))
-    values["curves"] = {
-        stage: {name: {key: [float(f"{x:.4g}") for x in column] for key, column in table.items()}
-                for name, table in of_stage.items()}
+    curves = {
+        stage: {name: table.map(lambda x: float(f"{x:.4g}")).to_dict("list") for name, table in of_stage.items()}
         for stage, of_stage in reference.curves.items()
-    }  # fmt: skip
+    }
+    values = vars(reference) | {"curves": curves}
     text = re.sub(r",\n +(?=[-\d])", ", ", json.dumps(values, indent=1))  # the numbers of a column on a line
     with files.atomic(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
