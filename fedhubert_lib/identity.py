@@ -128,8 +128,8 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     evaluate on. ``codebooks``: the labels and centroids of each.
     """
     data = _data(folder)
-    hashes: dict[str, Any] = {"outputs": _combined(data)}
-    hashes["files"] = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
+    kept = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
+    hashes: dict[str, Any] = {"outputs": _combined(data), "files": kept}
     if isinstance(p, params.Kmeans):
         hashes["codebooks"] = {
             kind: _combined({name: value for name, value in data.items() if kind in name.split("/")})

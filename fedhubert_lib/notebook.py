@@ -126,11 +126,10 @@ def live_curves(run: Path, stage: str, clusters: int | None = None) -> Iterator[
     """Training curves that grow while ``stage`` of a run trains: a line of progress and a figure, both redrawn from
     metrics.jsonl as rows are written.
 
-    The stage's folder holds metrics.jsonl, and centralised/metrics.jsonl when that is trained. The block gets the
-    stage's ``on_row``. ``clusters`` draws what guessing among them would give; the band of the reference that belongs
-    to the run is drawn where there is one, else a line says why not. On leaving, also by an error, the last figure is
-    drawn, so that a headless run holds the final state, and saved as figures/curves. At most one twentieth of the time
-    goes into drawing.
+    The block gets the stage's ``on_row``. ``clusters`` draws what guessing among them would give; the band of the
+    reference that belongs to the run is drawn where there is one, else a line says why not. On leaving, also by an
+    error, the last figure is drawn, so that a headless run holds the final state, and saved as figures/curves. At most
+    one twentieth of the time goes into drawing.
     """
     folder, (chosen, words) = run / FOLDERS[stage], reference.of(run, stage)
     band = None if chosen is None else chosen.curves[stage]
@@ -141,8 +140,8 @@ def live_curves(run: Path, stage: str, clusters: int | None = None) -> Iterator[
 
     def draw() -> Figure | None:
         rows, centralised = (read_rows(folder / part / "metrics.jsonl") for part in ("", "centralised"))
-        words = progress.last_round(rows), progress.at_work(rows), progress.last_round(centralised)
-        words = *words[:2], words[2] and f"centralised {words[2]}"
+        pooled = progress.last_round(centralised)
+        words = progress.last_round(rows), progress.at_work(rows), pooled and f"centralised {pooled}"
         line.update(HTML(f"<code>{escape('; '.join(filter(None, words)))}</code>"))
         if not any(row["kind"] == "round" for row in rows + centralised):
             return None

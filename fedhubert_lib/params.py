@@ -1,7 +1,6 @@
 """The parameters of every notebook: typed, documented, validated before any kernel starts.
 
-A section per notebook. The defaults stand here alone: a chain of seconds, which ``params/toy.yaml`` is. Pretraining and
-distillation share a federation, whose parameters come in six groups.
+A section per notebook. The defaults stand here alone: a chain of seconds, which ``params/toy.yaml`` is.
 """
 
 import os

@@ -81,10 +81,9 @@ class ParameterError(ValueError):
 def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None) -> Study:
     """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.
 
-    What neither the file nor its ``base`` sets has its default; what ``distill`` does not set and ``pretrain`` does is
-    pretraining's, but for the model's shape. ``run`` names the folder under outputs/; default: the file's ``run``, else
-    its ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
-    ParameterError with all errors at once.
+    What neither the file nor its ``base`` sets has its default, or pretraining's value. ``run`` names the folder under
+    outputs/; default: the file's ``run``, else its ``study``, else the file's name. Raises ParameterError with all
+    errors at once.
 
     >>> study = load(params.ROOT / "params" / "toy.yaml", ["pretrain.rounds=8"], "mine")
     >>> study.pretrain.rounds, study.distill.run
@@ -134,16 +133,14 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     parameters cell shows only what its reader may want to change.
     """
     schema, where = SECTIONS[stage], f"parameters of {FOLDERS[stage]}"
-    plain: dict[str, Any] = {
-        name: value
+    plain = {
+        # papermill reads YAML 1.1, to which 1e-3 is text
+        name: _value(schema, name, value) if isinstance(value, str) else value
         for name, value in namespace.items()
         if isinstance(value, bool | int | float | str | list | tuple | set | dict | None)
         and not name.startswith("_")
         and name not in ("In", "Out")  # IPython's
     }
-    for name, value in plain.items():
-        if isinstance(value, str):  # papermill reads YAML 1.1, to which 1e-3 is text
-            plain[name] = _value(schema, name, value)
     try:
         section = schema.model_validate(plain)
     except ValidationError as error:
