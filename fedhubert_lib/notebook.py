@@ -168,10 +168,7 @@ def verdict(run: Path, stage: str) -> None:
 
 
 class Browser(widgets.VBox):
-    """Steps through groups of utterances (clients, speakers): spectrogram, phones and labels aligned, and the sound.
-
-    Its output carries the widget and a PNG of the first page, so that a static copy of the notebook keeps a figure.
-    """
+    """Steps through groups of utterances (clients, speakers): spectrogram, phones and labels aligned, and the sound."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ def take(stage: str, p: params.Section, run: Path, others: Sequence[Path], now: 
     name = params.FOLDERS[stage]
     for other in others if stage != "evaluate" else ():  # a report names its run
         done = records.read_json(other / name / "done.json")
-        if why := _differs(stage, p, other, done, _seen_from(run, other, stage, now)):
+        if why := _differs(stage, p, run, other, done, now):
             print(f"{name}: {why}", flush=True)
         else:
             copied = _link(stage, p, run, other, now)
@@ -42,23 +42,19 @@ def take(stage: str, p: params.Section, run: Path, others: Sequence[Path], now: 
     return False
 
 
-def _differs(stage: str, p: Any, other: Path, done: dict[str, Any] | None, now: Mapping[str, Any]) -> str:
+def _differs(stage: str, p: Any, run: Path, other: Path, done: dict[str, Any] | None, now: Mapping[str, Any]) -> str:
     """Why the stage of ``other`` with the record ``done`` cannot be taken; empty if it can."""
     if done is None:
         return f"not done in {other.name}"
+    if stage == "partition":  # which reads the tables of the corpus: the same speech may lie elsewhere in ``other``
+        ours, theirs = (records.read_json(folder / "00_corpus" / "done.json") or {} for folder in (run, other))
+        if ours and ours.get("speech") == theirs.get("speech"):
+            now = {**now, "inputs": {**now["inputs"], "00_corpus": theirs["outputs"]}}
     if changed := identity.compare(done["identity"], now).results:
         return f"differs from {other.name} ({changed})"
     if "deployment" in (getattr(p, "engine", ""), done["identity"]["parameters"].get("engine")):
         return f"not taken from {other.name}: in a real federation clients keep their part of it"
     return ""
-
-
-def _seen_from(run: Path, other: Path, stage: str, now: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The identity ``now`` of ``stage`` in ``run`` as it would be in ``other``, whose same speech lies elsewhere."""
-    ours, theirs = (records.read_json(folder / "00_corpus" / "done.json") or {} for folder in (run, other))
-    if stage != "partition" or not ours or ours.get("speech") != theirs.get("speech"):
-        return now
-    return {**now, "inputs": {**now["inputs"], "00_corpus": theirs["outputs"]}}
 
 
 def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[str, Any]) -> int:
