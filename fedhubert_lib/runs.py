@@ -313,7 +313,10 @@ def _has_results(folder: Path) -> bool:
 
 
 def lost_audio(run: Path) -> Path | None:
-    """The first utterance of a synthetic corpus, if the path that its table has leads nowhere: the run was moved."""
+    """The first utterance of a synthetic corpus, if it is not where the tables say: the run was moved.
+
+    They name audio by absolute path; 00_corpus and 01_partition of a run that was moved write them again.
+    """
     manifest = run / "00_corpus" / "manifest.parquet"
     if not manifest.is_file() or not (run / "00_corpus" / "synthetic").is_dir():
         return None

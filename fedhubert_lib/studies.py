@@ -81,9 +81,10 @@ class ParameterError(ValueError):
 def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None) -> Study:
     """Read the study file ``path`` and put ``overrides`` (``section.key=value``, ``seed=1``) on top.
 
-    What neither the file nor its ``base`` sets has its default, or pretraining's value. ``run`` names the folder under
-    outputs/; default: the file's ``run``, else its ``study``, else the file's name. Raises ParameterError with all
-    errors at once.
+    What neither the file nor its ``base`` sets has its default; what ``distill`` does not set and ``pretrain`` does is
+    pretraining's, but for the model's shape. ``run`` names the folder under outputs/; default: the file's ``run``, else
+    its ``study``, else the file's name. The top level's ``seed`` holds in every section that sets none. Raises
+    ParameterError with all errors at once.
 
     >>> study = load(params.ROOT / "params" / "toy.yaml", ["pretrain.rounds=8"], "mine")
     >>> study.pretrain.rounds, study.distill.run
