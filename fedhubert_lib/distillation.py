@@ -207,17 +207,6 @@ def centroids(run: Path, p: params.Distill, teacher: Teacher) -> Path:
     return run / STAGE / "clusters" / f"{target_name(p, digest(teacher))}.safetensors"
 
 
-def initial(run: Path, p: params.Distill, teacher: Teacher) -> tuple[hubert.HubertConfig, Arrays]:
-    """The student's configuration and weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
-    config, module = recipes.model_config(p), _modules(json.dumps(_sizes(run, p, teacher)), "cpu")
-    for name, key in {"model": "student", "head": "student-head", "regressors": "regressors"}.items():
-        if name in module:
-            hubert.initialise(module[name], seeds.torch_generator(p.seed, key))
-    if p.initial == "teacher":
-        module["model"].load_state_dict(teaching.student_from(teacher.model, config).state_dict())
-    return config, {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
 def _sizes(run: Path, p: params.Distill, teacher: Teacher) -> dict[str, Any]:
     """The student's configuration, K of its head, and width and number of the layers that its regressors predict."""
     clusters, regression, config = 0, [], teacher.model.config
@@ -231,15 +220,19 @@ def _sizes(run: Path, p: params.Distill, teacher: Teacher) -> dict[str, Any]:
 
 
 def begin(run: Path, p: params.Distill, teacher: Teacher | None = None) -> tuple[rounds.Task, Arrays]:
-    """What is trained, and the student's weights before round 1 (see ``initial``)."""
+    """What is trained, and the student's weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
     teacher = teacher or read_teacher(run, p)
-    config, weights = initial(run, p, teacher)
-    message = {
-        "params": p.model_dump(mode="json"),
-        "student": _sizes(run, p, teacher),
-        "teacher": {"digest": digest(teacher), "folder": str(teacher_folder(run, p).resolve())},
-    }
-    return rounds.Task("distill", message, teaching.averages, pretrained.documents(config)), weights
+    config, sizes = recipes.model_config(p), _sizes(run, p, teacher)
+    module = _modules(json.dumps(sizes), "cpu")
+    for name, key in {"model": "student", "head": "student-head", "regressors": "regressors"}.items():
+        if name in module:
+            hubert.initialise(module[name], seeds.torch_generator(p.seed, key))
+    if p.initial == "teacher":
+        module["model"].load_state_dict(teaching.student_from(teacher.model, config).state_dict())
+    source = {"digest": digest(teacher), "folder": str(teacher_folder(run, p).resolve())}
+    message = {"params": p.model_dump(mode="json"), "student": sizes, "teacher": source}
+    task = rounds.Task("distill", message, teaching.averages, pretrained.documents(config))
+    return task, {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def send(clients: Clients, teacher: Teacher) -> int:

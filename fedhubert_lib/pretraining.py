@@ -98,29 +98,20 @@ def save(run: Path, server: rounds.Server) -> Path:
 
 
 def begin(run: Path, p: params.Pretrain) -> tuple[rounds.Task, Arrays]:
-    """What is trained, and the weights before round 1 (see ``initial``)."""
-    config, weights = initial(run, p)
-    message: dict[str, Any] = {"params": p.model_dump(mode="json"), "model": asdict(config)}
-    message["clusters"] = recipes.clusters(run, p.codebook)
-    return rounds.Task("pretrain", message, objectives.averages, pretrained.documents(config)), weights
-
-
-def initial(run: Path, p: params.Pretrain) -> tuple[hubert.HubertConfig, Arrays]:
-    """Configuration and weights before round 1, named model.NAME and head.NAME: from the seed, or ``p.initial``.
+    """What is trained, and the weights before round 1, named model.NAME and head.NAME: from the seed, or ``p.initial``.
 
     A head is taken from ``p.initial`` where that has one for as many clusters.
     """
-    count = recipes.clusters(run, p.codebook)
-    head = None
+    clusters, head = recipes.clusters(run, p.codebook), None
     if p.initial:
         model, head = pretrained.load(p.initial)
-        if head is not None and len(head.label_embeddings) != count:
-            head = None
     else:
         model = hubert.Hubert(recipes.model_config(p))
         hubert.initialise(model, seeds.torch_generator(p.seed, "model"))
-    if head is None:
-        head = hubert.Head(model.config, count)
+    if head is None or len(head.label_embeddings) != clusters:
+        head = hubert.Head(model.config, clusters)
         hubert.initialise(head, seeds.torch_generator(p.seed, "head"))
     module = nn.ModuleDict({"model": model, "head": head})
-    return model.config, {name: parameter.detach() for name, parameter in module.named_parameters()}
+    message = {"params": p.model_dump(mode="json"), "model": asdict(model.config), "clusters": clusters}
+    task = rounds.Task("pretrain", message, objectives.averages, pretrained.documents(model.config))
+    return task, {name: parameter.detach() for name, parameter in module.named_parameters()}

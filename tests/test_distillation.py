@@ -219,8 +219,9 @@ def test_run_refuses_a_teacher_of_another_architecture(run):
 
 
 def test_student_of_another_width_starts_at_random(run):
-    config, arrays = distillation.initial(run, distill(hidden_size=96), distillation.read_teacher(run, distill()))
-    assert config.hidden_size == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)
+    task, arrays = distillation.begin(run, distill(hidden_size=96), distillation.read_teacher(run, distill()))
+    config = task.config["student"]["model"]
+    assert config["hidden_size"] == 96 and arrays["head.label_embeddings"].shape == (federation.TONES, 128)
     heads = {width: recipes.model_config(distill(hidden_size=width)).num_attention_heads for width in (96, 128, 176)}
     assert heads == {96: 3, 128: 2, 176: 2}
     assert recipes.model_config(distill(front_end="waveform", conv_width=32)).conv_dim == (32,) * 7

@@ -415,7 +415,7 @@ def test_the_baseline_has_the_federations_start_updates_and_audio(run, monkeypat
 
 def test_pretraining_can_start_from_a_checkpoint(run, tmp_path):
     first = pretraining.run(run, pretrain(rounds=1))
-    _, weights = pretraining.initial(run, pretrain(initial=str(first)))
+    _, weights = pretraining.begin(run, pretrain(initial=str(first)))
     assert digest(weights) == digest(weights_of(first))
 
 
