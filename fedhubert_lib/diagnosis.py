@@ -13,7 +13,7 @@ import torch
 
 from fedhubert_lib import files, records
 from fedhubert_lib.federated import handlers
-from fedhubert_lib.kmeans import client, reading
+from fedhubert_lib.kmeans import client, public, reading
 from fedhubert_lib.labels import Labels
 
 LAGS = range(-25, 26)
@@ -92,13 +92,8 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     table = table.assign(samples=table.samples.clip(upper=reading.LONG))
     if not all(Path(path).exists() for path in table.path):
         return None
-    parts = [part[0] for _, batch in reading.extracted({}, settings, table, "cpu") for part in batch]
-    scales: reading.Scales = {}
-    if settings["normalisation"] == "global":
-        scales = {reading.EVERYBODY: (stored["mean"], stored["std"])}
-    elif settings["normalisation"] == "speaker":
-        scales = reading.speaker_statistics(zip(table.speaker, parts, strict=True))
-    labels, lists = Labels(homes[0].labels / codebook), reading.normalised(parts, table.speaker, scales)
+    parts = [part[0] for part in public.extracted({}, settings, table, "cpu")]
+    labels, lists = Labels(homes[0].labels / codebook), public.normalised(parts, table.speaker, settings, stored)
     pairs = [
         (client.assign(x, stored).numpy(), labels[u][: len(x)]) for x, u in zip(lists, table.utterance, strict=True)
     ]

@@ -35,7 +35,7 @@ def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, 
 def moments(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Count, sum and sum of squares per dimension of the sampled frames: what ``global`` normalisation needs."""
     total, squares, count = 0.0, 0.0, 0
-    for _, parts in reading.stream(home, arrays, {**config, "normalisation": "none"}, reading.sampled(home, config)):
+    for parts in reading.stream(home, arrays, {**config, "normalisation": "none"}, reading.sampled(home, config)):
         added = reading.moments(torch.cat(parts))
         total, squares, count = total + added[0], squares + added[1], count + added[2]
     _require(home, count, 1)
@@ -68,7 +68,7 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     clusters, width = centroids.shape
     sums = torch.zeros(clusters, width, dtype=torch.float64)
     counts, inertias = torch.zeros(2, clusters, dtype=torch.float64)
-    for _, parts in reading.stream(home, arrays, config, reading.sampled(home, config)):
+    for parts in reading.stream(home, arrays, config, reading.sampled(home, config)):
         frames = torch.cat(parts)
         added = clustering.statistics(frames, clustering.nearest(frames, centroids), centroids)
         for total, part in zip((sums, counts, inertias), added, strict=True):
@@ -122,7 +122,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     def sequences(missing: pd.DataFrame) -> Iterator[list[np.ndarray]]:
         if any(name.startswith("model/") for name in arrays):
             reading.compute(home, arrays, config)
-        for _, parts in reading.stream(home, arrays, config, missing):
+        for parts in reading.stream(home, arrays, config, missing):
             sequence = assign(torch.cat(parts), codebook).cpu()
             yield [part.numpy() for part in sequence.split([len(part) for part in parts])]
 

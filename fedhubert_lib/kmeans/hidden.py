@@ -74,7 +74,7 @@ def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
     layers, sequences = range(1, config["model"]["num_hidden_layers"] + 1), []
     parts = public.extracted(weights, config, table, device, layers)
     for number in range(len(layers)):  # one layer at a time is more than float16: ten minutes of base's are 0.6 GB
-        states = public.normalised([part[number].float() for part in parts], table.speaker, config)
+        states = public.normalised([part[number].float() for part in parts], table.speaker, config, {})
         sequences.append(_labels(torch.cat(states), config))
     if phones is not None:
         scores = [units.quality(labels[phones != ""], phones[phones != ""], p.seed)["pnmi"] for labels in sequences]

@@ -1,6 +1,6 @@
 """Public speech at the server, of speakers that no client has: what units are measured on, and a layer is chosen by."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def speech(run: Path, config: dict[str, Any], frames: int) -> tuple[pd.DataFrame
 
 
 def extracted(
-    weights: Arrays, config: dict[str, Any], table: pd.DataFrame, device: str, layers: Sequence[int] | None = None
+    weights: Arrays, config: Mapping[str, Any], table: pd.DataFrame, device: str, layers: Sequence[int] | None = None
 ) -> list[Tensor]:
     """Features of each utterance of ``table``, [layers, frames, D], in the type in which clients keep them."""
     dtype = torch.float16 if config["features"] == "hidden" else torch.float32
@@ -51,13 +51,15 @@ def extracted(
 
 
 def normalised(
-    parts: Sequence[Tensor], speakers: Iterable[str], config: dict[str, Any], scales: reading.Scales | None = None
+    parts: Sequence[Tensor], speakers: Iterable[str], config: Mapping[str, Any], arrays: Arrays
 ) -> list[Tensor]:
-    """``parts``, [frames, D] of each utterance, scaled as ``config`` says: by ``scales``, otherwise by the
-    statistics of their speakers in these utterances, or of all of them."""
+    """``parts``, [frames, D] of each utterance, scaled as ``config`` says: by mean and std of ``arrays`` where these
+    are there, otherwise by the statistics of their speakers in these utterances, or of all of them."""
     if config["normalisation"] == "none":
         return list(parts)
-    if not scales:
-        names = speakers if config["normalisation"] == "speaker" else [reading.EVERYBODY] * len(parts)
+    names = list(speakers) if config["normalisation"] == "speaker" else ["everybody"] * len(parts)
+    if "mean" in arrays:
+        scales = dict.fromkeys(names, (arrays["mean"], arrays["std"]))
+    else:
         scales = reading.speaker_statistics(zip(names, parts, strict=True))
-    return reading.normalised(parts, speakers, scales)
+    return reading.normalised(parts, names, scales)

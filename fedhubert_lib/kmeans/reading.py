@@ -8,6 +8,7 @@ float32.
 import collections
 import hashlib
 import importlib
+import itertools
 import json
 import shutil
 import time
@@ -40,9 +41,8 @@ LONG = 100 * audio.SAMPLE_RATE
 DELTAS = 2 * audio.HOP
 """Samples beside a piece of a long recording that its MFCCs need: delta and its delta look two frames ahead each."""
 
-EVERYBODY = ""
 Scales = Mapping[str, Sequence[Tensor]]
-"""Mean and standard deviation [D] by speaker, or under EVERYBODY those of all; empty: features stay as they are."""
+"""Mean and standard deviation [D] by speaker; empty: features stay as they are."""
 
 
 def utterances(home: ClientHome) -> pd.DataFrame:
@@ -86,32 +86,30 @@ def in_memory(
         table = within(sampled(home, config), config, FIT_FRAMES)
     frames = torch.empty(int(table.samples.map(audio.frame_count).sum()), config["width"], device=home.device)
     free = frames  # filled as it is read: lists of parts would take the memory twice
-    for _, parts in stream(home, arrays, config, table):
-        for part in parts:
-            free[: len(part)] = part
-            free = free[len(part) :]
+    for part in itertools.chain.from_iterable(stream(home, arrays, config, table)):
+        free[: len(part)] = part
+        free = free[len(part) :]
     return frames
 
 
 def stream(
     home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame
-) -> Iterator[tuple[pd.DataFrame, list[Tensor]]]:
-    """Features of the utterances of ``table`` in its order, a batch at a time: its rows, and [frames, D] for each, of
-    as many of its samples as ``table`` says."""
-    scales = _scales(home, arrays, config)
+) -> Iterator[list[Tensor]]:
+    """Features of the utterances of ``table`` in its order, a batch at a time, [frames, D] for each: of as many of its
+    samples as ``table`` says."""
+    scales = _scales(home, arrays, config, table)
     cached = labels.Ragged(home.state / "features", "features", dtype_of(config), config["width"])
     for rows in _batches(table, BATCH_VALUES // config["width"] * audio.HOP):
         kept = (cached[row.utterance][: audio.frame_count(row.samples)] for row in rows.itertuples())
         parts = [torch.tensor(frames, device=home.device).float() for frames in kept]
-        yield rows, normalised(parts, rows.speaker, scales)
+        yield normalised(parts, rows.speaker, scales)
 
 
 def normalised(parts: Sequence[Tensor], speakers: Iterable[str], scales: Scales) -> list[Tensor]:
-    """Features of utterances, [frames, D] each, scaled by mean and standard deviation of their speakers, or of all."""
+    """Features of utterances, [frames, D] each, scaled by mean and standard deviation of their speakers."""
     if not scales:
         return list(parts)
-    chosen = (scales[speaker if EVERYBODY not in scales else EVERYBODY] for speaker in speakers)
-    return [(part - mean) / std for part, (mean, std) in zip(parts, chosen, strict=True)]
+    return [(part - scales[name][0]) / scales[name][1] for part, name in zip(parts, speakers, strict=True)]
 
 
 def dtype_of(config: Mapping[str, Any]) -> np.dtype:
@@ -232,16 +230,18 @@ def standardiser(total: Tensor, squares: Tensor, count: float) -> tuple[Tensor, 
     return mean.float(), torch.where(varies, variance.sqrt(), 1.0).float()
 
 
-def _scales(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Scales:
-    """What this client's features are normalised by; statistics of speakers are computed once, of all it has."""
+def _scales(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame) -> Scales:
+    """What the features of ``table`` are normalised by; statistics of speakers are computed once, of all that the
+    client has."""
     if config["normalisation"] == "none":
         return {}
     if config["normalisation"] == "global":
-        return {EVERYBODY: (arrays["mean"].to(home.device), arrays["std"].to(home.device))}
+        return dict.fromkeys(table.speaker, (arrays["mean"].to(home.device), arrays["std"].to(home.device)))
     path = home.state / "features" / "speakers.safetensors"
     if not path.exists():
-        batches = stream(home, arrays, {**config, "normalisation": "none"}, utterances(home))
-        pairs = (pair for rows, parts in batches for pair in zip(rows.speaker, parts, strict=True))
+        everything = utterances(home)
+        parts = itertools.chain.from_iterable(stream(home, arrays, {**config, "normalisation": "none"}, everything))
+        pairs = zip(everything.speaker, parts, strict=True)
         with files.atomic(path) as temporary:
             save_file({s: torch.stack(both).cpu() for s, both in speaker_statistics(pairs).items()}, temporary)
     return {speaker: both.to(home.device).unbind() for speaker, both in load_file(path).items()}

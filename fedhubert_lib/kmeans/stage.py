@@ -14,7 +14,7 @@ from torch import Tensor
 from fedhubert_lib import audio, files, resources, seeds, units
 from fedhubert_lib.features import MFCC_DIMENSION
 from fedhubert_lib.federated import handlers
-from fedhubert_lib.federated.protocol import Arrays, Clients, Reply
+from fedhubert_lib.federated.protocol import Arrays, Clients
 from fedhubert_lib.kmeans import client, clustering, public, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 
@@ -208,25 +208,18 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
 
 
 def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> dict[str, Any]:
-    """Have every client write its labels; note who has them; quality and cost of that."""
+    """Have every client write its labels; note who has them; what that cost, and what the labels are worth.
+
+    Usage and unit quality come from the clients' counts, over all of them and as the mean of each alone.
+    """
     started, before = time.perf_counter(), dict(exchange.bytes)
-    path = run / "02_kmeans" / "codebooks" / config["kind"] / "codebook.json"
-    labelled: list[str] = []
-    like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
-    replies = exchange.ask("label", arrays, config, like=like)
-    row = _quality(path.parent, replies, p, labelled)
-    files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": labelled})
-    row |= {f"label_{name}": count for name, count in exchange.since(before).items()}
-    return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
-
-
-def _quality(folder: Path, replies: Iterable[Reply], p: "Kmeans", labelled: list[str]) -> dict[str, Any]:
-    """Usage and unit quality of a codebook from its clients' counts, over all of them and as the mean of each alone."""
+    folder, labelled, row = run / "02_kmeans" / "codebooks" / config["kind"], [], {}
     counts, runs = np.zeros(p.clusters, np.int64), 0
     total, alone = ([], np.zeros((0, p.clusters), np.int64)), []
-    for reply in replies:
+    like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
+    for reply in exchange.ask("label", arrays, config, like=like):
         labelled.append(reply.client)
-        if p.noise_multiplier:
+        if p.noise_multiplier:  # which covers no counts of labels
             continue
         counts += reply.arrays["counts"].numpy()
         runs += int(reply.arrays["runs"])
@@ -235,11 +228,10 @@ def _quality(folder: Path, replies: Iterable[Reply], p: "Kmeans", labelled: list
             total = units.added([total, phones])
             if (phones[1].sum(1) > 0).sum() > 1:
                 alone.append(units.quality_of_counts(phones[1], p.seed))
-    if p.noise_multiplier:
-        return {}
-    row = units.usage(counts, runs)
-    with files.atomic(folder / "counts.npy") as temporary:
-        np.save(temporary, counts)
+    if not p.noise_multiplier:
+        row = units.usage(counts, runs)
+        with files.atomic(folder / "counts.npy") as temporary:
+            np.save(temporary, counts)
     if alone:
         row |= units.quality_of_counts(total[1], p.seed)
         for name in ("pnmi", "shuffled_pnmi"):
@@ -247,7 +239,10 @@ def _quality(folder: Path, replies: Iterable[Reply], p: "Kmeans", labelled: list
             row[f"{name}_within"] = float(np.average(values, weights=frames))
         with files.atomic(folder / "phones.parquet") as temporary:
             pd.DataFrame(total[1], total[0]).rename(columns=str).to_parquet(temporary)
-    return row
+    path = folder / "codebook.json"
+    files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": labelled})
+    row |= {f"label_{name}": count for name, count in exchange.since(before).items()}
+    return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
 
 
 def _probe(
@@ -257,9 +252,8 @@ def _probe(
     (table, _), (chosen, phones) = (public.speech(run, config, frames) for frames in (public.FRAMES, PROBE_FRAMES))
     if chosen.empty:
         return None
-    scales = {reading.EVERYBODY: (arrays["mean"], arrays["std"])} if "mean" in arrays else None
     parts = [part[0].float() for part in public.extracted(weights, config, table, device)]
-    parts = public.normalised(parts, table.speaker, config, scales)
+    parts = public.normalised(parts, table.speaker, config, arrays)
     counts = dict(zip(chosen.utterance, chosen.samples.map(audio.frame_count), strict=True))
     taken = (part[: counts[name]] for name, part in zip(table.utterance, parts, strict=True) if name in counts)
     return torch.cat(list(taken)), phones
