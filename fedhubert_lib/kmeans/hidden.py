@@ -1,7 +1,4 @@
-"""Features from a hidden layer of a checkpoint, for a second iteration: which layer, its weights, its frames.
-
-Imported by name where a study asks for it (``reading.optional``): k-means of MFCCs needs no model.
-"""
+"""Features from a hidden layer of a checkpoint, for a second iteration: which layer, its weights, its frames."""
 
 import dataclasses
 import json
@@ -74,8 +71,10 @@ def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
     layers, sequences = range(1, config["model"]["num_hidden_layers"] + 1), []
     parts = public.extracted(weights, config, table, device, layers)
     for number in range(len(layers)):  # one layer at a time is more than float16: ten minutes of base's are 0.6 GB
-        states = public.normalised([part[number].float() for part in parts], table.speaker, config, {})
-        sequences.append(_labels(torch.cat(states), config))
+        frames = torch.cat(public.normalised([part[number].float() for part in parts], table.speaker, config, {}))
+        rng = seeds.numpy_generator(p.seed, "kmeans-layers")
+        centroids, _ = clustering.fit(frames, min(p.clusters, CLUSTERS, len(frames)), rng)
+        sequences.append(clustering.nearest(frames, centroids).numpy())
     if phones is not None:
         scores = [units.quality(labels[phones != ""], phones[phones != ""], p.seed)["pnmi"] for labels in sequences]
         reason = f"PNMI of {len(phones)} frames of {table.speaker.nunique()} held-out speakers"
@@ -87,12 +86,6 @@ def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
     files.write_json(path, row)
     log({"kind": "layer", **row})
     return row["layer"]
-
-
-def _labels(frames: Tensor, config: dict[str, Any]) -> np.ndarray:
-    rng = seeds.numpy_generator(config["seed"], "kmeans-layers")
-    centroids, _ = clustering.fit(frames, min(config["clusters"], CLUSTERS, len(frames)), rng)
-    return clustering.nearest(frames, centroids).numpy()
 
 
 def model_of(arrays: Mapping[str, Tensor], config: Mapping[str, Any], device: str) -> Hubert:

@@ -1,7 +1,4 @@
-"""Differentially private Lloyd rounds: what a client releases, where they start, and what they cost.
-
-Imported by name where a study asks for noise (``noise_multiplier``; ``reading.optional``).
-"""
+"""Differentially private Lloyd rounds (``noise_multiplier``): what a client releases, where they start, their cost."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -90,11 +90,6 @@ def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None,
     return f"its answer holds a NaN or an infinity ({', '.join(unusable)})" if unusable else ""
 
 
-SETTINGS = {"normalisation", "sample_fraction", "seed", "clusters"}
-SETTINGS |= {"minimum_count", "noise_multiplier", "noise_clip", "noise_seeded"}
-"""Parameters that clients receive."""
-
-
 def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arrays:
     """Have the clients compute their features; the arrays of all further messages.
 
@@ -115,8 +110,10 @@ def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arra
 
 def settings(p: "Kmeans") -> dict[str, Any]:
     """The settings that every message carries, for MFCCs; ``hidden.describe`` gives those for a checkpoint's layer."""
-    chosen = p.model_dump(include=SETTINGS)
-    return chosen | {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
+    names = {"normalisation", "sample_fraction", "seed", "clusters", "minimum_count"}
+    names |= {"noise_multiplier", "noise_clip", "noise_seeded"}
+    mfcc = {"features": "mfcc", "layer": 0, "checkpoint": "", "width": features.MFCC_DIMENSION}
+    return p.model_dump(include=names) | mfcc
 
 
 def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

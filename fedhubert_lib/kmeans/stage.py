@@ -21,8 +21,6 @@ from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 if TYPE_CHECKING:
     from fedhubert_lib.params import Kmeans
 
-PER_CLIENT = ("client", "aligned")
-"""Kinds whose codebooks stay with the clients."""
 PROBE_FRAMES = 6000
 """Public frames that agreement is measured on at most: two minutes."""
 AGREEMENT_CLIENTS = 40
@@ -146,7 +144,7 @@ def _fit(
     kind, progress = config["kind"], run / "02_kmeans" / "codebooks" / config["kind"] / "lloyd.safetensors"
     if kind == "random-projection":
         return server.random_projection(config), {"rounds": 0}
-    if kind in PER_CLIENT:
+    if kind in ("client", "aligned"):
         return _of_each_client(p, exchange, arrays, config)
     if kind == "one-shot":
         centroids, cost = server.start(exchange, arrays, config)
