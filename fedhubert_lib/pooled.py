@@ -105,8 +105,8 @@ def merged(p: F) -> F:
 
 def _last_round(p: Federation, out: Path) -> int:
     """The last round: that of the federation beside ``out``, which with ``patience`` may have stopped early."""
-    rows = files.read_rows(out.parent / "metrics.jsonl") if p.patience else []
-    return max((row["round"] for row in rows if row["kind"] == "round"), default=p.rounds)
+    rows = files.rounds(out.parent / "metrics.jsonl") if p.patience else []
+    return rows[-1]["round"] if rows else p.rounds
 
 
 def utterances(homes: Iterable[ClientHome]) -> pd.DataFrame:

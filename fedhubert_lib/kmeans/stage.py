@@ -39,7 +39,6 @@ def run(
     ``missing_clients`` clients failed, the next start asks those alone for what is missing.
     """
     folder = run / "02_kmeans"
-    folder.mkdir(parents=True, exist_ok=True)
 
     def log(row: dict[str, Any]) -> None:
         row = {**row, "time": time.time()}
