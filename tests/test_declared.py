@@ -151,7 +151,7 @@ def test_no_text_of_a_server_leads_out_of_a_clients_folders(everything, monkeypa
             place, key = list(texts(hostile))[number]
             place[key] = f"../../../client-001/{place[key]}"
             request = {"action": action, "config": json.dumps(hostile)}
-            content = {"arrays": flower.packed(arrays), "request": request}
+            content = {"arrays": flower.ArrayRecord(arrays), "request": request}
             reply = flower.answer(Message(content), SimpleNamespace(node_config=node))
             if "failure" in reply.content["client"]:
                 refused.add(key)

@@ -13,11 +13,9 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
 from fedhubert_lib.federated import handlers, wire
 from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
@@ -32,19 +30,6 @@ logger = logging.getLogger(__name__)
 
 client = ClientApp()
 server = ServerApp()
-
-
-def packed(arrays: Mapping[str, Tensor]) -> ArrayRecord:
-    """``arrays`` as Flower's record."""
-    record = ArrayRecord()
-    for name, tensor in arrays.items():
-        record[name] = Array(tensor.detach())
-    return record
-
-
-def unpacked(record: ArrayRecord) -> dict[str, Tensor]:
-    """The inverse of ``packed``."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- at a client
@@ -63,14 +48,14 @@ def answer(message: Message, context: Context) -> Message:
     answer: Reply | Failure
     try:
         wire.check(config := json.loads(request["config"]))
-        answer = handlers.answer(home, request["action"], unpacked(records["arrays"]), config)
+        answer = handlers.answer(home, request["action"], records["arrays"].to_torch_state_dict(), config)
     except ValueError as error:  # it says nothing but what the server has written
         answer = Failure(home.client, str(error))
     if isinstance(answer, Failure):
         reply = RecordDict({"client": ConfigRecord({"id": answer.client, "failure": answer.reason})})
     else:
         metrics, name = MetricRecord(dict(answer.metrics)), ConfigRecord({"id": answer.client})
-        reply = RecordDict({"arrays": packed(answer.arrays), "metrics": metrics, "client": name})
+        reply = RecordDict({"arrays": ArrayRecord(answer.arrays), "metrics": metrics, "client": name})
     return Message(reply, reply_to=message)
 
 
@@ -146,7 +131,7 @@ class GridClients(Clients):
         Each message has its own records, since a Flower mod may change them; the arrays in them are shared, so that a
         model is packed once for a whole cohort.
         """
-        arrays = packed(request.arrays)
+        arrays = ArrayRecord(request.arrays)
         fields: dict[str, Any] = {"action": request.action, "config": json.dumps(request.config)}
         contents = (RecordDict({"arrays": arrays.copy(), "request": ConfigRecord(fields)}) for _ in nodes)
         pairs = zip(contents, nodes, strict=True)
@@ -186,8 +171,8 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
         return Failure(name, str(record["failure"]))
     try:
         metrics = {key: float(value) for key, value in records["metrics"].items()}
-        return Reply(name, unpacked(records["arrays"]), metrics)
-    except (KeyError, TypeError, ValueError) as error:
+        return Reply(name, records["arrays"].to_torch_state_dict(), metrics)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         return Failure(name, f"its answer is not understood: {type(error).__name__}: {error}")
 
 
