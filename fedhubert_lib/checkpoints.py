@@ -22,7 +22,6 @@ from fedhubert_lib.weights import Arrays
 
 OnRow = Callable[[dict[str, Any]], None]
 
-SERVER = "server.safetensors"
 UNJUDGED = {"best_round": 0, "best_loss": None, "validations_since_best": 0, "validated": False}
 """State before any round was judged."""
 
@@ -102,35 +101,27 @@ def rounds(out: Path) -> list[int]:
 def read(out: Path, number: int) -> tuple[Arrays, Arrays, dict[str, Any]]:
     """Weights, server tensors and state of round ``number``. Raises CheckpointError when a file does not read."""
     folder = path(out, number)
-    weights: Arrays = {}
-    server: Arrays = {}
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for file in sorted(folder.glob("*.safetensors")):
-            # A copy: what is read may be a view of the file, and training writes into its tensors.
-            tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-            if file.name == SERVER:
-                server = tensors
-            else:
-                weights |= {f"{file.stem}.{name}": tensor for name, tensor in tensors.items()}
+        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: cannot be read ({error}); move it away to resume from an earlier round, or from the start"
         ) from error
+    server = groups.pop("server", {})
+    weights = {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
     return weights, server, state
 
 
-def resume(
-    out: Path, settings: Mapping[str, Any], weights: Arrays, server: Arrays
-) -> tuple[Arrays, Arrays, dict[str, Any]] | None:
-    """The last checkpoint (see ``read``), its tensors in the order of ``weights`` and ``server``, which is that of a
-    fresh start: sums over tensors then round alike. None where there is no checkpoint yet.
+def resume(out: Path, settings: Mapping[str, Any], weights: Arrays, server: Arrays) -> dict[str, Any]:
+    """Write the last checkpoint (see ``read``) into ``weights`` and ``server``, which keep the order of a fresh start:
+    sums over tensors then round alike. Returns its state; empty where there is no checkpoint yet.
 
     Raises CheckpointError when it was made with other ``settings`` (JSON-like): they would not give what a run that was
     never stopped gives; or when it does not hold tensors of those names, shapes and dtypes.
     """
     if not (done := rounds(out)):
-        return None
+        return {}
     saved_weights, saved_server, state = read(out, done[-1])
     then = state["settings"]
     # Settings in one of them alone are parameters that another version of the bench does not have.
@@ -140,11 +131,13 @@ def resume(
         raise CheckpointError(
             f"{out} holds a run with other parameters ({listed}); name another, or move that folder away"
         )
-    for saved, like in (saved_weights, weights), (saved_server, server):
-        kinds = [{(name, tensor.dtype, tensor.shape) for name, tensor in group.items()} for group in (saved, like)]
+    for saved, fresh in (saved_weights, weights), (saved_server, server):
+        kinds = [{(name, tensor.dtype, tensor.shape) for name, tensor in group.items()} for group in (saved, fresh)]
         if differing := sorted({name for name, *_ in kinds[0] ^ kinds[1]}):
             raise CheckpointError(f"{path(out, done[-1])}: does not hold this model's tensors: {differing[:3]}")
-    return {name: saved_weights[name] for name in weights}, {name: saved_server[name] for name in server}, state
+        for name, tensor in fresh.items():
+            tensor.copy_(saved[name])
+    return state
 
 
 class Ledger:

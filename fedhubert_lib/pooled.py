@@ -60,8 +60,9 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     options = {"device": device, "normalise": lesson.normalise}
     with checkpoints.sole(out):
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
-        if (saved := checkpoints.resume(out, state["settings"], weights, named.moments(optimiser, names))) is not None:
-            weights, moments, state = saved
+        moments = named.moments(optimiser, names)
+        state |= checkpoints.resume(out, state["settings"], weights, moments)
+        if state["round"]:
             named.restore_moments(optimiser, names, moments)
         named.fill(module, weights)
         plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(ids)}

@@ -117,11 +117,12 @@ def serving(
     CheckpointError when ``out`` holds a run with other parameters, RuntimeError when another process trains there. A
     KeyboardInterrupt at any moment leaves a state to resume from.
     """
-    with checkpoints.sole(out), ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
-        server = Server(clients, p, task, weights, out, on_row, writer)
+    with checkpoints.sole(out):
+        server = Server(clients, p, task, weights, out, on_row)
         resumed = server.durable
-        yield server
-        server.settle()
+        with server.writer:
+            yield server
+            server.settle()
         if resumed < server.durable == p.rounds:  # no round can follow, as it can where patience has ended it
             list(clients.ask(f"{task.name}.forget", config=server.message(p.rounds), timeout=120.0))
 
@@ -130,23 +131,15 @@ class Server:
     """What the server holds between rounds: the weights, the tensors of its optimiser and hooks, and the ledger."""
 
     def __init__(
-        self,
-        clients: Clients,
-        p: Federation,
-        task: Task,
-        weights: Arrays,
-        out: Path,
-        on_row: checkpoints.OnRow | None,
-        writer: ThreadPoolExecutor,
+        self, clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None
     ) -> None:
-        self.clients, self.p, self.task, self.out, self.writer = clients, p, task, out, writer
+        self.clients, self.p, self.task, self.out, count = clients, p, task, out, len(clients.ids)
         self.weights, self.tensors = weights, optimisers.moments(p, weights)
-        settings = {"task": task.name, "clients": len(clients.ids), "first_client": min(clients.ids)}
-        settings = checkpoints.decisive(p) | settings
+        settings = checkpoints.decisive(p) | {"task": task.name, "clients": count, "first_client": min(clients.ids)}
         self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "reference_norm": None}
         self.state |= {"settings": settings, **checkpoints.UNJUDGED}
-        plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": len(clients.ids)}
-        self.plan = plan | {"parameters": sum(tensor.numel() for tensor in weights.values())}
+        self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
+        self.plan["parameters"] = sum(tensor.numel() for tensor in weights.values())
         # What hooks may change:
         self.bounded = False
         """Whether the norm of every update is bounded: outliers are then not left out."""
@@ -156,18 +149,15 @@ class Server:
         """Whether the best round, by its loss, is kept beside the last."""
         self.metrics = METRICS
         self.hooks: list[hooks.Hook] = [hook(self) for hook in hooks.chosen(hooks.AT_SERVER, p)]
-        saved = checkpoints.resume(out, settings, self.weights, self.tensors)
-        if saved is not None:
-            self.weights, self.tensors, state = saved
-            self.state |= state
+        self.state |= checkpoints.resume(out, settings, self.weights, self.tensors)
         self.durable = self.state["round"]
         """The last round that is on disk."""
         self.ledger = checkpoints.Ledger(out, self.durable, self.plan, on_row)
-        self.meter = Meter(p.device)
+        self.meter, self.writer = Meter(p.device), ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.saving: Future[None] | None = None
 
     def rounds(self) -> Iterator["Round"]:
-        """The rounds that are left, until all are done or none was better for too long.
+        """The rounds that are left, until all are done or ``patience`` validations passed without a better loss.
 
         A round that was not saved comes again, with another cohort. Raises QuorumError after ``ATTEMPTS`` of them.
 
@@ -176,7 +166,7 @@ class Server:
         >>> update.keys() == server.weights.keys()
         True
         """
-        while not self.finished():
+        while self.state["round"] < self.p.rounds and not 0 < self.p.patience <= self.state["validations_since_best"]:
             number, began = self.state["round"] + 1, time.perf_counter()
             for _ in range(ATTEMPTS):
                 yield Round(self, number, began)
@@ -188,11 +178,6 @@ class Server:
                     f"round {number}: {ATTEMPTS} times too few usable updates, see {self.out / 'metrics.jsonl'} (kind:"
                     f" failure); the same command resumes after round {number - 1}, with another cohort"
                 )
-
-    def finished(self) -> bool:
-        """Whether all rounds are done, or ``patience`` validations passed without a better loss."""
-        exhausted = 0 < self.p.patience <= self.state["validations_since_best"]
-        return self.state["round"] >= self.p.rounds or exhausted
 
     def message(self, number: int) -> dict[str, Any]:
         """The configuration of a message of round ``number``."""
