@@ -15,7 +15,6 @@ from grid import InProcessGrid, Message
 
 from fedhubert_lib import checkpoints, federated, files, seeds
 from fedhubert_lib.federated import accounting, client_state, flower, handlers, privacy, robust, rounds, scaffold
-from fedhubert_lib.federated.ending import forget
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
 SERVERS = ["fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
@@ -65,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pd.DataFrame({"client": CLIENTS}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", pull)
     monkeypatch.setitem(handlers.HANDLERS, "toy.validate", measure)
-    monkeypatch.setitem(handlers.HANDLERS, "toy.forget", forget)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.forget", client_state.forget)
     return tmp_path
 
 

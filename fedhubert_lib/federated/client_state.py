@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import files, weights
+from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.hooks import Update
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
 
@@ -48,6 +50,17 @@ def take(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | Non
     with contextlib.suppress(OSError):  # the session keeps something else
         file.parent.rmdir()
     return arrays
+
+
+def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
+    """Handler: after the last round, drop all that is kept of the message's session, but personal heads."""
+    for file in _session(home, config).glob("*.safetensors"):
+        if not file.name.startswith("personal-"):
+            file.unlink()
+    return {}, {}
+
+
+handlers.HANDLERS |= {"pretrain.forget": forget, "distill.forget": forget}
 
 
 def _session(home: ClientHome, config: Mapping[str, Any]) -> Path:

@@ -22,7 +22,7 @@ HANDLERS: dict[str, Handler] = {"identify": lambda home, arrays, config: ({}, {}
 
 MODULES = {"kmeans": "kmeans", "pretrain": "pretraining", "distill": "distillation", "targets": "kmeans.targets"}
 MODULES |= dict.fromkeys(("pretrain.keys", "distill.keys"), "federated.secure")
-MODULES |= dict.fromkeys(("pretrain.forget", "distill.forget"), "federated.ending")
+MODULES |= dict.fromkeys(("pretrain.forget", "distill.forget"), "federated.client_state")
 """Where handlers of a stage, or a single one, are: a process imports what its messages are for, no more."""
 
 FOLDERS = {"kmeans": "02_kmeans", "pretrain": "03_pretrain", "distill": "04_distill", "targets": "04_distill"}
