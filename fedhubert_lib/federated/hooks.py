@@ -73,8 +73,8 @@ class Hook:
     """An addition to the server's rounds. Every method does nothing unless a hook overrides it."""
 
     def __init__(self, server: "Server") -> None:
-        """Tensors to keep in checkpoints go into ``server.tensors``, numbers into ``server.state``, both before the
-        checkpoint to resume from is read."""
+        """Tensors to keep in checkpoints go into ``server.tensors``, numbers into ``server.state``: the checkpoint to
+        resume from is read into them afterwards."""
         self.server, self.p = server, server.p
 
     def draw(self, round: "Round") -> list[str] | None:

@@ -42,29 +42,27 @@ class Sharing(Hook):
 
     def __init__(self, server) -> None:
         super().__init__(server)
+        self.moments: Arrays = {}
         for name, weight in server.weights.items():
             sizes = dict.fromkeys(weights.MOMENTS, weight.shape) | {"step": ()}
-            server.tensors |= {f"{PREFIX}{name}/{key}": torch.zeros(size) for key, size in sizes.items()}
+            self.moments |= {f"{PREFIX}{name}/{key}": torch.zeros(size) for key, size in sizes.items()}
+        server.tensors |= self.moments
 
     def message(self, round) -> None:
-        round.payload |= pooled(self._moments(), len(round.asked))
+        round.payload |= pooled(self.moments, len(round.asked))
 
     def collector(self, round) -> Mean:
         return _Mean(self.p)
 
     def step(self, round, update: dict[str, Tensor]) -> None:
-        moments, sent = self._moments(), round.payload
-        averaged = {name: update.pop(name) for name in moments}
-        for name, moment in moments.items():
+        sent, averaged = round.payload, {name: update.pop(name) for name in self.moments}
+        for name, moment in self.moments.items():
             if name.endswith("/exp_avg_sq"):  # as if clients had started from the mean itself, not from what was sent
                 step = name.replace("exp_avg_sq", "step")
                 steps = float(averaged[step] - sent[step])
                 averaged[name].add_(moment - sent[name], alpha=training.BETAS[1] ** steps)
-        for name, moment in moments.items():
+        for name, moment in self.moments.items():
             moment.copy_(averaged[name])
-
-    def _moments(self) -> Arrays:
-        return {name: tensor for name, tensor in self.server.tensors.items() if name.startswith(PREFIX)}
 
 
 def pooled(moments: Mapping[str, Tensor], clients: int) -> Arrays:
@@ -86,9 +84,9 @@ class _Mean(Mean):
 
     def __init__(self, p: Federation) -> None:
         super().__init__()
-        self._p, self.norm = p, self._checked_norm
+        self._p = p
 
-    def _checked_norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
+    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
         checked_norm(update, like)
         kinds: dict[str, Arrays] = {key: {} for key in ("weights", *weights.MOMENTS)}
         for name, tensor in update.items():

@@ -26,6 +26,7 @@ class Collector(Protocol):
 
     def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
         """The norm of ``update``; NaN where it cannot be seen. Raises UpdateError where it does not fit ``like``."""
+        return checked_norm(update, like)
 
     def add(self, update: Arrays, weight: float) -> None:
         """Take ``update``: its tensors may be kept and overwritten. ``weight`` is above 0."""
@@ -55,13 +56,12 @@ def checked_norm(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> fl
     return norm
 
 
-class Mean:
+class Mean(Collector):
     """The weighted mean of the updates, running, in float32."""
 
     def __init__(self) -> None:
         self._mean: Arrays = {}
         self._weight = 0.0
-        self.norm = checked_norm
 
     def add(self, update: Arrays, weight: float) -> None:
         """Move the mean towards ``update`` by its fraction of the weight so far."""

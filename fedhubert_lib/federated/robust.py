@@ -4,11 +4,11 @@ import torch
 
 from fedhubert_lib import resources
 from fedhubert_lib.federated.hooks import Hook
-from fedhubert_lib.federated.optimisers import checked_norm
+from fedhubert_lib.federated.optimisers import Collector
 from fedhubert_lib.federated.protocol import Arrays, size
 
 
-class Sorted:
+class Sorted(Collector):
     """Coordinate-wise trimmed mean, or median, of the updates (Yin et al. 2018, arXiv 1803.01498), without weights.
 
     ``trim`` is the fraction left out at each end, rounded down to whole clients but at least one where three or more
@@ -18,7 +18,6 @@ class Sorted:
     def __init__(self, trim: float) -> None:
         self._trim = trim
         self._updates: list[Arrays] = []
-        self.norm = checked_norm
 
     def add(self, update: Arrays, weight: float) -> None:
         """Keep ``update``."""

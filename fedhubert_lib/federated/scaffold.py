@@ -54,15 +54,13 @@ class Control(Hook):
 
     def __init__(self, server) -> None:
         super().__init__(server)
-        server.tensors |= {CONTROL + name: torch.zeros_like(weight) for name, weight in server.weights.items()}
+        self.control = {CONTROL + name: torch.zeros_like(weight) for name, weight in server.weights.items()}
+        server.tensors |= self.control
 
     def message(self, round) -> None:
-        round.payload |= self._control()
+        round.payload |= self.control
 
     def step(self, round, update: dict[str, Tensor]) -> None:
         fraction = round.clients / len(self.server.clients.ids)
-        for name, control in self._control().items():
+        for name, control in self.control.items():
             control.add_(update.pop(name), alpha=fraction)
-
-    def _control(self) -> Arrays:
-        return {name: tensor for name, tensor in self.server.tensors.items() if name.startswith(CONTROL)}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedhubert_lib.federated import client_state, handlers, noise, privacy
 from fedhubert_lib.federated.hooks import Hook, Update
-from fedhubert_lib.federated.optimisers import UpdateError, check
+from fedhubert_lib.federated.optimisers import Collector, UpdateError, check
 from fedhubert_lib.federated.privacy import SMALLEST_SUM
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Failure
 from fedhubert_lib.params import Federation
@@ -145,8 +145,8 @@ def scale(p: Federation, clip: float, clients: int) -> float:
     return (2**31 - clients) / (clip * room * clients)
 
 
-class Sum:
-    """Adds up masked updates, whatever their order: ``optimisers.Collector``. The result is the mean, float32."""
+class Sum(Collector):
+    """Adds up masked updates, whatever their order. The result is the mean, float32."""
 
     def __init__(self, like: Mapping[str, Tensor], factor: float) -> None:
         self._sums = {name: np.zeros(tuple(tensor.shape), np.uint32) for name, tensor in like.items()}
