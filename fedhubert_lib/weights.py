@@ -23,21 +23,18 @@ def fill(module: nn.Module, arrays: Mapping[str, Tensor], personal: Mapping[str,
             parameter.copy_(personal[name])
 
 
-_placed: dict[str, tuple[list[Tensor], list[int], Arrays]] = {}
-"""By device, the last weights that were put on it: themselves, their versions then, their copies there."""
+_placed: dict[str, tuple[list[tuple[int, int]], Arrays, Arrays]] = {}
+"""By device, the last weights that were put on it: identities and versions then, themselves, their copies there."""
 
 
 def placed(arrays: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """``arrays`` on ``device``. A GPU keeps the last ones: a cohort's clients in one process get the same."""
     if device.type == "cpu":
         return arrays
-    tensors = list(arrays.values())
-    kept, versions, copies = _placed.get(str(device), ([], [], {}))
-    same = len(kept) == len(tensors) and all(a is b for a, b in zip(kept, tensors, strict=True))
-    if not same or versions != [tensor._version for tensor in tensors]:
-        copies = {name: tensor.to(device) for name, tensor in arrays.items()}
-        _placed[str(device)] = tensors, [tensor._version for tensor in tensors], copies
-    return copies
+    versions = [(id(tensor), tensor._version) for tensor in arrays.values()]
+    if str(device) not in _placed or _placed[str(device)][0] != versions:
+        _placed[str(device)] = versions, dict(arrays), {name: tensor.to(device) for name, tensor in arrays.items()}
+    return _placed[str(device)][2]
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> Arrays:
@@ -50,12 +47,8 @@ def to_host(tensors: Mapping[str, Tensor]) -> Arrays:
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
-def restore_moments(
-    optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor] | None
-) -> None:
-    """Give AdamW the moments that ``moments`` read from it; None: it starts anew."""
-    if kept is None:
-        return
+def restore_moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter], kept: Arrays) -> None:
+    """Give AdamW the moments that ``moments`` read from it."""
     for name, parameter in names.items():
         optimiser.state[parameter] = {key: kept[f"{name}/{key}"].to(parameter.device) for key in MOMENTS}
 

@@ -83,7 +83,7 @@ def personal(update: Update) -> Iterator[None]:
 
 def moments(update: Update) -> Iterator[None]:
     """Hook of ``local_state: keep``: AdamW's moments resume from the client's last round."""
-    saved = load(update.home, update.config, "moments")
-    weights.restore_moments(update.optimiser, update.names, saved)
+    if (saved := load(update.home, update.config, "moments")) is not None:
+        weights.restore_moments(update.optimiser, update.names, saved)
     yield
     save(update.home, update.config, "moments", weights.moments(update.optimiser, update.names))

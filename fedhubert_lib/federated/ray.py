@@ -35,9 +35,6 @@ class Actor:
         torch.set_num_threads(threads)
         self._run, self._device = Path(run), device
 
-    def ready(self) -> None:
-        """Returns once the worker is up."""
-
     def answer(
         self, client: str, action: str, arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]
     ) -> Failure | tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -58,7 +55,7 @@ class RemoteActor:
 
     def answer(self, client: str, packed: Sequence[Any], timeout: float | None) -> Reply | Failure:
         try:
-            ray.get(self._actor.ready.remote())
+            ray.get(self._actor.__ray_ready__.remote())  # a worker's start is not the client's time
             answer = ray.get(self._actor.answer.remote(client, *packed), timeout=timeout)
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"no answer before the deadline of {timeout:.1f} s") from error
