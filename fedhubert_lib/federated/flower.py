@@ -73,14 +73,12 @@ class GridClients(Clients):
     def __init__(self, grid: Grid, ids: Sequence[str]) -> None:
         super().__init__(ids)
         self._grid = grid
-        self._nodes: dict[str, int] = {}
-        """By client."""
+        self._names: dict[int, str] = {}
+        """Which client a node says it is; it need not be among ``ids``."""
         self._asked: dict[str, int] = {}
         """Nodes that have not said yet who they are, by the message that asks them."""
         self._met: set[int] = set()
         """Nodes that were asked before."""
-        self._strangers: set[int] = set()
-        """Nodes of clients that are not among ``ids``."""
 
     def answers(self, request: Request) -> Answers:
         """A client that is not connected is a Failure, not an exception."""
@@ -112,18 +110,28 @@ class GridClients(Clients):
         same client.
         """
         nodes = set(self._grid.get_node_ids())
-        if unnamed := sorted(nodes - {*self._nodes.values(), *self._asked.values()} - self._strangers):
+        if unnamed := sorted(nodes - {*self._names, *self._asked.values()}):
             sent = self._push(Request("identify", {}, {}, (), None), unnamed)
             self._asked |= {identifier: node for identifier, node in zip(sent, unnamed, strict=True) if identifier}
         new, deadline = set(unnamed) - self._met, time.monotonic() + (IDENTIFY_SECONDS if seconds is None else seconds)
         self._met |= new
         while self._asked:
             for message in self._grid.pull_messages(list(self._asked)):
-                self._name(self._asked.pop(message.metadata.reply_to_message_id), message, nodes)
+                node = self._asked.pop(message.metadata.reply_to_message_id)
+                if not message.has_error():
+                    records: Mapping[str, Any] = message.content
+                    self._names[node] = str(records.get("client", {}).get("id"))
             if new.isdisjoint(self._asked.values()) or time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
-        return {name: node for name, node in self._nodes.items() if node in nodes}
+        named: dict[str, int] = {}
+        for node, name in self._names.items():
+            if node not in nodes or name not in self.ids:
+                continue
+            if name in named:
+                raise ValueError(f"two connected nodes say that they are {name!r}; give each its own in --node-config")
+            named[name] = node
+        return named
 
     def _push(self, request: Request, nodes: Sequence[int]) -> list[Any]:
         """Send ``request`` to ``nodes``: Flower's identifier of the message to each, or None.
@@ -137,19 +145,6 @@ class GridClients(Clients):
         pairs = zip(contents, nodes, strict=True)
         messages = [Message(content, node, MessageType.TRAIN, ttl=request.timeout) for content, node in pairs]
         return list(self._grid.push_messages(messages))
-
-    def _name(self, node: int, message: Message, connected: set[int]) -> None:
-        """Take down which client ``node`` says it is."""
-        if message.has_error():
-            return
-        records: Mapping[str, Any] = message.content
-        name = str(records.get("client", {}).get("id"))
-        if name not in self.ids:
-            self._strangers.add(node)
-            return
-        if self._nodes.get(name, node) in connected - {node}:
-            raise ValueError(f"two connected nodes say that they are {name!r}; give each its own in --node-config")
-        self._nodes[name] = node
 
     def _answer(self, name: str, identifier: str) -> Reply | Failure:
         while True:  # ends: past a message's time to live Flower answers with an error
