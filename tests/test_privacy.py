@@ -102,14 +102,14 @@ def home(name: str = "client-0", simulated: bool = True) -> ClientHome:
     return ClientHome(name, data=nowhere, labels=nowhere, state=nowhere, simulated=simulated)
 
 
-def release(p: params.Pretrain, answered: int = 16, number: int = 1, fewest: int = 1) -> tuple[torch.Tensor, float]:
+def release(p: params.Pretrain, answered: int = 16, number: int = 1) -> tuple[torch.Tensor, float]:
     """The update and the next bound of a round in which every client's true update is of norm 3 along one axis."""
     mean, within = {"a": torch.zeros(300, 300)}, 0.0
     for index in range(answered):
         update = {"a": torch.full((300, 300), 0.01)}
         within += privacy.protect(update, p, 0.5, home(f"client-{index}"), number).get("within_bound", 0.0)
         mean["a"] += update["a"] / answered
-    return mean["a"], privacy.release(mean, p, 0.5, number, answered, within, fewest)
+    return mean["a"], privacy.release(mean, p, 0.5, number, answered, within)
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -153,7 +153,7 @@ def test_the_mean_is_over_the_expected_cohort():
 def test_one_client_more_changes_the_sum_by_no_more_than_its_bound_even_at_the_fewest():
     """With secure aggregation nobody is asked below three: the third client would bring in the two others' updates."""
     quiet = parameters(privacy_noise=0.0, secure_aggregation=True)
-    sums = [release(quiet, answered=count if count > 2 else 0, fewest=3)[0] * 16 for count in range(8)]
+    sums = [release(quiet, answered=count if count > 2 else 0)[0] * 16 for count in range(8)]
     assert not sums[2].any() and sums[3].any()
     for fewer, more in itertools.pairwise(sums):
         assert float((more - fewer).norm()) <= 0.5 + 1e-6

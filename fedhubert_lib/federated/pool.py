@@ -161,8 +161,7 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
 
 
 def devices(device: str) -> list[str]:
-    """The device of each worker: every GPU for ``cuda``, one for ``cuda:N``, and ``cpu`` as often as
-    the cores hold.
+    """The device of each worker: every GPU for ``cuda``, one for ``cuda:N``, ``cpu`` as often as the cores hold.
 
     On a CPU each worker takes as many threads as this process (torch.get_num_threads), since sums split over another
     number round differently: set OMP_NUM_THREADS=1 for as many workers as cores.

@@ -165,9 +165,7 @@ class Bounding(Hook):
         until = (round.number, round.attempt) if p.privacy_seeded else None
         epsilon = accounting.spent(self._account, p.privacy_delta, until)
         round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": label(p)}
-        fewest = SMALLEST_SUM if p.secure_aggregation else 1
-        within = round.sums["within_bound"]
-        state["clip"] = release(update, p, state["clip"], round.number, round.clients, within, fewest)
+        state["clip"] = release(update, p, state["clip"], round.number, round.clients, round.sums["within_bound"])
 
     def _charge(self, round, **row) -> None:
         row |= {"round": round.number, "attempt": round.attempt}
@@ -175,17 +173,17 @@ class Bounding(Hook):
 
 
 def release(
-    mean: Mapping[str, Tensor], p: Federation, bound: float, number: int, answered: int, within: float, fewest: int = 1
+    mean: Mapping[str, Tensor], p: Federation, bound: float, number: int, answered: int, within: float
 ) -> float:
     """Make the ``mean`` of the updates of ``answered`` clients private in place; return the next clipping norm.
 
-    ``within`` sums the clients' ``within_bound``. Below ``fewest`` clients nothing was asked for, and the mean is zero:
-    then one client more or less could change the sum by ``fewest`` updates at once. So the sum of s clients is scaled
-    by (s - fewest + 1) / s, which grows from zero at ``fewest`` - 1 clients by one update for each client.
+    ``within`` sums the clients' ``within_bound``. With secure aggregation nothing was asked of fewer than SMALLEST_SUM
+    clients, and the mean is zero: then one client more or less could change the sum by so many updates at once. So the
+    sum of s clients is scaled by (s - SMALLEST_SUM + 1) / s, which grows from zero by one update for each client.
     """
     if p.privacy == "client":  # who took part is public, and all noise is in
         return adapt(bound, within / max(answered, 1) + 0.5, p.privacy_quantile) if p.privacy_quantile else bound
-    counted = max(answered - fewest + 1, 0)
+    counted = max(answered - SMALLEST_SUM + 1, 0) if p.secure_aggregation else answered
     normal = noise.generator(_seed(p), number)
     for value in mean.values():
         value.mul_(counted / p.cohort)
