@@ -91,6 +91,14 @@ def test_poisson_cohort_is_seeded_and_of_the_expected_size():
     assert secret[0] != secret[1]
 
 
+def test_a_cohort_that_cannot_be_drawn_is_not_charged(tmp_path):
+    p = parameters(privacy="server", cohort=5)
+    server = SimpleNamespace(p=p, out=tmp_path, state={}, plan={}, clients=SimpleNamespace(ids=["a", "b"]))
+    with pytest.raises(ValueError, match="a cohort of 5 cannot be drawn from 2 clients"):
+        privacy.Bounding(server).draw(SimpleNamespace(number=1, attempt=0))
+    assert not (tmp_path / privacy.ACCOUNT).exists()
+
+
 def parameters(**changes) -> params.Pretrain:
     return params.Pretrain(
         **{"privacy": "server", "weighting": "clients", "cohort": 16, "privacy_clip": 0.5, **changes}

@@ -139,8 +139,9 @@ class Bounding(Hook):
         if p.privacy == "client":
             return None
         round.fewest = 0
+        cohort = poisson_cohort(ids, p.cohort, _seed(p), round.number, round.attempt)
         self._charge(round, probability=p.cohort / len(ids), multiplier=p.privacy_noise)
-        return poisson_cohort(ids, p.cohort, _seed(p), round.number, round.attempt)
+        return cohort
 
     def message(self, round) -> None:
         """Send the bound. A server that is not trusted sees who is asked, and each update, or their sum."""
