@@ -82,8 +82,8 @@ def _tried(name: str, arm: dict[str, Any], *rates: tuple[float, ...]) -> dict[st
 
 FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
-PRIVATE = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients", "privacy": "server", "privacy_seeded": True}
-PRIVATE |= {"privacy_clip": 6.0, "privacy_quantile": 0.5}
+HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
+PRIVATE = HALF | {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher and labels": {},
     "labels alone": {"soft_weight": 0.0, "label_weight": 1.0},
@@ -140,7 +140,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         for head in ("shared", "personal")
     },
     "bytes": {kind: BEST["FedAvg"] | {"compression": kind} for kind in ("float16", "int8", "top-k")},
-    "privacy": {f"noise {noise:g}": PRIVATE | {"privacy_noise": noise} for noise in (0.0, 0.001, 0.003, 0.01, 0.03)},
+    "privacy": {
+        "not private": HALF,
+        **{f"noise {noise:g}": PRIVATE | {"privacy_noise": noise} for noise in (0.0, 0.001, 0.003, 0.01, 0.03)},
+    },
     "distill": {
         f"{name}, {taught}": _steps(BEST[name], steps) | weights
         for taught, weights in TAUGHT.items()
@@ -247,6 +250,8 @@ def report(out: Path) -> None:
         print(f"\n{study}\n")
         pooled: dict[tuple[Any, ...], dict[str, float]] = {}  # the best rate for a seed and cohort
         for result in (r for name, of_arm in rows.items() if name.startswith("pooled") for r in of_arm):
+            if "new_voices" not in result:  # a student without labels
+                continue
             best = pooled.setdefault(_draw(result), result["new_voices"])
             pooled[_draw(result)] = min(best, result["new_voices"], key=lambda voices: voices["loss"])
         if study in EVALUATED:
@@ -259,6 +264,19 @@ def report(out: Path) -> None:
     of_arms = {name: [r["rounds"] for r in results if (r["study"], r["arm"]) == ("parity", name)] for name in drawn}
     if any(of_arms.values()):
         style.save(curves({name: rounds for name, rounds in of_arms.items() if rounds}), out, "curves")
+    of_first = {(r["study"], r["arm"]): r for r in results if r["seed"] == 0}
+    for study, plain, label, place in (
+        ("bytes", ("parity", "FedAvg"), "megabytes of an update", lambda r: r["rounds"]["bytes_up"][0] / 8e6),
+        ("privacy", ("privacy", "not private"), "noise on the mean update (clipping norms)", _noise),
+    ):
+        points = {place(r): r for (kind, name), r in of_first.items() if kind == study and (kind, name) != plain}
+        if points and plain in of_first and floors:
+            points = {x: points[x] for x in sorted(points)}
+            style.save(cost(points, of_first[plain], floors[0], label), out, study)
+
+
+def _noise(result: dict[str, Any]) -> float:
+    return result["changes"]["privacy_noise"] / result["changes"]["cohort"]
 
 
 def _draw(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -276,11 +294,35 @@ def _row(results: list[dict[str, Any]], pooled: dict[tuple[Any, ...], dict[str, 
                 gained, whole = heard["unigram_loss"] - heard["loss"], best["unigram_loss"] - best["loss"]
                 values["fraction of the pooled gain"].append(gained / whole)
         for measure in measures.ESSENTIALS:
-            figures = [f["value"] for f in result.get("figures", []) if f["measure"] == measure]
-            if figures:
-                better = min if measures.MEASURES[measure][1] == "lower" else max
-                values.setdefault(measures.MEASURES[measure][0], []).append(better(figures))
+            if (figure := _best(result, measure)) is not None:
+                values.setdefault(measures.MEASURES[measure][0], []).append(figure)
     return {"seeds": str(len(results))} | {name: str(intervals.measure(v)) if v else "" for name, v in values.items()}
+
+
+def _best(result: dict[str, Any], measure: str) -> float | None:
+    """The figure of the best layer, None where it was not measured."""
+    better = min if measures.MEASURES[measure][1] == "lower" else max
+    return better((f["value"] for f in result.get("figures", []) if f["measure"] == measure), default=None)
+
+
+@style.styled
+def cost(points: dict[float, dict[str, Any]], plain: dict[str, Any], floor: dict[str, Any], label: str) -> Figure:
+    """What results, by their place on the x axis, keep of what ``plain`` gains over random weights, ``floor``."""
+    figure, (axes,) = style.panels(1, 1, width=6, height=3.6)
+    guessing = plain["new_voices"]["unigram_loss"]
+    kept = [(guessing - r["new_voices"]["loss"]) / (guessing - plain["new_voices"]["loss"]) for r in points.values()]
+    lines = {"loss on new voices": kept}
+    for measure in ("phone-accuracy", "keyword-accuracy"):
+        low, high, *values = (_best(result, measure) for result in (floor, plain, *points.values()))
+        if low is not None and high is not None:
+            lines[measures.MEASURES[measure][0]] = [(v - low) / (high - low) for v in values if v is not None]
+    for name, fractions in lines.items():
+        axes.plot(list(points), fractions, marker="o", label=name)
+    axes.set_xscale("symlog", linthresh=min(x for x in points if x > 0))
+    axes.set(xlabel=label, ylabel="fraction of the gain")
+    axes.axhline(1, color=style.GREY, linestyle=":")
+    axes.legend()
+    return figure
 
 
 @style.styled
