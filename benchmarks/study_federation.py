@@ -319,7 +319,9 @@ def cost(points: dict[float, dict[str, Any]], plain: dict[str, Any], floor: dict
     for name, fractions in lines.items():
         axes.plot(list(points), fractions, marker="o", label=name)
     axes.set_xscale("symlog", linthresh=min(x for x in points if x > 0))
-    axes.set(xlabel=label, ylabel="fraction of the gain")
+    axes.set_xticks(list(points), [f"{x:.2g}" for x in points], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel=label, ylabel="fraction of the gain", ylim=(min(0, *map(min, lines.values())) - 0.05, None))
     axes.axhline(1, color=style.GREY, linestyle=":")
     axes.legend()
     return figure
