@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from fedhubert_lib import audio
 
@@ -30,6 +30,22 @@ def _from_root(path: str) -> str:
     if b"\0" in os.fsencode(path):  # which raises a ValueError of its own where text is no path
         raise ValueError("no path holds a NUL")
     return path if path in ("", "mfcc") else os.path.normpath(ROOT / Path(path).expanduser())
+
+
+def _suited(value: object, info: ValidationInfo) -> object:
+    """``value``, or where none is set that which docs/federation.md has measured for the server and its clients."""
+    if value is not None:
+        return value
+    suited = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}
+    cohort = info.data.get("local_state") == "cohort"
+    match info.data.get("server"):
+        case "fedavg" if cohort:
+            suited["server_rate"] = 1.0
+        case "nesterov":
+            suited |= {"server_rate": 0.7, "server_momentum": 0.6}
+        case "fedadam":
+            suited = {"server_rate": 0.033 if cohort else 0.05, "server_momentum": 0.2, "server_tau": 0.03}
+    return suited[str(info.field_name)]
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -226,13 +242,19 @@ class Server(Section):
     cohort_fraction: Part = Field(1.0, description="fraction of clients per round, between cohort_minimum and cohort")
     cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_fraction below 1")
     server: Optimiser = Field("fedavg", description="server optimiser")
-    server_rate: Positive = Field(1.5, description="learning rate of the server optimiser")
+    server_rate: Annotated[Positive, BeforeValidator(_suited)] = Field(  # type: ignore[assignment]
+        None, description="learning rate of the server optimiser; none: that which suits it and local_state"
+    )
     server_schedule: Literal["constant", "clients"] = Field(
         "constant", description="server_rate over the rounds; clients: it rises and falls as their learning rate"
     )
-    server_momentum: Fraction = Field(0.9, description="momentum of fedavgm and nesterov, beta 1 of adaptive ones")
+    server_momentum: Annotated[Fraction, BeforeValidator(_suited)] = Field(  # type: ignore[assignment]
+        None, description="momentum of fedavgm and nesterov, beta 1 of adaptive ones; none: that which suits them"
+    )
     server_beta2: Fraction = Field(0.99, description="beta 2 of the adaptive optimisers")
-    server_tau: Positive = Field(1e-3, description="adaptivity tau of the adaptive optimisers")
+    server_tau: Annotated[Positive, BeforeValidator(_suited)] = Field(  # type: ignore[assignment]
+        None, description="adaptivity tau of the adaptive optimisers; none: that which suits them"
+    )
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="fraction cut per end by trimmed-mean")
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="weight of an update, by count")
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")

@@ -54,10 +54,8 @@ def reference(make, steps: list[dict[str, torch.Tensor]], rates: list[float] | N
 )
 @pytest.mark.parametrize("schedule", ["constant", "clients"])
 def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make, schedule):
-    steps, p = (
-        updates(6),
-        pretrain(server_rate=0.5, server_schedule=schedule, rounds=6, warmup_fraction=1 / 3, **changes),
-    )
+    steps, chosen = updates(6), {"server_momentum": 0.9, "server_tau": 1e-3} | changes
+    p = pretrain(server_rate=0.5, server_schedule=schedule, rounds=6, warmup_fraction=1 / 3, **chosen)
     weights, _ = trajectory(p, steps)
     rates = [0.25, 0.5, 0.5, 0.375, 0.25, 0.125] if schedule == "clients" else None  # up in 2 of 6, then down to 0
     for name, expected in reference(make, steps, rates).items():
@@ -72,7 +70,7 @@ def test_the_servers_schedule_is_that_of_a_client_with_one_step_in_a_round():
 
 def test_moments_are_those_of_adam():
     steps = updates(3)
-    _, moments = trajectory(pretrain(server="fedadam"), steps)
+    _, moments = trajectory(pretrain(server="fedadam", server_momentum=0.9), steps)
     for name in steps[0]:
         first = sum(0.1 * 0.9 ** (2 - i) * update[name] for i, update in enumerate(steps))
         torch.testing.assert_close(moments[f"first/{name}"], first)

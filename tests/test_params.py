@@ -34,8 +34,8 @@ def test_parameters_cell_shows_defaults_of_the_schema(stage):
     (source,) = ["".join(c["source"]) for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", ())]
     statements = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     shown = {node.targets[0].id: ast.literal_eval(node.value) for node in statements}
-    defaults = params.SECTIONS[stage]().model_dump()
-    assert shown == {name: defaults[name] for name in shown}
+    fields = params.SECTIONS[stage].model_fields
+    assert shown == {name: fields[name].default for name in shown}
     assert {"run", "seed"} < shown.keys() and len(shown) <= 20
 
 
@@ -70,6 +70,22 @@ def test_study_files_load_and_hold_differences_only(tmp_path, path):
 def test_toy_is_the_defaults():
     toy = studies.load(ROOT / "params/toy.yaml")
     assert all(getattr(toy, stage) == schema() for stage, schema in params.SECTIONS.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "suited"),
+    [
+        ("", (1.5, 0.9, 1e-3)),
+        ("pretrain.local_state=cohort", (1.0, 0.9, 1e-3)),
+        ("pretrain.server=nesterov", (0.7, 0.6, 1e-3)),
+        ("pretrain.server=fedadam pretrain.local_state=cohort", (0.033, 0.2, 0.03)),
+        ("pretrain.server=fedadam pretrain.server_rate=0.02 pretrain.server_momentum=0", (0.02, 0.0, 0.03)),
+    ],
+)
+def test_what_suits_a_server_is_resolved_where_a_study_says_nothing(tmp_path, overrides, suited):
+    loaded = studies.load(study(tmp_path, "study: s"), overrides.split())
+    for p in loaded.pretrain, loaded.distill:
+        assert (p.server_rate, p.server_momentum, p.server_tau) == suited
 
 
 def test_load_puts_a_study_over_its_base(tmp_path):
