@@ -318,7 +318,7 @@ def _add_evaluation(add: Callable) -> None:
     argument("--steps", type=int, default=200_000, help="optimiser steps (default: 200000, as SUPERB)")
     argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4, as SUPERB)")
     argument("--seeds", type=int, default=1, help="runs, each with its own seed (default: 1)")
-    argument("--device", default="cpu", help="cpu or cuda")
+    argument("--device", choices=["cpu", "cuda"], default="cpu", help="where s3prl computes")
 
 
 def _add_steps(steps: Any) -> None:
