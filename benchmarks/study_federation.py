@@ -206,7 +206,7 @@ def arm(study: str, name: str, seed: int, base: Path, out: Path) -> dict[str, An
     result |= {"rounds": ledger[kept].astype(object).where(ledger[kept].notna(), None).to_dict("list")}
     result |= {"seconds": float(ledger.seconds.sum()), "failures": sum(row["kind"] == "failure" for row in rows)}
     labelled = p.head == "shared" if isinstance(p, params.Pretrain) else "soft-targets" in p.objectives
-    if labelled and p.codebook != "client":
+    if labelled and (base / "02_kmeans" / "codebooks" / p.codebook / "centroids.npy").exists():
         result["new_voices"] = on_new_voices(base, checkpoint, p, out)
     if study in EVALUATED:
         model, _ = pretrained.load(checkpoint)
