@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from federation import digest, pretrain, rows
+from flwr.app import Array
 from grid import InProcessGrid, Message
 
 from fedhubert_lib import checkpoints, federated, files, seeds
@@ -423,6 +424,17 @@ def test_a_client_may_not_answer_for_another(run, monkeypatch):
     answers = {answer.client: answer for answer in clients.ask("identify")}
     assert "in the name of 'client-001'" in answers["client-002"].reason
     assert not hasattr(answers["client-001"], "reason")
+
+
+HUGE = b"\x93NUMPY\x01\x00F\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}".ljust(70)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"PK\x03\x04", HUGE, b"\x93NUMPY\x01\x00\x10\x00{'descr':(((((("])
+def test_bytes_that_are_no_array_are_their_clients_failure(data):
+    array = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=data)
+    records = {"client": {"id": "client-001"}, "metrics": {}, "arrays": flower.ArrayRecord({"a": array})}
+    answer = flower.read_reply("client-001", Message(records))
+    assert answer.client == "client-001" and "its answer is not understood: " in answer.reason
 
 
 def test_an_unknown_action_is_a_failure(run):
