@@ -141,8 +141,8 @@ def int8_quality() -> tuple[float, float]:
                 kmeans.run(run, params.Kmeans(codebooks=["federated"], seed=seed), connected)
             for kind, found in losses.items():
                 p = params.Pretrain(rounds=4, local_steps=4, unmasked_weight=1.0, learning_rate=3e-3, server="fedadam",
-                                    server_rate=0.01, server_tau=0.01, batch_seconds=8.0, compression=kind,
-                                    seed=seed)  # fmt: skip
+                                    server_rate=0.01, server_momentum=0.9, server_tau=0.01, batch_seconds=8.0,
+                                    compression=kind, seed=seed)  # fmt: skip
                 out = run / kind
                 out.mkdir()
                 for stage in ("01_partition", "02_kmeans"):

@@ -246,7 +246,7 @@ def report(out: Path) -> None:
         print(f"\n{study}\n")
         pooled: dict[tuple[Any, ...], dict[str, float]] = {}  # the best rate for a seed and cohort
         for result in (r for name, of_arm in rows.items() if name.startswith("pooled") for r in of_arm):
-            if "new_voices" not in result:  # a student without labels
+            if study == "distill":  # whose pooled arms learn different things
                 continue
             best = pooled.setdefault(_draw(result), result["new_voices"])
             pooled[_draw(result)] = min(best, result["new_voices"], key=lambda voices: voices["loss"])
@@ -314,7 +314,7 @@ def cost(points: dict[float, dict[str, Any]], plain: dict[str, Any], floor: dict
             lines[measures.MEASURES[measure][0]] = [(v - low) / (high - low) for v in values if v is not None]
     for name, fractions in lines.items():
         axes.plot(list(points), fractions, marker="o", label=name)
-    axes.set_xscale("symlog", linthresh=min(x for x in points if x > 0))
+    axes.set_xscale("symlog", linthresh=min((x for x in points if x > 0), default=1))
     axes.set_xticks(list(points), [f"{x:.2g}" for x in points], minor=False)
     axes.set_xticks([], minor=True)
     axes.set(xlabel=label, ylabel="fraction of the gain", ylim=(min(0, *map(min, lines.values())) - 0.05, None))

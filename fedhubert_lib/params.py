@@ -33,7 +33,8 @@ def _from_root(path: str) -> str:
 
 
 def _suited(value: object, info: ValidationInfo) -> object:
-    """``value``, or where none is set that which docs/federation.md has measured for the server and its clients."""
+    """``value``, or where none is set what suits the server and its clients: measured in docs/federation.md for FedAvg,
+    Nesterov and FedAdam, whose next of kin take over theirs."""
     if value is not None:
         return value
     suited = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}
@@ -41,9 +42,9 @@ def _suited(value: object, info: ValidationInfo) -> object:
     match info.data.get("server"):
         case "fedavg" if cohort:
             suited["server_rate"] = 1.0
-        case "nesterov":
+        case "nesterov" | "fedavgm":
             suited |= {"server_rate": 0.7, "server_momentum": 0.6}
-        case "fedadam":
+        case "fedadam" | "fedyogi" | "fedadagrad":
             suited = {"server_rate": 0.033 if cohort else 0.05, "server_momentum": 0.2, "server_tau": 0.03}
     return suited[str(info.field_name)]
 

@@ -107,7 +107,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             if "run" in section:
                 errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
             if stage == "distill" and isinstance(pretrain, dict):
-                section = {name: pretrain[name] for name in pretrain.keys() & _INHERITED} | section
+                suited = {"server_rate", "server_momentum", "server_tau"} if "server" in section else set()
+                section = {name: pretrain[name] for name in pretrain.keys() & _INHERITED - suited} | section
             raw[stage] = {"seed": raw["seed"], **section, "run": raw["run"]}
 
     def place(key: Key) -> str:
@@ -162,8 +163,10 @@ def described(stage: str) -> str:
         for name in [name for name in inspect.get_annotations(group) if name in properties]:
             content = properties.pop(name)
             default = content["default"]
+            allowed = _range(content)
+            allowed += " or none" if default is None and not allowed.endswith("none") else ""
             default = default if isinstance(default, str) and default else json.dumps(default)
-            lines.append(f"  {name}: {default}  # {content['description']} ({_range(content)})")
+            lines.append(f"  {name}: {default}  # {content['description']} ({allowed})")
     return "\n".join(lines)
 
 

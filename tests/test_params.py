@@ -79,13 +79,18 @@ def test_toy_is_the_defaults():
         ("pretrain.local_state=cohort", (1.0, 0.9, 1e-3)),
         ("pretrain.server=nesterov", (0.7, 0.6, 1e-3)),
         ("pretrain.server=fedadam pretrain.local_state=cohort", (0.033, 0.2, 0.03)),
-        ("pretrain.server=fedadam pretrain.server_rate=0.02 pretrain.server_momentum=0", (0.02, 0.0, 0.03)),
+        ("pretrain.server=fedyogi pretrain.server_rate=0.02 pretrain.server_momentum=0", (0.02, 0.0, 0.03)),
     ],
 )
 def test_what_suits_a_server_is_resolved_where_a_study_says_nothing(tmp_path, overrides, suited):
     loaded = studies.load(study(tmp_path, "study: s"), overrides.split())
     for p in loaded.pretrain, loaded.distill:
         assert (p.server_rate, p.server_momentum, p.server_tau) == suited
+
+
+def test_another_server_of_distillation_takes_over_no_rate_of_pretraining(tmp_path):
+    loaded = studies.load(study(tmp_path, "pretrain: {server_rate: 2.0}\ndistill: {server: nesterov}\n"))
+    assert (loaded.pretrain.server_rate, loaded.distill.server_rate) == (2.0, 0.7)
 
 
 def test_load_puts_a_study_over_its_base(tmp_path):
