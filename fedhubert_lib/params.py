@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
@@ -49,6 +49,8 @@ def _suited(value: object, info: ValidationInfo) -> object:
     return suited[str(info.field_name)]
 
 
+Suited = BeforeValidator(_suited)
+NONE: Any = None  # whose type is that of a number to a type checker
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -243,19 +245,13 @@ class Server(Section):
     cohort_fraction: Part = Field(1.0, description="fraction of clients per round, between cohort_minimum and cohort")
     cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_fraction below 1")
     server: Optimiser = Field("fedavg", description="server optimiser")
-    server_rate: Annotated[Positive, BeforeValidator(_suited)] = Field(  # type: ignore[assignment]
-        None, description="learning rate of the server optimiser; none: that which suits it and local_state"
-    )
+    server_rate: Annotated[Positive, Suited] = Field(NONE, description="server optimiser's rate; none: what suits it")
     server_schedule: Literal["constant", "clients"] = Field(
         "constant", description="server_rate over the rounds; clients: it rises and falls as their learning rate"
     )
-    server_momentum: Annotated[Fraction, BeforeValidator(_suited)] = Field(  # type: ignore[assignment]
-        None, description="momentum of fedavgm and nesterov, beta 1 of adaptive ones; none: that which suits them"
-    )
+    server_momentum: Annotated[Fraction, Suited] = Field(NONE, description="momentum or beta 1; none: what suits it")
     server_beta2: Fraction = Field(0.99, description="beta 2 of the adaptive optimisers")
-    server_tau: Annotated[Positive, BeforeValidator(_suited)] = Field(  # type: ignore[assignment]
-        None, description="adaptivity tau of the adaptive optimisers; none: that which suits them"
-    )
+    server_tau: Annotated[Positive, Suited] = Field(NONE, description="adaptivity tau of these; none: what suits them")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="fraction cut per end by trimmed-mean")
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="weight of an update, by count")
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")
