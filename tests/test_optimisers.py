@@ -81,7 +81,8 @@ def test_moments_are_those_of_adam():
 @pytest.mark.parametrize("schedule", ["constant", "clients"])
 def test_fedyogi_follows_reddi_et_al(schedule):
     steps = updates(6)
-    p = pretrain(server="fedyogi", server_rate=0.5, server_schedule=schedule, rounds=6, warmup_fraction=0.0)
+    settings = {"server": "fedyogi", "server_rate": 0.5, "server_momentum": 0.9, "server_tau": 1e-3}
+    p = pretrain(**settings, server_schedule=schedule, rounds=6, warmup_fraction=0.0)
     weights, _ = trajectory(p, steps)
     for name in weights:
         x = np.ones(weights[name].shape)
