@@ -261,18 +261,19 @@ def report(out: Path) -> None:
     if any(of_arms.values()):
         style.save(curves({name: rounds for name, rounds in of_arms.items() if rounds}), out, "curves")
     of_first = {(r["study"], r["arm"]): r for r in results if r["seed"] == 0}
-    for study, plain, label, place in (
+    for study, plain, label, place in (  # eight clients a round in both
         ("bytes", ("parity", "FedAvg"), "megabytes of an update", lambda r: r["rounds"]["bytes_up"][0] / 8e6),
-        ("privacy", ("privacy", "not private"), "noise on the mean update (clipping norms)", _noise),
+        (
+            "privacy",
+            ("privacy", "not private"),
+            "noise on the mean (clipping norms)",
+            lambda r: r["changes"]["privacy_noise"] / 8,
+        ),
     ):
         points = {place(r): r for (kind, name), r in of_first.items() if kind == study and (kind, name) != plain}
         if points and plain in of_first and floors:
             points = {x: points[x] for x in sorted(points)}
             style.save(cost(points, of_first[plain], floors[0], label), out, study)
-
-
-def _noise(result: dict[str, Any]) -> float:
-    return result["changes"]["privacy_noise"] / result["changes"]["cohort"]
 
 
 def _draw(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -303,7 +304,8 @@ def _best(result: dict[str, Any], measure: str) -> float | None:
 
 @style.styled
 def cost(points: dict[float, dict[str, Any]], plain: dict[str, Any], floor: dict[str, Any], label: str) -> Figure:
-    """What results, by their place on the x axis, keep of what ``plain`` gains over random weights, ``floor``."""
+    """What results, by their place on the x axis, keep of the gain of ``plain``: over guessing in loss, and over random
+    weights, ``floor``, in phones and words."""
     figure, (axes,) = style.panels(1, 1, width=6, height=3.6)
     guessing = plain["new_voices"]["unigram_loss"]
     kept = [(guessing - r["new_voices"]["loss"]) / (guessing - plain["new_voices"]["loss"]) for r in points.values()]
@@ -315,7 +317,7 @@ def cost(points: dict[float, dict[str, Any]], plain: dict[str, Any], floor: dict
     for name, fractions in lines.items():
         axes.plot(list(points), fractions, marker="o", label=name)
     axes.set_xscale("symlog", linthresh=min((x for x in points if x > 0), default=1))
-    axes.set_xticks(list(points), [f"{x:.2g}" for x in points], minor=False)
+    axes.set_xticks(list(points), [f"{x:.2g}" for x in points])
     axes.set_xticks([], minor=True)
     axes.set(xlabel=label, ylabel="fraction of the gain", ylim=(min(0, *map(min, lines.values())) - 0.05, None))
     axes.axhline(1, color=style.GREY, linestyle=":")

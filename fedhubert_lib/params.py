@@ -32,13 +32,13 @@ def _from_root(path: str) -> str:
     return path if path in ("", "mfcc") else os.path.normpath(ROOT / Path(path).expanduser())
 
 
+SUITED = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}  # FedAvg's; other servers have others
+
+
 def _suited(value: object, info: ValidationInfo) -> object:
     """``value``, or where none is set what suits the server and its clients: measured in docs/federation.md for FedAvg,
     Nesterov and FedAdam, whose next of kin take over theirs."""
-    if value is not None:
-        return value
-    suited = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}
-    cohort = info.data.get("local_state") == "cohort"
+    suited, cohort = dict(SUITED), info.data.get("local_state") == "cohort"
     match info.data.get("server"):
         case "fedavg" if cohort:
             suited["server_rate"] = 1.0
@@ -46,15 +46,16 @@ def _suited(value: object, info: ValidationInfo) -> object:
             suited |= {"server_rate": 0.7, "server_momentum": 0.6}
         case "fedadam" | "fedyogi" | "fedadagrad":
             suited = {"server_rate": 0.033 if cohort else 0.05, "server_momentum": 0.2, "server_tau": 0.03}
-    return suited[str(info.field_name)]
+    return suited[str(info.field_name)] if value is None else value
 
 
-Suited = BeforeValidator(_suited)
-NONE: Any = None  # whose type is that of a number to a type checker
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+SuitedFraction = Annotated[Fraction, BeforeValidator(_suited)]
+SuitedPositive = Annotated[Positive, BeforeValidator(_suited)]
+NONE: Any = None  # whose type is that of a number to a type checker
 Natural = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Clusters = Annotated[int, Field(ge=2, le=65_535)]
@@ -245,13 +246,13 @@ class Server(Section):
     cohort_fraction: Part = Field(1.0, description="fraction of clients per round, between cohort_minimum and cohort")
     cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_fraction below 1")
     server: Optimiser = Field("fedavg", description="server optimiser")
-    server_rate: Annotated[Positive, Suited] = Field(NONE, description="server optimiser's rate; none: what suits it")
+    server_rate: SuitedPositive = Field(NONE, description="learning rate of the server optimiser; none: what suits it")
     server_schedule: Literal["constant", "clients"] = Field(
         "constant", description="server_rate over the rounds; clients: it rises and falls as their learning rate"
     )
-    server_momentum: Annotated[Fraction, Suited] = Field(NONE, description="momentum or beta 1; none: what suits it")
+    server_momentum: SuitedFraction = Field(NONE, description="momentum; of adaptive ones beta 1; none: what suits it")
     server_beta2: Fraction = Field(0.99, description="beta 2 of the adaptive optimisers")
-    server_tau: Annotated[Positive, Suited] = Field(NONE, description="adaptivity tau of these; none: what suits them")
+    server_tau: SuitedPositive = Field(NONE, description="adaptivity tau of adaptive ones; none: what suits it")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="fraction cut per end by trimmed-mean")
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="weight of an update, by count")
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")

@@ -21,7 +21,7 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode
 
 from fedhubert_lib import params
-from fedhubert_lib.params import FOLDERS, SECTIONS, Count, Federation, Name, Section
+from fedhubert_lib.params import FOLDERS, SECTIONS, SUITED, Count, Federation, Name, Section
 
 Key = tuple[str, ...]
 """``("seed",)`` at the top level, ``("kmeans", "clusters")`` in a section."""
@@ -107,8 +107,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             if "run" in section:
                 errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
             if stage == "distill" and isinstance(pretrain, dict):
-                suited = {"server_rate", "server_momentum", "server_tau"} if "server" in section else set()
-                section = {name: pretrain[name] for name in pretrain.keys() & _INHERITED - suited} | section
+                inherited = _INHERITED - SUITED.keys() if "server" in section else _INHERITED
+                section = {name: pretrain[name] for name in pretrain.keys() & inherited} | section
             raw[stage] = {"seed": raw["seed"], **section, "run": raw["run"]}
 
     def place(key: Key) -> str:
@@ -163,10 +163,8 @@ def described(stage: str) -> str:
         for name in [name for name in inspect.get_annotations(group) if name in properties]:
             content = properties.pop(name)
             default = content["default"]
-            allowed = _range(content)
-            allowed += " or none" if default is None and not allowed.endswith("none") else ""
             default = default if isinstance(default, str) and default else json.dumps(default)
-            lines.append(f"  {name}: {default}  # {content['description']} ({allowed})")
+            lines.append(f"  {name}: {default}  # {content['description']} ({_range(content)})")
     return "\n".join(lines)
 
 
@@ -178,8 +176,9 @@ def _range(schema: Mapping[str, Any]) -> str:
         return f"list of {_range(schema['items'])}"
     words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
     word = ", ".join(schema.get("enum", ())) or schema.get("const") or words.get(schema["type"], "none")
+    none = " or none" if schema.get("default", 0) is None else ""
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    return f"{word} {' and '.join(f'{signs[key]} {schema[key]:g}' for key in signs if key in schema)}".strip()
+    return f"{word} {' and '.join(f'{signs[key]} {schema[key]:g}' for key in signs if key in schema)}".strip() + none
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
