@@ -50,8 +50,14 @@ from fedhubert_lib.labels import Labels
 from fedhubert_lib.plots import style
 
 STUDY = params.ROOT / "params" / "mini.yaml"
-SHORT: dict[str, Any] = {"rounds": 40, "validate_every": 20, "local_state": "keep", "server_rate": 1.0}
-"""Of ten steps: 25,600 s of audio are heard."""
+SHORT: dict[str, Any] = {
+    "rounds": 40,
+    "local_steps": 10,
+    "validate_every": 20,
+    "local_state": "keep",
+    "server_rate": 1.0,
+}
+"""25,600 s of audio are heard."""
 COHORT = {"local_state": "cohort"}
 NESTEROV = {"server": "nesterov"}
 FEDADAM = {"server": "fedadam", "server_tau": 0.01, "server_schedule": "clients"}
@@ -84,18 +90,18 @@ FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
 HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
 PRIVATE = HALF | {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
+LAYERS = ["soft-targets", "distilhubert"]
 TAUGHT: dict[str, dict[str, Any]] = {
-    "teacher and labels": {},
-    "labels alone": {"soft_weight": 0.0, "label_weight": 1.0},
+    "teacher and labels": {"soft_weight": 0.7, "label_weight": 0.3},
+    "labels alone": {},
     "teacher alone": {"soft_weight": 1.0, "label_weight": 0.0},
     "teacher at temperature 1": {"soft_weight": 1.0, "label_weight": 0.0, "temperature": 1.0},
     "teacher's layers": {"objectives": ["distilhubert"]},
-    "teacher's layers and labels": {
-        "objectives": ["soft-targets", "distilhubert"],
-        "soft_weight": 0.0,
-        "label_weight": 1.0,
-    },
+    "teacher's layers and labels": {"objectives": LAYERS},
+    "teacher's layers, predictions and labels": {"objectives": LAYERS, "soft_weight": 0.5},
+    "teacher's predictions and labels at 1": {"soft_weight": 0.5},
 }
+"""Beside labels alone."""
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
         **_tried("pooled", {}, (0.003,), (0.004,), (0.006,), (0.008,)),
@@ -141,7 +147,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **{f"noise {noise:g}": PRIVATE | {"privacy_noise": noise} for noise in (0.0, 0.001, 0.003, 0.01, 0.03)},
     },
     "distill": {
-        f"{name}, {taught}": _steps(BEST[name], steps) | weights
+        f"{name}, {taught}": _steps(BEST[name], steps) | {"objectives": ["soft-targets"]} | weights
         for taught, weights in TAUGHT.items()
         for name, steps in (("pooled", 10), ("FedAvg, cohort's moments", 5))
     },

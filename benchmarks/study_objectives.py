@@ -21,10 +21,11 @@ from fedhubert_lib.federated import rounds
 from fedhubert_lib.kmeans import targets
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "soft-targets": {"objectives": ["soft-targets"]},
+    "soft-targets": {"objectives": ["soft-targets"], "soft_weight": 0.7, "label_weight": 0.3},
     "distilhubert": {"objectives": ["distilhubert"]},
     "hubert": {"objectives": ["hubert"]},
-    "labels": {"objectives": ["soft-targets"], "soft_weight": 0.0, "label_weight": 1.0},
+    "labels": {"objectives": ["soft-targets"]},
+    "labels and layers": {"objectives": ["soft-targets", "distilhubert"]},
 }
 MEASURES = ("keyword-accuracy", "phone-accuracy", "pnmi")
 SYSTEMS = ("student", "centralised-student", "teacher", "random", "mfcc")

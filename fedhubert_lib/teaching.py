@@ -82,8 +82,8 @@ def soft_targets(
     batch: Batch,
     *,
     temperature: float = 4.0,
-    soft_weight: float = 0.7,
-    label_weight: float = 0.3,
+    soft_weight: float,
+    label_weight: float,
     unmasked_weight: float = 0.0,
 ) -> Sums:
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels: over masked frames, and

@@ -127,7 +127,9 @@ def test_training_step_never_waits_for_the_device(monkeypatch):
     model, head = module["model"], module["head"]
     for objective in (
         lambda batch, _: objectives.masked_prediction(model, head, batch, unmasked_weight=0.5),
-        lambda batch, _: teaching.soft_targets(model, head, teacher, batch, unmasked_weight=0.5),
+        lambda batch, _: teaching.soft_targets(
+            model, head, teacher, batch, soft_weight=0.7, label_weight=0.3, unmasked_weight=0.5
+        ),
         lambda batch, _: teaching.layer_regression(model, module["regressors"], teacher, batch),
     ):
         measured = training.local_update(

@@ -252,7 +252,7 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("pretrain.codebook=client distill.codebook=federated", "distill.codebook"),
         ("distill.hidden_size=100", "distill.hidden_size"),
         ("pretrain.conv_width=64", "pretrain.conv_width"),
-        ("pretrain.head=personal", "distill.objectives"),
+        ("pretrain.head=personal distill.soft_weight=0.5", "distill.objectives"),
         ("distill.cohort=2 distill.server=trimmed-mean", "distill.server"),
         ("pretrain.cohort_fraction=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),

@@ -10,6 +10,7 @@ from fedhubert_lib.batching import Batch
 from fedhubert_lib.objectives import masked_prediction
 
 CLUSTERS = 12
+WEIGHTS = {"soft_weight": 0.7, "label_weight": 0.3}
 TEACHER = hubert.preset(
     "tiny", "logmel", hidden_size=64, num_attention_heads=2, intermediate_size=128, hidden_dropout=0.2, layerdrop=0.3
 )
@@ -45,7 +46,7 @@ def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
     first = teacher.probabilities(batch().waveforms, 4.0)
 
     def objective(one, _):
-        return teaching.soft_targets(student, head, teacher, one)
+        return teaching.soft_targets(student, head, teacher, one, **WEIGHTS)
 
     module = torch.nn.ModuleDict({"model": student, "head": head})
     training.local_update(
@@ -60,7 +61,7 @@ def test_soft_targets_are_temperature_distillation(teacher):
     student, head = build(STUDENT, 1)
     student.eval()
     one = batch()
-    sums = teaching.soft_targets(student, head, teacher, one)
+    sums = teaching.soft_targets(student, head, teacher, one, **WEIGHTS)
     with torch.no_grad():
         theirs = teacher.head(teacher.model(one.waveforms).last)[one.mask]
         ours = head(student(one.waveforms, one.mask).last)[one.mask]
@@ -131,7 +132,7 @@ def test_summed_adds_objectives_by_their_averages(teacher):
     regressors = teaching.Regressors(32, 64, 3)
     one = batch()
     parts = [
-        (0.5, teaching.soft_targets(student, head, teacher, one)),
+        (0.5, teaching.soft_targets(student, head, teacher, one, **WEIGHTS)),
         (2.0, teaching.layer_regression(student, regressors, teacher, one)),
     ]
     both = teaching.summed(parts)
