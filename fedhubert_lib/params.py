@@ -314,7 +314,7 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
         needs_all = self.server in ("scaffold", "trimmed-mean", "median")
         protected = self.secure_aggregation or self.privacy != "none" or self.compression != "none"
         if self.local_state == "cohort" and (needs_all or protected):
-            yield "local_state", "cohort needs a mean of updates as they are: no privacy, compression or other sums"
+            yield "local_state", "cohort goes with no privacy, compression or sum that is no mean; give keep or reset"
         if self.secure_aggregation:
             if self.weighting != "clients" or self.compression != "none":
                 yield "secure_aggregation", "needs weighting: clients, compression: none; it adds integers of one scale"

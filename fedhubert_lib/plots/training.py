@@ -83,8 +83,9 @@ def _add_hours(rounds: pd.DataFrame, clients: pd.DataFrame, central: pd.DataFram
 
 def _kinds(measured: Collection[str]) -> list[tuple[str, str, str]]:
     """Name, axis label and title of the panels of what was ``measured``."""
+    nats = "accuracy_masked" in measured and "cosine" not in measured  # no unit of a sum with the distance of layers
     kinds = [
-        ("loss", f"loss ({'nats ' if 'accuracy_masked' in measured else ''}per frame)", "Loss"),
+        ("loss", f"loss ({'nats ' if nats else ''}per frame)", "Loss"),
         ("accuracy_masked", "accuracy", "Masked frames"),
         ("accuracy_unmasked", "accuracy", "Unmasked frames"),
         ("cosine", "cosine", "Teacher's layers, predicted"),
@@ -139,13 +140,12 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     down, up = rounds.bytes_down.cumsum() / 1e6, rounds.bytes_up.cumsum() / 1e6
     name = "validation_loss" if "validation_loss" in rounds else "loss"
     quality = rounds[name].dropna().rename(up + down)
-    unit = "nats per frame" if "accuracy_masked" in rounds else "per frame"
     panels = (
         ("Clients' learning rate", "learning rate", rounds.learning_rate),
         ("Aggregated update", "L2 norm", rounds.update_norm),
         ("Speed", "audio seconds per second", rounds.audio_seconds_per_second),
         ("Bytes", "sent so far (MB)", up),
-        ("Quality for bytes", f"{name.replace('_', ' ')} ({unit})", quality),
+        ("Quality for bytes", name.partition("loss")[0].replace("_", " ") + _kinds(rounds)[0][1], quality),
         ("Peak memory of the server's process", "GiB", rounds.peak_memory_bytes / 2**30),
     )
     figure, axes = style.panels(2, 3, width=11, height=5)
