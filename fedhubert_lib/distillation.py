@@ -187,7 +187,7 @@ def check_teacher(run: Path, p: params.Distill, teacher: Teacher, clusters: int 
     if teacher.head is None:
         raise TeacherError(
             f"{folder}: has no head.safetensors, so it predicts no clusters (it is public, or its heads are personal);"
-            " give objectives: [distilhubert] or [hubert]"
+            " give soft_weight: 0, or objectives: [hubert]"
         )
     predicted, clusters = len(teacher.head.label_embeddings), clusters or recipes.clusters(run, p.codebook)
     if p.label_weight and predicted != clusters:

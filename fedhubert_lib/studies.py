@@ -61,14 +61,14 @@ class Study(BaseModel):
                 text = f"{section.codebook}, but kmeans.codebooks has {', '.join(codebooks)}; add it there"
                 yield stage, "codebook", text
         pretrain, distill = self.pretrain, self.distill
-        if distill.teacher or "soft-targets" not in distill.objectives:
+        if distill.teacher or "soft-targets" not in distill.objectives or not distill.soft_weight:
             return
-        if distill.soft_weight > 0 and pretrain.head == "personal":
-            text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give others"
+        if pretrain.head == "personal":
+            text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give soft_weight: 0"
             yield "distill", "objectives", text
         if distill.label_weight > 0 and distill.codebook != pretrain.codebook:
             text = f"{distill.codebook}, but the teacher's soft targets are over pretrain.codebook: {pretrain.codebook}"
-            yield "distill", "codebook", f"{text}; give the same, or label_weight: 0"
+            yield "distill", "codebook", f"{text}; give the same, or one of the weights as 0"
 
 
 class ParameterError(ValueError):

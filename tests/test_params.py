@@ -249,7 +249,7 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("pretrain.crop_seconds=20", "pretrain.crop_seconds"),
         ("pretrain.mask_length=300", "pretrain.mask_length"),
         ("pretrain.codebook=aligned", "pretrain.codebook"),
-        ("pretrain.codebook=client distill.codebook=federated", "distill.codebook"),
+        ("pretrain.codebook=client distill.codebook=federated distill.soft_weight=0.5", "distill.codebook"),
         ("distill.hidden_size=100", "distill.hidden_size"),
         ("pretrain.conv_width=64", "pretrain.conv_width"),
         ("pretrain.head=personal distill.soft_weight=0.5", "distill.objectives"),

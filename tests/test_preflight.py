@@ -68,7 +68,7 @@ def test_a_layer_or_head_that_the_checkpoint_lacks_is_found(checkpoint, tmp_path
     assert "no client has" in problems(tmp_path, *unheard)
     assert "no client has" not in problems(tmp_path, *unheard, "kmeans.layer=2")
     teacher = f"distill.teacher={checkpoint}"
-    assert "has no head.safetensors" in problems(tmp_path, teacher)
+    assert "has no head.safetensors" in problems(tmp_path, teacher, "distill.soft_weight=0.5")
     assert not problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=3")
     assert "teacher_layer is 4" in problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=4")
 
@@ -229,7 +229,7 @@ def test_a_missing_place_and_one_that_the_run_will_make_are_refused(checkpoint, 
 
 
 def test_a_notebook_checks_its_stage_alone(checkpoint, tmp_path):
-    p = params.Distill(teacher=str(checkpoint))
+    p = params.Distill(teacher=str(checkpoint), soft_weight=0.5)
     with pytest.raises(runs.RunError, match=r"distill\.teacher: .* has no head\.safetensors"):
         preflight.check("distill", p, tmp_path)
     preflight.check("distill", params.Distill(teacher=str(checkpoint), objectives=["hubert"]), tmp_path)
