@@ -128,7 +128,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "long": {
-        **{name: _steps(BEST[name], 10, 2.5) for name in ("pooled", "FedAvg")},  # as mini.yaml
+        **{name: _steps(BEST[name], 10, 2.5) for name in ("pooled", "FedAvg")},  # mini.yaml of 707a942
         **{f"FedAvg, cohort's moments, H {n}": _steps(BEST["FedAvg, cohort's moments"], n, 2.5) for n in (5, 10)},
     },
     "cohorts": {

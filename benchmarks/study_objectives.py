@@ -1,4 +1,4 @@
-"""Objectives of distillation, each alone, at equal updates and over training seeds, on the teacher of a finished run.
+"""Objectives of distillation at equal updates and over training seeds, on the teacher of a finished run.
 
     python benchmarks/study_objectives.py RUN --study params/quickstart.yaml [--objectives labels] [--seeds 3]
 
@@ -20,12 +20,13 @@ from fedhubert_lib.evaluation import report, tables
 from fedhubert_lib.federated import rounds
 from fedhubert_lib.kmeans import targets
 
+LABELS = {"soft_weight": 0.0, "label_weight": 1.0}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "soft-targets": {"objectives": ["soft-targets"], "soft_weight": 0.7, "label_weight": 0.3},
     "distilhubert": {"objectives": ["distilhubert"]},
     "hubert": {"objectives": ["hubert"]},
-    "labels": {"objectives": ["soft-targets"]},
-    "labels and layers": {"objectives": ["soft-targets", "distilhubert"]},
+    "labels": LABELS | {"objectives": ["soft-targets"]},
+    "labels and layers": LABELS | {"objectives": ["soft-targets", "distilhubert"]},
 }
 MEASURES = ("keyword-accuracy", "phone-accuracy", "pnmi")
 SYSTEMS = ("student", "centralised-student", "teacher", "random", "mfcc")

@@ -119,7 +119,7 @@ def write(groups: Groups, folder: Path) -> str:
     if len(drawn := curves(groups)):
         with files.atomic(folder / PICTURE) as temporary:
             temporary.write_bytes(plots.png(plots.comparison(drawn)))
-        what = "A lower loss and higher accuracies at the same hours are better, for runs with the same targets."
+        what = "A lower loss and higher accuracies at the same hours are better, for the same targets and objectives."
         cells.insert(3, f"## Curves\n\n![Curves of {', '.join(groups)}]({PICTURE})\n\n{what}")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(cell) for cell in cells])
     with files.atomic(folder / "compare.ipynb") as temporary:

@@ -40,7 +40,8 @@ _LEARNED = [f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "
 _LEARNED += [f"kmeans.{name}" for name in ("features", "layer", "clusters", "normalisation")]
 _SHAPE = params.Model.model_fields.keys() - params.Section.model_fields.keys()
 _LEARNED += [f"pretrain.{name}" for name in sorted(_SHAPE)]
-_IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature", "soft_weight", "label_weight")
+_IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature")
+_IMITATED += tuple(f"{name}_weight" for name in ("soft", "label", "regression", "hubert"))
 TASK = {
     "pretrain": _LEARNED,
     "distill": _LEARNED + [f"distill.{name}" for name in _IMITATED],
@@ -173,7 +174,7 @@ def of(run: Path, stage: str, folder: Path = FOLDER) -> tuple[Reference | None, 
     if forbidding := tasks[place]:
         words = ", ".join(differs[key] for key in forbidding[:4])
         return None, f"no reference curves: the nearest, of {nearest.study}, has learned something else: {words}"
-    begun = [f"{name}." for name in ("corpus", "partition", "kmeans", stage)]
+    begun = [f"{name}." for name in ("corpus", "partition", "kmeans", "pretrain", stage)]
     others = [text for key, text in differs.items() if key.startswith(tuple(begun)) and not _irrelevant(key)]
     rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
     words = f"reference: {nearest.study}, {len(nearest.seeds)} training seeds at {nearest.commit}"

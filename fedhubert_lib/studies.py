@@ -61,12 +61,13 @@ class Study(BaseModel):
                 text = f"{section.codebook}, but kmeans.codebooks has {', '.join(codebooks)}; add it there"
                 yield stage, "codebook", text
         pretrain, distill = self.pretrain, self.distill
-        if distill.teacher or "soft-targets" not in distill.objectives or not distill.soft_weight:
+        if distill.teacher or "soft-targets" not in distill.objectives:
             return
-        if pretrain.head == "personal":
-            text = "soft-targets needs the teacher's head, but pretrain.head: personal keeps it; give soft_weight: 0"
-            yield "distill", "objectives", text
-        if distill.label_weight > 0 and distill.codebook != pretrain.codebook:
+        if pretrain.head == "personal" and distill.codebook == "client" and distill.label_weight > 0:
+            yield "distill", "codebook", "client suits no head that is shared, as a student's is; give federated"
+        if pretrain.head == "personal" and distill.soft_weight > 0:
+            yield "distill", "soft_weight", "needs the teacher's head, but pretrain.head: personal keeps it; give 0"
+        if distill.soft_weight > 0 and distill.label_weight > 0 and distill.codebook != pretrain.codebook:
             text = f"{distill.codebook}, but the teacher's soft targets are over pretrain.codebook: {pretrain.codebook}"
             yield "distill", "codebook", f"{text}; give the same, or one of the weights as 0"
 

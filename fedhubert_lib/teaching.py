@@ -2,8 +2,8 @@
 
 Three objectives by their published names, alone or summed with weights:
 
-* ``soft-targets``: on masked frames, the teacher's cluster probabilities softened by a temperature (Hinton et al. 2015)
-  and the k-means labels. The teacher hears the clip unmasked: it knows what the student has to guess.
+* ``soft-targets``: on masked frames, the k-means labels and, with a weight, the teacher's cluster probabilities
+  softened by a temperature (Hinton et al. 2015). The teacher hears the clip unmasked: it knows the hidden frames.
 * ``distilhubert`` (Chang et al. 2022, as s3prl's ``pretrain/distiller``): the student's last layer predicts several of
   the teacher's through heads that are dropped afterwards; L1 distance and -log sigmoid of the cosine, nothing masked.
 * ``hubert`` (DiceHuBERT): HuBERT's own objective, on clusters of the teacher's features.
@@ -97,22 +97,21 @@ def soft_targets(
     masked = batch.mask
     frames = torch.where(masked, 1.0, unmasked_weight)
     logits = head(output.last)
-    loss = soft_sum = logits.new_zeros(())
-    measured = {}
+    loss, measured = logits.new_zeros(()), dict[str, Tensor]()
     if soft_weight:
         targets = teacher.probabilities(batch.waveforms, temperature)
         if targets.shape[:2] != masked.shape:
             raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
-        softened = (logits / temperature).log_softmax(-1)
-        divergence = F.kl_div(softened, targets, reduction="none").sum(-1) * temperature**2
-        loss, soft_sum = loss + soft_weight * (divergence * frames).sum(), (divergence * masked).sum()
+        divergence = F.kl_div((logits / temperature).log_softmax(-1), targets, reduction="none") * temperature**2
+        loss = loss + soft_weight * (divergence.sum(-1) * frames).sum()
+        measured["soft_loss_sum"] = (divergence.sum(-1) * masked).sum()
     if label_weight:  # otherwise the labels may be of other clusters than the teacher's
         losses = frame_losses(logits, batch.labels)
         loss = loss + label_weight * (losses * frames).sum()
-        measured = label_sums(logits, losses, batch)
+        measured |= label_sums(logits, losses, batch)
     penalty = feature_penalty(output, batch)
     loss = loss + PENALTY * penalty
-    measured |= {"objective": loss, "soft_loss_sum": soft_sum, "penalty_sum": penalty, "masked_frames": masked.sum()}
+    measured |= {"objective": loss, "penalty_sum": penalty, "masked_frames": masked.sum()}
     return Sums(loss, batch.masked, {name: value.detach() for name, value in measured.items()})
 
 
@@ -151,9 +150,8 @@ def averages(measured: Mapping[str, float]) -> dict[str, float]:
     masked = max(measured["masked_frames"], 1)
     row = averages_of_labels(measured) if "correct_masked" in measured else {}
     row |= {"loss": measured["objective"] / masked}
-    for name, total in {"label_loss": "loss_sum", "divergence": "soft_loss_sum"}.items():
-        if total in measured:
-            row[name] = measured[total] / masked
+    sums = {"label_loss": "loss_sum", "divergence": "soft_loss_sum"}
+    row |= {name: measured[total] / masked for name, total in sums.items() if total in measured}
     if "cosine_sum" in measured:
         row["cosine"] = measured["cosine_sum"] / max(measured["frames"], 1)
     return row

@@ -42,8 +42,8 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "kmeans.features": (set(), set()),
     "kmeans.forget": (set(), set()),
     "kmeans.probe": ({"labels"}, set()),  # of public frames
-    "distill.update": (WEIGHTS, TRAINED | PRETRAINED | {"soft_loss_sum"}),
-    "distill.validate": (set(), PRETRAINED | {"soft_loss_sum"}),
+    "distill.update": (WEIGHTS, TRAINED | PRETRAINED | {"cosine_sum", "frames"}),
+    "distill.validate": (set(), PRETRAINED | {"cosine_sum", "frames"}),
     "distill.keys": ({"public"}, set()),
     "distill.forget": (set(), set()),
     "distill.receive": (set(), {"held"}),

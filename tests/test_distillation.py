@@ -67,7 +67,8 @@ def rounds_of(folder):
     "objectives", [["soft-targets"], ["distilhubert"], ["hubert"], ["soft-targets", "distilhubert"]]
 )
 def test_every_objective_runs_federated_and_centralised(run, objectives):
-    p = distill(objectives=objectives, local_state="cohort")
+    soft_weight = 0.5 if objectives == ["soft-targets"] else 0.0
+    p = distill(objectives=objectives, soft_weight=soft_weight, local_state="cohort")
     checkpoint = trained(run, p)
     assert checkpoint == run / "04_distill" / "checkpoint"
     student, head = pretrained.load(checkpoint)
@@ -88,14 +89,14 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
 
 def test_labels_alone_need_no_teacher_with_a_head(run):
     save_teacher(run / "03_pretrain" / "checkpoint", clusters=0)
-    checkpoint = distillation.run(run, distill(soft_weight=0.0, rounds=1))
+    checkpoint = distillation.run(run, distill(objectives=["soft-targets"], soft_weight=0.0, rounds=1))
     assert len(pretrained.load(checkpoint)[1].label_embeddings) == federation.TONES
-    assert rounds_of(run / "04_distill")[0]["divergence"] == 0
+    assert "divergence" not in rounds_of(run / "04_distill")[0]
 
 
 def test_student_learns_from_its_teacher(run):
     p = distill(rounds=6, local_steps=4, learning_rate=3e-3, server="fedavg", server_rate=1.0, soft_weight=1.0)
-    distillation.run(run, p)
+    distillation.run(run, p.model_copy(update={"objectives": ["soft-targets"], "label_weight": 0.0}))
     losses = [row["loss"] for row in rounds_of(run / "04_distill")]
     assert losses[-1] < 0.9 * losses[0]
 

@@ -69,6 +69,7 @@ def test_a_layer_or_head_that_the_checkpoint_lacks_is_found(checkpoint, tmp_path
     assert "no client has" not in problems(tmp_path, *unheard, "kmeans.layer=2")
     teacher = f"distill.teacher={checkpoint}"
     assert "has no head.safetensors" in problems(tmp_path, teacher, "distill.soft_weight=0.5")
+    assert not problems(tmp_path, teacher), "labels and layers need no head"
     assert not problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=3")
     assert "teacher_layer is 4" in problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=4")
 
