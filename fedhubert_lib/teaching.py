@@ -102,9 +102,9 @@ def soft_targets(
         targets = teacher.probabilities(batch.waveforms, temperature)
         if targets.shape[:2] != masked.shape:
             raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
-        divergence = F.kl_div((logits / temperature).log_softmax(-1), targets, reduction="none") * temperature**2
-        loss = loss + soft_weight * (divergence.sum(-1) * frames).sum()
-        measured["soft_loss_sum"] = (divergence.sum(-1) * masked).sum()
+        softened = (logits / temperature).log_softmax(-1)
+        divergence = F.kl_div(softened, targets, reduction="none").sum(-1) * temperature**2
+        loss, measured["soft_loss_sum"] = loss + soft_weight * (divergence * frames).sum(), (divergence * masked).sum()
     if label_weight:  # otherwise the labels may be of other clusters than the teacher's
         losses = frame_losses(logits, batch.labels)
         loss = loss + label_weight * (losses * frames).sum()
