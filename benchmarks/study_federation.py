@@ -65,10 +65,17 @@ BEST: dict[str, dict[str, Any]] = {
     "pooled": {"learning_rate": 0.004},
     "FedAvg": {"learning_rate": 0.004, "server_rate": 1.5},
     "Nesterov": NESTEROV | {"learning_rate": 0.004, "server_rate": 0.7, "server_momentum": 0.6},
-    "FedAdam": {"server": "fedadam", "learning_rate": 0.004, "server_rate": 0.006},
+    "FedAdam": COHORT
+    | {
+        "server": "fedadam",
+        "learning_rate": 0.004,
+        "server_rate": 0.033,
+        "server_momentum": 0.2,
+        "server_tau": 0.03,
+    },
     "FedAvg, cohort's moments": COHORT | {"learning_rate": 0.004},
 }
-"""Each at the best of the rates that were tried; FedAdam's are far from good."""
+"""Each at the best of the rates that were tried."""
 KINDS = ("federated", "one-shot", "client", "aligned", "random-projection")
 
 

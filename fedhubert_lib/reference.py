@@ -122,13 +122,13 @@ def make(runs: Sequence[Path]) -> Reference:
 
 
 def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Hours, mean and band of curves of seeds; as far as the shortest goes: with ``patience`` some stop early."""
-    count, points = len(of_seeds), min(map(len, of_seeds))
-    values = np.array([curve.value[:points] for curve in of_seeds])
+    """Hours, mean and band of curves of seeds as far as the shortest goes; the ends, where one was not ``along``."""
+    count, points = len(of_seeds), min(map(len, of_seeds))  # with ``patience`` some stop early
+    of_seeds = [curve[-1:] if points == 1 else curve[:points] for curve in of_seeds]
+    hours, values = (np.array([curve[column] for curve in of_seeds]) for column in ("hours", "value"))
     variance = pd.Series(values.var(0, ddof=1)).rolling(max(3, points // 10), center=True, min_periods=1).mean()
     factor = stats.t.ppf(0.975, count - 1) * np.sqrt(1 + 1 / count)
-    hours = np.mean([curve.hours[:points] for curve in of_seeds], axis=0)
-    return pd.DataFrame({"hours": hours, "mean": values.mean(0), "band": factor * np.sqrt(variance)})
+    return pd.DataFrame({"hours": hours.mean(0), "mean": values.mean(0), "band": factor * np.sqrt(variance)})
 
 
 def _portable(value: Any) -> Any:

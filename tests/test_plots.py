@@ -89,6 +89,19 @@ def pictures() -> dict[str, Figure]:
     }
 
 
+@pytest.mark.parametrize(
+    ("measures", "label"),
+    [
+        (("loss", "accuracy_masked"), "loss (nats per frame)"),
+        (("loss", "accuracy_masked", "cosine"), "loss (per frame)"),
+        (("loss", "cosine"), "loss (per frame)"),
+    ],
+)
+def test_a_loss_with_the_distance_of_layers_has_no_unit(measures, label):
+    table = pd.concat([trainings().assign(measure=measure) for measure in measures])
+    assert label in {axes.get_ylabel() for axes in plots.comparison(table).axes}
+
+
 def test_every_function_draws_and_labels_its_axes(tmp_path):
     before, drawn = dict(matplotlib.rcParams), pictures()
     functions = {name for name in vars(plots) if callable(getattr(plots, name))}

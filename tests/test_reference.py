@@ -193,3 +193,15 @@ def test_without_audio_the_accuracies_tell_shifted_labels(trained, monkeypatch):
     """In a real federation audio and labels are on other machines."""
     monkeypatch.setattr(diagnosis, "agreement", lambda *place: None)
     assert [WORDS["shifted"] in " ".join(diagnosis.causes(trained[name])) for name in ("seed-0", "shifted")] == [0, 1]
+
+
+def test_a_reference_of_runs_that_were_not_all_evaluated_on_the_way_has_their_ends(tmp_path):
+    """The end of the one is beside the end of the other, not beside its beginning."""
+    runs = [make(tmp_path / f"r{n}", LOSS, f"pretrain.seed={n}") for n in (0, 1)]
+    way = [{"system": "teacher", "measure": "pnmi", "hours": hours, "value": hours / 10} for hours in (1.0, 2.0, 4.0)]
+    for run, value, along in zip(runs, (0.40, 0.44), (way, []), strict=True):
+        figure = {"system": "teacher", "measure": "pnmi", "layer": 1, "seeds": 1, "value": value}
+        files.write_json(run / "05_evaluate" / "report.json", {"figures": [figure], "along": along})
+        files.write_json(run / "05_evaluate" / "done.json", {})
+    made = reference.make(runs).curves["evaluate"]["pnmi"]
+    assert made[["hours", "mean"]].to_numpy().tolist() == [[pytest.approx(4.0), pytest.approx(0.42)]]
