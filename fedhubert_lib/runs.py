@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -390,11 +389,7 @@ def state(run: Path, stage: str) -> dict[str, Any]:
 def _used_since(started: float) -> dict[str, Any]:
     """Time since ``started``, and the peak memory of the notebook or of its largest worker, whichever is more."""
     peak = max(resources.peak_memory(), resources.peak_memory(children=True))
-    used = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak}
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        used["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return used
+    return {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak}
 
 
 def clock(seconds: float) -> str:

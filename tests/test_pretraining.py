@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Listener
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from fedhubert_lib import (
     pooled,
     pretrained,
     pretraining,
+    recipes,
     training,
     weights,
 )
@@ -270,6 +272,16 @@ def test_moments_of_a_cohort_travel_and_stay_with_no_client(run, monkeypatch):
         shutil.rmtree(run / "03_pretrain")
 
 
+def test_moments_of_a_cohort_whose_clients_drop_layers_are_accepted(run, monkeypatch):
+    """Their counts of steps differ; the mean is a fraction, which float32 rounds as clients count on."""
+    config = replace(recipes.model_config(pretrain()), layerdrop=0.2)
+    monkeypatch.setattr(recipes, "model_config", lambda p: config)
+    pretraining.run(run, pretrain(local_state="cohort", cohort=4, rounds=5, local_steps=5))
+    rows = files.read_rows(run / "03_pretrain/metrics.jsonl")
+    assert not [row["reason"] for row in rows if row["kind"] == "failure"]
+    assert [row["clients"] for row in rows if row["kind"] == "round"] == [4] * 5
+
+
 def sharing(p) -> moments.Sharing:
     return moments.Sharing(SimpleNamespace(weights={"w": torch.zeros(3)}, tensors={}, p=p))
 
@@ -299,7 +311,7 @@ def test_second_moments_are_averaged_as_if_clients_had_started_from_their_mean(t
 
 @pytest.mark.parametrize(
     "change",
-    [{"exp_avg": 1e19}, {"exp_avg_sq": 60.0}, {"exp_avg_sq": -0.1}, {"step": 3.0}, {"step": 99.0}],
+    [{"exp_avg": 1e19}, {"exp_avg_sq": 61.0}, {"exp_avg_sq": -0.1}, {"step": 3.0}, {"step": 99.0}],
     ids=["a gradient beyond the clipping norm", "its square", "a square below 0", "steps undone", "too many steps"],
 )
 def test_moments_that_no_training_has_are_refused(change):
@@ -308,6 +320,9 @@ def test_moments_that_no_training_has_are_refused(change):
     like |= {"moments/w/step": torch.tensor(4.0)}
     norm = sharing(p).collector(None).norm
     assert norm(like | {"moments/w/step": torch.tensor(6.0)}, like) == pytest.approx(2**0.5), "the update's alone"
+    mean = torch.tensor(15.2)  # of clients whose layers layerdrop leaves out
+    counted = mean + 1 + 1
+    assert counted - mean > 2 and norm(like | {"moments/w/step": counted}, like | {"moments/w/step": mean})
     ((key, value),) = change.items()
     with pytest.raises(optimisers.UpdateError, match="its moments are not those of so many steps"):
         norm(like | {f"moments/w/{key}": torch.full_like(like[f"moments/w/{key}"], value)}, like)

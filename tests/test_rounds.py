@@ -288,6 +288,17 @@ def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
         torch.testing.assert_close(weights[name], expected[name])
 
 
+def test_a_validation_that_is_not_finite_is_left_out_and_recorded(run, monkeypatch):
+    def handler(home, arrays, config):
+        _, metrics = measure(home, arrays, config)
+        return {}, {name: float("inf") for name in metrics} if home.client == "client-002" else metrics
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.validate", handler)
+    train(run, cohort=6, rounds=1)
+    (failure,) = failures(run)
+    assert failure["client"] == "client-002" and "validation: its metrics are not finite" in failure["reason"]
+
+
 @pytest.mark.parametrize("hostile", ["client-000", "client-001", "client-002"])
 def test_an_outlier_is_recognised_in_the_first_round_wherever_it_stands(run, monkeypatch, hostile):
     def handler(home, arrays, config):

@@ -351,10 +351,13 @@ class Round:
         sums: Counter[str] = Counter()
         clients = panel(server.clients.ids, self.p)
         for reply in server.ask("validate", server.message(number), clients, server.weights):
-            if isinstance(reply, Failure):
-                server.fail(number, reply.client, f"validation: {reply.reason}")
-            else:
+            try:
+                if isinstance(reply, Failure):
+                    raise optimisers.UpdateError(reply.reason)
+                check_metrics(reply.metrics, frozenset(), self.p)
                 sums.update(reply.metrics)
+            except optimisers.UpdateError as error:
+                server.fail(number, reply.client, f"validation: {error}")
         averages = server.task.averages(sums) if sums else {}  # none: nobody on the panel has validation utterances
         return {f"validation_{name}": value for name, value in averages.items()}
 
