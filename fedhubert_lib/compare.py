@@ -87,7 +87,8 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
     spans: dict[str, list[str]] = {}
     measured_on: dict[str, str] = {}
     for name, folders in groups.items():
-        done = [folder for folder in folders if (folder / report.STAGE / "report.json").is_file()]
+        written = [folder for folder in folders if (folder / report.STAGE / "report.json").is_file()]
+        done = [folder for folder in written if "evaluate" not in records.stale(folder)]
         if len(done) < len(folders):
             notes.append(f"{name}: {f'{len(done)} of {len(folders)} runs' if done else 'not'} evaluated so far.")
         if not done:

@@ -188,8 +188,7 @@ def _irrelevant(key: str) -> bool:
 
 
 def _differing(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
-    names = [name for name in run if name in reference and run[name] != reference[name]]
-    return {name: f"{name} ({run[name]}, there {reference[name]})" for name in names}
+    return {name: f"{name} ({v}, there {reference[name]})" for name, v in run.items() if v != reference.get(name, v)}
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,10 @@ def test_without_hours_there_is_no_quality_on_the_way(tmp_path, monkeypatch):
         (folder / name).mkdir(parents=True)
     (folder / "checkpoint" / "config.json").touch()
     models = [(1, 1.0, "model-00001"), (2, 2.0, "model-00002"), (3, 3.0, "checkpoint")]
-    for seconds, expected in ((3600.0, models), (None, [])):  # none: of a server that is not trusted
+    for seconds, expected in ((None, []), (3600.0, models)):  # none: of a server that is not trusted
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         for number in (1, 2, 3):
             files.append_row(folder / "metrics.jsonl", {"kind": "round", "round": number, "audio_seconds": seconds})
         assert list(systems.along(tmp_path, CPU)) == expected
+    (folder / "checkpoint" / "config.json").unlink()
+    assert list(systems.along(tmp_path, CPU)) == [], "training that was stopped has no end to stand beside"

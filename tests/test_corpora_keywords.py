@@ -92,6 +92,14 @@ def test_clips_of_a_part_of_the_corpus(root):
     assert len(keywords.read_clips(root / "keywords.parquet")) == len(clips), "05 takes what 00 found"
 
 
+def test_a_clip_recorded_anew_in_its_place_is_another(root):
+    """Tables of clips stand for the audio: what 05 measured of other audio is not taken for this one's."""
+    before, _ = read(root)
+    soundfile.write(root / "yes" / "2a_nohash_0.wav", np.zeros(8_000), 16_000)
+    after, _ = read(root)
+    assert before.clip[before.fingerprint != after.fingerprint].tolist() == ["yes/2a_nohash_0.wav"]
+
+
 def test_clips_without_validation_take_some_training_voices(root):
     for word in ("yes", "no", "bed"):
         (root / word / "1a_nohash_0.wav").unlink()

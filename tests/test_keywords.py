@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from fedhubert_lib import audio, hubert, seeds
-from fedhubert_lib.evaluation import extraction, keywords, systems
+from fedhubert_lib.evaluation import extraction, keywords, measures, systems
 
 WORDS = ("yes", "no", "up")
 
@@ -217,6 +217,15 @@ def test_superb_cuts_the_silence_of_each_split_from_other_noise(commands):
     for split, low, high in (("train", 0, 0.8), ("validation", 0.8, 0.9), ("test", 0.9, 1)):
         own = heard[(silence.split == split).to_numpy()]
         assert own.min() >= low - 1e-6 and own.max() <= high
+
+
+def test_abx_of_superb_compares_single_words(commands):
+    """Clips of _unknown_ are many words and those of _silence_ none: two of one name need not sound alike."""
+    clips = keywords.superb(commands, 0)
+    speech = measures.Speech(clips, keywords.task(clips), Path())
+    compared = clips.iloc[speech.abx_clips]
+    assert set(compared.word) <= set(keywords.COMMANDS) and set(compared.split) == {"test"}
+    assert "_unknown_" in set(clips.word[clips.split == "test"])
 
 
 def test_superb_names_what_is_missing(commands):

@@ -29,7 +29,8 @@ def make(run: Path, loss: np.ndarray = LOSS, *changes: str, study: str = "toy") 
     rows += [{"kind": "round", "round": n, "loss": x, "audio_seconds": 360.0} for n, x in enumerate(loss, 1)]
     for row in rows:
         files.append_row(run / "03_pretrain" / "metrics.jsonl", row)
-    files.write_json(run / "03_pretrain" / "done.json", {"git": {"commit": "0123456789"}})
+    done = {"git": {"commit": "0123456789"}, "identity": {"inputs": {}}, "outputs": "trained"}
+    files.write_json(run / "03_pretrain" / "done.json", done)
     files.write_json(run / "run.json", {"study": study})
     return run
 
@@ -202,6 +203,11 @@ def test_a_reference_of_runs_that_were_not_all_evaluated_on_the_way_has_their_en
     for run, value, along in zip(runs, (0.40, 0.44), (way, []), strict=True):
         figure = {"system": "teacher", "measure": "pnmi", "layer": 1, "seeds": 1, "value": value}
         files.write_json(run / "05_evaluate" / "report.json", {"figures": [figure], "along": along})
-        files.write_json(run / "05_evaluate" / "done.json", {})
+        evaluated = {"identity": {"inputs": {"03_pretrain": "trained"}}, "outputs": "evaluated"}
+        files.write_json(run / "05_evaluate" / "done.json", evaluated)
     made = reference.make(runs).curves["evaluate"]["pnmi"]
     assert made[["hours", "mean"]].to_numpy().tolist() == [[pytest.approx(4.0), pytest.approx(0.42)]]
+    trained = records.read_json(runs[0] / "03_pretrain" / "done.json") | {"outputs": "trained again"}
+    files.write_json(runs[0] / "03_pretrain" / "done.json", trained)
+    with pytest.raises(FileNotFoundError, match="report.json: made from an older 03_pretrain; run 05_evaluate"):
+        reference.make(runs)

@@ -15,7 +15,7 @@ import pandas as pd
 from fedhubert_lib import files
 from fedhubert_lib.corpora.librispeech import CorpusError
 
-COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate"]
+COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate", "fingerprint"]
 _CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.wav$")
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 SPLITS = ("train", *LISTS)

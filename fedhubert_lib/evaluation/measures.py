@@ -66,7 +66,8 @@ class Speech:
     @property
     def abx_clips(self) -> np.ndarray:
         """Indices of test clips: of whole speakers, since a triplet needs two words of one of them."""
-        return self.clips[self.clips.split == "test"].sort_values(["speaker", "clip"]).index[:ABX_CLIPS].to_numpy()
+        single = (self.clips.split == "test") & ~self.clips.word.str.startswith("_")  # _unknown_ is many words
+        return self.clips[single].sort_values(["speaker", "clip"]).index[:ABX_CLIPS].to_numpy()
 
     def features(self, system: System, table: pd.DataFrame) -> Path:
         """Where the features that ``system`` gives for ``table`` are cached."""

@@ -106,10 +106,11 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
 
 
 def read(run: Path) -> dict[str, Any]:
-    """The report.json of ``run``. Raises FileNotFoundError where it has not been evaluated."""
+    """The report.json of ``run``. Raises FileNotFoundError where there is none of the models that it holds now."""
     path = run / STAGE / "report.json"
-    if (report := records.read_json(path)) is None:
-        raise FileNotFoundError(f"{path}: not there; run 05_evaluate first")
+    report = records.read_json(path) or {}
+    if why := records.stale(run).get("evaluate") if report else "not there":
+        raise FileNotFoundError(f"{path}: {why}; run 05_evaluate first")
     return report
 
 

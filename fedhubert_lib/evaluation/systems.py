@@ -134,9 +134,9 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
         folder = run / place
         rows = files.rounds(folder.parent / "metrics.jsonl")
         heard = np.cumsum([row["audio_seconds"] for row in rows], dtype=float) / 3600
-        kept = folder.parent.glob("checkpoints/model-*")
+        kept = () if _unusable(run, place) else folder.parent.glob("checkpoints/model-*")
         models = {int(path.name[6:]): path for path in kept if path.name[6:].isdecimal()}
-        if models and (folder / "config.json").is_file():
+        if models:
             models[rows[-1]["round"]] = folder
         for row, hours in zip(rows, heard, strict=True):
             if row["round"] in models and np.isfinite(hours):  # to a server that is not trusted nobody says them

@@ -31,9 +31,7 @@ def draw_along(runs: Sequence[Path], path: Path) -> None:
     """Draw quality over hours of speech heard as the PNG ``path``. Raises DifferentRunsError."""
     evaluated = reports(runs)
     if without := [run["run"] for run in evaluated if not run["along"]]:
-        raise DifferentRunsError(
-            f"{', '.join(without)}: evaluated without its checkpoints on the way; set evaluate.along: true"
-        )
+        raise DifferentRunsError(f"{', '.join(without)}: evaluated at its end alone; set evaluate.along: true")
     with files.atomic(path) as temporary:
         temporary.write_bytes(plots.png(plots.along(tables.along(evaluated))))
 

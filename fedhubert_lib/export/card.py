@@ -11,7 +11,7 @@ import pandas as pd
 from fedhubert_lib import files, params, pretrained, reference
 from fedhubert_lib.evaluation import cost, tables
 from fedhubert_lib.export.formats import ExportError
-from fedhubert_lib.records import parameters, read_json
+from fedhubert_lib.records import parameters, read_json, stale
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
 """Stages whose ``checkpoint`` can have a card, and the model's name in the report."""
@@ -90,7 +90,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     if (heldout := run / "01_partition" / "heldout.parquet").is_file():
         train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
     kind, p = parameters(run / "00_corpus").get("kind"), parameters(stage)
-    report = read_json(run / "05_evaluate" / "report.json")
+    report = None if "evaluate" in stale(run) else read_json(run / "05_evaluate" / "report.json")
     results = [tables.headline(report), *tables.below(report)] if report else []
     span = "mean and 95 % interval over evaluation seeds"
     licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
