@@ -293,7 +293,8 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evalua
     assert [(figure["measure"], figure["value"]) for figure in s3prl_figures(run)] == [("s3prl-accuracy", 0.9)]
     assert "0.9," in (run / "05_evaluate" / "report.csv").read_text()
 
-    files.write_json(run / "00_corpus" / "done.json", {"speech": "other words"})
+    done = {"identity": {"inputs": {}}, "outputs": "tables", "speech": "other words"}
+    files.write_json(run / "00_corpus" / "done.json", done)
     report.add_s3prl(run)
     assert not s3prl_figures(run) and any("words have changed" in note for note in report.read(run)["notes"])
     leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))

@@ -362,7 +362,7 @@ class Round:
         return {f"validation_{name}": value for name, value in averages.items()}
 
     def _cost(self) -> dict[str, Any]:
-        """Rates, bytes (of updates: validation's are not counted) and times of the round; None where clients do not say."""
+        """Rates, bytes of updates (not of validation) and times of the round; None where clients do not say."""
         seconds, sums = time.perf_counter() - self.began, self.sums if self.server.trusted else {}
         audio_seconds = sums.get("audio_seconds")
         failed = self.server.ledger.failed  # attempts cost bytes, too
