@@ -29,7 +29,7 @@ def device(name: str) -> str:
 def _from_root(path: str) -> str:
     if b"\0" in os.fsencode(path):  # which raises a ValueError of its own where text is no path
         raise ValueError("no path holds a NUL")
-    return path if path in ("", "mfcc") else os.path.normpath(ROOT / Path(path).expanduser())
+    return path if path in ("", "mfcc") else os.path.normpath(ROOT / os.path.expanduser(path))
 
 
 SUITED = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}  # FedAvg's; other servers have others
@@ -50,10 +50,11 @@ def _suited(value: object, info: ValidationInfo) -> object:
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-SuitedFraction = Annotated[Fraction, BeforeValidator(_suited)]
+SuitedDecay = Annotated[Decay, BeforeValidator(_suited)]
 SuitedPositive = Annotated[Positive, BeforeValidator(_suited)]
 NONE: Any = None  # whose type is that of a number to a type checker
 Natural = Annotated[int, Field(ge=1)]
@@ -250,8 +251,8 @@ class Server(Section):
     server_schedule: Literal["constant", "clients"] = Field(
         "constant", description="server_rate over the rounds; clients: it rises and falls as their learning rate"
     )
-    server_momentum: SuitedFraction = Field(NONE, description="momentum; of adaptive ones beta 1; none: what suits it")
-    server_beta2: Fraction = Field(0.99, description="beta 2 of the adaptive optimisers")
+    server_momentum: SuitedDecay = Field(NONE, description="momentum; of adaptive ones beta 1; none: what suits it")
+    server_beta2: Decay = Field(0.99, description="beta 2 of the adaptive optimisers")
     server_tau: SuitedPositive = Field(NONE, description="adaptivity tau of adaptive ones; none: what suits it")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="fraction cut per end by trimmed-mean")
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="weight of an update, by count")

@@ -228,6 +228,9 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
     loaded = studies.load(study(tmp_path, "pretrain: {initial: ../there}"))
     assert loaded.pretrain.initial == str(ROOT.parent / "there")
     assert params.places(loaded.pretrain) == {"initial": str(ROOT.parent / "there")}
+    assert studies.load(study(tmp_path, "pretrain: {initial: ~nobody-here/there}")).pretrain.initial.endswith(
+        "~nobody-here/there"
+    )
     assert loaded.kmeans.features == "mfcc" and not params.places(loaded.kmeans)
 
 
@@ -257,6 +260,8 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("distill.cohort=2 distill.server=trimmed-mean", "distill.server"),
         ("pretrain.cohort_fraction=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),
+        ("pretrain.server=fedadam pretrain.server_momentum=1.0", "pretrain.server_momentum"),  # divides by 0
+        ("pretrain.server=fedyogi pretrain.server_beta2=1.0", "pretrain.server_beta2"),
         ("pretrain.local_state=cohort pretrain.compression=int8", "pretrain.local_state"),
         ("pretrain.local_state=cohort pretrain.server=median", "pretrain.local_state"),
         ("pretrain.local_state=cohort pretrain.server=trimmed-mean", "pretrain.local_state"),

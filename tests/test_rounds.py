@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import shutil
 import time
@@ -15,7 +16,17 @@ from flwr.app import Array
 from grid import InProcessGrid, Message
 
 from fedhubert_lib import checkpoints, federated, files, seeds
-from fedhubert_lib.federated import accounting, client_state, flower, handlers, privacy, robust, rounds, scaffold
+from fedhubert_lib.federated import (
+    accounting,
+    client_state,
+    flower,
+    handlers,
+    privacy,
+    protocol,
+    robust,
+    rounds,
+    scaffold,
+)
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
 SERVERS = ["fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad", "scaffold", "trimmed-mean", "median"]
@@ -270,6 +281,7 @@ def explode(change, metrics):
         (lambda c, m: (c, {**m, "loss_sum": float("nan")}), "not finite (['loss_sum'])"),
         (lambda c, m: (c, {**m, "objective_count": 0.0}), "it claims 0 masked frames"),
         (lambda c, m: (c, {"loss_sum": 1.0}), "metrics lack audio_seconds, learning_rate, objective_count, seconds"),
+        (lambda c, m: (c, {name: m[name] for name in m if name != "loss_sum"}), "its metrics lack loss_sum"),
         (lambda c, m: (c, {**m, "objective_count": 1e9}), "it claims 1e+09 masked frames; from 1 to"),
     ],
 )
@@ -288,15 +300,22 @@ def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
         torch.testing.assert_close(weights[name], expected[name])
 
 
-def test_a_validation_that_is_not_finite_is_left_out_and_recorded(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda m: {name: float("inf") for name in m}, "validation: its metrics are not finite"),
+        (lambda m: {name: m[name] for name in m if name != "loss_sum"}, "validation: its metrics lack loss_sum"),
+    ],
+)
+def test_a_validation_that_cannot_be_used_is_left_out_and_recorded(run, monkeypatch, how, reason):
     def handler(home, arrays, config):
         _, metrics = measure(home, arrays, config)
-        return {}, {name: float("inf") for name in metrics} if home.client == "client-002" else metrics
+        return {}, how(metrics) if home.client == "client-002" else metrics
 
     monkeypatch.setitem(handlers.HANDLERS, "toy.validate", handler)
     train(run, cohort=6, rounds=1)
     (failure,) = failures(run)
-    assert failure["client"] == "client-002" and "validation: its metrics are not finite" in failure["reason"]
+    assert failure["client"] == "client-002" and reason in failure["reason"]
 
 
 @pytest.mark.parametrize("hostile", ["client-000", "client-001", "client-002"])
@@ -435,6 +454,31 @@ def test_a_client_may_not_answer_for_another(run, monkeypatch):
     answers = {answer.client: answer for answer in clients.ask("identify")}
     assert "in the name of 'client-001'" in answers["client-002"].reason
     assert not hasattr(answers["client-001"], "reason")
+
+
+def test_a_client_that_two_nodes_say_they_are_is_neither_and_ends_nothing(run, monkeypatch):
+    grid = InProcessGrid(run, [*CLIENTS, CLIENTS[2]], monkeypatch)
+    clients = flower.GridClients(grid, CLIENTS)
+    left_out = [answer.client for answer in clients.ask("identify") if isinstance(answer, protocol.Failure)]
+    assert left_out == ["client-002"]
+    del grid.configs[2 + CLIENTS.index("client-002")]
+    assert not any(isinstance(answer, protocol.Failure) for answer in clients.ask("identify"))
+
+
+@pytest.mark.parametrize("claim", [0.5, 1e9])
+def test_an_untrusted_server_follows_a_quantile_that_no_false_claim_runs_away_with(run, monkeypatch, claim):
+    """Clients send their rate and a bit, and no metric besides."""
+
+    def within(home, arrays, config):
+        change, metrics = pull(home, arrays, config)
+        return change, {"learning_rate": 0.1, "within_bound": claim if home.client == "client-002" else 0.5}
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", within)
+    changes = {"privacy": "client", "privacy_quantile": 0.5, "weighting": "clients", "cohort": 6, "rounds": 2}
+    train(run, **changes)
+    done = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "round"]
+    assert [row["clip"] for row in done] == pytest.approx([1.0, math.exp(-0.1)])
+    assert [row["loss"] for row in done] == [None, None]
 
 
 HUGE = b"\x93NUMPY\x01\x00F\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}".ljust(70)

@@ -8,7 +8,6 @@ The message's configuration says where it stands: ``session``, ``round``, and ``
 server has on disk.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def take(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | Non
         return None
     arrays = load_file(file)
     file.unlink()
-    with contextlib.suppress(OSError):  # the session keeps something else
+    if not any(file.parent.iterdir()):
         file.parent.rmdir()
     return arrays
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedhubert_lib import training
 from fedhubert_lib.federated.protocol import Arrays
-from fedhubert_lib.params import Federation
+from fedhubert_lib.params import Federation, Server
 
 
 class UpdateError(ValueError):
@@ -81,26 +81,24 @@ class Mean(Collector):
 # weight and moments in place. To add one, write it, and name it in OPTIMISERS and in params.Optimiser.
 
 
-def fedavg(p: Federation, rate: float, number: int, weight: Tensor, update: Tensor) -> None:
+def fedavg(p: Server, rate: float, number: int, weight: Tensor, update: Tensor) -> None:
     """FedAvg (McMahan et al. 2017, arXiv 1602.05629): rate x update; rate 1 is the mean of the clients' weights."""
     weight.add_(update, alpha=rate)
 
 
-def fedavgm(p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor) -> None:
+def fedavgm(p: Server, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor) -> None:
     """FedAvgM (Hsu et al. 2019, arXiv 1909.06335): momentum, as torch.optim.SGD's."""
     first.mul_(p.server_momentum).add_(update)
     weight.add_(first, alpha=rate)
 
 
-def nesterov(p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor) -> None:
+def nesterov(p: Server, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor) -> None:
     """DiLoCo's outer step (Douillard et al. 2023, arXiv 2311.08105): torch.optim.SGD with nesterov=True."""
     first.mul_(p.server_momentum).add_(update)
     weight.add_(update.add(first, alpha=p.server_momentum), alpha=rate)
 
 
-def fedadam(
-    p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
-) -> None:
+def fedadam(p: Server, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor) -> None:
     """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2) with Adam's start at 0 and correction of the bias by
     1 - beta^t, t from 1: the first step is rate x sign(update) where |update| >> tau."""
     first.lerp_(update, 1 - p.server_momentum)
@@ -109,9 +107,7 @@ def fedadam(
     weight.addcdiv_(first, denominator, value=rate / (1 - p.server_momentum**number))
 
 
-def fedyogi(
-    p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
-) -> None:
+def fedyogi(p: Server, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor) -> None:
     """FedYogi (Reddi et al. 2021, algorithm 2): the second moment moves by a step of the square's size."""
     first.lerp_(update, 1 - p.server_momentum)
     square = update.square()
@@ -120,7 +116,7 @@ def fedyogi(
 
 
 def fedadagrad(
-    p: Federation, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
+    p: Server, rate: float, number: int, weight: Tensor, update: Tensor, first: Tensor, second: Tensor
 ) -> None:
     """FedAdagrad (Reddi et al. 2021, algorithm 2): the second moment is the sum of all squares."""
     first.lerp_(update, 1 - p.server_momentum)

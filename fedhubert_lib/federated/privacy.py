@@ -52,9 +52,10 @@ def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *key
 def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> float:
     """The next round's clipping norm, from the (noisy) fraction of updates that were ``within`` the present one.
 
-    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2).
+    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2). Noise, or a client that
+    claims what it likes, can lead ``within`` out of 0 to 1: a step is never longer than one that all clients ask for.
     """
-    return bound * math.exp(-rate * (within - quantile))
+    return bound * math.exp(-rate * (min(max(within, 0.0), 1.0) - quantile))
 
 
 def count_std(p: Federation) -> float:
@@ -166,7 +167,7 @@ class Bounding(Hook):
         until = (round.number, round.attempt) if p.privacy_seeded else None
         epsilon = accounting.spent(self._account, p.privacy_delta, until)
         round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": label(p)}
-        state["clip"] = release(update, p, state["clip"], round.number, round.clients, round.sums["within_bound"])
+        state["clip"] = release(update, p, state["clip"], round.number, len(round.clients), round.sums["within_bound"])
 
     def _charge(self, round, **row) -> None:
         row |= {"round": round.number, "attempt": round.attempt}

@@ -71,9 +71,7 @@ def cohort(ids: Sequence[str], count: int, seed: int, number: int, attempt: int 
     ['a', 'b', 'c']
     """
     if count > len(ids):
-        raise ValueError(
-            f"a cohort of {count} cannot be drawn from {len(ids)} clients; set cohort to {len(ids)} or less"
-        )
+        raise ValueError(f"a cohort of {count} cannot be drawn from {len(ids)} clients; lower cohort")
     generator = seeds.numpy_generator(seed, number, "cohort", attempt)
     return sorted(generator.choice(sorted(ids), count, replace=False).tolist())
 
@@ -139,7 +137,6 @@ class Server:
         self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "reference_norm": None}
         self.state |= {"settings": settings, **checkpoints.UNJUDGED}
         self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
-        self.plan["parameters"] = sum(tensor.numel() for tensor in weights.values())
         # What hooks may change:
         self.bounded = False
         """Whether the norm of every update is bounded: outliers are then not left out."""
@@ -190,7 +187,7 @@ class Server:
 
     def averages(self, sums: Mapping[str, float]) -> Mapping[str, float | None]:
         """The clients' metrics for a row; no loss where nobody answered, or sent any."""
-        return self.task.averages(sums) if "objective_count" in sums else {"loss": None}
+        return self.task.averages(sums) if sums and self.trusted else {"loss": None}
 
     def fail(self, number: int, client: str, reason: str, **more: float) -> None:
         """Record who was left out of round ``number``, and why; no client: the whole cohort."""
@@ -220,12 +217,11 @@ class Round:
         self.bytes_up = self.bytes_down = 0
         self.fewest = 1
         """Usable updates below which the round is no round, whatever the quorum."""
-        self.clients = 0
+        self.clients: list[str] = []  # whose updates were usable
         self.norms: list[float] = []
         self.sums: Counter[str] = Counter()
-        self.learning_rate: float | None = None
         self.server_seconds = 0.0
-        self.row: dict[str, Any] = {}
+        self.row: dict[str, Any] = {"learning_rate": None}
         """Columns of the ledger that are known so far."""
 
     def draw(self) -> list[str]:
@@ -253,8 +249,8 @@ class Round:
         for reply, norm in self._without_outliers(self._usable(replies)):
             self._add(reply, norm)
             reply.arrays.clear()  # several loops still hold this reply while the next client works
-        if self.clients < self.quorum:
-            reason = f"{self.clients} of {len(self.cohort)} clients gave a usable update; {self.quorum} needed"
+        if len(self.clients) < self.quorum:
+            reason = f"{len(self.clients)} of {len(self.cohort)} clients gave a usable update; {self.quorum} needed"
             self.server.fail(self.number, "", reason, bytes_up=self.bytes_up, bytes_down=self.bytes_down)
             return None
         return self.collector.result() or {name: torch.zeros_like(w) for name, w in self.server.weights.items()}
@@ -296,7 +292,7 @@ class Round:
                 for hook in self.server.hooks:
                     update = hook.received(self, update)
                 norm = self.collector.norm(update, self.payload)
-                check_metrics(reply.metrics, self.server.metrics, self.p)
+                check_metrics(reply.metrics, self.server.metrics, self.server)
             except optimisers.UpdateError as error:
                 self.server.fail(self.number, reply.client, str(error))
                 continue
@@ -330,7 +326,8 @@ class Round:
     def _add(self, reply: Reply, norm: float) -> None:
         began, metrics = time.perf_counter(), reply.metrics
         self.collector.add(reply.arrays, metrics["objective_count"] if self.p.weighting == "masked-frames" else 1.0)
-        self.clients, self.learning_rate = self.clients + 1, metrics["learning_rate"]
+        self.clients.append(reply.client)
+        self.row["learning_rate"] = metrics["learning_rate"]
         self.sums.update(metrics)
         self.server_seconds += time.perf_counter() - began
         row = {"round": self.number, "client": reply.client, **self.server.averages(metrics)}
@@ -354,7 +351,7 @@ class Round:
             try:
                 if isinstance(reply, Failure):
                     raise optimisers.UpdateError(reply.reason)
-                check_metrics(reply.metrics, frozenset(), self.p)
+                check_metrics(reply.metrics, frozenset(), server)
                 sums.update(reply.metrics)
             except optimisers.UpdateError as error:
                 server.fail(number, reply.client, f"validation: {error}")
@@ -367,11 +364,10 @@ class Round:
         audio_seconds = sums.get("audio_seconds")
         failed = self.server.ledger.failed  # attempts cost bytes, too
         return self.server.meter.used() | {
-            "learning_rate": self.learning_rate,
             "server_rate": optimisers.rate(self.p, self.number),
             "bytes_up": self.bytes_up + sum(row.get("bytes_up", 0) for row in failed),
             "bytes_down": self.bytes_down + sum(row.get("bytes_down", 0) for row in failed),
-            "clients": self.clients,
+            "clients": len(self.clients),
             "server_seconds": self.server_seconds,
             "seconds": seconds,
             "steps": sums.get("steps"),
@@ -381,12 +377,16 @@ class Round:
         }
 
 
-def check_metrics(metrics: Mapping[str, float], needed: frozenset[str], p: Federation) -> None:
+def check_metrics(metrics: Mapping[str, float], needed: frozenset[str], server: Server) -> None:
     """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
     if missing := needed - metrics.keys():
         raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
-    possible = p.local_steps * p.batch_seconds * SAMPLE_RATE / HOP
+    possible = server.p.local_steps * server.p.batch_seconds * SAMPLE_RATE / HOP
     if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
         raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")
+    try:
+        server.averages(metrics)
+    except KeyError as name:
+        raise optimisers.UpdateError(f"its metrics lack {name.args[0]}") from None

@@ -1,7 +1,8 @@
 """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378): control variates take the clients' drift out of the gradients.
 
 The server's variate c travels with the weights, as tensors ``control/NAME``; a client adds c - c_i to each gradient and
-sends the change of its own c_i with its update. Personal parameters have none.
+sends the change of its own c_i with its update. Personal parameters have none. c stays the mean of the c_i: a client
+takes up its c_i of the last round in which its answer counted, which the server says.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,8 @@ def corrected(update: Update) -> Iterator[None]:
     along; under AdamW that mean is taken itself.
     """
     common = {name: update.arrays[CONTROL + name] for name in update.names if CONTROL + name in update.arrays}
-    local = client_state.load(update.home, update.config, "control")
+    counted = update.config["counted"].get(update.home.client, 0)  # c is the mean of what has counted
+    local = client_state.load(update.home, {**update.config, "round": counted + 1}, "control")
     gradients: Arrays = {}
     update.optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, update.names))
     offsets = {name: (c - local[name] if local else c).to(update.names[name].device) for name, c in common.items()}
@@ -39,7 +41,8 @@ def corrected(update: Update) -> Iterator[None]:
     yield
     change = {name: (gradients[name] / update.measured["steps"]).cpu() - c for name, c in common.items()}
     new = {name: value + local[name] if local else value.clone() for name, value in change.items()}
-    client_state.save(update.home, update.config, "control", new)
+    kept = {**update.config, "durable": min(counted, update.config["durable"])}
+    client_state.save(update.home, kept, "control", new)
     update.change |= {CONTROL + name: value for name, value in change.items()}
 
 
@@ -56,11 +59,15 @@ class Control(Hook):
         super().__init__(server)
         self.control = {CONTROL + name: torch.zeros_like(weight) for name, weight in server.weights.items()}
         server.tensors |= self.control
+        server.state["counted"] = {}
 
     def message(self, round) -> None:
+        counted = self.server.state["counted"]
         round.payload |= self.control
+        round.message["counted"] = {client: counted[client] for client in round.asked if client in counted}
 
     def step(self, round, update: dict[str, Tensor]) -> None:
-        fraction = round.clients / len(self.server.clients.ids)
+        self.server.state["counted"] |= dict.fromkeys(round.clients, round.number)
+        fraction = len(round.clients) / len(self.server.clients.ids)
         for name, control in self.control.items():
             control.add_(update.pop(name), alpha=fraction)
