@@ -135,7 +135,7 @@ def _labels(home: ClientHome, config: Mapping[str, Any], p: params.Distill) -> P
     """The labels that the student predicts: of a codebook, or of the clusters of the teacher's features."""
     if "hubert" in p.objectives:
         return home.state / "labels" / target_name(p, config["teacher"]["digest"])
-    return home.labels / p.codebook
+    return recipes.labelled(home, p.codebook, config["labels"])
 
 
 # -------------------------------------------------------------------------------------------------------- at the server
@@ -231,6 +231,8 @@ def begin(run: Path, p: params.Distill, teacher: Teacher | None = None) -> tuple
         module["model"].load_state_dict(teaching.student_from(teacher.model, config).state_dict())
     source = {"digest": digest(teacher), "folder": str(teacher_folder(run, p).resolve())}
     message = {"params": p.model_dump(mode="json"), "student": sizes, "teacher": source}
+    if "hubert" not in p.objectives:
+        message |= {"labels": recipes.provenance(run, p.codebook)}
     task = rounds.Task("distill", message, teaching.averages, pretrained.documents(config))
     return task, {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 

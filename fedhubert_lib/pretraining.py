@@ -49,7 +49,8 @@ def lesson(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, 
         hubert.initialise(module["head"], seeds.torch_generator(p.seed, "head"))
     named.fill(module, arrays, personal)
     objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
-    return local.Lesson(p, module, objective, lambda home: home.labels / p.codebook, normalise)
+    labels = functools.partial(recipes.labelled, codebook=p.codebook, made=config["labels"])
+    return local.Lesson(p, module, objective, labels, normalise)
 
 
 @functools.lru_cache(maxsize=1)
@@ -100,7 +101,7 @@ def save(run: Path, server: rounds.Server) -> Path:
 def begin(run: Path, p: params.Pretrain) -> tuple[rounds.Task, Arrays]:
     """What is trained, and the weights before round 1, named model.NAME and head.NAME: from the seed, or ``p.initial``.
 
-    A head is taken from ``p.initial`` where that has one for as many clusters.
+    A shared head is taken from ``p.initial`` where that has one for as many clusters.
     """
     clusters, head = recipes.clusters(run, p.codebook), None
     if p.initial:
@@ -108,10 +109,11 @@ def begin(run: Path, p: params.Pretrain) -> tuple[rounds.Task, Arrays]:
     else:
         model = hubert.Hubert(recipes.model_config(p))
         hubert.initialise(model, seeds.torch_generator(p.seed, "model"))
-    if head is None or len(head.label_embeddings) != clusters:
+    if head is None or p.head == "personal" or len(head.label_embeddings) != clusters:
         head = hubert.Head(model.config, clusters)
         hubert.initialise(head, seeds.torch_generator(p.seed, "head"))
     module = nn.ModuleDict({"model": model, "head": head})
     message = {"params": p.model_dump(mode="json"), "model": asdict(model.config), "clusters": clusters}
+    message |= {"labels": recipes.provenance(run, p.codebook)}
     task = rounds.Task("pretrain", message, objectives.averages, pretrained.documents(model.config))
     return task, {name: parameter.detach() for name, parameter in module.named_parameters()}

@@ -8,6 +8,7 @@ import pandas as pd
 
 from fedhubert_lib import audio, batching, hubert, params
 from fedhubert_lib.federated.protocol import ClientHome
+from fedhubert_lib.labels import LabelsError
 
 VALIDATION_BATCHES = 4
 """Batches of a client's validation utterances, at most, that its validation loss is measured on."""
@@ -22,6 +23,21 @@ def clusters(run: Path, codebook: str) -> int:
         return int(json.loads(path.read_text(encoding="utf-8"))["clusters"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be read ({error!r}); remove it and run 02_kmeans again") from error
+
+
+def provenance(run: Path, codebook: str) -> str:
+    """One name for what labels of a codebook are made with; empty where an earlier version has made them."""
+    path = run / "02_kmeans" / "codebooks" / codebook / "codebook.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("made", "")
+
+
+def labelled(home: ClientHome, codebook: str, made: str) -> Path:
+    """A client's folder of labels. Raises LabelsError where they are not those of ``provenance``: in a real federation
+    the server may have taken up an earlier codebook again, or another study is over the same clients."""
+    path = home.labels / codebook / "settings.json"
+    if made and path.exists() and json.loads(path.read_text(encoding="utf-8")).get("made") != made:
+        raise LabelsError(f"{path.parent}: labels of another codebook; run 02_kmeans again, with --force")
+    return path.parent
 
 
 def model_config(p: params.Federation) -> hubert.HubertConfig:

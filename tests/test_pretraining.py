@@ -343,13 +343,47 @@ def test_a_personal_head_never_leaves_its_client(run):
     assert len({digest(head) for head in heads}) == 4
 
 
+def test_labels_of_another_codebook_are_refused(tones, tmp_path):
+    """As of a client that a real federation's server has given another one since."""
+    run = fresh(tones, tmp_path)
+    (run / "02_kmeans").unlink()
+    shutil.copytree(tones / "02_kmeans", run / "02_kmeans")
+    path = run / "02_kmeans/codebooks" / CODEBOOK / "codebook.json"
+    files.write_json(path, files.json.loads(path.read_text()) | {"made": "now"})
+    for number, made in enumerate(["now", "before", "now", "now"]):
+        files.write_json(run / f"02_kmeans/clients/client-{number:03d}" / CODEBOOK / "settings.json", {"made": made})
+    pretraining.run(run, pretrain(cohort=4, rounds=1))
+    failures = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "failure"]
+    assert {row["client"] for row in failures} == {"client-001"}
+    assert all("labels of another codebook" in row["reason"] for row in failures)
+
+
+def test_a_personal_head_starts_alike_over_clients_and_on_pooled_data(run, tmp_path):
+    """Not from the checkpoint that the model begins with: clients draw theirs from the seed."""
+    pretraining.run(run, pretrain(rounds=1))
+    p = pretrain(head="personal", initial=str(run / "03_pretrain/checkpoint"), seed=1)
+    _, weights = pretraining.begin(run, p)
+    _, drawn = pretraining.begin(run, pretrain(seed=1))
+    assert torch.equal(weights["head.label_embeddings"], drawn["head.label_embeddings"])
+    assert not torch.equal(weights["model.masked_spec_embed"], drawn["model.masked_spec_embed"])
+
+
 def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch):
-    """With everybody in every round, equal weights and rate 1, c stays the mean of the c_i."""
+    """With everybody asked in every round, equal weights and rate 1, c stays the mean of the c_i; after an answer that
+    was lost, too."""
+
+    def lossy(home, arrays, config):
+        answer = pretraining.update(home, arrays, config)
+        if (home.client, config["round"]) == ("client-001", 2):
+            raise TimeoutError("too late")
+        return answer
+
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.forget", lambda *_: ({}, {}))
-    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, weighting="clients", rounds=2)
+    monkeypatch.setitem(handlers.HANDLERS, "pretrain.update", lossy)
+    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, weighting="clients", rounds=3)
     pretraining.run(run, p)
-    _, server, _ = checkpoints.read(run / "03_pretrain", 2)
-    own = [load_file(p) for p in (run / "03_pretrain/clients").glob("*/session-*/control-000002.safetensors")]
+    _, server, _ = checkpoints.read(run / "03_pretrain", 3)
+    own = [load_file(p) for p in (run / "03_pretrain/clients").glob("*/session-*/control-000003.safetensors")]
     assert len(own) == 4
     for name, tensor in own[0].items():
         mean = torch.stack([each[name] for each in own]).mean(0)
@@ -377,7 +411,7 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         labels=run / "02_kmeans/clients" / client,
         state=run / "03_pretrain/clients" / client,
     )
-    message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "first_step": 0, "total_steps": 100}
+    message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "counted": {}}
     change, measured = pretraining.update(home, arrays, message)
     kept = load_file(home.state / "session-a/control-000001.safetensors")
     for name in weights:

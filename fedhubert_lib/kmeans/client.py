@@ -153,6 +153,7 @@ handlers.HANDLERS |= {
 def _kept(home: ClientHome, config: Mapping[str, Any]) -> Path:
     """The file of the codebook ``client``, which stays with this client."""
     settings = {**config, "kind": "client", "utterances": reading.digest(reading.utterances(home))}
+    settings.pop("made", None)  # of the labels
     return reading.folder_for(home.state / "codebook", settings) / "client.safetensors"
 
 

@@ -67,10 +67,9 @@ class Exchange:
         if len(reasons) > self._missing or len(reasons) == len(asked):
             more = f"\nand {len(reasons) - 5} more: see metrics.jsonl" if len(reasons) > 5 else ""
             raise KmeansError(
-                f"{self._stage}.{action}: {len(reasons)} of {len(asked)} clients failed; missing_clients allows "
-                f"{self._missing}. The same command tries these again and keeps what the others have done.\n"
-                + "\n".join(reasons[:5])
-                + more
+                f"{self._stage}.{action}: {len(reasons)} of {len(asked)} clients failed, and {self._missing} may (see"
+                " missing_clients, in 04_distill quorum). The same command tries these again and keeps what the others"
+                " have done.\n" + "\n".join(reasons[:5]) + more
             )
 
     def since(self, before: Mapping[str, int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedhubert_lib import audio, files, resources, seeds, units
 from fedhubert_lib.features import MFCC_DIMENSION
 from fedhubert_lib.federated import handlers
-from fedhubert_lib.federated.protocol import Arrays, Clients
+from fedhubert_lib.federated.protocol import Arrays, Clients, digest
 from fedhubert_lib.kmeans import client, clustering, public, reading, server
 from fedhubert_lib.kmeans.server import Exchange, KmeansError, Log
 
@@ -58,7 +58,7 @@ def run(
     if finished.exists():
         stored = json.loads(finished.read_text(encoding="utf-8"))
         if stored["settings"] == settings and all(_labelled(folder, kind, p) for kind in p.codebooks):
-            list(exchange.ask("forget", {}, {}))  # a start that was killed here had nothing else to do
+            list(clients.ask("kmeans.forget"))  # a start that was killed here had nothing else to do
             return _table(stored["codebooks"])
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
         _state_space(run, p, log)
@@ -77,7 +77,7 @@ def run(
         log({"kind": "quality", "codebook": kind, **row})
         rows[kind] = row
     files.write_json(finished, {"codebooks": rows, "agreement": matrices, "settings": settings})
-    list(exchange.ask("forget", {}, config))
+    list(clients.ask("kmeans.forget"))  # a client that is away keeps features that it does not need
     return _table(rows)
 
 
@@ -132,6 +132,7 @@ def _codebook(
         with files.atomic(folder / f"{name}.npy") as temporary:
             np.save(temporary, array.numpy())
     facts = {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": exchange.ids}
+    facts["made"] = digest({**codebook, json.dumps(settings, sort_keys=True): torch.zeros(0)})
     files.write_json(path, facts)
     log({"kind": "codebook", "codebook": kind, **cost})
     return codebook, cost
@@ -209,8 +210,10 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
 
     Usage and unit quality come from the clients' counts, over all of them and as the mean of each alone.
     """
-    started, before = time.perf_counter(), dict(exchange.bytes)
-    folder, labelled, row = run / "02_kmeans" / "codebooks" / config["kind"], [], {}
+    started, before, labelled, row = time.perf_counter(), dict(exchange.bytes), [], {}
+    folder = run / "02_kmeans" / "codebooks" / config["kind"]
+    facts = json.loads((path := folder / "codebook.json").read_text(encoding="utf-8"))
+    config = {**config, "made": facts.get("made", "")}
     counts, runs = np.zeros(p.clusters, np.int64), 0
     total, alone = ([], np.zeros((0, p.clusters), np.int64)), []
     like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}
@@ -236,8 +239,7 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
             row[f"{name}_within"] = float(np.average(values, weights=frames))
         with files.atomic(folder / "phones.parquet") as temporary:
             pd.DataFrame(total[1], total[0]).rename(columns=str).to_parquet(temporary)
-    path = folder / "codebook.json"
-    files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"labelled": labelled})
+    files.write_json(path, facts | {"labelled": labelled})
     row |= {f"label_{name}": count for name, count in exchange.since(before).items()}
     return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
 

@@ -41,7 +41,8 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     config, weights = hidden.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
-    exchange = server.Exchange(clients, log, stage="targets")
+    missing = 0 if p.centralised else int((1 - p.quorum) * len(clients.ids))  # pooled training needs all labels
+    exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
         arrays = server.prepare(exchange, config, weights)
         start, _ = server.start(exchange, arrays, config)
@@ -51,4 +52,4 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
             save_file({"centroids": centroids}, temporary)
     # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
     list(exchange.ask("label", {**weights, **load_file(path)}, config))
-    list(exchange.ask("forget", {}, config))
+    list(clients.ask("targets.forget"))
