@@ -96,7 +96,7 @@ class Ours:
         self.work = work
         self.model, self.head = hubert.Hubert(work.config), hubert.Head(work.config, CLUSTERS)
         self.module = nn.ModuleList([self.model, self.head]).to(work.device)
-        self.model.gradient_checkpointing(checkpointing)
+        self.model.recompute = checkpointing
         self.p = params.Pretrain(learning_rate=1e-5, warmup_fraction=0.0, precision=precision)
         self.optimiser = training.adamw(self.module, self.p)
         self.batch = work.batch()

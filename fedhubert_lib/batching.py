@@ -115,20 +115,19 @@ def _passes(
     samples: np.ndarray, p: LocalTraining, keys: Keys
 ) -> Iterator[tuple[np.random.Generator, list[tuple[np.ndarray, int]]]]:
     """One shuffle of the usable utterances after another: its generator, and its batches (rows, length of crops)."""
-    crop_seconds, batch_seconds = p.crop_seconds, p.batch_seconds
-    if crop_seconds > batch_seconds:
-        raise ValueError(f"crop_seconds {crop_seconds} is more than batch_seconds {batch_seconds}: no clip would fit")
+    if p.crop_seconds > p.batch_seconds:
+        raise ValueError(f"crop_seconds {p.crop_seconds} is more than batch_seconds {p.batch_seconds}: no clip fits")
     usable = np.flatnonzero(samples >= audio.SHORTEST)
     if not len(usable):
         raise ValueError(f"{keys[2]}: none of its {len(samples)} utterances is 1 s or longer")
     usable = np.repeat(usable, -(-samples[usable] // LONG))
-    longest = crop_seconds * SAMPLE_RATE
+    longest = p.crop_seconds * SAMPLE_RATE
     steps = np.clip(longest * np.arange(LENGTHS, 0, -1) / LENGTHS, min(audio.SHORTEST, longest), None)
     lengths = [HOP * (frame_count(int(length)) - 1) + RECEPTIVE_FIELD for length in steps]
     for shuffle in count():
         generator = seeds.numpy_generator(*keys, "batches", shuffle)
         order = generator.permutation(usable)
-        yield generator, _cut(order, samples[order], lengths, int(batch_seconds * SAMPLE_RATE))
+        yield generator, _cut(order, samples[order], lengths, int(p.batch_seconds * SAMPLE_RATE))
 
 
 def _cut(order: np.ndarray, samples: np.ndarray, lengths: list[int], budget: int) -> list[tuple[np.ndarray, int]]:
@@ -233,8 +232,5 @@ def _crop_labels(labels: LabelsByUtterance, utterance: str, samples: int, start:
     except KeyError:
         raise ValueError(f"{utterance}: has no labels; run 02_kmeans again for this partition") from None
     if len(whole) != frame_count(samples):
-        raise ValueError(
-            f"{utterance}: {len(whole)} labels for {frame_count(samples)} frames ({samples} samples); labels must be at"
-            " 50 Hz and made from the same audio: run 02_kmeans again"
-        )
+        raise ValueError(f"{utterance}: {len(whole)} labels for {frame_count(samples)} frames; run 02_kmeans again")
     return whole[start // HOP : start // HOP + frames]

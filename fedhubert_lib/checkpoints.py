@@ -125,12 +125,9 @@ def resume(out: Path, settings: Mapping[str, Any], weights: Arrays, server: Arra
     saved_weights, saved_server, state = read(out, done[-1])
     then = state["settings"]
     # Settings in one of them alone are parameters that another version of the bench does not have.
-    changed = sorted(name for name in then.keys() & settings.keys() if then[name] != settings[name])
-    if changed:
-        listed = ", ".join(f"{name}: {then[name]} -> {settings[name]}" for name in changed)
-        raise CheckpointError(
-            f"{out} holds a run with other parameters ({listed}); name another, or move that folder away"
-        )
+    common = sorted(then.keys() & settings.keys())
+    if changed := [f"{name}: {then[name]} -> {settings[name]}" for name in common if then[name] != settings[name]]:
+        raise CheckpointError(f"{out}: a run of other parameters ({', '.join(changed)}); name another, or move it away")
     for saved, fresh in (saved_weights, weights), (saved_server, server):
         kinds = [{(name, tensor.dtype, tensor.shape) for name, tensor in group.items()} for group in (saved, fresh)]
         if differing := sorted({name for name, *_ in kinds[0] ^ kinds[1]}):

@@ -63,12 +63,15 @@ class HubertConfig:
         for name in ("conv_dim", "conv_kernel", "conv_stride"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
-            if self.hidden_size % getattr(self, name):
+            if self.hidden_size % max(getattr(self, name), 1):
                 raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of {name} {getattr(self, name)}")
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError("conv_dim, conv_kernel and conv_stride differ in length")
-        if (hop := math.prod(self.conv_stride)) != HOP:
-            raise ValueError(f"conv_stride {self.conv_stride} makes {hop} samples per frame; labels need {HOP}")
+        width, hop = 1, 1
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            width, hop = width + (kernel - 1) * hop, hop * stride
+        if (width, hop) != (RECEPTIVE_FIELD, HOP):
+            raise ValueError(f"conv_kernel, conv_stride: a frame of {width} samples per {hop}; labels need 400 per 320")
         for name, kind in get_type_hints(HubertConfig).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {get_args(kind)}")
@@ -313,6 +316,7 @@ class Hubert(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        """Whether activations are computed again in the backward pass: less memory, about 1.3 times the time."""
         self.feature_extractor = FeatureExtractor(config) if config.front_end == "waveform" else LogMel()
         self.feature_projection = FeatureProjection(config)
         self.masked_spec_embed = nn.Parameter(torch.rand(config.hidden_size))
@@ -350,10 +354,6 @@ class Hubert(nn.Module):
         hidden = self.encoder(x, recompute)
         convolved = features if self.config.front_end == "waveform" else None
         return HubertOutput(hidden[-1], hidden if hidden_states else None, convolved)
-
-    def gradient_checkpointing(self, on: bool = True) -> None:
-        """Recompute activations in the backward pass instead of keeping them: less memory, about 1.3 times the time."""
-        self.recompute = on
 
 
 class Head(nn.Module):

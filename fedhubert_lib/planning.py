@@ -38,21 +38,24 @@ class Plan:
     step: Step
     parameters: int
     steps: int
-    """Optimiser steps, over all clients; twice as many where pooled data are trained on, too."""
+    """Optimiser steps, over all clients."""
+    pooled: bool
+    """Whether one process takes as many again, on the pooled data."""
     workers: int
-    """Processes of engine ``pool``, each on its own device or cores, that share the steps; else 1."""
+    """Processes of engine ``pool``, each on its own device or cores, that share the clients' steps; else 1."""
 
     @property
     def seconds(self) -> float:
         """Expected duration of the training steps."""
-        return self.steps * self.step.seconds / self.workers
+        return self.steps * self.step.seconds * (1 / self.workers + self.pooled)
 
     def __str__(self) -> str:
         step, speed = self.step, self.step.audio_seconds / self.step.seconds
         return (
             f"{self.parameters / 1e6:.1f} M parameters on {self.device}: a step of {step.audio_seconds:.0f} s of audio"
             f" takes {step.seconds:.2f} s ({speed:.0f} audio s/s) and {step.bytes / 2**30:.2f} GiB.\n"
-            f"{self.steps} steps, {f'by {self.workers} workers' if self.workers > 1 else 'one after the other'}: about"
+            f"{self.steps} steps, {f'by {self.workers} workers' if self.workers > 1 else 'one after the other'}"
+            f"{', and as many in one process on pooled data' * self.pooled}: about"
             f" {timedelta(seconds=round(self.seconds))}."
         )
 
@@ -70,7 +73,7 @@ def plan(run: Path, p: Pretrain) -> Plan:
         step = fitting_step(p, config, recipes.clusters(run, p.codebook), device, workers)
     with torch.device("meta"):
         parameters = sum(tensor.numel() for tensor in hubert.Hubert(config).parameters())
-    return Plan(device, step, parameters, p.rounds * p.cohort * p.local_steps * (1 + p.centralised), workers)
+    return Plan(device, step, parameters, p.rounds * p.cohort * p.local_steps, p.centralised, workers)
 
 
 def fitting_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, device: str, workers: int = 1) -> Step:
@@ -107,7 +110,9 @@ def measure_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, clips:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         duration = _two_steps(p, config, clusters, clips, device)
-        return Step(audio_seconds, duration, torch.cuda.max_memory_allocated(device) - before)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()  # which workers, other processes, need
+        return Step(audio_seconds, duration, peak - before)
     order = json.dumps([torch.get_num_threads(), p.model_dump(), asdict(config), clusters, clips])
     child = subprocess.run([sys.executable, "-m", __name__, order], capture_output=True, text=True, check=False)
     if child.returncode == -signal.SIGKILL or "can't allocate memory" in child.stderr:
@@ -137,7 +142,7 @@ def _two_steps(p: Pretrain, config: hubert.HubertConfig, clusters: int, clips: i
             tuple(f"noise {number}" for number in range(clips)),
         )
         module = nn.ModuleList([hubert.Hubert(config), hubert.Head(config, clusters)]).to(device)
-        module[0].gradient_checkpointing(p.gradient_checkpointing)
+        module[0].recompute = p.gradient_checkpointing
         optimiser, seconds = training.adamw(module, p), 0.0
         for _ in range(2):
             seconds = training.local_update(

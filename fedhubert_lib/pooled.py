@@ -55,7 +55,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     table, targets = utterances(folders.values()), labels(map(lesson.labels, folders.values()))
     steps = round(mean(recipes.steps(home, p, 1) for home in folders.values()))
     large, total, module = merged(p), p.rounds * steps, lesson.module
-    module["model"].gradient_checkpointing(p.gradient_checkpointing)
+    module["model"].recompute = p.gradient_checkpointing
     names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, p), Meter(p.device)
     options = {"device": device, "normalise": lesson.normalise}
     with checkpoints.sole(out):

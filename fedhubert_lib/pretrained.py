@@ -135,14 +135,14 @@ def read_config(folder: Path) -> HubertConfig:
             " on normalised waveforms; copy one from where the checkpoint comes from, or write"
             ' preprocessor_config.json with {"do_normalize": true}, as for the published large and xlarge models'
         )
+    if values.get("do_stable_layer_norm") and "feature_grad_mult" not in values:  # of transformers: as published large
+        values |= {"feature_grad_mult": 1.0, "classifier_proj_size": 768}
     values = {field.name: values[field.name] for field in fields(HubertConfig) if field.name in values}
     try:
         config = TypeAdapter(HubertConfig).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except ZeroDivisionError as error:
-        raise ValueError(f"{path}: num_attention_heads or num_conv_pos_embedding_groups is 0") from error
     for name, value in asdict(config).items():
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, str | bool) and not isinstance(number, int) <= number <= LARGEST:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -66,9 +67,11 @@ def free_memory(device: "torch.device") -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = [psutil.virtual_memory().available]
-    for controller, limit, used in (("", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes")):
-        pairs = zip(_settings(controller, f"memory.{limit}"), _settings(controller, f"memory.{used}"), strict=False)
-        free += [int(limit) - int(used) for limit, used in pairs if limit.isdecimal()]
+    for controller, *names in (("", "max", "current", "stat"), ("memory", "limit_in_bytes", "usage_in_bytes", "stat")):
+        for limit, used, stat in zip(*(_settings(controller, f"memory.{name}") for name in names), strict=False):
+            # Files that were read count as used, and give way; version 1 has a line for the group alone before this.
+            cached = sum(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)[-1:]))
+            free += [int(limit) - int(used) + cached] if limit.isdecimal() else []
     return max(0, min(free))
 
 

@@ -114,8 +114,8 @@ def local_update(
             optimiser.zero_grad()
     if not tally.steps:
         raise ValueError("no batch to train on")
-    times = {"seconds": time.perf_counter() - began, "learning_rate": optimiser.param_groups[0]["lr"]}
-    return tally.result() | times
+    measured = tally.result()  # a GPU is done then
+    return measured | {"seconds": time.perf_counter() - began, "learning_rate": optimiser.param_groups[0]["lr"]}
 
 
 def _backward(

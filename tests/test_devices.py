@@ -66,7 +66,7 @@ def test_kernels_equal_the_plain_model(monkeypatch, norm, checkpointing):
         config = hubert.preset("large", **sizes, feat_extract_norm=norm, conv_bias=norm == "layer")
         model = hubert.Hubert(config)
         hubert.initialise(model, seeds.torch_generator(0))
-        model.gradient_checkpointing(checkpointing)
+        model.recompute = checkpointing
         waveforms = torch.randn(2, 9_000, generator=seeds.torch_generator(1))
         results = []
         for devices in ({"cpu"}, set()):

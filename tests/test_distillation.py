@@ -203,7 +203,7 @@ def test_run_refuses_a_teacher_with_other_frames(run):
     path = run / "03_pretrain" / "checkpoint" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "conv_stride": [5, 2, 2, 2, 2, 2, 1]}))
-    with pytest.raises(ValueError, match="160 samples per frame; labels need 320"):
+    with pytest.raises(ValueError, match="labels need 400 per 320"):
         distillation.run(run, distill())
 
 

@@ -181,6 +181,7 @@ def test_config_refuses_sizes_that_do_not_fit():
     for wrong in (
         {"hidden_size": 100},
         {"conv_stride": (5, 2, 2, 2, 2, 2, 1)},
+        {"conv_kernel": (10, 8, 4, 4, 4, 4, 4)},  # a frame would hear into the next clip
         {"front_end": "mfcc"},
         {"conv_dim": []},
     ):

@@ -17,9 +17,14 @@ def test_measure_step_needs_more_memory_for_a_larger_batch():
     torch.ones(2**29)  # 2 GiB
     one, many = (planning.measure_step(P, *MODEL, clips, "cpu") for clips in (1, 4))
     assert 2**30 > many.bytes > one.bytes > 2**20
-    plan = planning.Plan("cpu", one, 1_500_000, 50, workers=2)
-    assert plan.seconds == pytest.approx(25 * one.seconds)
+
+
+@pytest.mark.parametrize(("pooled", "steps"), [(False, 25), (True, 75)])
+def test_workers_share_the_clients_steps_and_no_pooled_ones(pooled, steps):
+    plan = planning.Plan("cpu", planning.Step(16.0, 0.5, GIB), 1_500_000, 50, pooled, workers=2)
+    assert plan.seconds == pytest.approx(steps * 0.5)
     assert "1.5 M parameters on cpu" in str(plan) and "50 steps, by 2 workers" in str(plan)
+    assert ("as many in one process on pooled data" in str(plan)) == pooled
 
 
 def pretend(monkeypatch, gpus: int, free: int, visible: str = "") -> None:

@@ -47,7 +47,7 @@ def test_nothing_keeps_the_toy_study_from_running(tmp_path):
     ("values", "words"),
     [
         ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2'; only HuBERT"),
-        ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "160 samples per frame; labels need 320"),
+        ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "labels need 400 per 320"),
         ({"num_hidden_layers": 4}, "does not fit its config"),
     ],
 )

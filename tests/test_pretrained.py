@@ -202,6 +202,15 @@ def test_settings_of_another_type_or_size_are_named(name, value, tmp_path):
         pretrained.load(tmp_path, weights=False)
 
 
+def test_a_public_large_models_convolutions_train_at_the_published_gradient(tmp_path):
+    """The files of transformers do not say so."""
+    write(tmp_path, do_stable_layer_norm=True)
+    config = pretrained.read_config(tmp_path)
+    assert (config.feature_grad_mult, config.classifier_proj_size) == (1.0, 768)
+    write(tmp_path)
+    assert pretrained.read_config(tmp_path).feature_grad_mult == 0.1
+
+
 def test_what_is_no_json_object_or_no_weight_is_named(tmp_path):
     write(tmp_path, max_shard_size="200KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
@@ -222,7 +231,7 @@ def test_what_is_no_json_object_or_no_weight_is_named(tmp_path):
         (lambda folder: None, r"config\.json"),
         (lambda folder: write(folder, transformers.Wav2Vec2Model), "wav2vec2"),
         (lambda folder: write(folder, transformers.WavLMModel), "wavlm"),
-        (lambda folder: write(folder, conv_stride=(5, 2, 2, 2, 2, 2, 1)), "labels need 320"),
+        (lambda folder: write(folder, conv_stride=(5, 2, 2, 2, 2, 2, 1)), "labels need 400 per 320"),
         (other_rate, "8000 Hz"),
         (pickled, r"pytorch_model\.bin"),
         (changed("model.safetensors", None), r"model\.safetensors"),

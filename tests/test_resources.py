@@ -74,12 +74,22 @@ def test_cores_by_quotas_of_control_groups(machine, membership, files, cores):
         ("0::/a/b", {"a/b/memory.max": "max", "a/b/memory.current": 1, "a/memory.max": 4, "a/memory.current": 3}, 4, 1),
         ("0::/a", {"memory.max": 128, "memory.current": 1}, 64, 48),  # more than the machine has
         ("9:memory:/a", {"memory/a/memory.limit_in_bytes": 2, "memory/a/memory.usage_in_bytes": 1}, 2, 1),  # version 1
+        ("0::/", {"memory.max": 8, "memory.current": 7, "inactive_file": 4}, 8, 5),  # files that were read
+        (
+            "9:memory:/a",
+            {"memory/a/memory.limit_in_bytes": 8, "memory/a/memory.usage_in_bytes": 7, "total_inactive_file": 4},
+            8,
+            5,
+        ),
     ],
 )
 def test_memory_by_limits_of_control_groups(machine, membership, files, limit, free):
     machine("membership", membership)
+    read = [f"{name} {gibibytes << 30}\n" for name, gibibytes in files.items() if name.endswith("inactive_file")]
     for place, gibibytes in files.items():
-        machine(f"cgroup/{place}", gibibytes if gibibytes == "max" else f"{gibibytes << 30}\n")
+        if "/" in place or "." in place:
+            machine(f"cgroup/{place}", gibibytes if gibibytes == "max" else f"{gibibytes << 30}\n")
+            machine(f"cgroup/{place.rpartition('memory.')[0]}memory.stat", "".join(["inactive_file 0\n", *read]))
     assert resources.memory_limit() == limit << 30
     assert resources.free_memory(torch.device("cpu")) == free << 30
 

@@ -431,7 +431,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(front_end):
         torch.manual_seed(0)
         model = hubert.Hubert(hubert.replace(CONFIG, front_end=front_end, hidden_dropout=0.1, conv_dim=(16,) * 7))
         hubert.initialise(model, seeds.torch_generator(0))
-        model.gradient_checkpointing(on)
+        model.recompute = on
         torch.manual_seed(1)
         batch = random_batch(2)
         model.train()(batch.waveforms, batch.mask).last.square().sum().backward()
@@ -448,7 +448,7 @@ def test_gradient_checkpointing_keeps_a_fraction_of_the_activations():
     peaks = []
     for on in (False, True):
         model = hubert.Hubert(hubert.preset("tiny", num_hidden_layers=8)).train()
-        model.gradient_checkpointing(on)
+        model.recompute = on
         batch = random_batch(8, frames=250)
         with (
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,

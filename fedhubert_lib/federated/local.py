@@ -31,8 +31,7 @@ class Lesson:
     objective: training.Objective
     labels: Callable[[ClientHome], Path]
     """A client's folder of targets."""
-    normalise: bool = False
-    """As in ``batching.batches``."""
+    normalise: bool = False  # as in batching.batches
 
 
 def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], lesson: Lesson) -> Answer:
@@ -40,7 +39,7 @@ def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     parameter that travels, and what was measured. The learning rate follows the round's number.
     """
     p, module = lesson.p, lesson.module
-    module["model"].gradient_checkpointing(p.gradient_checkpointing)
+    module["model"].recompute = p.gradient_checkpointing
     steps = recipes.steps(home, p, config["round"])
     batches = _batches(home, "train", lesson, config["round"], steps)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, p)
