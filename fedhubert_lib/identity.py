@@ -24,6 +24,8 @@ _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
+PHONES = "phones.parquet"
+"""Tables that measure units, and train nothing."""
 
 
 class Cell(NamedTuple):
@@ -85,8 +87,9 @@ def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> str | Non
     if before == "kmeans":  # other codebooks may come and go, and an evaluation reads no labels
         return None if stage == "evaluate" else done.get("codebooks", {}).get(p.codebook, done["outputs"])
     if before in ("corpus", "partition") and stage != "partition":  # the audio itself, wherever it lies
-        return done.get("speech" if stage == "evaluate" else "training", done.get("speech", done["outputs"]))
-    return done["outputs"]
+        part = {"evaluate": "speech", "kmeans": "training"}.get(stage, "lists")
+        return done.get(part, done.get("training", done.get("speech", done["outputs"])))
+    return done.get("federated", done["outputs"]) if stage == "distill" else done["outputs"]
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
@@ -125,21 +128,25 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
     ``files``: of each file. ``speech``: wherever the tables say audio is. ``training``: the same without the words to
-    evaluate on. ``codebooks``: the labels and centroids of each.
+    evaluate on, ``lists`` without phones, too. ``codebooks``: labels and centroids. ``federated``: not pooled training.
     """
     data = _data(folder)
     kept = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
     hashes: dict[str, Any] = {"outputs": _combined(data), "files": kept}
     if isinstance(p, params.Kmeans):
         hashes["codebooks"] = {
-            kind: _combined({name: value for name, value in data.items() if kind in name.split("/")})
+            kind: _combined({n: value for n, value in data.items() if kind in n.split("/") and not n.endswith(PHONES)})
             for kind in p.codebooks
         }
+    elif stage == "pretrain":
+        hashes["federated"] = _combined({n: value for n, value in data.items() if not n.startswith("centralised/")})
     elif stage in ("corpus", "partition"):
         data = data | {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
+        data.pop("excluded.parquet", None)  # what is no speech of anybody
         hashes["speech"] = _combined(data)
-        words = {"keywords.parquet", "excluded.parquet"}
-        hashes["training"] = _combined({name: data[name] for name in data if name not in words})
+        training = {name: value for name, value in data.items() if name != "keywords.parquet"}
+        hashes["training"] = _combined(training)
+        hashes["lists"] = _combined({name: value for name, value in training.items() if not name.endswith(PHONES)})
     return hashes
 
 
