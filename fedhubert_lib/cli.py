@@ -155,42 +155,44 @@ def _compare(options: argparse.Namespace) -> None:
     from fedhubert_lib import compare
 
     groups = compare.groups(options.runs)
-    print(compare.write(groups, options.to or runs.outputs() / "-".join(["compare", *groups])))
+    print(
+        compare.write(
+            groups, options.to or runs.outputs() / "-".join(["compare", *(Path(name).name for name in groups)])
+        )
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
-    from fedhubert_lib.export.formats import ExportError
-
     try:
         facts = export.write(options.format, options.checkpoint, options.out)
-    except (ExportError, ValueError) as error:  # a ValueError: a checkpoint that cannot be read
+    except ValueError as error:
         raise runner.StageError(str(error), runner.FAILED) from error
     print(f"{options.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
 
 
 def _units(options: argparse.Namespace) -> None:
-    from fedhubert_lib.export import formats, unit_text
+    from fedhubert_lib.export import unit_text
 
     names = ("codebook", "layer", "clusters", "seed", "deduplicate", "device")
     try:
         facts = unit_text.write(
             options.checkpoint, options.folder, options.to, **{name: getattr(options, name) for name in names}
         )
-    except (formats.ExportError, ValueError) as error:
+    except ValueError as error:
         raise runner.StageError(str(error), runner.FAILED) from error
     print(f"{options.to}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
 
 
 def _s3prl(options: argparse.Namespace) -> None:
     from fedhubert_lib.evaluation import report
-    from fedhubert_lib.export import formats, s3prl
+    from fedhubert_lib.export import s3prl
 
     chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
     report.read(options.run)  # says what to do where there is none, before a lock is asked of a folder that is no run
     try:
         with runs.holding(options.run / ".lock", "fedhubert s3prl"):
             results = s3prl.of_run(options.run, options.system, **chosen)
-    except (formats.ExportError, ValueError) as error:
+    except ValueError as error:
         raise runner.StageError(str(error), runner.FAILED) from error
     for result in results:
         print(f"seed {result['seed']}: dev {result['dev']:.4f}, test {result['test']:.4f}")

@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from fedhubert_lib import files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import cost
-from fedhubert_lib.export import card, formats, onnx
+from fedhubert_lib.export import card, formats, onnx, s3prl
 
 PRESETS = {
     "post-norm": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
@@ -74,6 +74,18 @@ def test_architectures_of_ours_load_with_the_code_in_the_export(checkpoint, tmp_
     assert source.keys() == again.keys() and all((source[name] == again[name]).all() for name in source)
     with pytest.raises(formats.ExportError, match="torchaudio knows only.*huggingface or ONNX"):
         formats.to_torchaudio(folder, tmp_path / "other")
+
+
+def test_what_others_do_not_know_is_refused_before_it_is_written(tmp_path):
+    for changes, export, words in (
+        ({"feat_proj_layer_norm": False}, formats.to_torchaudio, "feat_proj_layer_norm False"),
+        ({"conv_dim": (SMALL["hidden_size"],) * 7}, s3prl.to_hubert_local, "hidden_size is its conv_width"),
+    ):
+        config = hubert.preset("tiny", **{**SMALL, "conv_dim": (16,) * 7, **changes})
+        pretrained.save(tmp_path / "checkpoint", hubert.Hubert(config))
+        with pytest.raises(formats.ExportError, match=words):
+            export(tmp_path / "checkpoint", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_code_in_the_export_needs_torch_and_transformers_alone():
@@ -177,7 +189,8 @@ def test_card_of_data_training_and_results(stage):
     assert "1.00 h, 1 utterances, 1 speakers" in text
     assert "clients: 1 with 0.9 to 0.9 h of it each, partition scheme unknown" in text
     assert "* distill: no reference curves" in text and "* evaluate: " not in text
-    assert "parameters: privacy none, rounds 3, codebook federated\n" in text
+    assert "parameters: teacher place, privacy none, rounds 3, codebook federated\n" in text
+    assert "Trained on the speech named above, and what place had heard; other" in text
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 1, "loss": 2.5})
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 2, "loss": None})  # with privacy: client
     assert "last loss: 2.5" in written(stage)
@@ -193,13 +206,20 @@ def test_card_of_data_training_and_results(stage):
 
 
 def test_card_of_the_privacy_of_updates(stage):
-    assert "updates: none" in written(stage)
+    """A student's are those of its teacher, too; no loss is told that the noise does not cover."""
+    assert "updates: student: none" in written(stage)
     spent = {"server": 3.0, "not private: noise drawn from the seed": 4.25}
     for number, (label, epsilon) in enumerate(spent.items()):
-        row = {"kind": "round", "round": number, "loss": None, "epsilon": epsilon, "privacy": label}
+        row = {"kind": "round", "round": number, "loss": 2.5, "epsilon": epsilon, "privacy": label}
         files.append_row(stage / "metrics.jsonl", row)
-        assert f"updates: {label}, epsilon {epsilon:g}" in written(stage)
+        assert f"updates: student: {label}, epsilon {epsilon:g}" in written(stage)
     assert "had the noise been secret" in written(stage)
+    assert "last loss: not told" in written(stage) and "* distill: " not in written(stage)
+    (stage / "params.yaml").write_text("privacy: server\n")
+    (stage.parent / "03_pretrain").mkdir()
+    (stage.parent / "03_pretrain" / "params.yaml").write_text("privacy: none\ncodebook: central\n")
+    assert "updates: teacher: none; student: not private" in written(stage)
+    assert "audio, features and labels: pooled to start the codebook\n" in written(stage)
 
 
 def test_card_of_the_privacy_of_cluster_statistics(stage):

@@ -24,7 +24,6 @@ SPEECH = {
 CARD = """\
 ---
 license: {license}
-language: en
 tags: [speech, hubert, federated-learning, self-supervised-learning]
 ---
 
@@ -69,7 +68,7 @@ HuBERT, trained by federated learning: clients trained on their own speech and s
 
 ## Limits
 
-Trained on the speech named above alone; other languages, accents, channels and noise are untested. Features of speech
+Trained on the speech named above{others}; other languages, accents, channels and noise are untested. Features of speech
 also identify the speaker: see the speaker probe among the results.
 """
 
@@ -90,13 +89,16 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     if (heldout := run / "01_partition" / "heldout.parquet").is_file():
         train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
     kind, p = parameters(run / "00_corpus").get("kind"), parameters(stage)
+    trained = [stage] if p.get("teacher") else [run / name for name in STAGES if name <= stage.name]
+    codebooks = [parameters(one).get("codebook") for one in trained]
     report = None if "evaluate" in stale(run) else read_json(run / "05_evaluate" / "report.json")
     results = [tables.headline(report), *tables.below(report)] if report else []
     span = "mean and 95 % interval over evaluation seeds"
     licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
     clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
     rounds = files.rounds(stage / "metrics.jsonl")
-    losses = [row["loss"] for row in rounds if row["loss"] is not None]  # a private round may have none
+    private = any("epsilon" in row for row in rounds)  # which covers no loss, and a card is for others
+    losses = [row["loss"] for row in rounds if not private and row["loss"] is not None]
     text = CARD.format(
         license=licence,
         run=run.name,
@@ -113,30 +115,44 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         shares=f"{clients.hours.min():.2g} to {clients.hours.max():.2g}",
         scheme=parameters(run / "01_partition").get("scheme", "unknown"),
         rounds=len(rounds),
-        loss=f"{losses[-1]:.4f}" if losses else "unknown",
-        # A card is for others: neither how this machine ran it, nor folders on its disk.
-        training=", ".join(f"{n} {v}" for n, v in p.items() if n not in params.HOW and str(v)[:1] not in ("", "/")),
-        speech="pooled to start the codebook" if p.get("codebook") == "central" else "never left their client",
-        updates=_updates(rounds, p),
-        statistics=_statistics(run, p.get("codebook", "federated")),
+        loss=f"{losses[-1]:.4f}" if losses else "not told: no noise covers it" if private else "unknown",
+        # Neither how this machine ran it, nor folders on its disk.
+        training=", ".join(f"{n} {_shown(v)}" for n, v in p.items() if n not in params.HOW and str(v)),
+        speech="pooled to start the codebook" if "central" in codebooks else "never left their client",
+        updates="; ".join(f"{STAGES[one.name]}: {_updates(one)}" for one in trained),
+        statistics=_statistics(run, p),
+        others="".join(f", and what {_shown(p[n])} had heard" for n in ("initial", "teacher") if _outside(p.get(n))),
         results="\n\n".join(tables.markdown(table, span) for table in results) or "Not evaluated.",
-        verdict=_verdict(run, stage.name[3:], bool(results)),
+        verdict=_verdict(run, stage.name[3:], bool(results), private),
     )
     with files.atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return {"tables of results": len(results)}
 
 
-def _updates(rounds: list[dict[str, Any]], p: dict[str, Any]) -> str:
-    """The differential privacy of the updates."""
+def _outside(value: Any) -> bool:
+    return str(value).startswith("/")
+
+
+def _shown(value: Any) -> Any:
+    """The value of a parameter, a path by its last part."""
+    return Path(value).name if _outside(value) else value
+
+
+def _updates(stage: Path) -> str:
+    """The differential privacy of a stage's updates."""
+    rounds, p = files.rounds(stage / "metrics.jsonl"), parameters(stage)
     if not rounds or "epsilon" not in rounds[-1]:
         return p.get("privacy", "unknown")
     return f"{rounds[-1]['privacy']}, {_epsilon(rounds[-1], p.get('privacy_delta'))}"
 
 
-def _statistics(run: Path, codebook: str) -> str:
-    """The differential privacy of the cluster statistics that clients sent in 02_kmeans, or why there is none."""
+def _statistics(run: Path, trained: dict[str, Any]) -> str:
+    """The differential privacy of the cluster statistics that clients sent, or why there is none."""
     p, quality = parameters(run / "02_kmeans"), read_json(run / "02_kmeans" / "quality.json")
+    codebook = trained.get("codebook", "federated")
+    if "hubert" in trained.get("objectives", ()):
+        return "none: those of the teacher's features reached the server without noise"
     if not p.get("noise_multiplier"):
         return "none: sums and counts of each client's clusters reached the server without noise" if p else "unknown"
     spent = quality["codebooks"].get(codebook, {}) if quality else {}
@@ -152,7 +168,8 @@ def _epsilon(spent: dict[str, Any], delta: float | None) -> str:
     return f"epsilon {epsilon}{condition} at delta {delta}"
 
 
-def _verdict(run: Path, trained: str, evaluated: bool) -> str:
+def _verdict(run: Path, trained: str, evaluated: bool, private: bool) -> str:
     """Whether the curves of the stage ``trained`` are normal, in words, and those of quality, which are of teachers."""
-    stages = [trained, "evaluate"] if evaluated and trained == "pretrain" else [trained]
-    return "\n".join(f"* {stage}: {line}" for stage in stages for line in reference.verdict(run, stage).splitlines())
+    stages = [trained] * (not private) + ["evaluate"] * (evaluated and trained == "pretrain")
+    lines = [f"* {stage}: {line}" for stage in stages for line in reference.verdict(run, stage).splitlines()]
+    return "\n".join(lines) or "Not compared."

@@ -30,7 +30,7 @@ CODE = "modeling_fedhubert.py"
 """The file beside this one that travels with what transformers does not know."""
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """A model that cannot be exported this way, or an export that does not give the source's numbers."""
 
 
@@ -64,11 +64,11 @@ def noise(clips: int, samples: int) -> Tensor:
 def load_published(checkpoint: Path, target: str) -> tuple[Hubert, Head | None]:
     """``pretrained.load``. Raises ExportError unless it is the published architecture: all that ``target`` knows."""
     model, head = pretrained.load(checkpoint)
-    if not pretrained.published(model.config):
+    if not (pretrained.published(model.config) and model.config.feat_proj_layer_norm):
         raise ExportError(
-            f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end} and"
-            f" position_embedding {model.config.position_embedding}. Export it as huggingface or ONNX, or train a"
-            " published one"
+            f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end},"
+            f" position_embedding {model.config.position_embedding} and feat_proj_layer_norm"
+            f" {model.config.feat_proj_layer_norm}. Export it as huggingface or ONNX, or train a published one"
         )
     return model, head
 

@@ -78,6 +78,8 @@ def to_hubert_local(checkpoint: Path, path: Path) -> float:
     architecture that s3prl does not know, or where it gives other numbers.
     """
     model, head = formats.load_published(checkpoint, "s3prl's hubert_local")
+    if (size := model.config.hidden_size) == model.config.feature_size:  # fairseq then makes no projection
+        raise formats.ExportError(f"s3prl's hubert_local has no model whose hidden_size is its conv_width, here {size}")
     with files.atomic(path) as temporary:
         torch.save(converted(model, head), temporary)
         return check(model, "hubert_local", temporary)
@@ -121,6 +123,10 @@ def converted(model: Hubert, head: Head | None) -> dict[str, Any]:
             "conv_pos": config.num_conv_pos_embeddings,
             "conv_pos_groups": config.num_conv_pos_embedding_groups,
             "feature_grad_mult": config.feature_grad_mult,
+            "dropout": config.hidden_dropout,
+            "attention_dropout": config.attention_dropout,
+            "activation_dropout": config.activation_dropout,
+            "dropout_input": config.feat_proj_dropout,
         },
         "model_weight": {name: tensor.detach().clone() for name, tensor in weights.items()},
         "dictionaries_symbols": [[str(index) for index in range(len(head.label_embeddings))]],
