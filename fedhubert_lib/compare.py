@@ -51,7 +51,11 @@ def parameters(groups: Groups) -> pd.DataFrame:
 def states(groups: Groups) -> pd.DataFrame:
     """A row per run: study, commit, state, time."""
     return pd.DataFrame(
-        {folder.name: index.summary(folder) for folders in groups.values() for folder in folders}
+        {
+            name if len(folders) == 1 else folder.name: index.summary(folder)
+            for name, folders in groups.items()
+            for folder in folders
+        }
     ).T.reindex(columns=["study", "commit", "state", "started", "time", "memory"])
 
 
@@ -77,7 +81,7 @@ def curves(groups: Groups) -> pd.DataFrame:
                 if measure in table:
                     part = table[["round", "hours", measure]].dropna().rename(columns={measure: "value"})
                     rows.append(part.assign(**facts, measure=measure))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    return pd.concat(rows, ignore_index=True).astype({"hours": float, "value": float}) if rows else pd.DataFrame()
 
 
 def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:

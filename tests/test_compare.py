@@ -52,7 +52,9 @@ def test_names_stand_for_runs_folders_and_training_seeds(outputs):
     make(outputs, "base-old")
     assert compare.groups(["base", str(run), "lr-7"]) == {"base": folders, "lr": [run], "lr-7": [outputs / "lr-7"]}
     other = make(outputs / "elsewhere", "lr")
-    assert compare.groups([str(run), str(other)]) == {str(run): [run], str(other): [other]}, "two of one name"
+    both = compare.groups([str(run), str(other)])
+    assert both == {str(run): [run], str(other): [other]}, "two of one name"
+    assert compare.states(both).index.tolist() == [str(run), str(other)]
     with pytest.raises(records.RunError, match="nothing: no run of that name"):
         compare.groups(["base", "nothing"])
 
@@ -68,6 +70,16 @@ def test_parameters_that_differ_are_listed_and_seeds_of_a_group_together(outputs
         "pretrain.seed": {"base": "0, 1", "one": 3},
         "pretrain.codebook": {"base": "federated", "one": "client"},
     }
+
+
+def test_a_training_whose_clients_do_not_say_how_much_they_heard_has_no_curve_and_hides_none(outputs):
+    for number in (1, 2):  # with privacy: client
+        row = {"kind": "round", "round": number, "audio_seconds": None, "loss": None}
+        files.append_row(make(outputs, f"private-{number}", 0) / "03_pretrain/metrics.jsonl", row)
+    make(outputs, "plain")
+    groups = compare.groups(["private-1", "plain"])
+    assert set(compare.curves(groups).run) == {"plain"}
+    assert compare.write(groups, outputs / "beside")
 
 
 def test_curves_are_those_on_validation_speech_over_hours_heard(outputs):

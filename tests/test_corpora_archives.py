@@ -223,6 +223,16 @@ def test_provide_continues_after_a_full_disk(tmp_path, monkeypatch):
     assert unpacked == members
 
 
+@pytest.mark.parametrize("beside", ["mine", "speech_commands_v0.02"])
+def test_a_subset_joins_the_others_where_they_are(beside, tmp_path, monkeypatch):
+    """A folder of words is none of them."""
+    publish(monkeypatch, mine=b"", more=(archive := tar({"LibriSpeech/more/1/2/1-2-0000.flac": b"x"})))
+    (tmp_path / beside).mkdir()
+    (tmp_path / "more.tar.gz").write_bytes(archive)
+    provide(tmp_path, "more")
+    assert (tmp_path / "more").is_dir() == (beside == "mine") != (tmp_path / "LibriSpeech/more").is_dir()
+
+
 PROVIDE = """
 import sys
 from pathlib import Path

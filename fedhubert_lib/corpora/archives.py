@@ -148,7 +148,8 @@ def _verify(path: Path, md5: str, remedy: str, on_progress: Progress) -> None:
 
 
 def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progress) -> None:
-    """Unpack ``archive`` so that ``root/inside/name`` appears, complete; other files of its top folder go beside it."""
+    """Unpack ``archive`` so that ``root/inside/name`` appears, complete, or ``root/name`` where other subsets are in
+    ``root``; other files of its top folder go beside it."""
     hidden, packed = root / f".{name}.unpacking", archive.stat().st_size
     with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as tar:
         for member in tar:
@@ -157,13 +158,15 @@ def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Prog
                 with files.naming(path):
                     tar.extract(member, hidden, filter="data")
             on_progress(f"unpack {archive.name} (MiB)", raw.tell() >> 20, packed >> 20)
-    top = hidden / inside
+    top, home = hidden / inside, root / inside
     if inside:
-        (root / inside).mkdir(exist_ok=True)
+        if not home.exists() and any((root / other).is_dir() for other, p in PUBLISHED.items() if p.inside):
+            home = root  # where other subsets are
+        home.mkdir(exist_ok=True)
         for beside in top.iterdir():  # SPEAKERS.TXT and the like are the same in each archive
-            if beside.is_file() and not (root / inside / beside.name).exists():
-                beside.replace(root / inside / beside.name)
+            if beside.is_file() and not (home / beside.name).exists():
+                beside.replace(home / beside.name)
         top /= name
     os.sync()
-    top.rename(root / inside / name)
+    top.rename(home / name)
     shutil.rmtree(hidden, ignore_errors=True)
