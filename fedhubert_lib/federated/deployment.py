@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from fedhubert_lib import files, partition
+from fedhubert_lib import files, partition, resources
 from fedhubert_lib.federated import wire
 from fedhubert_lib.federated.protocol import Clients
 
@@ -183,7 +183,7 @@ def supernode_command(node: Path, run: Path, device: str = "cpu") -> list[str]:
     with its data. The port is for Flower's internal use."""
     about = json.loads((node / "node.json").read_text(encoding="utf-8"))
     client = wire.checked_name(str(node / "node.json"), about["client"])
-    settings = {"client": client, "run": str(run.resolve()), "device": device}
+    settings = {"client": client, "run": str(run.resolve()), "device": resources.resolve(device)}
     return [
         "flower-supernode",
         *("--root-certificates", str(node / "server.pem")),

@@ -8,6 +8,7 @@ it failed). Nothing else travels.
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -106,8 +107,7 @@ class GridClients(Clients):
         """Nodes by client, of those that are connected now.
 
         A new node has ``seconds`` (default: IDENTIFY_SECONDS) to say which client it is; the name of a slower one is
-        taken whenever it comes, and a node that failed is asked again. Raises ValueError when two say that they are the
-        same client.
+        taken whenever it comes, and a node that failed is asked again. A client that two nodes say they are is neither.
         """
         nodes = set(self._grid.get_node_ids())
         if unnamed := sorted(nodes - {*self._names, *self._asked.values()}):
@@ -124,13 +124,10 @@ class GridClients(Clients):
             if new.isdisjoint(self._asked.values()) or time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
-        named: dict[str, int] = {}
-        for node, name in self._names.items():
-            if node not in nodes or name not in self.ids:
-                continue
-            if name in named:
-                raise ValueError(f"two connected nodes say that they are {name!r}; give each its own in --node-config")
-            named[name] = node
+        here = {node: name for node, name in self._names.items() if node in nodes and name in self.ids}
+        named = {name: node for node, name in here.items() if (count := Counter(here.values()))[name] == 1}
+        for name in set(here.values()) - named.keys():
+            logger.warning("%d nodes say that they are %r; left out until one is left", count[name], name)
         return named
 
     def _push(self, request: Request, nodes: Sequence[int]) -> list[Any]:

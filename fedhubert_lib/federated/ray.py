@@ -23,6 +23,9 @@ from fedhubert_lib.federated.pool import WorkerClients
 from fedhubert_lib.federated.protocol import Failure, Reply, Request
 from fedhubert_lib.resources import cores
 
+START_SECONDS = 300
+"""Time that a worker has to start: on a cluster that others use, too, its place may not become free."""
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
 import ray  # noqa: E402
@@ -55,10 +58,10 @@ class RemoteActor:
 
     def answer(self, client: str, packed: Sequence[Any], timeout: float | None) -> Reply | Failure:
         try:
-            ray.get(self._actor.__ray_ready__.remote())  # a worker's start is not the client's time
+            ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)  # which is not the client's time
             answer = ray.get(self._actor.answer.remote(client, *packed), timeout=timeout)
         except ray.exceptions.GetTimeoutError as error:
-            raise TimeoutError(f"no answer before the deadline of {timeout:.1f} s") from error
+            raise TimeoutError(f"no worker within {START_SECONDS} s, or no answer before the deadline") from error
         except ray.exceptions.RayError as error:
             raise ConnectionError(f"the Ray worker died: {str(error).splitlines()[0]}") from error
         return answer if isinstance(answer, Failure) else Reply(client, _tensors(answer[0]), answer[1])
@@ -90,7 +93,8 @@ def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[WorkerClient
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": cores(), "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="warning", **local)
     try:
-        count = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0) / (1 if gpu else width))
+        rooms = [node["Resources"].get("GPU" if gpu else "CPU", 0) for node in ray.nodes() if node["Alive"]]
+        count = sum(int(room / (1 if gpu else width)) for room in rooms)  # no worker lies on two machines
         if count == 0:
             raise RuntimeError(
                 f"Ray has no room for a worker on {device!r} ({resources}); it has {ray.cluster_resources()}"
