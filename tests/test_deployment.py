@@ -83,13 +83,15 @@ def test_keys_are_not_made_twice(folder):
 
 def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):
     server = deployment.superlink_command(folder)
-    client = deployment.supernode_command(folder / "nodes" / "client-001", tmp_path / "a run", "cuda:1")
+    client = deployment.supernode_command(folder / "nodes" / "client-001", tmp_path / "a run", "auto")
     assert "--enable-supernode-auth" in server
     assert "--auth-supernode-private-key" in client
     assert not {"--insecure"} & {*server, *client}
     assert client[client.index("--superlink") + 1] == "localhost:12345"
     settings = tomllib.loads(client[client.index("--node-config") + 1].replace('" ', '"\n'))
-    assert settings == {"client": "client-001", "run": str(tmp_path / "a run"), "device": "cuda:1"}
+    assert settings == {"client": "client-001", "run": str(tmp_path / "a run"), "device": "cpu"}
+    with pytest.raises(deployment.DeploymentError, match="cuda:99"):
+        deployment.supernode_command(folder / "nodes" / "client-001", tmp_path, "cuda:99")
     assert deployment.environment(folder)["FLWR_TELEMETRY_ENABLED"] == "0"
 
 

@@ -180,10 +180,13 @@ def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
 
 def supernode_command(node: Path, run: Path, device: str = "cpu") -> list[str]:
     """The command of a client's SuperNode. ``node`` is the client's folder from ``prepare``; ``run`` the run folder
-    with its data. The port is for Flower's internal use."""
+    with its data. The port is for Flower's internal use. Raises DeploymentError for a device that is not here."""
     about = json.loads((node / "node.json").read_text(encoding="utf-8"))
     client = wire.checked_name(str(node / "node.json"), about["client"])
-    settings = {"client": client, "run": str(run.resolve()), "device": resources.resolve(device)}
+    try:
+        settings = {"client": client, "run": str(run.resolve()), "device": resources.resolve(device)}
+    except ValueError as error:
+        raise DeploymentError(str(error)) from error
     return [
         "flower-supernode",
         *("--root-certificates", str(node / "server.pem")),
