@@ -24,8 +24,8 @@ _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
-PHONES = "phones.parquet"
-"""Tables that measure units, and train nothing."""
+EXCLUDED, KEYWORDS, PHONES = "excluded.parquet", "keywords.parquet", "phones.parquet"
+"""Tables that train nothing."""
 
 
 class Cell(NamedTuple):
@@ -62,7 +62,7 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
     if isinstance(p, params.Evaluate):
         optional = {"pretrain": bool(p.checkpoint), "distill": True}
         optional |= {"partition": False, "kmeans": False} if p.checkpoint else {}
-    outdated, inputs = stale(run), {}
+    outdated, parts = stale(run), {}
     for before, folder in list(params.FOLDERS.items())[: list(params.FOLDERS).index(stage)]:
         done = read_json(run / folder / "done.json")
         if done is None and before not in optional:
@@ -70,26 +70,30 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
         if before in outdated and not optional.get(before):
             raise RunError(f"{run / folder}: {outdated[before]}; run notebook {folder} again")
         if done is not None and before not in outdated:  # the report says which models are left out
-            inputs[folder] = _read(stage, p, before, done)
+            parts[folder] = _read(stage, p, before, done)
     code = [cell[:2] for cell in cells(notebook(stage)) if "parameters" not in cell.tags]
     return {
         "stage": stage,
         "parameters": json.loads(json.dumps(p.model_dump(exclude={"run"}))),
-        "inputs": {name: hash for name, hash in inputs.items() if hash} | listings(p),
+        "inputs": {name: hashes[0] for name, hashes in parts.items() if hashes} | listings(p),
+        "parts": parts,
         "library": library(),
         "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
         "versions": versions(),
     }
 
 
-def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> str | None:
-    """The hash of what ``stage`` reads of the stage ``before``; none where it reads nothing."""
-    if before == "kmeans":  # other codebooks may come and go, and an evaluation reads no labels
-        return None if stage == "evaluate" else done.get("codebooks", {}).get(p.codebook, done["outputs"])
+def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> list[str]:
+    """Hashes of what ``stage`` reads of the stage ``before``, the narrowest first; none where it reads nothing."""
+    if before == "kmeans" and stage == "evaluate":
+        return []
+    if before == "kmeans":  # other codebooks may come and go
+        labels = (done.get(name, {}).get(p.codebook) for name in ("targets", "codebooks"))
+        return [hash for hash in (*labels, done["outputs"]) if hash]
+    names: tuple[str, ...] = ("federated",) if stage == "distill" else ()
     if before in ("corpus", "partition") and stage != "partition":  # the audio itself, wherever it lies
-        part = {"evaluate": "speech", "kmeans": "training"}.get(stage, "lists")
-        return done.get(part, done.get("training", done.get("speech", done["outputs"])))
-    return done.get("federated", done["outputs"]) if stage == "distill" else done["outputs"]
+        names = {"evaluate": ("heard",), "kmeans": ("training",)}.get(stage, ("lists", "training")) + ("speech",)
+    return [done[name] for name in (*names, "outputs") if name in done]
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
@@ -111,7 +115,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     additions = _changed("parameters", [settings.pop(name) for name in sorted(added)])
     falls = " (the learning rate falls over all rounds, so every round differs)" if "rounds" in settings else ""
     parameters = _changed("parameters", settings.values()) + falls
-    inputs, library = (_changed(kind, differing(old[kind], new[kind])) for kind in ("inputs", "library"))
+    # An earlier version may have recorded the hash of another part of what a stage read.
+    same = {name: hash for name, hash in old["inputs"].items() if hash in new.get("parts", {}).get(name, ())}
+    inputs = _changed("inputs", differing(old["inputs"], new["inputs"] | same))
+    library = _changed("library", differing(old["library"], new["library"]))
     versions = _changed("versions", differing(old.get("versions", new["versions"]), new["versions"]).values())
     notebook = "notebook changed" if old["notebook"] != new["notebook"] else ""
     results, code = ("; ".join(filter(None, words)) for words in ((parameters, inputs), (library, versions)))
@@ -127,27 +134,25 @@ def _changed(kind: str, words: Iterable[str]) -> str:
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
-    ``files``: of each file. ``speech``: wherever the tables say audio is. ``training``: the same without the words to
-    evaluate on, ``lists`` without phones, too. ``codebooks``: labels and centroids. ``federated``: not pooled training.
+    ``files``: of each file. ``speech``: wherever the tables say audio is; ``heard``: without what was left out;
+    ``training``: without the words to evaluate on; ``lists``: without phones, too. ``codebooks``: each one's labels and
+    centroids; ``targets``: without phones. ``federated``: without pooled training.
     """
     data = _data(folder)
     kept = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
-    hashes: dict[str, Any] = {"outputs": _combined(data), "files": kept}
+    parts: dict[str, Any] = {"outputs": _combined(data), "files": kept}
     if isinstance(p, params.Kmeans):
-        hashes["codebooks"] = {
-            kind: _combined({n: value for n, value in data.items() if kind in n.split("/") and not n.endswith(PHONES)})
-            for kind in p.codebooks
-        }
+        of_kinds = {kind: {n: value for n, value in data.items() if kind in n.split("/")} for kind in p.codebooks}
+        parts["codebooks"] = {kind: _combined(of_kind) for kind, of_kind in of_kinds.items()}
+        parts["targets"] = {kind: _combined(of_kind, PHONES) for kind, of_kind in of_kinds.items()}
     elif stage == "pretrain":
-        hashes["federated"] = _combined({n: value for n, value in data.items() if not n.startswith("centralised/")})
+        parts["federated"] = _combined({n: value for n, value in data.items() if not n.startswith("centralised/")})
     elif stage in ("corpus", "partition"):
         data = data | {name: _without_paths(folder / name) for name in data if name.endswith(".parquet")}
-        data.pop("excluded.parquet", None)  # what is no speech of anybody
-        hashes["speech"] = _combined(data)
-        training = {name: value for name, value in data.items() if name != "keywords.parquet"}
-        hashes["training"] = _combined(training)
-        hashes["lists"] = _combined({name: value for name, value in training.items() if not name.endswith(PHONES)})
-    return hashes
+        parts["speech"], parts["heard"] = _combined(data), _combined(data, EXCLUDED)
+        parts["training"] = _combined(data, EXCLUDED, KEYWORDS)
+        parts["lists"] = _combined(data, EXCLUDED, KEYWORDS, PHONES)
+    return parts
 
 
 def outputs(folder: Path) -> str:
@@ -248,8 +253,9 @@ def _data(folder: Path) -> dict[str, str]:
     return {name.as_posix(): _sha256(folder / name) for name in kept}
 
 
-def _combined(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes.items()).encode()).hexdigest()
+def _combined(hashes: Mapping[str, str], *without: str) -> str:
+    kept = (f"{name} {value}\n" for name, value in hashes.items() if Path(name).name not in without)
+    return hashlib.sha256("".join(kept).encode()).hexdigest()
 
 
 def _without_paths(table: Path) -> str:

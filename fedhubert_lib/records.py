@@ -54,6 +54,6 @@ def stale(run: Path) -> dict[str, str]:
         inputs = [(name, hash) for name, hash in done["identity"]["inputs"].items() if name[:2].isdigit()]  # of stages
         if outdated := [name for name, hash in inputs if hash not in states.get(name, ())]:
             reasons[folder[3:]] = f"made from an older {outdated[0]}"
-        parts = (done.get(name) for name in ("outputs", "speech", "training", "lists", "federated"))
-        states[folder] = {*parts, *done.get("codebooks", {}).values()}
+        parts = {done.get(name) for name in ("outputs", "speech", "heard", "training", "lists", "federated")}
+        states[folder] = parts.union(*(done.get(name, {}).values() for name in ("codebooks", "targets")))
     return reasons

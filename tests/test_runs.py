@@ -45,20 +45,20 @@ def test_what_only_measures_is_no_input_of_training(tmp_path):
     table("manifest.parquet")
     first = parts("corpus")
     table("excluded.parquet")
-    assert {name: parts("corpus")[name] == first[name] for name in ("speech", "training", "lists")} == {
-        "speech": True, "training": True, "lists": True
+    assert {name: parts("corpus")[name] == first[name] for name in ("heard", "training", "lists")} == {
+        "heard": True, "training": True, "lists": True
     }  # fmt: skip
     table("phones.parquet")
     table("keywords.parquet")
     second = parts("corpus")
-    assert {name: second[name] == first[name] for name in ("speech", "training", "lists")} == {
-        "speech": False, "training": False, "lists": True
+    assert {name: second[name] == first[name] for name in ("heard", "training", "lists")} == {
+        "heard": False, "training": False, "lists": True
     }  # fmt: skip
     table("codebooks/federated/counts.parquet")
     first = parts("kmeans")
     table("codebooks/federated/phones.parquet")
     second = parts("kmeans")
-    assert first["codebooks"] == second["codebooks"] and first["outputs"] != second["outputs"]
+    assert first["targets"] == second["targets"] and first["outputs"] != second["outputs"]
     first = parts("pretrain")
     table("centralised/checkpoint/model.parquet")
     second = parts("pretrain")
@@ -384,6 +384,27 @@ def test_identity_is_content(tmp_path, outputs):
     do("kmeans", "other labels")
     do("kmeans", "other labels", "codebooks/federated/made.bin")
     assert identity.compare(one, identity.of("pretrain", p, run)).results == "inputs changed: 02_kmeans, initial"
+
+
+def test_what_an_earlier_version_recorded_of_the_same_inputs_counts(outputs):
+    """Hashes of more than a stage reads: of what was left out of the corpus, of phones, of a pooled model."""
+    for name in ("manifest.parquet", "excluded.parquet", "phones.parquet"):
+        begun = begin("corpus", minutes=1.0)
+        with begun.working():
+            pd.DataFrame({"utterance": ["u"], "path": [name]}).to_parquet(begun.folder / name)
+        runs.finish(begun, {})
+    do("partition")
+    do("kmeans", "labels", "codebooks/federated/phones.parquet")
+    do("pretrain", "weights", "centralised/checkpoint/made.bin")
+    recorded = {name: records.read_json(outputs / "toy" / name / "done.json") for name in params.FOLDERS.values()}
+    codebook = recorded["02_kmeans"]["codebooks"]["federated"]
+    before = {"00_corpus": recorded["00_corpus"]["training"], "02_kmeans": codebook}
+    before |= {"03_pretrain": recorded["03_pretrain"]["outputs"]}
+    now = identity.of("distill", params.Distill(), outputs / "toy")
+    assert all(now["inputs"][name] != hash for name, hash in before.items())
+    assert identity.compare(now | {"inputs": now["inputs"] | before}, now).results == ""
+    other = now | {"inputs": now["inputs"] | {"00_corpus": "of other speech"}}
+    assert identity.compare(other, now).results == "inputs changed: 00_corpus"
 
 
 def test_other_words_to_evaluate_on_leave_training_as_it_is(outputs):

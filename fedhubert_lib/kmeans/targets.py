@@ -1,6 +1,7 @@
 """Targets of objective ``hubert`` in 04_distill: clusters of a hidden layer of the teacher, and clients' labels."""
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,9 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     config, weights = hidden.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
-    missing = 0 if p.centralised else int((1 - p.quorum) * len(clients.ids))  # pooled training needs all labels
+    missing = (
+        0 if p.centralised else len(clients.ids) - math.ceil(p.quorum * len(clients.ids))
+    )  # pooled training needs all labels
     exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
         arrays = server.prepare(exchange, config, weights)
