@@ -32,8 +32,7 @@ def provenance(run: Path, codebook: str) -> str:
 
 
 def labelled(home: ClientHome, codebook: str, made: str) -> Path:
-    """A client's folder of labels. Raises LabelsError where they are not those of ``provenance``: in a real federation
-    the server may have taken up an earlier codebook again, or another study is over the same clients."""
+    """A client's folder of labels. Raises LabelsError where another study or codebook has left others than ``made``."""
     path = home.labels / codebook / "settings.json"
     if made and path.exists() and json.loads(path.read_text(encoding="utf-8")).get("made") != made:
         raise LabelsError(f"{path.parent}: labels of another codebook; run 02_kmeans again, with --force")

@@ -411,7 +411,7 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         labels=run / "02_kmeans/clients" / client,
         state=run / "03_pretrain/clients" / client,
     )
-    message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "counted": {}}
+    message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "counted": {client: 0}}
     change, measured = pretraining.update(home, arrays, message)
     kept = load_file(home.state / "session-a/control-000001.safetensors")
     for name in weights:

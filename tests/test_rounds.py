@@ -278,7 +278,7 @@ def explode(change, metrics):
         (lambda c, m: ({**c, "head.b": c["head.b"][:2]}, m), r"head.b of the update is torch.float32 (2,)"),
         (lambda c, m: ({"model.a": c["model.a"]}, m), "lacks ['head.b']"),
         (lambda c, m: ({name: 500 * t for name, t in c.items()}, m), "times as large as is usual"),
-        (lambda c, m: (c, {**m, "loss_sum": float("nan")}), "not finite (['loss_sum'])"),
+        (lambda c, m: (c, {**m, "loss_sum": float("nan")}), "not finite, or larger than they can be (['loss_sum'])"),
         (lambda c, m: (c, {**m, "objective_count": 0.0}), "it claims 0 masked frames"),
         (lambda c, m: (c, {"loss_sum": 1.0}), "metrics lack audio_seconds, learning_rate, objective_count, seconds"),
         (lambda c, m: (c, {name: m[name] for name in m if name != "loss_sum"}), "its metrics lack loss_sum"),
@@ -476,6 +476,7 @@ def test_an_untrusted_server_follows_a_quantile_that_no_false_claim_runs_away_wi
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", within)
     changes = {"privacy": "client", "privacy_quantile": 0.5, "weighting": "clients", "cohort": 6, "rounds": 2}
     train(run, **changes)
+    assert {failure["client"] for failure in failures(run)} == ({"client-002"} if claim > 1e3 else set())
     done = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "round"]
     assert [row["clip"] for row in done] == pytest.approx([1.0, math.exp(-0.1)])
     assert [row["loss"] for row in done] == [None, None]
@@ -561,7 +562,7 @@ def test_state_of_clients_stays_small_and_leaves_other_sessions_alone(run):
 
     train(run, cohort=6, rounds=8, on_row=look)
     assert other.read_bytes() == b"days of work"
-    assert client_state._files(handlers.home(run, CLIENTS[0], "toy", "cpu", True), {"session": "other"}, "toy") == {
+    assert client_state.saved(handlers.home(run, CLIENTS[0], "toy", "cpu", True), {"session": "other"}, "toy") == {
         3: other
     }
 

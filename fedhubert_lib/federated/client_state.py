@@ -24,7 +24,7 @@ from fedhubert_lib.federated.protocol import Arrays, ClientHome
 
 def load(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | None:
     """The tensors called ``name`` from the last round before this one that this client had a part in, else None."""
-    earlier = {number: file for number, file in _files(home, config, name).items() if number < config["round"]}
+    earlier = {number: file for number, file in saved(home, config, name).items() if number < config["round"]}
     return load_file(earlier[max(earlier)]) if earlier else None
 
 
@@ -33,16 +33,16 @@ def save(home: ClientHome, config: Mapping[str, Any], name: str, arrays: Mapping
     the newest durable one."""
     with files.atomic(_session(home, config) / f"{name}-{config['round']:06d}.safetensors") as temporary:
         save_file(dict(arrays), temporary)
-    saved = _files(home, config, name)
-    needed = max((number for number in saved if number <= config["durable"]), default=0)
-    for number, file in saved.items():
+    rounds = saved(home, config, name)
+    needed = max((number for number in rounds if number <= config["durable"]), default=0)
+    for number, file in rounds.items():
         if number < needed:
             file.unlink()
 
 
 def take(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | None:
     """The tensors called ``name`` that this client saved in this round, which are then forgotten, else None."""
-    if (file := _files(home, config, name).get(config["round"])) is None:
+    if (file := saved(home, config, name).get(config["round"])) is None:
         return None
     arrays = load_file(file)
     file.unlink()
@@ -66,10 +66,10 @@ def _session(home: ClientHome, config: Mapping[str, Any]) -> Path:
     return home.state / f"session-{config['session']}"
 
 
-def _files(home: ClientHome, config: Mapping[str, Any], name: str) -> dict[int, Path]:
+def saved(home: ClientHome, config: Mapping[str, Any], name: str) -> dict[int, Path]:
     """The files of ``name`` by round."""
-    saved = _session(home, config).glob(f"{name}-*.safetensors")
-    return {int(number): file for file in saved if (number := file.stem.removeprefix(f"{name}-")).isdecimal()}
+    files = _session(home, config).glob(f"{name}-*.safetensors")
+    return {int(number): file for file in files if (number := file.stem.removeprefix(f"{name}-")).isdecimal()}
 
 
 def personal(update: Update) -> Iterator[None]:

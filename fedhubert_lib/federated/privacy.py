@@ -52,10 +52,9 @@ def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *key
 def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> float:
     """The next round's clipping norm, from the (noisy) fraction of updates that were ``within`` the present one.
 
-    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2). Noise, or a client that
-    claims what it likes, can lead ``within`` out of 0 to 1: a step is never longer than one that all clients ask for.
+    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2).
     """
-    return bound * math.exp(-rate * (min(max(within, 0.0), 1.0) - quantile))
+    return bound * math.exp(-rate * (within - quantile))
 
 
 def count_std(p: Federation) -> float:
@@ -130,9 +129,10 @@ class Bounding(Hook):
         server.plan["privacy"] = label(p)
         server.bounded, server.judging = True, False  # the choice of the best model would reveal losses
         if p.privacy == "client":
-            server.trusted, server.metrics = False, frozenset({"learning_rate"})
+            server.trusted, server.metrics = False, {"learning_rate": math.inf}
         if p.privacy_quantile > 0:
-            server.metrics |= {"within_bound"}
+            noise = 8 * count_std(p) / math.sqrt(p.cohort) if p.privacy == "client" else 0.0
+            server.metrics = {**server.metrics, "within_bound": 0.51 + noise}  # beyond, no client keeps to it
 
     def draw(self, round) -> list[str] | None:
         """With a trusted server a Poisson cohort; to draw another in place of a small one is not accounted for."""

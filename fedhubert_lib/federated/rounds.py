@@ -30,8 +30,8 @@ from fedhubert_lib.params import Distill, Federation, Pretrain
 
 ATTEMPTS = 3
 """Attempts at a round below its quorum before the run stops."""
-METRICS = frozenset({"objective_count", "audio_seconds", "seconds", "learning_rate"})
-"""Metrics of every client's update, unless the server is not trusted with them."""
+METRICS = dict.fromkeys(("objective_count", "audio_seconds", "seconds", "learning_rate"), math.inf)
+"""Metrics of every client's update, unless the server is not trusted with them, and what each is below."""
 
 F = TypeVar("F", bound=Federation)
 
@@ -215,8 +215,7 @@ class Round:
         self.attempt = len(server.ledger.failed)
         """Attempts at this round that failed before, in earlier starts, too: no cohort is drawn twice."""
         self.bytes_up = self.bytes_down = 0
-        self.fewest = 1
-        """Usable updates below which the round is no round, whatever the quorum."""
+        self.fewest = 1  # usable updates below which the round is no round, whatever the quorum
         self.clients: list[str] = []  # whose updates were usable
         self.norms: list[float] = []
         self.sums: Counter[str] = Counter()
@@ -351,7 +350,7 @@ class Round:
             try:
                 if isinstance(reply, Failure):
                     raise optimisers.UpdateError(reply.reason)
-                check_metrics(reply.metrics, frozenset(), server)
+                check_metrics(reply.metrics, {}, server)
                 sums.update(reply.metrics)
             except optimisers.UpdateError as error:
                 server.fail(number, reply.client, f"validation: {error}")
@@ -377,12 +376,12 @@ class Round:
         }
 
 
-def check_metrics(metrics: Mapping[str, float], needed: frozenset[str], server: Server) -> None:
-    """Raise UpdateError when metrics lack something, are not finite, or claim a weight that cannot be."""
-    if missing := needed - metrics.keys():
+def check_metrics(metrics: Mapping[str, float], needed: Mapping[str, float], server: Server) -> None:
+    """Raise UpdateError when metrics lack something, are not finite, or claim what cannot be."""
+    if missing := needed.keys() - metrics.keys():
         raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
-    if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        raise optimisers.UpdateError(f"its metrics are not finite ({unusable})")
+    if unusable := [name for name, value in metrics.items() if not abs(value) < needed.get(name, math.inf)]:
+        raise optimisers.UpdateError(f"its metrics are not finite, or larger than they can be ({unusable})")
     possible = server.p.local_steps * server.p.batch_seconds * SAMPLE_RATE / HOP
     if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
         raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")

@@ -25,8 +25,11 @@ def corrected(update: Update) -> Iterator[None]:
     along; under AdamW that mean is taken itself.
     """
     common = {name: update.arrays[CONTROL + name] for name in update.names if CONTROL + name in update.arrays}
-    counted = update.config["counted"].get(update.home.client, 0)  # c is the mean of what has counted
-    local = client_state.load(update.home, {**update.config, "round": counted + 1}, "control")
+    counted = update.config["counted"][update.home.client]
+    for number, file in client_state.saved(update.home, update.config, "control").items():
+        if counted < number < update.config["round"]:  # its answer was lost
+            file.unlink()
+    local = client_state.load(update.home, update.config, "control")
     gradients: Arrays = {}
     update.optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, update.names))
     offsets = {name: (c - local[name] if local else c).to(update.names[name].device) for name, c in common.items()}
@@ -41,8 +44,7 @@ def corrected(update: Update) -> Iterator[None]:
     yield
     change = {name: (gradients[name] / update.measured["steps"]).cpu() - c for name, c in common.items()}
     new = {name: value + local[name] if local else value.clone() for name, value in change.items()}
-    kept = {**update.config, "durable": min(counted, update.config["durable"])}
-    client_state.save(update.home, kept, "control", new)
+    client_state.save(update.home, update.config, "control", new)
     update.change |= {CONTROL + name: value for name, value in change.items()}
 
 
@@ -59,12 +61,13 @@ class Control(Hook):
         super().__init__(server)
         self.control = {CONTROL + name: torch.zeros_like(weight) for name, weight in server.weights.items()}
         server.tensors |= self.control
-        server.state["counted"] = {}
 
     def message(self, round) -> None:
-        counted = self.server.state["counted"]
+        state = self.server.state
+        # A checkpoint of an earlier version has none: all answers before are taken to count.
+        counted = state.setdefault("counted", dict.fromkeys(self.server.clients.ids, state["round"]))
         round.payload |= self.control
-        round.message["counted"] = {client: counted[client] for client in round.asked if client in counted}
+        round.message["counted"] = {client: counted[client] for client in round.asked}
 
     def step(self, round, update: dict[str, Tensor]) -> None:
         self.server.state["counted"] |= dict.fromkeys(round.clients, round.number)
