@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,10 +69,11 @@ def free_memory(device: "torch.device") -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = [psutil.virtual_memory().available]
     for controller, *names in (("", "max", "current", "stat"), ("memory", "limit_in_bytes", "usage_in_bytes", "stat")):
-        for limit, used, stat in zip(*(_settings(controller, f"memory.{name}") for name in names), strict=False):
+        groups = zip_longest(*(_settings(controller, f"memory.{name}") for name in names), fillvalue="")
+        for limit, used, stat in groups:
             # Files that were read count as used, and give way; version 1 has a line for the group alone before this.
             cached = sum(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)[-1:]))
-            free += [int(limit) - int(used) + cached] if limit.isdecimal() else []
+            free += [int(limit) - int(used) + cached] if limit.isdecimal() and used.isdecimal() else []
     return max(0, min(free))
 
 

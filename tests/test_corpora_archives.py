@@ -198,7 +198,7 @@ def publish(monkeypatch, **published: bytes) -> None:
 
 
 def provide(root: Path, name: str = "mine") -> None:
-    archives.provide(root, name, "", download=False)
+    archives.provide(root, name, "", (), download=False)
 
 
 @pytest.mark.parametrize("name", ["mine", "other"])
@@ -223,14 +223,14 @@ def test_provide_continues_after_a_full_disk(tmp_path, monkeypatch):
     assert unpacked == members
 
 
-@pytest.mark.parametrize("beside", ["mine", "speech_commands_v0.02"])
+@pytest.mark.parametrize("beside", ["my-speech", "speech_commands_v0.02"])
 def test_a_subset_joins_the_others_where_they_are(beside, tmp_path, monkeypatch):
     """A folder of words is none of them."""
-    publish(monkeypatch, mine=b"", more=(archive := tar({"LibriSpeech/more/1/2/1-2-0000.flac": b"x"})))
+    publish(monkeypatch, more=(archive := tar({"LibriSpeech/more/1/2/1-2-0000.flac": b"x"})))
     (tmp_path / beside).mkdir()
     (tmp_path / "more.tar.gz").write_bytes(archive)
-    provide(tmp_path, "more")
-    assert (tmp_path / "more").is_dir() == (beside == "mine") != (tmp_path / "LibriSpeech/more").is_dir()
+    archives.provide(tmp_path, "more", "", ["more", "my-speech"], download=False)
+    assert (tmp_path / "more").is_dir() == (beside == "my-speech") != (tmp_path / "LibriSpeech/more").is_dir()
 
 
 PROVIDE = """
@@ -239,7 +239,7 @@ from pathlib import Path
 from fedhubert_lib.corpora import archives
 root, mirror, md5 = sys.argv[1:]
 archives.PUBLISHED["mine"] = archives.Archive("mine.tar.gz", md5)
-archives.provide(Path(root), "mine", mirror, download=True)
+archives.provide(Path(root), "mine", mirror, (), download=True)
 """
 
 

@@ -89,7 +89,8 @@ def test_memory_by_limits_of_control_groups(machine, membership, files, limit, f
     for place, gibibytes in files.items():
         if "/" in place or "." in place:
             machine(f"cgroup/{place}", gibibytes if gibibytes == "max" else f"{gibibytes << 30}\n")
-            machine(f"cgroup/{place.rpartition('memory.')[0]}memory.stat", "".join(["inactive_file 0\n", *read]))
+            if read:  # not every kernel has it
+                machine(f"cgroup/{place.rpartition('memory.')[0]}memory.stat", "".join(["inactive_file 0\n", *read]))
     assert resources.memory_limit() == limit << 30
     assert resources.free_memory(torch.device("cpu")) == free << 30
 

@@ -66,7 +66,7 @@ def _speech(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[Path, l
         return root, [synthetic.TRAIN_SUBSET], [synthetic.TEST_SUBSET]
     subsets = p.train_subsets + p.test_subsets
     for name in subsets:
-        archives.provide(Path(p.root), name, p.mirror, download=p.download, on_progress=on_progress)
+        archives.provide(Path(p.root), name, p.mirror, subsets, p.download, on_progress)
     return librispeech.home(Path(p.root), subsets), p.train_subsets, p.test_subsets
 
 
@@ -78,7 +78,7 @@ def _keywords(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[pd.Da
     else:
         root = Path(p.keywords_root)
         if not speech_commands.homes(root):
-            archives.provide(root, archives.KEYWORDS, p.keywords_mirror, download=p.download, on_progress=on_progress)
+            archives.provide(root, archives.KEYWORDS, p.keywords_mirror, (), p.download, on_progress)
         root = speech_commands.home(root)
     words = speech_commands.words(root)
     scanned = scan.scan(words, out / "scan_keywords.parquet", on_progress, decode=p.decode_check)

@@ -13,7 +13,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +58,11 @@ class ArchiveError(CorpusError):
     """An archive that cannot be fetched, or is not the published one."""
 
 
-def provide(root: Path, name: str, mirror: str, *, download: bool, on_progress: Progress = lambda *_: None) -> None:
+def provide(
+    root: Path, name: str, mirror: str, subsets: Sequence[str], download: bool, on_progress: Progress = lambda *_: None
+) -> None:
     """Make the folder of a corpus part below ``root`` if it is missing: from ``root/NAME.tar.gz``, fetched first if
-    need be.
+    need be; where one of ``subsets`` lies in ``root``, there, too.
 
     Nothing happens when neither the folder nor the archive exists and ``download`` is off: whoever reads the folder
     says that it is missing. Raises ArchiveError for an archive that is not the published one.
@@ -79,7 +81,7 @@ def provide(root: Path, name: str, mirror: str, *, download: bool, on_progress: 
             fetch(f"{mirror.rstrip('/')}/{published.place}", archive, published.md5, on_progress)
         else:
             _verify(archive, published.md5, f"remove {archive} to fetch it again", on_progress)
-        _unpack(archive, root, name, published.inside, on_progress)
+        _unpack(archive, root, name, published.inside, subsets, on_progress)
 
 
 def fetch(url: str, path: Path, md5: str, on_progress: Progress = lambda *_: None) -> None:
@@ -147,9 +149,9 @@ def _verify(path: Path, md5: str, remedy: str, on_progress: Progress) -> None:
         raise ArchiveError(f"{path}: its MD5 is {digest.hexdigest()}, the published one {md5}; {remedy}")
 
 
-def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Progress) -> None:
-    """Unpack ``archive`` so that ``root/inside/name`` appears, complete, or ``root/name`` where other subsets are in
-    ``root``; other files of its top folder go beside it."""
+def _unpack(archive: Path, root: Path, name: str, inside: str, subsets: Sequence[str], on_progress: Progress) -> None:
+    """Unpack ``archive`` so that ``root/inside/name`` appears, complete, or ``root/name`` where one of ``subsets`` is
+    in ``root``; other files of its top folder go beside it."""
     hidden, packed = root / f".{name}.unpacking", archive.stat().st_size
     with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as tar:
         for member in tar:
@@ -160,8 +162,8 @@ def _unpack(archive: Path, root: Path, name: str, inside: str, on_progress: Prog
             on_progress(f"unpack {archive.name} (MiB)", raw.tell() >> 20, packed >> 20)
     top, home = hidden / inside, root / inside
     if inside:
-        if not home.exists() and any((root / other).is_dir() for other, p in PUBLISHED.items() if p.inside):
-            home = root  # where other subsets are
+        if not home.exists() and any((root / other).is_dir() for other in subsets):
+            home = root
         home.mkdir(exist_ok=True)
         for beside in top.iterdir():  # SPEAKERS.TXT and the like are the same in each archive
             if beside.is_file() and not (home / beside.name).exists():

@@ -91,6 +91,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     kind, p = parameters(run / "00_corpus").get("kind"), parameters(stage)
     trained = [stage] if p.get("teacher") else [run / name for name in STAGES if name <= stage.name]
     codebooks = [parameters(one).get("codebook") for one in trained]
+    begun = [parameters(one).get(name) for one in trained for name in ("initial", "teacher")]
     report = None if "evaluate" in stale(run) else read_json(run / "05_evaluate" / "report.json")
     results = [tables.headline(report), *tables.below(report)] if report else []
     span = "mean and 95 % interval over evaluation seeds"
@@ -120,8 +121,8 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         training=", ".join(f"{n} {_shown(v)}" for n, v in p.items() if n not in params.HOW and str(v)),
         speech="pooled to start the codebook" if "central" in codebooks else "never left their client",
         updates="; ".join(f"{STAGES[one.name]}: {_updates(one)}" for one in trained),
-        statistics=_statistics(run, p),
-        others="".join(f", and what {_shown(p[n])} had heard" for n in ("initial", "teacher") if _outside(p.get(n))),
+        statistics="; ".join(dict.fromkeys(_statistics(run, parameters(one)) for one in trained)),
+        others="".join(f", and what {_shown(model)} had heard" for model in begun if _outside(model)),
         results="\n\n".join(tables.markdown(table, span) for table in results) or "Not evaluated.",
         verdict=_verdict(run, stage.name[3:], bool(results), private),
     )
