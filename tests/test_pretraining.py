@@ -200,8 +200,10 @@ def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start(tmp_p
 def test_the_plan_counts_the_steps_of_both_trainings(run):
     """Of 4 clients in 3 rounds, half of which take part: 2 steps each, and as many on the pooled data."""
     p = pretrain(cohort=4, cohort_fraction=0.5)
-    assert planning.plan(run, p).steps == 2 * 3 * 2 * 2
-    assert planning.plan(run, p.model_copy(update={"centralised": False})).steps == 3 * 2 * 2
+    for centralised in (True, False):
+        plan = planning.plan(run, p.model_copy(update={"centralised": centralised}))
+        assert (plan.steps, plan.pooled) == (3 * 2 * 2, centralised)
+        assert plan.seconds == pytest.approx((1 + centralised) * 12 * plan.step.seconds)
 
 
 def test_local_epochs_are_passes_over_what_each_client_has(run):
