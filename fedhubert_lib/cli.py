@@ -155,11 +155,8 @@ def _compare(options: argparse.Namespace) -> None:
     from fedhubert_lib import compare
 
     groups = compare.groups(options.runs)
-    print(
-        compare.write(
-            groups, options.to or runs.outputs() / "-".join(["compare", *(Path(name).name for name in groups)])
-        )
-    )
+    name = "-".join(["compare", *(Path(group).name for group in groups)])
+    print(compare.write(groups, options.to or runs.outputs() / name))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Pretraining end to end on tones, over the in-process engine: it learns, resumes, keeps what is personal."""
 
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -351,7 +352,7 @@ def test_labels_of_another_codebook_are_refused(tones, tmp_path):
     (run / "02_kmeans").unlink()
     shutil.copytree(tones / "02_kmeans", run / "02_kmeans")
     path = run / "02_kmeans/codebooks" / CODEBOOK / "codebook.json"
-    files.write_json(path, files.json.loads(path.read_text()) | {"made": "now"})
+    files.write_json(path, json.loads(path.read_text()) | {"made": "now"})
     for number, made in enumerate(["now", "before", "now", "now"]):
         files.write_json(run / f"02_kmeans/clients/client-{number:03d}" / CODEBOOK / "settings.json", {"made": made})
     pretraining.run(run, pretrain(cohort=4, rounds=1))

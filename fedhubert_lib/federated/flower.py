@@ -125,10 +125,10 @@ class GridClients(Clients):
                 break
             time.sleep(POLL_SECONDS)
         here = {node: name for node, name in self._names.items() if node in nodes and name in self.ids}
-        named = {name: node for node, name in here.items() if (count := Counter(here.values()))[name] == 1}
-        for name in set(here.values()) - named.keys():
-            logger.warning("%d nodes say that they are %r; left out until one is left", count[name], name)
-        return named
+        counts = Counter(here.values())
+        for name in [name for name, count in counts.items() if count > 1]:
+            logger.warning("%d nodes say that they are %r; left out until one is left", counts[name], name)
+        return {name: node for node, name in here.items() if counts[name] == 1}
 
     def _push(self, request: Request, nodes: Sequence[int]) -> list[Any]:
         """Send ``request`` to ``nodes``: Flower's identifier of the message to each, or None.

@@ -213,9 +213,8 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
     started, before, labelled, row = time.perf_counter(), dict(exchange.bytes), [], {}
     folder = run / "02_kmeans" / "codebooks" / config["kind"]
     facts = json.loads((path := folder / "codebook.json").read_text(encoding="utf-8"))
-    config = config | (
-        {"made": facts["made"]} if "made" in facts else {}
-    )  # an earlier version's labels stay as they are
+    if "made" in facts:  # else labels of an earlier version stay as they are
+        config = {**config, "made": facts["made"]}
     counts, runs = np.zeros(p.clusters, np.int64), 0
     total, alone = ([], np.zeros((0, p.clusters), np.int64)), []
     like = {} if p.noise_multiplier else {"counts": (p.clusters,), "runs": ()}

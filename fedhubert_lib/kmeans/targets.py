@@ -42,9 +42,8 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     config, weights = hidden.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
-    missing = (
-        0 if p.centralised else len(clients.ids) - math.ceil(p.quorum * len(clients.ids))
-    )  # pooled training needs all labels
+    quorum = 1.0 if p.centralised else p.quorum  # pooled training needs all labels
+    missing = len(clients.ids) - math.ceil(quorum * len(clients.ids))
     exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
         arrays = server.prepare(exchange, config, weights)
