@@ -94,6 +94,7 @@ def _tried(name: str, arm: dict[str, Any], *rates: tuple[float, ...]) -> dict[st
 
 
 FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
+YOGI = FEDADAM_COHORT | {"server_tau": 0.03}
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
 HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
 PRIVATE = HALF | {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
@@ -120,6 +121,21 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **_tried("FedAdam, cohort's moments, H 5, tau .01", FEDADAM_COHORT | {"server_tau": 0.01}, (0.004, 0.012, 0.5)),
         **_tried("FedAdam, cohort's moments, H 5, tau .1", FEDADAM_COHORT | {"server_tau": 0.1}, (0.004, 0.103, 0.2)),
         **_tried("FedAdam, tau .03", {"server": "fedadam", "server_tau": 0.03}, (0.004, 0.05, 0.2)),
+        **_tried(
+            "FedYogi, cohort's moments, H 5, tau .03",
+            YOGI | {"server": "fedyogi"},
+            (0.004, 0.033, 0.2),
+            (0.004, 0.066, 0.2),
+        ),
+        **_tried("FedAdagrad, cohort's moments, H 5, tau .03", YOGI | {"server": "fedadagrad"}, (0.004, 0.066, 0.2)),
+        "FedAdam, tau .03, reset": {
+            "server": "fedadam",
+            "server_tau": 0.03,
+            "learning_rate": 0.004,
+            "server_rate": 0.05,
+            "server_momentum": 0.2,
+            "local_state": "reset",
+        },
         **_tried("FedAvg, cohort's moments", COHORT, (0.004, 1.0), (0.006, 1.0), (0.004, 1.25)),
         **{f"{name}, H {n}": _steps(arm, n) for name, arm in FEDERATED.items() for n in (2, 5, 40, 100)},
         **{f"{name}, reset": FEDERATED[name] | {"local_state": "reset"} for name in ("FedAvg", "Nesterov")},

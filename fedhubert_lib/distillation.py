@@ -90,7 +90,7 @@ def _teacher(home: ClientHome, config: Mapping[str, Any]) -> Teacher:
     if home.simulated and not folder.exists():  # over a network no path of the server's is followed
         folder = Path(config["teacher"]["folder"])
     if not (folder / "config.json").is_file():
-        raise TeacherError(f"{home.client} has no teacher in {folder}; set send_teacher: true")
+        raise TeacherError(f"{home.client} has no teacher in {folder}; set send_teacher: true, or start 04 again")
     return _load(folder, config["teacher"]["digest"], home.device)
 
 

@@ -234,9 +234,9 @@ class LocalTraining(Section):
         yield from super().conflicts()
         if self.crop_seconds > self.batch_seconds:
             yield "crop_seconds", f"{self.crop_seconds}; a batch holds batch_seconds: {self.batch_seconds} at most"
-        frames = audio.frame_count(int(self.crop_seconds * audio.SAMPLE_RATE))
+        frames = audio.frame_count(min(int(self.crop_seconds * audio.SAMPLE_RATE), audio.SHORTEST))
         if self.mask_length > frames:
-            yield "mask_length", f"{self.mask_length}; a crop of crop_seconds: {self.crop_seconds} has {frames} frames"
+            yield "mask_length", f"{self.mask_length}; the shortest crops have {frames} frames"
 
 
 class Server(Section):

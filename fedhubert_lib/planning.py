@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from fedhubert_lib import federated, hubert, objectives, pretrained, recipes, resources, threads, training
+from fedhubert_lib import federated, hubert, objectives, pooled, pretrained, recipes, resources, threads, training
 from fedhubert_lib.audio import SAMPLE_RATE, frame_count
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import pool, rounds
@@ -39,15 +39,15 @@ class Plan:
     parameters: int
     steps: int
     """Optimiser steps, over all clients."""
-    pooled: bool
-    """Whether one process takes as many again, on the pooled data."""
+    pooled: float
+    """Seconds of as many steps on the pooled data, in one process; 0: none."""
     workers: int
     """Processes of engine ``pool``, each on its own device or cores, that share the clients' steps; else 1."""
 
     @property
     def seconds(self) -> float:
         """Expected duration of the training steps."""
-        return self.steps * self.step.seconds * (1 / self.workers + self.pooled)
+        return self.steps * self.step.seconds / self.workers + self.pooled
 
     def __str__(self) -> str:
         step, speed = self.step, self.step.audio_seconds / self.step.seconds
@@ -55,25 +55,32 @@ class Plan:
             f"{self.parameters / 1e6:.1f} M parameters on {self.device}: a step of {step.audio_seconds:.0f} s of audio"
             f" takes {step.seconds:.2f} s ({speed:.0f} audio s/s) and {step.bytes / 2**30:.2f} GiB.\n"
             f"{self.steps} steps, {f'by {self.workers} workers' if self.workers > 1 else 'one after the other'}"
-            f"{', and as many in one process on pooled data' * self.pooled}: about"
+            f"{', and as many in one process on pooled data' * bool(self.pooled)}: about"
             f" {timedelta(seconds=round(self.seconds))}."
         )
 
 
 def plan(run: Path, p: Pretrain) -> Plan:
-    """Measure a training step, which takes two steps' time, and say what all of them need.
+    """Measure a training step, of clients and on pooled data, which takes two steps' time each, and say what all need.
 
     Epochs are counted as ``local_steps``, the most that they are. Raises MemoryError: see ``fitting_step``.
     """
     p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config = pretrained.read_config(Path(p.initial)) if p.initial else recipes.model_config(p)
+    device, clusters = resources.resolve(p.device), recipes.clusters(run, p.codebook)
     with threads.limited(p.threads):
         workers = min(pool.side_by_side(p.engine, p.device), p.cohort)
-        device = resources.resolve(p.device)
-        step = fitting_step(p, config, recipes.clusters(run, p.codebook), device, workers)
+        step = fitting_step(p, config, clusters, device, workers)
+    seconds = 0.0
+    if p.centralised:  # on all cores, in larger batches
+        large = pooled.merged(p)
+        try:
+            seconds = p.rounds * p.local_steps * large.cohort * fitting_step(large, config, clusters, device).seconds
+        except MemoryError as error:
+            raise MemoryError(f"{error}; or centralised: false, whose batches are {large.batch_seconds:g} s") from None
     with torch.device("meta"):
         parameters = sum(tensor.numel() for tensor in hubert.Hubert(config).parameters())
-    return Plan(device, step, parameters, p.rounds * p.cohort * p.local_steps, p.centralised, workers)
+    return Plan(device, step, parameters, p.rounds * p.cohort * p.local_steps, seconds, workers)
 
 
 def fitting_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, device: str, workers: int = 1) -> Step:

@@ -372,8 +372,8 @@ def test_a_personal_head_starts_alike_over_clients_and_on_pooled_data(run, tmp_p
 
 
 def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch):
-    """With everybody asked in every round, equal weights and rate 1, c stays the mean of the c_i; after an answer that
-    was lost, too."""
+    """With everybody asked in every round c stays the mean of the c_i, by clients, whatever their updates weigh; after
+    an answer that was lost, too."""
 
     def lossy(home, arrays, config):
         answer = pretraining.update(home, arrays, config)
@@ -383,7 +383,7 @@ def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch)
 
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.forget", lambda *_: ({}, {}))
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.update", lossy)
-    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, weighting="clients", rounds=3)
+    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, rounds=3)
     pretraining.run(run, p)
     _, server, _ = checkpoints.read(run / "03_pretrain", 3)
     own = [load_file(p) for p in (run / "03_pretrain/clients").glob("*/session-*/control-000003.safetensors")]

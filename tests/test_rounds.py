@@ -162,6 +162,25 @@ def test_rounds_are_judged_by_validation_as_soon_as_there_is_one():
     assert (state["best_round"], state["best_loss"], state["validations_since_best"]) == (5, 4.0, 2)
 
 
+def test_a_validation_without_some_clients_is_judged_by_those_that_validated_both_times(run, monkeypatch):
+    """Round 3 is worse with each client; without the one that is hard its loss on all others would be the best."""
+    losses = {1: 1.0, 2: 0.9, 3: 0.95, 4: 0.85, 5: 0.99}
+
+    def validate(home, arrays, config):
+        hard = home.client == "client-000"
+        if hard and config["round"] in (3, 4):
+            raise OSError("the network is down")
+        return {}, {"loss_sum": losses[config["round"]] + hard, "objective_count": 1}
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.validate", validate)
+    train(run, cohort=len(CLIENTS), rounds=3)
+    assert json.loads((checkpoints.path(run / "toy", 3) / "state.json").read_text())["best_round"] == 2
+    train(run, "longer", cohort=len(CLIENTS), rounds=5)
+    assert json.loads((checkpoints.path(run / "longer", 5) / "state.json").read_text())["best_round"] == 4
+    ledger = [row for row in files.read_rows(run / "longer/metrics.jsonl") if row["kind"] == "round"]
+    assert [row["validation_clients"] for row in ledger] == [6, 6, 5, 5, 6]
+
+
 def test_cohorts_come_from_seed_and_round_and_client_ids(run):
     drawn = [rounds.cohort(CLIENTS, 3, 0, number) for number in range(1, 40)]
     assert drawn == [rounds.cohort(list(reversed(CLIENTS)), 3, 0, number) for number in range(1, 40)]
@@ -374,7 +393,7 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_resumes_with_other_dr
     assert len([row for row in failures(run) if not row["client"]]) == 6
     (fourth,) = [row for row in ledger if row["kind"] == "round" and row["round"] == 4]
     size = 4 * (12 + 5)
-    assert (fourth["bytes_down"], fourth["bytes_up"]) == ((6 + 1) * 4 * size, 4 * size)  # nothing came back six times
+    assert (fourth["bytes_down"], fourth["bytes_up"]) == ((6 + 2) * 4 * size, 4 * size)  # nothing came back six times
     for number, attempt in ((3, 0), (4, 6), (5, 0)):
         took_part = [row["client"] for row in ledger if row["kind"] == "client" and row["round"] == number]
         assert took_part == rounds.cohort(CLIENTS, 4, 0, number, attempt)
@@ -480,6 +499,39 @@ def test_an_untrusted_server_follows_a_quantile_that_no_false_claim_runs_away_wi
     done = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "round"]
     assert [row["clip"] for row in done] == pytest.approx([1.0, math.exp(-0.1)])
     assert [row["loss"] for row in done] == [None, None]
+
+
+def test_a_client_that_adds_its_own_noise_is_held_to_the_bound_and_the_noise(run, monkeypatch):
+    """What it sends cannot be clipped without a part of the noise, and must not carry the model away."""
+
+    def boundless(home, arrays, config):
+        change, _ = pull(home, arrays, config)
+        factor = 1e3 if home.client == "client-002" else 1.0
+        return {name: factor * tensor for name, tensor in change.items()}, {"learning_rate": 0.1}
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", boundless)
+    train(run, privacy="client", weighting="clients", cohort=6, rounds=2)
+    assert [failure["client"] for failure in failures(run)] == 2 * ["client-002"]
+    assert all("beyond the clipping norm" in failure["reason"] for failure in failures(run))
+
+
+def test_a_control_variate_that_no_gradients_give_is_refused(run, monkeypatch):
+    def hostile(home, arrays, config):
+        change, metrics = pull(home, arrays, config)
+        factor = 1e3 if home.client == "client-002" else 1.0
+        return {n: factor * t if n.startswith(scaffold.CONTROL) else t for n, t in change.items()}, metrics
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", hostile)
+    train(run, server="scaffold", cohort=6, rounds=1, clip_norm=1.0)
+    assert [failure["client"] for failure in failures(run)] == ["client-002"]
+    assert all("control variate" in failure["reason"] for failure in failures(run))
+    train(run, "plain", cohort=6, rounds=1)
+    norms = [
+        {row["client"]: row["update_norm"] for row in rows(run / out / "metrics.jsonl") if row["kind"] == "client"}
+        for out in ("plain", "toy")
+    ]
+    del norms[0]["client-002"]
+    assert norms[0].items() <= norms[1].items()  # of the weights alone
 
 
 HUGE = b"\x93NUMPY\x01\x00F\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}".ljust(70)
@@ -597,7 +649,7 @@ def test_the_ledger_adds_up(run):
     assert [row["kind"] for row in ledger] == ["plan", *2 * ["cohort", *["client"] * 3, "round"]]
     last = ledger[-1]
     size = 4 * (12 + 5)
-    assert last["bytes_down"] == last["bytes_up"] == 3 * size
+    assert (last["bytes_down"], last["bytes_up"]) == (6 * size, 3 * size)  # three clients train, and three validate
     assert last["audio_seconds"] == 6.0
     assert 2**25 < last["peak_memory_bytes"] < 2**40
     assert last["client_seconds"] == pytest.approx(0.03)

@@ -1,6 +1,7 @@
 """The privacy that a training run has spent: Renyi accounting of sampled Gaussians, and the file of its draws."""
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -60,6 +61,8 @@ def charge(path: Path, row: Mapping[str, Any], repeatable: bool) -> None:
     """
     if not (repeatable and any(place(row) == place(earlier) for earlier in files.read_rows(path))):
         files.append_row(path, dict(row))
+        with path.open("rb") as stream:  # a model on disk must not outlive what it cost
+            os.fsync(stream.fileno())
 
 
 def place(row: Mapping[str, Any]) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from fedhubert_lib.federated.hooks import Update
 
 
 def proximal(update: Update) -> Iterator[None]:
-    """Add ``proximal`` / 2 times the squared distance to the weights at the start to the loss."""
-    update.adjust.append(pull(list(update.names.values()), update.p.proximal))
+    """Add ``proximal`` / 2 times the squared distance to the global weights to the loss; personal ones have none."""
+    common = [parameter for name, parameter in update.names.items() if name in update.arrays]
+    update.adjust.append(pull(common, update.p.proximal))
     yield
 
 

@@ -12,7 +12,7 @@ import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -219,6 +219,7 @@ class Round:
         self.clients: list[str] = []  # whose updates were usable
         self.norms: list[float] = []
         self.sums: Counter[str] = Counter()
+        self.panel: dict[str, Mapping[str, float]] = {}  # metrics of the clients that validated
         self.server_seconds = 0.0
         self.row: dict[str, Any] = {"learning_rate": None}
         """Columns of the ledger that are known so far."""
@@ -234,7 +235,7 @@ class Round:
         """Send the weights to ``cohort``; the clients' updates, as they arrive, in the order of client ids."""
         self.cohort = self.asked = list(cohort)
         self.server.ledger.row("cohort", {"round": self.number, "clients": self.cohort})
-        self.quorum = max(self.fewest, math.ceil(self.p.quorum * len(self.cohort)))
+        self.quorum = max(self.fewest, math.ceil(self.p.quorum * len(self.cohort) - 1e-9))
         self.message, self.payload = self.server.message(self.number), dict(self.server.weights)
         for hook in self.server.hooks:
             hook.message(self)
@@ -269,7 +270,7 @@ class Round:
         server, number = self.server, self.number
         row = {"round": number, **server.averages(self.sums), **self.row, **self._validated()} | self._cost()
         if server.judging:
-            checkpoints.judge(server.state, number, row)
+            self._judge(row)
         else:
             server.state["best_round"] = number
         if not server.bounded:
@@ -277,6 +278,20 @@ class Round:
         server.state["round"] = number
         server.ledger.row("round", row)
         server.save(number)
+
+    def _judge(self, row: Mapping[str, Any]) -> None:
+        """Note whether the round is the best, by the clients that validated in it and in the best one so far: where
+        some failed, the others' loss is no measure for it."""
+        state, best = self.server.state, self.server.state.get("panel", {})
+        if best and self.panel:
+            if not (both := sorted(best.keys() & self.panel.keys())):
+                return
+            then, now = (_sums(panel[client] for client in both) for panel in (best, self.panel))
+            state["best_loss"] = self.server.task.averages(then)["loss"]
+            row = {**row, "validation_loss": self.server.task.averages(now)["loss"]}
+        checkpoints.judge(state, self.number, row)
+        if state["best_round"] == self.number:
+            state["panel"] = self.panel
 
     def _usable(self, replies: Iterator[Reply | Failure]) -> Iterator[tuple[Reply, float]]:
         """Replies whose updates fit, with their norms; others are recorded."""
@@ -344,21 +359,22 @@ class Round:
         server, number = self.server, self.number
         if not server.trusted or (number % self.p.validate_every and number != self.p.rounds):
             return {}
-        sums: Counter[str] = Counter()
         clients = panel(server.clients.ids, self.p)
+        self.bytes_down += size(server.weights) * len(clients)
         for reply in server.ask("validate", server.message(number), clients, server.weights):
             try:
                 if isinstance(reply, Failure):
                     raise optimisers.UpdateError(reply.reason)
                 check_metrics(reply.metrics, {}, server)
-                sums.update(reply.metrics)
+                if reply.metrics:  # none: it has no validation utterances
+                    self.panel[reply.client] = reply.metrics
             except optimisers.UpdateError as error:
                 server.fail(number, reply.client, f"validation: {error}")
-        averages = server.task.averages(sums) if sums else {}  # none: nobody on the panel has validation utterances
+        averages = server.task.averages(_sums(self.panel.values())) | {"clients": len(self.panel)} if self.panel else {}
         return {f"validation_{name}": value for name, value in averages.items()}
 
     def _cost(self) -> dict[str, Any]:
-        """Rates, bytes of updates (not of validation) and times of the round; None where clients do not say."""
+        """Rates, bytes and times of the round; None where clients do not say."""
         seconds, sums = time.perf_counter() - self.began, self.sums if self.server.trusted else {}
         audio_seconds = sums.get("audio_seconds")
         failed = self.server.ledger.failed  # attempts cost bytes, too
@@ -374,6 +390,14 @@ class Round:
             "audio_seconds": audio_seconds,
             "audio_seconds_per_second": audio_seconds and audio_seconds / seconds,
         }
+
+
+def _sums(metrics: Iterable[Mapping[str, float]]) -> Counter[str]:
+    """The sums of several clients' metrics."""
+    sums: Counter[str] = Counter()
+    for of_client in metrics:
+        sums.update(of_client)
+    return sums
 
 
 def check_metrics(metrics: Mapping[str, float], needed: Mapping[str, float], server: Server) -> None:

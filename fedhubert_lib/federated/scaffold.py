@@ -1,17 +1,18 @@
 """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378): control variates take the clients' drift out of the gradients.
 
 The server's variate c travels with the weights, as tensors ``control/NAME``; a client adds c - c_i to each gradient and
-sends the change of its own c_i with its update. Personal parameters have none. c stays the mean of the c_i: a client
-takes up its c_i of the last round in which its answer counted, which the server says.
+sends the change of its own c_i with its update. Personal parameters have none. c stays the mean of the c_i, in which
+clients count alike: a client takes up its c_i of the last round in which its answer counted, which the server says.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedhubert_lib import training
-from fedhubert_lib.federated import client_state
+from fedhubert_lib.federated import client_state, optimisers
 from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.protocol import Arrays
 
@@ -69,8 +70,38 @@ class Control(Hook):
         round.payload |= self.control
         round.message["counted"] = {client: counted[client] for client in round.asked}
 
+    def collector(self, round) -> optimisers.Collector:
+        # What top-k kept back in earlier rounds comes on top, without a bound.
+        return _Means(math.inf if self.p.compression == "top-k" else self.p.clip_norm)
+
     def step(self, round, update: dict[str, Tensor]) -> None:
         self.server.state["counted"] |= dict.fromkeys(round.clients, round.number)
         fraction = len(round.clients) / len(self.server.clients.ids)
         for name, control in self.control.items():
             control.add_(update.pop(name), alpha=fraction)
+
+
+class _Means(optimisers.Mean):
+    """The mean of the updates as they weigh, and beside it that of the changes of the c_i, which count alike."""
+
+    def __init__(self, clip_norm: float) -> None:
+        super().__init__()
+        self._changes, self._clip_norm = optimisers.Mean(), clip_norm
+
+    def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
+        """That of the weights' change. A change of c_i beyond twice (for rounding) what clipped gradients make it is
+        refused."""
+        optimisers.check(update, like)
+        control = {name: tensor for name, tensor in like.items() if name.startswith(CONTROL)}
+        farthest = 2 * (self._clip_norm + optimisers.checked_norm(control, control))
+        if optimisers.checked_norm({name: update[name] for name in control}, control) > farthest:
+            raise optimisers.UpdateError("its control variate moved farther than gradients of clip_norm carry it")
+        weights = like.keys() - control.keys()
+        return optimisers.checked_norm({n: update[n] for n in weights}, {n: like[n] for n in weights})
+
+    def add(self, update: Arrays, weight: float) -> None:
+        self._changes.add({name: update.pop(name) for name in list(update) if name.startswith(CONTROL)}, 1.0)
+        super().add(update, weight)
+
+    def result(self) -> Arrays:
+        return super().result() | self._changes.result()

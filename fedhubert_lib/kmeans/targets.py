@@ -43,7 +43,7 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
     quorum = 1.0 if p.centralised else p.quorum  # pooled training needs all labels
-    missing = len(clients.ids) - math.ceil(quorum * len(clients.ids))
+    missing = len(clients.ids) - math.ceil(quorum * len(clients.ids) - 1e-9)
     exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
         arrays = server.prepare(exchange, config, weights)
