@@ -197,7 +197,7 @@ def main() -> None:
     frames = torch.cat(ours)
     model = fairseq_fit(frames.numpy(), options.clusters)
     theirs_centroids = torch.from_numpy(model.cluster_centers_)
-    centroids, _ = clustering.fit(frames, options.clusters, seeds.numpy_generator(0, "bench-fit"))
+    centroids = clustering.fit(frames, options.clusters, seeds.numpy_generator(0, "bench-fit"))
     inertia = clustering.inertia(frames, centroids) / clustering.inertia(frames, theirs_centroids)
     same = torch.from_numpy(model.predict(frames.numpy())) == nearest(frames, theirs_centroids)
 

@@ -7,8 +7,8 @@ speakers   several whole speakers; clients have equal hours. The usual cross-sil
            al., "End-to-end speech recognition from federated acoustic models", ICASSP 2022)
 speaker    one speaker: a personal device, the natural partition of LEAF (Caldas et al., 2018) and of Guliani et al.,
            "Training speech recognition models with federated learning" (ICASSP 2021)
-sex        whole speakers of one sex; the clients are divided between the sexes by hours. The "pathological" split of
-           McMahan et al. (AISTATS 2017), each client one class, with voices in place of digits
+sex        whole speakers of one sex; the clients are divided between the sexes by hours (merging may mix them). The
+           "pathological" split of McMahan et al. (AISTATS 2017), each client one class, with voices in place of digits
 subset     whole speakers of one subset (clean against other: recording quality); divided likewise. Feature skew in the
            taxonomy of Kairouz et al., "Advances and open problems in federated learning" (2021), section 3.1
 chapter    several whole chapters, with equal hours: a reader's books may lie with several clients. Between speakers and
@@ -59,7 +59,7 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
     heldout = table["speaker"].isin(heldout_speakers(table, p))
     rest = table[~heldout]
     client = owners(rest, p)
-    validation = validation_mask(client, p)
+    validation = validation_mask(client, rest["samples"].to_numpy(), p)
     count = client.max() + 1
     names = client_names(count)
     with files.atomic(run / "01_partition" / "clients") as folder:
@@ -260,12 +260,15 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
     return pd.factorize(owner[client], sort=True)[0]
 
 
-def validation_mask(client: np.ndarray, p: params.Partition) -> np.ndarray:
+def validation_mask(client: np.ndarray, samples: np.ndarray, p: params.Partition) -> np.ndarray:
     """Which rows are for validation: ``p.validation_fraction`` of each client's utterances, rounded; bool [utterances].
 
-    At least one where the fraction is not zero and the client has two; a client always keeps one to train on.
+    At least one where the fraction is not zero and the client has two; a client always keeps one to train on: the
+    only one that is long enough for it, of ``samples`` [utterances], where it has no other.
     """
     draw = pd.Series(seeds.numpy_generator(p.seed, "partition", "validation").random(len(client)))
+    usable = samples >= SHORTEST
+    draw += usable & (np.bincount(client, usable)[client] == 1)
     count = np.bincount(client)
     kept = np.round(p.validation_fraction * count).clip(int(p.validation_fraction > 0), count - 1)
     return (draw.groupby(client).rank(method="first") <= kept[client]).to_numpy()

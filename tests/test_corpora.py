@@ -62,7 +62,12 @@ def nan_wav(path: Path) -> None:
     soundfile.write(path, samples, 16_000, subtype="FLOAT")
 
 
+def integers_wav(path: Path) -> None:
+    soundfile.write(path, RNG.normal(0, 3_000, 8_000).astype("float32"), 16_000, subtype="FLOAT")
+
+
 BROKEN = {
+    "integers.wav": (integers_wav, "not scaled to"),
     "empty.flac": (lambda path: path.write_bytes(b""), "empty file"),
     "8k.wav": (lambda path: write(path, rate=8_000), "8000 Hz, not 16000 Hz"),
     "44k.flac": (lambda path: write(path, rate=44_100), "44100 Hz"),
@@ -487,6 +492,17 @@ def test_read_excludes_json_that_holds_no_phones_or_times(phone, seconds, tmp_pa
     for place in (tmp_path, tmp_path / "all"):
         phones, refused = alignments.read(place, MANIFEST)
         assert phones["utterance"].to_pylist() == ["1-2-0001"] and "1-2-0000" in refused.reason[0]
+
+
+@pytest.mark.parametrize(
+    ("spoken", "expected"),
+    [(["AH0", "ah1", "sp", "T"], ["AH", "AH", "sil", "T"]), (["a1", "a2", "a3", "sp"], ["A1", "A2", "A3", "sil"])],
+)
+def test_stress_goes_and_tones_stay(spoken, expected, tmp_path):
+    spans = [(0.2 * i, 0.2 * (i + 1), phone) for i, phone in enumerate(spoken)]
+    (tmp_path / "1-2-0001.TextGrid").write_text(textgrid(0.8, spans))
+    manifest = MANIFEST.assign(samples=12_800)
+    assert alignments.read(tmp_path, manifest)[0]["phone"].to_pylist() == expected
 
 
 def test_phones_that_are_numbers_stay():

@@ -45,7 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict
         together = torch.cat([frames[i] for i in own])
         for i in own:
             frames[i] = (frames[i] - together.mean(0)) / together.std(0)
-    centroids, _ = clustering.fit(torch.cat(frames).double(), CLUSTERS, np.random.default_rng(0))
+    centroids = clustering.fit(torch.cat(frames).double(), CLUSTERS, np.random.default_rng(0))
     labels = {path.stem: clustering.nearest(x, centroids).numpy() for path, x in zip(paths, frames, strict=True)}
     rows = [(path.stem, str(path), len(x)) for path, x in zip(paths, waveforms, strict=True)]
     return pd.DataFrame(rows, columns=["utterance", "path", "samples"]), labels, folder

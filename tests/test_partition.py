@@ -172,12 +172,16 @@ def test_assign_replaces_an_earlier_partition(run):
 
 
 def test_validation_mask_leaves_something_to_train_on():
-    client = np.array([0, 1, 1, 2, 2, 2])
-    mask = partition.validation_mask(client, params.Partition(validation_fraction=1.0))
+    client, samples = np.array([0, 1, 1, 2, 2, 2]), np.full(6, 16_000)
+    mask = partition.validation_mask(client, samples, params.Partition(validation_fraction=1.0))
     assert np.bincount(client[~mask]).tolist() == [1, 1, 1]
-    assert not partition.validation_mask(client, params.Partition(validation_fraction=0.0)).any()
-    mask = partition.validation_mask(client, params.Partition(validation_fraction=0.01))
+    assert not partition.validation_mask(client, samples, params.Partition(validation_fraction=0.0)).any()
+    mask = partition.validation_mask(client, samples, params.Partition(validation_fraction=0.01))
     assert np.bincount(client[mask]).tolist() == [0, 1, 1]
+    short = np.where(np.arange(6) == 4, 16_000, 8_000)  # the only one that client 2 can train on
+    for seed in range(10):
+        mask = partition.validation_mask(client, short, params.Partition(validation_fraction=0.5, seed=seed))
+        assert not mask[4] and np.bincount(client[mask]).tolist() == [0, 1, 2]
 
 
 def test_client_names_sort_as_numbers():

@@ -79,7 +79,7 @@ def test_a_killed_call_keeps_its_codebook_and_leaves_no_half_text(checkpoint, fo
     out = tmp_path / "units.txt"
     with monkeypatch.context() as patch:
         patch.setattr(clustering, "nearest", lambda *_: 1 / 0)
-        patch.setattr(clustering, "fit", lambda frames, clusters, _: (frames[:clusters], None))
+        patch.setattr(clustering, "fit", lambda frames, clusters, _: frames[:clusters])
         with pytest.raises(ZeroDivisionError):
             unit_text.write(checkpoint, folder, out, clusters=5)
     assert not out.exists()

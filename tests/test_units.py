@@ -128,7 +128,7 @@ def test_mfcc_clusters_of_real_speech_are_as_good_as_published(real_speech, fold
     phones = corpora.alignments.read(root / alignments, manifest)[0].to_pandas().astype({"utterance": str})
     known = sorted(set(phones.utterance))[:1_000]  # an hour and a half suffices
     frames = [part[::2] for part in features.mfcc([audio.read(paths[name]) for name in known])]
-    centroids, _ = clustering.fit(torch.cat(frames).double(), 100, np.random.default_rng(0))
+    centroids = clustering.fit(torch.cat(frames).double(), 100, np.random.default_rng(0))
     labels = {name: clustering.nearest(x, centroids).numpy() for name, x in zip(known, frames, strict=True)}
     quality = units.quality_of_counts(units.count_phones(phones, labels, 100)[1])
     assert published[0] < quality["pnmi"] < published[1], quality

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from praatio.utilities import textgrid_io
@@ -27,6 +28,8 @@ PHONES = pa.schema(
 )
 """The columns of phones.parquet, whatever the corpus; samples at 16 kHz."""
 SUFFIXES = (".textgrid", ".json")
+TONES = tuple("3456789")
+"""Last digits that no stress has: where phones end so, digits are tones, or part of their names."""
 SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
@@ -75,26 +78,30 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
                 codes.append(code)
                 starts.append(start)
                 ends.append(stop)
-                names.append(phones.setdefault(fold(phone), len(phones)))
+                names.append(phones.setdefault(phone.strip().upper(), len(phones)))
     if not codes:
         example = f"; {len(refused)} are unusable, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
         raise CorpusError(
             f"corpus.alignments: {root} has no phone of any of the {len(samples)} utterances (files named UTTERANCE"
             f".TextGrid or UTTERANCE.json, or one JSON file for all){example}"
         )
+    folded = {phone: fold(phone, tones=any(name[1:].endswith(TONES) for name in phones)) for phone in phones}
+    kinds = {phone: number for number, phone in enumerate(dict.fromkeys(folded.values()))}
+    kind_of = np.array([kinds[phone] for phone in folded.values()], np.int32)
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(utterances), pa.string())),
         pa.array(starts, pa.int64()),
         pa.array(ends, pa.int64()),
-        pa.DictionaryArray.from_arrays(pa.array(names, pa.int32()), pa.array(list(phones), pa.string())),
+        pa.DictionaryArray.from_arrays(pa.array(kind_of[np.asarray(names)]), pa.array(list(kinds), pa.string())),
     ]
     return pa.table(columns, names=PHONES.names), pd.DataFrame(refused, columns=["path", "reason"])
 
 
-def fold(phone: str) -> str:
-    """A phone without stress digit, in upper case; every kind of silence or noise is ``sil``."""
+def fold(phone: str, tones: bool = False) -> str:
+    """A phone without stress digit, in upper case; every kind of silence or noise is ``sil``. Where ``tones`` have
+    digits, 3 and above among them, all digits stay."""
     phone = phone.strip().upper()
-    return "sil" if phone in SILENCES else phone.rstrip("012") or phone  # a number may be its name
+    return "sil" if phone in SILENCES else phone if tones else phone.rstrip("012") or phone  # a number may be its name
 
 
 def _reason(alignment: Alignment, samples: int) -> str:

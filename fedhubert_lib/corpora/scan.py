@@ -1,4 +1,4 @@
-"""Headers and ends of all files of a corpus: read in parallel, and incrementally over an earlier scan.
+"""Headers and ends of all files of a corpus: read in parallel, and incrementally over a scan that was killed.
 
 A file that is not audio, not 16 kHz mono speech of at least one frame, or truncated comes back with the reason. Of a
 FLAC file the header and the last sample are read, which libsndfile finds in a complete file only; damage in the middle
@@ -33,6 +33,8 @@ FLAC_BYTES = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
 """Bytes per sample under that MD5."""
 BLOCK = 2**20
 """Samples that are decoded at once: an hour of speech is not held in memory."""
+LOUDEST = 8.0
+"""Sample of a float WAV file beyond which it is no clipped speech of [-1, 1], but of another scale."""
 KEYS = ["path", "size", "modified"]
 TYPES = {
     "samples": "int64", "sample_rate": "int32", "channels": "int32", "fingerprint": "str", "reason": "str",
@@ -113,11 +115,13 @@ def _flac(path: str, start: bytes, decode: bool) -> Header:
 
 def _wav(path: str) -> Header:
     with soundfile.SoundFile(path) as file:
-        fingerprint, finite = hashlib.blake2b(digest_size=16), True
-        for samples in file.blocks(BLOCK, dtype="int16" if file.subtype == "PCM_16" else "float32"):
+        fingerprint, peak, whole = hashlib.blake2b(digest_size=16), 0.0, file.subtype == "PCM_16"
+        for samples in file.blocks(BLOCK, dtype="int16" if whole else "float32"):
             fingerprint.update(samples.tobytes())
-            finite = finite and bool(np.isfinite(samples).all())
-        reason = _unfit(file) or ("" if finite else "NaN or infinite samples")
+            peak = peak if whole else np.abs(samples).max(initial=peak)  # NaN stays NaN
+        reason = _unfit(file) or ("" if np.isfinite(peak) else "NaN or infinite samples")
+        if not reason and peak > LOUDEST:
+            reason = f"samples up to {peak:.4g}: not scaled to [-1, 1]"
         return Header(file.frames, file.samplerate, file.channels, fingerprint.hexdigest(), reason)
 
 

@@ -117,7 +117,7 @@ def _fit(model: Hubert, table: pd.DataFrame, made: dict[str, Any], place: Path, 
     chosen = table.iloc[order[before < reading.FIT_FRAMES]]
     parts = [states for _, states in _states(model, chosen, made["layer"], device, "k-means")]
     frames = torch.cat(parts)[: reading.FIT_FRAMES]
-    centroids, _ = clustering.fit(frames, made["clusters"], seeds.numpy_generator(made["seed"], "units"))
+    centroids = clustering.fit(frames, made["clusters"], seeds.numpy_generator(made["seed"], "units"))
     with files.atomic(place) as temporary:
         save_file({"centroids": centroids.float()}, temporary, {"units": json.dumps(made)})
 

@@ -51,7 +51,8 @@ def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapp
     frames = reading.in_memory(home, arrays, config)
     _require(home, len(frames), 1)
     rng = seeds.numpy_generator(config["seed"], "kmeans-local", home.client)
-    centroids, counts = clustering.fit(frames, min(config["local"], len(frames)), rng)
+    centroids = clustering.fit(frames, min(config["local"], len(frames)), rng)
+    counts = torch.bincount(clustering.nearest(frames, centroids), minlength=len(centroids)).double()
     kept = counts >= max(1, config["minimum_count"])
     return {"centroids": centroids[kept].float().cpu(), "counts": counts[kept].cpu()}, {}
 
@@ -94,7 +95,7 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
         frames = reading.in_memory(home, arrays, config)
         _require(home, len(frames), config["clusters"])
         rng = seeds.numpy_generator(config["seed"], "kmeans-client", home.client)
-        centroids = clustering.fit(frames, config["clusters"], rng)[0].float()
+        centroids = clustering.fit(frames, config["clusters"], rng).float()
         facts = {"frames": len(frames), "inertia": clustering.inertia(frames, centroids)}
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids.cpu()}, temporary, {"fit": json.dumps(facts)})
@@ -112,8 +113,8 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 
     Resumes at the first missing utterance when it was killed before, if the codebook is the same. Answers with what
     ``units`` needs: frames per label [K], the number of runs, and counts phone x label with the names of the
-    phones (UTF-8, one a line) where the client knows the phones of its utterances. Nothing of it with
-    ``noise_multiplier``: no noise covers it.
+    phones (UTF-8, one a line) where the client knows the phones of its utterances; counts below ``minimum_count`` as 0.
+    Nothing of it with ``noise_multiplier``: no noise covers it.
     """
     table, codebook = reading.utterances(home), _codebook(home, arrays, config)
     settings = {**config, "codebook": digest(codebook), "utterances": reading.digest(table)}
@@ -127,7 +128,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
             yield [part.numpy() for part in sequence.split([len(part) for part in parts])]
 
     labels.write(folder, "labels", table, labels.LABELS, None, sequences)
-    return {} if private(config) else _counts(home, labels.Labels(folder), config["clusters"]), {}
+    return {} if private(config) else _counts(home, labels.Labels(folder), config), {}
 
 
 def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -180,8 +181,9 @@ def assign(frames: Tensor, codebook: Arrays) -> Tensor:
     return clustering.nearest(frames, codebook["centroids"])
 
 
-def _counts(home: ClientHome, sequences: labels.Labels, clusters: int) -> Arrays:
+def _counts(home: ClientHome, sequences: labels.Labels, config: Mapping[str, Any]) -> Arrays:
     """What quality needs of this client's labels, as sums."""
+    clusters = config["clusters"]
     counts = torch.from_numpy(np.bincount(sequences.flat, minlength=clusters))
     arrays = {"counts": counts, "runs": torch.tensor(sum(units.runs(sequences[u]) for u in sequences.utterances))}
     path = home.data / "phones.parquet"
@@ -190,4 +192,6 @@ def _counts(home: ClientHome, sequences: labels.Labels, clusters: int) -> Arrays
         if names:
             arrays["phones"] = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
             arrays["contingency"] = torch.from_numpy(table)
+    for name in arrays.keys() & {"counts", "contingency"}:
+        arrays[name][arrays[name] < config["minimum_count"]] = 0
     return arrays

@@ -176,14 +176,14 @@ def lloyd(
     return centroids
 
 
-def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """K-means of frames in memory: centroids [K, D] float64 and frames in each [K] float64.
+def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
+    """K-means of frames in memory: centroids [K, D] float64.
 
     K-means++ and Lloyd until it stands still on a sample, then Lloyd on all: the passes over all frames are few.
 
-    >>> centroids, counts = fit(torch.tensor([[0.0], [1.0], [8.0], [9.0]]), 2, np.random.default_rng(0))
-    >>> centroids.shape, counts.tolist(), len(set(nearest(torch.tensor([[0.5], [8.5], [9.0]]), centroids).tolist()))
-    (torch.Size([2, 1]), [2.0, 2.0], 2)
+    >>> centroids = fit(torch.tensor([[0.0], [1.0], [8.0], [9.0]]), 2, np.random.default_rng(0))
+    >>> centroids.shape, len(set(nearest(torch.tensor([[0.5], [8.5], [9.0]]), centroids).tolist()))
+    (torch.Size([2, 1]), 2)
     """
     sample = points
     if len(points) > SEEDING_POINTS:
@@ -191,7 +191,7 @@ def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> tuple[Tensor
     centroids = lloyd(sample, plus_plus(sample.cpu(), clusters, rng).to(points.device), rng)
     if len(points) > SEEDING_POINTS:
         centroids = lloyd(points, centroids, rng, tolerance=1e-3)
-    return centroids, torch.bincount(nearest(points, centroids), minlength=clusters).double()
+    return centroids
 
 
 def matched(centroids: Tensor, reference: Tensor) -> Tensor:

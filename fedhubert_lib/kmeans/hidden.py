@@ -73,7 +73,7 @@ def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
     for number in range(len(layers)):  # one layer at a time is more than float16: ten minutes of base's are 0.6 GB
         frames = torch.cat(public.normalised([part[number].float() for part in parts], table.speaker, config, {}))
         rng = seeds.numpy_generator(p.seed, "kmeans-layers")
-        centroids, _ = clustering.fit(frames, min(p.clusters, CLUSTERS, len(frames)), rng)
+        centroids = clustering.fit(frames, min(p.clusters, CLUSTERS, len(frames)), rng)
         sequences.append(clustering.nearest(frames, centroids).numpy())
     if phones is not None:
         scores = [units.quality(labels[phones != ""], phones[phones != ""], p.seed)["pnmi"] for labels in sequences]
@@ -105,15 +105,17 @@ def states(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
 
     In bfloat16 where the device is faster with it. Utterances pass one by one, without padding, which a group-norm
     front end would take for speech; on a CPU one on each core, so that neither company nor cores change a bit. One
-    longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass.
+    longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass. As in fairseq's feature
+    dump it is normalised as a whole before, where the model asks for it.
     """
 
     def of(waveform: Tensor) -> Tensor:
+        waveform = audio.normalise(waveform) if model.config.do_normalize else waveform
         pieces = [torch.zeros(len(layers), 0, model.config.hidden_size)]
         with torch.inference_mode(), resources.autocast(device, "auto"):
             for start in range(0, audio.frame_count(len(waveform)) * audio.HOP, FORWARD_SAMPLES):
                 piece = waveform[start : start + FORWARD_SAMPLES + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
-                hidden = model(piece[None], hidden_states=True).hidden
+                hidden = model(piece[None], hidden_states=True, normalised=True).hidden
                 pieces.append(torch.stack([hidden[layer][0].float() for layer in layers]).cpu())
         return torch.cat(pieces, dim=1)
 

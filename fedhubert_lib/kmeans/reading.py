@@ -162,7 +162,7 @@ def extracted(
     """Features of each batch of utterances of ``table``, computed: float32 [L, frames, D] for each utterance.
 
     Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint. Recordings longer than a batch
-    are read in pieces; their features are those of the whole, to the bit.
+    are read in pieces; their MFCCs are those of the whole, to the bit.
     """
     if from_mfcc := config["features"] != "hidden":
         beside, model = DELTAS, None

@@ -38,7 +38,7 @@ class Exchange:
 
     def __init__(self, clients: Clients, log: Log, missing: int = 0, stage: str = "kmeans") -> None:
         self._clients, self._log, self._missing, self._stage = clients, log, missing, stage
-        self.ids = list(clients.ids)
+        self.ids = self.everybody = list(clients.ids)
         self.bytes = {"bytes_down": 0, "bytes_up": 0}
 
     def ask(
@@ -70,6 +70,14 @@ class Exchange:
                 f"{self._stage}.{action}: {len(reasons)} of {len(asked)} clients failed, and {self._missing} may (see"
                 " missing_clients, in 04_distill quorum). The same command tries these again and keeps what the others"
                 " have done.\n" + "\n".join(reasons[:5]) + more
+            )
+
+    def require(self, labelled: int) -> None:
+        """Raise KmeansError where more than ``missing`` clients have no labels: in each step others may have failed."""
+        if (absent := len(self.everybody) - labelled) > self._missing:
+            raise KmeansError(
+                f"{absent} of {len(self.everybody)} clients have no labels, and {self._missing} may be without (see"
+                " missing_clients, in 04_distill quorum). The same command asks those for what is missing."
             )
 
     def since(self, before: Mapping[str, int]) -> dict[str, int]:
@@ -145,28 +153,33 @@ def lloyd(
     tolerance: float,
     log: Log = lambda row: None,
     progress: Path | None = None,
+    before: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Federated Lloyd from ``centroids``: each round clients send (sum, count, inertia) per cluster, the server adds.
 
-    Equal to Lloyd on the pooled frames. Stops when the inertia falls by a smaller fraction than ``tolerance`` and no
-    cluster is empty. Returns centroids float32 [K, D] and, of the last round, its number, frames and inertia per frame.
-    ``progress``, a file, is written before each round and at the end, and rounds in it are not done again: ``asked``
-    counts those that clients were asked for, repeated ones included.
+    Equal to Lloyd on the pooled frames. Stops when the inertia of the same number of clients changes by a smaller
+    fraction than ``tolerance`` and no cluster is empty. Returns centroids float32 [K, D] and, of the last round, its
+    number, frames and inertia per frame. ``progress``, a file, is written before each round and at the end, and rounds
+    in it are not done again; nor are bytes forgotten that travelled since ``exchange.bytes`` was ``before``. Of private
+    rounds ``asked`` counts those that clients were asked for, repeated ones included.
     """
+    since = dict(before or exchange.bytes)
 
-    def save() -> None:
+    def save(**more: Any) -> None:
         if progress is not None:
             with files.atomic(progress) as temporary:
-                save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats)})
+                save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats | more)})
 
     private, stats = config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
     if progress is not None and progress.exists():
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
+        for name, count in stats.pop("bytes", {}).items():
+            exchange.bytes[name] += count
     while stats["round"] < rounds and not stats.get("settled"):
-        number, before, travelled = stats["round"] + 1, stats.get("inertia"), dict(exchange.bytes)
-        stats["asked"] += 1
-        save()
+        number, last, travelled = stats["round"] + 1, stats, dict(exchange.bytes)
+        stats = {**stats, "asked": stats["asked"] + 1}
+        save(bytes=exchange.since(since))
         like = {"sums": centroids.shape, "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
         message, totals, clients = {**config, "round": number}, dict.fromkeys(like, 0.0), 0
         for reply in exchange.ask("lloyd", {**arrays, "centroids": centroids}, message, like=like):
@@ -185,9 +198,10 @@ def lloyd(
         centroids = clustering.update(sums, counts, inertias, centroids, rng).float()
         empty = int((counts == 0).sum())
         stats = {"round": number, "asked": stats["asked"], "frames": frames, "empty": empty, "clients": clients}
-        if not private:
-            stats["inertia"] = total / frames
-            stats["settled"] = before is not None and not empty and before - stats["inertia"] <= tolerance * before
+        if not private:  # whose rounds cost nothing: the file of a run that was killed is that of one that was not
+            stats |= {"asked": number, "inertia": total / frames}
+            change = abs(last["inertia"] - stats["inertia"]) if last.get("clients") == clients else math.inf
+            stats["settled"] = not empty and change <= tolerance * stats["inertia"]
         log({"kind": "lloyd", **stats, **exchange.since(travelled)})
     save()
     return centroids, stats

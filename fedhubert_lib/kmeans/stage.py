@@ -63,6 +63,8 @@ def run(
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
         _state_space(run, p, log)
     arrays = server.prepare(exchange, config, weights)
+    if arrays:  # of those who answered: what was fitted and labelled on another scale is made again
+        config |= {"scale": digest(arrays)}
     log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
     probe = _probe(run, arrays, weights, config, device)
     rows, matrices = {}, {}
@@ -125,7 +127,7 @@ def _codebook(
         stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection", "reference")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
-    codebook, cost = _fit(run, p, exchange, arrays, config, lambda row: log({**row, "codebook": kind}))
+    codebook, cost = _fit(run, p, exchange, arrays, config, before, lambda row: log({**row, "codebook": kind}))
     cost |= exchange.since(exchange.bytes if kind == "central" else before)  # what pools all data sends nothing
     cost["fit_seconds"] = time.perf_counter() - started
     for name, array in {**arrays, **codebook}.items():
@@ -139,7 +141,13 @@ def _codebook(
 
 
 def _fit(
-    run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
+    run: Path,
+    p: "Kmeans",
+    exchange: Exchange,
+    arrays: Arrays,
+    config: dict[str, Any],
+    before: Mapping[str, int],
+    log: Log,
 ) -> tuple[Arrays, dict[str, Any]]:
     kind, progress = config["kind"], run / "02_kmeans" / "codebooks" / config["kind"] / "lloyd.safetensors"
     if kind == "random-projection":
@@ -159,7 +167,7 @@ def _fit(
         start = reading.optional("private").random_start(config)
     else:
         start, _ = server.start(exchange, arrays, config)
-    limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance}
+    limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance, "before": before}
     centroids, last = server.lloyd(exchange, arrays, config, start, **limits, log=log, progress=progress)
     cost = {"rounds": last["round"], "fit_frames": last["frames"]}
     if client.private(config):
@@ -199,7 +207,7 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
     if not parts:
         raise KmeansError("no client has speech to fit codebook central on; leave it out of codebooks")
     rng = seeds.numpy_generator(config["seed"], "kmeans-central")
-    return clustering.fit(torch.cat(parts), config["clusters"], rng)[0].float().cpu()
+    return clustering.fit(torch.cat(parts), config["clusters"], rng).float().cpu()
 
 
 # -------------------------------------------------------------------------------------------------------------- quality
@@ -229,6 +237,7 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
             total = units.added([total, phones])
             if (phones[1].sum(1) > 0).sum() > 1:
                 alone.append(units.quality_of_counts(phones[1], p.seed))
+    exchange.require(len(labelled))
     if not p.noise_multiplier:
         row = units.usage(counts, runs)
         with files.atomic(folder / "counts.npy") as temporary:

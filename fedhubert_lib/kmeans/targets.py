@@ -53,5 +53,5 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids}, temporary)
     # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
-    list(exchange.ask("label", {**weights, **load_file(path)}, config))
+    exchange.require(len(list(exchange.ask("label", {**weights, **load_file(path)}, config))))
     list(clients.ask("targets.forget"))
