@@ -10,13 +10,24 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fedhubert_lib import batching, checkpoints, hubert, objectives, params, pretrained, recipes, seeds, teaching
+from fedhubert_lib import (
+    batching,
+    checkpoints,
+    hubert,
+    objectives,
+    params,
+    pretrained,
+    recipes,
+    records,
+    seeds,
+    teaching,
+)
 from fedhubert_lib import weights as named
 from fedhubert_lib.federated import handlers, local, protocol, rounds
 from fedhubert_lib.federated.handlers import Answer
@@ -67,8 +78,10 @@ def lesson(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, 
     """The student with the global weights, and what it learns of the teacher that the message names."""
     p, module = params.Distill.model_validate(config["params"]), _modules(json.dumps(config["student"]), home.device)
     named.fill(module, arrays)
-    objective = functools.partial(_objective, module, _teacher(home, config), p)
-    return local.Lesson(p, module, objective, lambda home: _labels(home, config, p))
+    teacher = _teacher(home, config)
+    objective = functools.partial(_objective, module, teacher, p)
+    normalise = module["model"].config.do_normalize and teacher.model.config.do_normalize  # else those that do, do it
+    return local.Lesson(p, module, objective, lambda home: _labels(home, config, p), normalise)
 
 
 @functools.lru_cache(maxsize=1)
@@ -169,6 +182,12 @@ def read_teacher(run: Path, p: params.Distill) -> Teacher:
     """The teacher, after a look at whether it can teach what ``p`` asks. Raises TeacherError."""
     teacher = Teacher(*pretrained.load(teacher_folder(run, p)))
     check_teacher(run, p, teacher)
+    learned = p.codebook if p.teacher else records.parameters(run / "03_pretrain").get("codebook", p.codebook)
+    if "soft-targets" in p.objectives and p.soft_weight and p.label_weight and learned != p.codebook:
+        raise TeacherError(
+            f"{teacher_folder(run, p)}: predicts codebook {learned}, and the labels are of {p.codebook}, whose numbers"
+            " mean other sounds; give the same codebook, or one of soft_weight and label_weight as 0"
+        )
     return teacher
 
 
@@ -179,7 +198,7 @@ def check_teacher(run: Path, p: params.Distill, teacher: Teacher, clusters: int 
     """
     folder, depth = teacher_folder(run, p), teacher.model.config.num_hidden_layers
     if p.initial == "teacher":
-        teaching.student_from(teacher.model, recipes.model_config(p))
+        teaching.student_from(teacher.model, student_config(p, teacher))
     if "hubert" in p.objectives and (p.teacher_layer or 1) > depth:
         raise TeacherError(f"{folder}: has {depth} layers, but teacher_layer is {p.teacher_layer}; give one of them")
     if "soft-targets" not in p.objectives or not p.soft_weight:
@@ -216,13 +235,20 @@ def _sizes(run: Path, p: params.Distill, teacher: Teacher) -> dict[str, Any]:
         clusters = p.teacher_clusters
     if "distilhubert" in p.objectives:
         regression = [config.hidden_size, len(teaching.target_layers(config.num_hidden_layers))]
-    return {"model": asdict(recipes.model_config(p)), "clusters": clusters, "regression": regression}
+    return {"model": asdict(student_config(p, teacher)), "clusters": clusters, "regression": regression}
+
+
+def student_config(p: params.Distill, teacher: Teacher) -> hubert.HubertConfig:
+    """The student's configuration. One that starts as the teacher takes over what its weights do not show."""
+    config, source = recipes.model_config(p), teacher.model.config
+    heard = {"do_normalize": source.do_normalize, "conv_bias": source.conv_bias}
+    return replace(config, **heard) if p.initial == "teacher" else config
 
 
 def begin(run: Path, p: params.Distill, teacher: Teacher | None = None) -> tuple[rounds.Task, Arrays]:
     """What is trained, and the student's weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
     teacher = teacher or read_teacher(run, p)
-    config, sizes = recipes.model_config(p), _sizes(run, p, teacher)
+    config, sizes = student_config(p, teacher), _sizes(run, p, teacher)
     module = _modules(json.dumps(sizes), "cpu")
     for name, key in {"model": "student", "head": "student-head", "regressors": "regressors"}.items():
         if name in module:

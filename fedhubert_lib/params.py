@@ -349,7 +349,7 @@ class Pretrain(Federation):
 class Distill(Federation):
     """04_distill: a smaller student learns from the pretrained teacher, over the same federation."""
 
-    teacher: Place = Field("", description="checkpoint folder of the teacher; empty: 03_pretrain of this run")
+    teacher: Place = Field("", description="checkpoint folder of the teacher, of the same codebook; empty: 03_pretrain")
     layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")
     hidden_size: Natural | None = Field(96, description="size of the student's frames; none: the preset's")
     initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")

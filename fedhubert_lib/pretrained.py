@@ -81,6 +81,8 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
     FileNotFoundError that says what does not fit.
     """
     folder, device = Path(folder), "cpu" if weights else "meta"
+    if weights:
+        load(folder, weights=False)  # sizes that no tensor has would take all memory
     config = read_config(folder)
     paths = weight_files(folder)
     embedding = torch.rand(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)

@@ -36,7 +36,7 @@ MEASURES = {
 }
 """The measures that are compared, with their names in words: columns of metrics.jsonl, measures of report.json."""
 
-_LEARNED = [f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "minutes")]
+_LEARNED = [f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "minutes", "speech")]
 _LEARNED += [f"kmeans.{name}" for name in ("features", "layer", "clusters", "normalisation")]
 _SHAPE = params.Model.model_fields.keys() - params.Section.model_fields.keys()
 _LEARNED += [f"pretrain.{name}" for name in sorted(_SHAPE)]
@@ -45,9 +45,10 @@ _IMITATED += tuple(f"{name}_weight" for name in ("soft", "label", "regression", 
 TASK = {
     "pretrain": _LEARNED,
     "distill": _LEARNED + [f"distill.{name}" for name in _IMITATED],
-    "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "corpus.test_subsets"],
+    "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers"],
 }
 """By stage, the parameters in which a run must equal its reference."""
+TASK["evaluate"] += [f"corpus.test_{name}" for name in ("subsets", "speakers", "minutes")]
 _ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"patience", "validate_every", "decode_check"}
 """Parameters that move no curve."""
 
@@ -105,7 +106,7 @@ def make(runs: Sequence[Path]) -> Reference:
         if not (run / "03_pretrain" / "done.json").exists():
             raise records.RunError(f"{run}: 03_pretrain is not done; a reference is made from runs that have trained")
     training_seeds.check_one_study(runs)
-    recorded = [records.all_parameters(run) for run in runs]
+    recorded = [_parameters(run) for run in runs]
     trained = [values["pretrain.seed"] for values in recorded]
     if len(set(trained)) < max(2, len(runs)):
         raise records.RunError(f"training seeds {trained}: a band needs two runs or more, all of another pretrain.seed")
@@ -117,7 +118,7 @@ def make(runs: Sequence[Path]) -> Reference:
             measured = [curves(run, stage) for run in runs]
             shared = [name for name in MEASURES if all(name in of_run for of_run in measured)]
             chosen[stage] = {name: _band([of_run[name] for of_run in measured]) for name in shared}
-    kept = {name: _portable(value) for name, value in recorded[0].items() if name.split(".")[1] not in _ASIDE}
+    kept = {name: value for name, value in recorded[0].items() if name.split(".")[1] not in _ASIDE}
     return Reference(study, (git.get("commit") or "unknown")[:7], trained, kept, chosen)
 
 
@@ -131,8 +132,14 @@ def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame({"hours": hours.mean(0), "mean": values.mean(0), "band": factor * np.sqrt(variance)})
 
 
-def _portable(value: Any) -> Any:
-    return "a folder" if isinstance(value, str) and value.startswith("/") else value
+def _parameters(run: Path) -> dict[str, Any]:
+    """The parameters of a run; in place of a path a name for what lay there."""
+    values = records.all_parameters(run)
+    for key in [key for key, value in values.items() if str(value).startswith("/")]:
+        stage, _, name = key.partition(".")
+        begun = records.read_json(run / params.FOLDERS[stage] / "begun.json") or {"identity": {"inputs": {}}}
+        values[key] = begun["identity"]["inputs"].get(name, "a folder")[:16]
+    return values
 
 
 def write(reference: Reference, path: Path) -> None:
@@ -163,7 +170,7 @@ def read(path: Path) -> Reference:
 
 def of(run: Path, stage: str, folder: Path = FOLDER) -> tuple[Reference | None, str]:
     """The reference that belongs to ``stage`` of a run, and in words which it is, or why there is none."""
-    values = {name: _portable(value) for name, value in records.all_parameters(run).items()}
+    values = _parameters(run)
     references = [reference for path in sorted(folder.glob("*.json")) if stage in (reference := read(path)).curves]
     if not references:
         return None, "no reference curves: none was made of this stage yet (fedhubert reference)"

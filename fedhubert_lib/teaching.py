@@ -45,14 +45,15 @@ class Teacher:
         return nn.ModuleDict({"model": self.model} | ({"head": self.head} if self.head is not None else {}))
 
     @torch.no_grad()
-    def probabilities(self, waveforms: Tensor, temperature: float) -> Tensor:
+    def probabilities(self, batch: Batch, temperature: float) -> Tensor:
         """Softened cluster probabilities of each frame of the unmasked clips, [B, T, K]."""
-        return (self.head(self.model(waveforms).last) / temperature).softmax(-1)
+        last = self.model(batch.waveforms, normalised=batch.normalised).last
+        return (self.head(last) / temperature).softmax(-1)
 
     @torch.no_grad()
-    def layers(self, waveforms: Tensor) -> Tensor:
+    def layers(self, batch: Batch) -> Tensor:
         """The ``target_layers`` of the unmasked clips, [B, layers, T, D]."""
-        hidden = self.model(waveforms, hidden_states=True).hidden
+        hidden = self.model(batch.waveforms, hidden_states=True, normalised=batch.normalised).hidden
         return torch.stack([hidden[number] for number in target_layers(len(hidden) - 1)], dim=1)
 
 
@@ -89,17 +90,17 @@ def soft_targets(
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels: over masked frames, and
     with ``unmasked_weight`` over the others.
 
-    T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction`` and soft_loss_sum (the
-    divergence on masked frames, without its weight). With ``soft_weight`` 0 the teacher is not asked; with
+    T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction`` and soft_loss_sum (T² times
+    the divergence on masked frames, without its weight). With ``soft_weight`` 0 the teacher is not asked; with
     ``label_weight`` 0 neither are the labels, which may be of other clusters: ``label_sums`` are then missing.
     """
-    output = student(batch.waveforms, batch.mask)
+    output = student(batch.waveforms, batch.mask, normalised=batch.normalised)
     masked = batch.mask
     frames = torch.where(masked, 1.0, unmasked_weight)
     logits = head(output.last)
     loss, measured = logits.new_zeros(()), dict[str, Tensor]()
     if soft_weight:
-        targets = teacher.probabilities(batch.waveforms, temperature)
+        targets = teacher.probabilities(batch, temperature)
         if targets.shape[:2] != masked.shape:
             raise TeacherError(f"the teacher gives {targets.shape[1]} frames where the student gives {masked.shape[1]}")
         softened = (logits / temperature).log_softmax(-1)
@@ -121,8 +122,8 @@ def layer_regression(student: Hubert, regressors: Regressors, teacher: Teacher, 
     Nothing is masked, and every frame counts: ``measured`` gives all of them as masked_frames, by which updates are
     weighted, and as frames; it also holds objective (the loss) and cosine_sum (over frames, averaged over layers).
     """
-    predicted = regressors(student(batch.waveforms).last).float()
-    targets = teacher.layers(batch.waveforms).float()
+    predicted = regressors(student(batch.waveforms, normalised=batch.normalised).last).float()
+    targets = teacher.layers(batch).float()
     if predicted.shape != targets.shape:
         raise TeacherError(f"the student predicts {list(predicted.shape)} and the teacher gives {list(targets.shape)}")
     distance = (predicted - targets).abs().mean(-1)
@@ -145,7 +146,7 @@ def summed(parts: Sequence[tuple[float, Sums]]) -> Sums:
 
 def averages(measured: Mapping[str, float]) -> dict[str, float]:
     """From added-up ``measured``: loss (the objective), and with objectives that have them accuracies and label_loss,
-    divergence (of the softened predictions, nats) and cosine (between predicted and true layers).
+    divergence (T² times that of the softened predictions) and cosine (between predicted and true layers).
     """
     masked = max(measured["masked_frames"], 1)
     row = averages_of_labels(measured) if "correct_masked" in measured else {}
@@ -162,7 +163,8 @@ def student_from(teacher: Hubert, config: HubertConfig) -> Hubert:
 
     Raises TeacherError, naming both, when a shape differs or the student is the deeper one.
     """
-    for name in ("num_attention_heads", "do_stable_layer_norm", "do_normalize", "conv_stride", "position_embedding"):
+    kinds = ("num_attention_heads", "do_stable_layer_norm", "conv_stride", "position_embedding", "feat_extract_norm")
+    for name in (*kinds, "do_normalize", "conv_bias"):
         if getattr(config, name) != getattr(teacher.config, name):  # what shapes do not show
             raise TeacherError(
                 f"{name} is {getattr(config, name)} in the student and {getattr(teacher.config, name)} in the teacher;"

@@ -94,6 +94,32 @@ def test_labels_alone_need_no_teacher_with_a_head(run):
     assert "divergence" not in rounds_of(run / "04_distill")[0]
 
 
+def test_labels_and_predictions_of_two_codebooks_are_refused(run):
+    (run / "03_pretrain/params.yaml").write_text("codebook: aligned\n")
+    p = distill(objectives=["soft-targets"])
+    with pytest.raises(TeacherError, match="predicts codebook aligned, and the labels are of federated"):
+        distillation.read_teacher(run, p)
+    distillation.read_teacher(run, p.model_copy(update={"label_weight": 0.0}))
+
+
+def test_a_student_that_starts_as_a_public_teacher_hears_as_it_does(run):
+    """What shapes do not show comes with the front end: biases, and whether utterances are normalised."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "conv_bias": True}
+    config = hubert.preset("tiny", "waveform", **sizes, intermediate_size=192, do_normalize=True)
+    save_teacher(run / "03_pretrain" / "checkpoint", config, clusters=0)
+    p = distill(objectives=["distilhubert"], initial="teacher", front_end="waveform", attention_heads=4, rounds=1)
+    teacher = distillation.read_teacher(run, p)
+    task, weights = distillation.begin(run, p, teacher)
+    student, expected = hubert.Hubert(distillation.student_config(p, teacher)).eval(), teacher.model
+    student.load_state_dict({n.removeprefix("model."): t for n, t in weights.items() if n.startswith("model.")})
+    waveforms = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(0)) + 0.5
+    ours, theirs = (model(waveforms, hidden_states=True).hidden for model in (student, expected))
+    assert torch.equal(ours[1], theirs[1])
+    assert '"do_normalize": true' in task.documents["preprocessor_config.json"]
+    home = handlers.homes(run, ["client-000"], "distill", "cpu")["client-000"]
+    assert distillation.lesson(home, weights, {**task.config, "session": "a", "round": 1}).normalise
+
+
 def test_student_learns_from_its_teacher(run):
     p = distill(rounds=6, local_steps=4, learning_rate=3e-3, server="fedavg", server_rate=1.0, soft_weight=1.0)
     distillation.run(run, p.model_copy(update={"objectives": ["soft-targets"], "label_weight": 0.0}))

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, dynamic_module_utils
 
 from fedhubert_lib import files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import cost
@@ -99,7 +100,9 @@ def test_code_in_the_export_needs_torch_and_transformers_alone():
 def test_padded_clips_of_a_log_mel_export_are_as_alone(checkpoint, tmp_path, monkeypatch):
     """Lengths around a pair of 10 ms frames, where the last whole one is repeated; ones after the end."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", tmp_path / "cache")
     formats.to_huggingface(checkpoint("both"), tmp_path / "out")
+    assert not (tmp_path / "cache").exists(), "the comparison leaves nothing there"
     exported = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "out")
     clips = [formats.noise(1, samples)[0] for samples in (400, 559, 560, 8_123, 16_000)]
@@ -191,6 +194,10 @@ def test_card_of_data_training_and_results(stage):
     assert "* distill: no reference curves" in text and "* evaluate: " not in text
     assert "parameters: teacher place, privacy none, rounds 3, codebook federated\n" in text
     assert "Trained on the speech named above, and what place had heard; other" in text
+    (stage.parent / "02_kmeans").mkdir()
+    (stage.parent / "02_kmeans/params.yaml").write_text("features: /runs/first/03_pretrain/checkpoint\n")
+    assert "what place had heard, and what first/03_pretrain had heard" in written(stage)
+    shutil.rmtree(stage.parent / "02_kmeans")
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 1, "loss": 2.5})
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 2, "loss": None})  # with privacy: client
     assert "last loss: 2.5" in written(stage)

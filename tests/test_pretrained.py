@@ -169,6 +169,13 @@ def changed(file: str, text: bytes | None) -> callable:
     return make
 
 
+def huge(folder):
+    """Of sizes that no memory holds."""
+    write(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 10**9}))
+
+
 def other_depth(folder: Path) -> None:
     write(folder, transformers.HubertForCTC)
     edit(folder / "config.json", num_hidden_layers=2)
@@ -241,6 +248,7 @@ def test_what_is_no_json_object_or_no_weight_is_named(tmp_path):
         (changed("preprocessor_config.json", b"[" * 100_000), r"preprocessor_config\.json: is not JSON"),
         (not_finite, r"encoder\.layers\.0\.attention\.k_proj\.weight .* not all finite"),
         (other_depth, r"does not fit its config\.json.*encoder\.layers\.2"),
+        (huge, r"does not fit its config\.json.*size mismatch"),
     ],
 )
 @pytest.mark.parametrize("weights", [True, False])

@@ -77,6 +77,25 @@ def test_what_is_learned_decides_which_reference_belongs(tmp_path, folder, chang
     assert word in words if word else "differs" not in words
 
 
+def test_a_reference_of_a_plain_folder_is_of_its_recordings(tmp_path):
+    """No parameter tells one folder from another, nor one checkpoint whose layers are clustered."""
+
+    def recorded(name: str, lists: str, weights: str, seed: int) -> Path:
+        changes = ["corpus.kind=folder", f"corpus.root=/data/{name}", "kmeans.features=/models/first"]
+        run = make(tmp_path / name, LOSS + 0.01 * seed, f"pretrain.seed={seed}", *changes)
+        files.write_json(run / "00_corpus/done.json", {"lists": lists, "identity": {"inputs": {}}, "outputs": ""})
+        files.write_json(run / "02_kmeans/begun.json", {"identity": {"inputs": {"features": weights}}})
+        return run
+
+    runs = [recorded("a", "speech", "weights", 0), recorded("b", "speech", "weights", 1)]
+    reference.write(reference.make(runs), tmp_path / "references" / "own.json")
+    with pytest.raises(records.RunError, match=r"corpus\.speech"):
+        reference.make([runs[0], recorded("c", "other", "weights", 2)])
+    assert reference.of(recorded("d", "speech", "weights", 3), "pretrain", tmp_path / "references")[0] is not None
+    for run in (recorded("e", "other", "weights", 4), recorded("f", "speech", "others", 5)):
+        assert reference.of(run, "pretrain", tmp_path / "references")[0] is None
+
+
 def test_of_two_references_of_one_study_the_nearest_belongs(tmp_path, folder):
     text = (folder / "toy.json").read_text()
     (tmp_path / "a.json").write_text(text)

@@ -43,7 +43,7 @@ def teacher():
 def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
     student, head = build(STUDENT, 1)
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-    first = teacher.probabilities(batch().waveforms, 4.0)
+    first = teacher.probabilities(batch(), 4.0)
 
     def objective(one, _):
         return teaching.soft_targets(student, head, teacher, one, **WEIGHTS)
@@ -52,7 +52,7 @@ def test_teacher_answers_the_same_bits_while_the_student_trains(teacher):
     training.local_update(
         module, [batch(), batch(1)], objective, pretrain(warmup_fraction=0.0), first_step=0, total_steps=2, seed=0
     )
-    assert torch.equal(first, teacher.probabilities(batch().waveforms, 4.0))
+    assert torch.equal(first, teacher.probabilities(batch(), 4.0))
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
@@ -102,7 +102,7 @@ def test_teacher_hears_the_clip_unmasked(teacher):
     unmasked = Batch(one.waveforms, one.labels, torch.zeros_like(one.mask), one.utterances)
     everything = Batch(one.waveforms, one.labels, torch.ones_like(one.mask), one.utterances)
     logits = head(student(unmasked.waveforms).last)
-    targets = teacher.probabilities(everything.waveforms, 4.0)
+    targets = teacher.probabilities(everything, 4.0)
     torch.testing.assert_close((logits / 4).softmax(-1), targets)
 
 

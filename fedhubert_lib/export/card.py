@@ -92,6 +92,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     trained = [stage] if p.get("teacher") else [run / name for name in STAGES if name <= stage.name]
     codebooks = [parameters(one).get("codebook") for one in trained]
     begun = [parameters(one).get(name) for one in trained for name in ("initial", "teacher")]
+    begun.append(parameters(run / "02_kmeans").get("features"))  # whose units are the targets
     report = None if "evaluate" in stale(run) else read_json(run / "05_evaluate" / "report.json")
     results = [tables.headline(report), *tables.below(report)] if report else []
     span = "mean and 95 % interval over evaluation seeds"
@@ -136,8 +137,10 @@ def _outside(value: Any) -> bool:
 
 
 def _shown(value: Any) -> Any:
-    """The value of a parameter, a path by its last part."""
-    return Path(value).name if _outside(value) else value
+    """The value of a parameter, a path by its last part, or as RUN/STAGE, since all checkpoints have one name."""
+    if not _outside(value):
+        return value
+    return Path(value).name if Path(value).name != "checkpoint" else "/".join(Path(value).parts[-3:-1])
 
 
 def _updates(stage: Path) -> str:

@@ -9,9 +9,11 @@ need zero mean and unit variance first. ``extract_features`` gives the N layers 
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torchaudio
@@ -106,10 +108,12 @@ def _add_code(model: Hubert, folder: Path) -> None:
 
 def check_huggingface(model: Hubert, folder: Path) -> float:
     """Largest difference between ``model`` and what transformers loads from ``folder``, offline."""
-    from transformers import AutoFeatureExtractor, AutoModel
+    from transformers import AutoFeatureExtractor, AutoModel, dynamic_module_utils
 
     options = {"local_files_only": True, "trust_remote_code": not pretrained.published(model.config)}
-    exported = AutoModel.from_pretrained(folder, **options).eval()
+    # transformers copies code that comes with a model to its cache, and leaves it there.
+    with tempfile.TemporaryDirectory() as cache, mock.patch.object(dynamic_module_utils, "HF_MODULES_CACHE", cache):
+        exported = AutoModel.from_pretrained(folder, **options).eval()
     extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
 
     def encode(waveforms: Tensor) -> list[Tensor]:
