@@ -14,7 +14,7 @@ export UV_COMPILE_BYTECODE := 1
 .PHONY: help install quickstart lab test test-all bench lint lock export tensorboard ray s3prl fastabx
 
 help: ## this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## create .venv and install the bench into it
 

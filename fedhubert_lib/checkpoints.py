@@ -22,9 +22,6 @@ from fedhubert_lib.weights import Arrays
 
 OnRow = Callable[[dict[str, Any]], None]
 
-UNJUDGED = {"best_round": 0, "best_loss": None, "validations_since_best": 0, "validated": False}
-"""State before any round was judged."""
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or belongs to another study."""
@@ -59,7 +56,7 @@ def path(out: Path, number: int) -> Path:
 def write(
     out: Path, number: int, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]
 ) -> None:
-    """Write round ``number`` and remove all earlier ones but ``state["best_round"]``.
+    """Write round ``number`` and remove all earlier ones but ``state["best_round"]``, where rounds are judged.
 
     ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors; ``server`` are
     the tensors that the optimiser keeps; ``documents`` are small text files by name.
@@ -72,7 +69,7 @@ def write(
     with files.atomic(path(out, number)) as temporary:
         pretrained.write(temporary, groups | {"server": server}, {**documents, "state.json": state_text})
     for earlier in rounds(out):
-        if earlier < number and earlier != state["best_round"]:
+        if earlier < number and earlier != state.get("best_round"):
             shutil.rmtree(path(out, earlier))
 
 
@@ -170,16 +167,3 @@ class Ledger:
             self.failed.append(row)
         if self._on_row is not None:
             self._on_row(row)
-
-
-def judge(state: dict[str, Any], number: int, row: Mapping[str, Any]) -> None:
-    """Note whether round ``number`` is the best: by validation loss, or by training loss if none validates."""
-    validated = "validation_loss" in row
-    if not validated and state["validated"]:
-        return
-    loss = row["validation_loss"] if validated else row["loss"]
-    first = validated and not state["validated"]  # a training loss is no measure for it
-    if state["best_loss"] is None or first or loss < state["best_loss"]:
-        state |= {"best_loss": loss, "best_round": number, "validations_since_best": 0, "validated": validated}
-    else:
-        state["validations_since_best"] += validated

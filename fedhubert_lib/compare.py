@@ -119,8 +119,8 @@ def write(groups: Groups, folder: Path) -> str:
         ("Parameters that differ", parameters(groups), ""),
         ("Figures: mean and 95 % interval", compared, " ".join(notes)),
     ):
-        text += [f"{title}:", table.to_string(na_rep="-") if len(table) else "none", remark, ""]
-        cells.append(f"## {title}\n\n{table.to_html(na_rep='-') if len(table) else 'None.'}\n\n{remark}")
+        text += [f"{title}:", table.to_string(na_rep="-") if table.size else "none", remark, ""]
+        cells.append(f"## {title}\n\n{table.to_html(na_rep='-') if table.size else 'None.'}\n\n{remark}")
     if len(drawn := curves(groups)):
         with files.atomic(folder / PICTURE) as temporary:
             temporary.write_bytes(plots.png(plots.comparison(drawn)))

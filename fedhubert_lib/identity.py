@@ -75,8 +75,8 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
     return {
         "stage": stage,
         "parameters": json.loads(json.dumps(p.model_dump(exclude={"run"}))),
-        "inputs": {name: hashes[0] for name, hashes in parts.items() if hashes} | listings(p),
-        "parts": parts,
+        "inputs": {name: hashes[0] for name, hashes in (parts | listings(p)).items() if hashes},
+        "parts": parts | listings(p),
         "library": library(),
         "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
         "versions": versions(),
@@ -171,10 +171,11 @@ def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
     return [name for name, value in done["files"].items() if now.get(name) != value]
 
 
-def listings(p: params.Section) -> dict[str, str]:
-    """For each parameter that points to a file or folder, a hash of the files there.
+def listings(p: params.Section) -> dict[str, list[str]]:
+    """For each parameter that points to a file or folder, hashes of the files there.
 
-    Of a corpus it is that of names, sizes and times; of a checkpoint that of the content, which a copy has, too.
+    Of a corpus it is that of names, sizes and times; of a checkpoint that of the content, which a copy has, too: of
+    weights and settings, and of all files, which earlier versions recorded.
     """
     by_content = not isinstance(p, params.Corpus)
     return {name: _listing(Path(place), by_content) for name, place in params.places(p).items()}
@@ -267,7 +268,7 @@ def _without_paths(table: Path) -> str:
     return hashlib.sha256(repr(list(rows.columns)).encode() + hashes.tobytes()).hexdigest()
 
 
-def _listing(root: Path, by_content: bool) -> str:
+def _listing(root: Path, by_content: bool) -> list[str]:
     # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
     lines, start = [], len(os.path.join(root, ""))
     for file in [entry.path for entry in folders.walk(root)] if root.is_dir() else [str(root)]:
@@ -275,7 +276,10 @@ def _listing(root: Path, by_content: bool) -> str:
             facts, place = os.stat(file), file[start:] or "."
             state = _sha256(Path(file)) if by_content else f"{facts.st_size} {facts.st_mtime_ns}"
             lines.append((place.split(os.sep), f"{place} {state}\n"))
-    return hashlib.sha256(b"".join(os.fsencode(line) for _, line in sorted(lines))).hexdigest()
+    lines.sort()
+    kept = [line for line in lines if Path(line[0][-1]).suffix in _DATA | {".json"}] if by_content else []
+    hashes = (hashlib.sha256(b"".join(os.fsencode(line) for _, line in some)) for some in (kept or lines, lines))
+    return [hash.hexdigest() for hash in hashes]
 
 
 def _sha256(file: Path) -> str:

@@ -42,7 +42,7 @@ def summary(run: Path) -> dict[str, Any]:
     peaks = [state["peak_memory_bytes"] for state in used if "peak_memory_bytes" in state]
     row = {
         "study": facts.get("study"),
-        "seed": facts.get("seed"),
+        "seed": records.parameters(run / "03_pretrain").get("seed", facts.get("seed")),
         "commit": (git.get("commit") or "unknown")[:8] + ("+changes" if git.get("dirty") else ""),
         "state": _state(run, states),
         "started": min((runs.clock(state["started"]) for state in used), default=""),

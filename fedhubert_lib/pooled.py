@@ -27,7 +27,7 @@ from fedhubert_lib import (
     training,
 )
 from fedhubert_lib import weights as named
-from fedhubert_lib.federated import handlers, rounds
+from fedhubert_lib.federated import best, handlers, rounds
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.meter import Meter
@@ -59,7 +59,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, p), Meter(p.device)
     options = {"device": device, "normalise": lesson.normalise}
     with checkpoints.sole(out):
-        state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **checkpoints.UNJUDGED}
+        state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **best.UNJUDGED}
         moments = named.moments(optimiser, names)
         state |= checkpoints.resume(out, state["settings"], weights, moments)
         if state["round"]:
@@ -91,7 +91,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
             row |= {name: measured[name] for name in ("learning_rate", "gradient_norm", "audio_seconds")}
             row["seconds"] = time.perf_counter() - began
             row |= {"audio_seconds_per_second": measured["audio_seconds"] / row["seconds"], **meter.used()}
-            checkpoints.judge(state, number, row)
+            best.judge(state, number, row)
             state["round"] = number
             ledger.row("round", row)
             checkpoints.write(out, number, weights, named.moments(optimiser, names), state, task.documents)

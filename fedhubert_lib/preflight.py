@@ -12,7 +12,20 @@ from typing import Any
 
 import torch
 
-from fedhubert_lib import distillation, federated, files, hubert, params, pretrained, recipes, resources, runs, studies
+from fedhubert_lib import (
+    distillation,
+    federated,
+    files,
+    hubert,
+    identity,
+    params,
+    pretrained,
+    recipes,
+    records,
+    resources,
+    runs,
+    studies,
+)
 from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.federated import rounds
@@ -172,6 +185,16 @@ def _teacher(p: params.Distill, run: Path, study: studies.Study | None, _: Any) 
         distillation.check_teacher(run, p, teacher, clusters)
 
 
+def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:
+    """Whether a teacher from elsewhere is still the one that taught the student, beside which it will stand."""
+    folder = run / "04_distill"
+    teacher, done = records.parameters(folder).get("teacher"), records.read_json(folder / "done.json")
+    if "distill" in coming or not teacher or not done or not Path(teacher, "config.json").is_file():
+        return
+    if done["identity"]["inputs"].get("teacher") not in identity.listings(params.Distill(teacher=teacher))["teacher"]:
+        raise ValueError(f"{teacher} has changed since it taught the student of 04; put it back, or distill anew")
+
+
 def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None, coming: Container[str]) -> None:
     """Whether the clips allow a fair figure; before 00_corpus, whether SUPERB's task has what it needs."""
     path = run / "00_corpus" / "keywords.parquet"
@@ -212,6 +235,7 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Pretrain, "initial", lambda p, *_: _model(p.initial)),
     (params.Distill, "teacher", _teacher),
     (params.Evaluate, "checkpoint", lambda p, *_: _model(p.checkpoint)),
+    (params.Evaluate, "run", _taught),
     (params.Evaluate, "task", _keywords),
     (params.Evaluate, "clusters", _units),
 )

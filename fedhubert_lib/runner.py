@@ -39,8 +39,8 @@ class StageError(RuntimeError):
 class _Stop:
     """Turns the first signal into an interrupt of the kernel that is running, and remembers it."""
 
-    def __init__(self) -> None:
-        self.by = ""
+    def __init__(self, force: bool) -> None:
+        self.by, self.again = "", "the same command without --force resumes" if force else "the same command resumes"
         self.kernel: Any = None
 
     def __call__(self, number: int, frame: object) -> None:
@@ -57,7 +57,7 @@ class _Stop:
 
     def check(self, **cell: Any) -> None:
         if self.by:
-            raise StageError(f"stopped by {self.by}; the same command resumes", INTERRUPTED)
+            raise StageError(f"stopped by {self.by}; {self.again}", INTERRUPTED)
 
 
 def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: Sequence[Path] = ()) -> None:
@@ -75,7 +75,7 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
     from fedhubert_lib import preflight  # here: torch takes seconds that a misspelt parameter need not wait for
 
     preflight.study(study, stages, folder)
-    stop = _Stop()
+    stop = _Stop(force)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
         with runs.holding(folder / ".runner.lock", "fedhubert run"):
@@ -98,7 +98,7 @@ def needed(future: runs.Outlook, executed: Path) -> tuple[bool, str]:
     """Whether a stage with this outlook and ``executed`` notebook has to be run, and why, or why not, in words."""
     if future.kind != "done":
         return True, future.words or "not run yet"
-    if future.changes.code and not future.changes.additions:
+    if future.changes.code and not (future.changes.additions or future.changes.notebook):
         return False, f"{future.words}, skipped; --force makes them anew"
     if any(future.changes):
         return True, future.words
@@ -140,6 +140,7 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
             raise StageError("failed: a cell between its parameters and runs.start has overridden a parameter", FAILED)
     except StageError as error:
         with _lock(run):
+            runs.forced(run, stage).unlink(missing_ok=True)  # of a start that did not come so far
             _record_failure(stage, run, error, began)
         where = f"\n{name}: its cells so far: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error

@@ -139,7 +139,9 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
         if begun is None or identity.compare(begun["identity"], stage.identity).results:
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
-        work["inputs"] |= identity.listings(stage.p)  # what has been downloaded or unpacked
+        now = identity.listings(stage.p)  # what has been downloaded or unpacked
+        work["inputs"] |= {name: hashes[0] for name, hashes in now.items()}
+        work["parts"] = work.get("parts", {}) | now
         files.write_json(folder / "begun.json", begun | {"identity": work})
         used = _used_since(max(begun["started"], stage.began))
         done = begun | {"identity": work, "headline": dict(headline), "finished": time.time()} | used
@@ -272,7 +274,7 @@ def _aside(run: Path, stage: str) -> Path:
 
 
 def clear(run: Path, stage: str) -> str:
-    """Move the folder of ``stage``, with its executed notebook, to ``.previous/``; one without results goes.
+    """Move the folder of ``stage``, with its notebook and page, to ``.previous/``; one without results goes.
 
     Returns its name there, if any. The caller holds the run's lock.
     """
@@ -280,9 +282,8 @@ def clear(run: Path, stage: str) -> str:
     if not _has_results(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return ""
-    notebook = run / f"{folder.name}.ipynb"
-    if notebook.exists():
-        notebook.replace(folder / notebook.name)
+    for place in _pages(run, folder):
+        place.replace(folder / place.name)
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
     print(f"moved: {folder} -> {target}", flush=True)
@@ -294,10 +295,14 @@ def take_back(run: Path, stage: str, source: Path) -> None:
     clear(run, stage)
     folder = run / params.FOLDERS[stage]
     source.rename(folder)
-    notebook = folder / f"{folder.name}.ipynb"
-    if notebook.exists():
-        notebook.replace(run / notebook.name)
+    for place in _pages(folder, folder):
+        place.replace(run / place.name)
     print(f"moved: {source} -> {folder}", flush=True)
+
+
+def _pages(place: Path, stage: Path) -> list[Path]:
+    """The executed notebook and the page of the folder of a stage that are in ``place``."""
+    return [path for path in (place / f"{stage.name}.ipynb", place / f"{stage.name}.html") if path.exists()]
 
 
 def forced(run: Path, stage: str) -> Path:
@@ -338,8 +343,9 @@ def _parameters(namespace: Mapping[str, Any], default: Iterable[str]) -> dict[st
     names: set[str] = set()
     for source in reversed(cells if isinstance(cells, list) else []):
         assigned, plain = _assignments(source)
-        is_parameters = {"run", "seed"} <= assigned and not source.startswith("# ")  # papermill's cell may set them all
-        names |= assigned if plain or is_parameters else set()
+        injected = source.startswith("# Parameters\n")  # by papermill: it may set them all
+        is_parameters = {"run", "seed"} <= assigned and not injected
+        names |= assigned if plain or is_parameters or injected else set()
         if is_parameters:
             break
     else:
@@ -409,7 +415,8 @@ def holding(path: Path, who: str) -> Iterator[None]:
                 "or give this run another name"
             )
         about = f"{who}, process {os.getpid()} on {socket.gethostname()}, since {clock(time.time())}\n"
-        path.write_text(about, encoding="utf-8")
+        with files.naming(path):
+            path.write_text(about, encoding="utf-8")
         yield
 
 

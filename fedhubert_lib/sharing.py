@@ -74,6 +74,8 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
             shutil.copy2(old, new)
             copied += 1
 
+    for left in run.glob(f".{source.name}.*.partial"):  # by a start that was killed
+        shutil.rmtree(left)
     with files.atomic(run / source.name) as folder:
         shutil.copytree(source, folder, copy_function=link, ignore=shutil.ignore_patterns(".*"))
         done, begun = (records.read_json(folder / f"{record}.json") or {} for record in ("done", "begun"))

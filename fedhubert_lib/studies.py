@@ -238,7 +238,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     if under.resolve() in (path.resolve(), *above):
         raise ParameterError(f"{places['base',]}: base: {base} builds on this file; name another")
     values, base_places = _read(under, (*above, path.resolve()))
-    values.pop("study", None)
+    values = {key: value for key, value in values.items() if key not in ("study", "run")}
     for key, value in raw.items():
         both = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = values[key] | value if both else value

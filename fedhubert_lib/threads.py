@@ -9,11 +9,12 @@ granted, and independent pieces of work go through ``each``: one thread from end
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from fedhubert_lib.resources import cores
+from fedhubert_lib.resources import cores, free_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,6 +31,8 @@ def configure() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    if "torch" in sys.modules:  # imported before, so that it has looked at neither
+        sys.modules["torch"].set_num_threads(count())
 
 
 @contextlib.contextmanager
@@ -45,8 +48,9 @@ def limited(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """``work`` of every item, in their order: ``count`` threads, in each of which every library computes alone.
+def each(work: Callable[[Item], Result], items: Iterable[Item], memory: int = 0) -> Iterator[Result]:
+    """``work`` of every item, in their order: ``count`` threads, in each of which every library computes alone; fewer
+    where so many items, of ``memory`` bytes each, would not fit.
 
     No result depends on how many cores there are. An error ends it once the items under way are done.
     """
@@ -54,10 +58,11 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Resu
     from threadpoolctl import ThreadpoolController
 
     libraries = ThreadpoolController()
+    threads = min(count(), max(1, free_memory(torch.device("cpu")) // memory)) if memory else count()
 
     def alone() -> None:  # OpenMP's number of threads is each thread's own
         torch.set_num_threads(1)
         libraries.limit(limits=1)
 
-    with limited(0), libraries.limit(limits=1), ThreadPoolExecutor(count(), initializer=alone) as pool:
+    with limited(0), libraries.limit(limits=1), ThreadPoolExecutor(threads, initializer=alone) as pool:
         yield from pool.map(work, items)

@@ -57,23 +57,6 @@ def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
     }
 
 
-def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
-    """How labels are used, from frames per label ``counts`` [K] and the number of ``runs`` of equal labels.
-
-    ``label_entropy`` (ln K when all are equally frequent), ``cluster_use`` the fraction of the K labels that occur,
-    ``mean_run`` in frames. Raises ValueError when there is no frame.
-    """
-    frames = int(counts.sum())
-    if not frames:
-        raise ValueError("no labelled frame: every utterance is shorter than 400 samples")
-    return {
-        "labelled_frames": frames,
-        "label_entropy": float(entropy(counts)),
-        "cluster_use": float((counts > 0).mean()),
-        "mean_run": frames / int(runs),
-    }
-
-
 def runs(sequence: np.ndarray) -> int:
     """Number of maximal stretches of equal labels in one utterance; 0 if it has no frame."""
     return int(np.count_nonzero(np.diff(sequence.astype(np.int64))) + 1) if len(sequence) else 0

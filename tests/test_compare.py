@@ -148,6 +148,7 @@ def test_the_command_prints_and_writes_a_page_that_fetches_nothing(outputs, tmp_
     assert "pretrain.local_steps" in page and (folder / "curves.png").stat().st_size > 10_000
     nbformat.validate(nbformat.read(folder / "compare.ipynb", 4))
     assert cli.main(["compare", "b", "--to", str(tmp_path / "x")]) == 0, "nothing to draw yet"
+    assert "Empty DataFrame" not in capsys.readouterr().out
     assert not (tmp_path / "x/curves.png").exists() and (tmp_path / "x/compare.html").exists()
     assert cli.main(["compare", "a", "nothing"]) == 2
     assert sorted(path.name for path in outputs.iterdir()) == ["a", "b", "compare-a-b"]

@@ -94,9 +94,11 @@ def test_another_server_of_distillation_takes_over_no_rate_of_pretraining(tmp_pa
 
 
 def test_load_puts_a_study_over_its_base(tmp_path):
-    (tmp_path / "base.yaml").write_text("study: base\nseed: 3\nkmeans: {clusters: 9}\npretrain: {rounds: 5}\n")
+    (tmp_path / "base.yaml").write_text(
+        "study: base\nrun: shared\nseed: 3\nkmeans: {clusters: 9}\npretrain: {rounds: 5}\n"
+    )
     loaded = studies.load(study(tmp_path, "base: base.yaml\npretrain: {cohort: 2}\n"))
-    assert (loaded.study, loaded.seed, loaded.kmeans.clusters) == ("mine", 3, 9)
+    assert (loaded.study, loaded.run, loaded.seed, loaded.kmeans.clusters) == ("mine", "mine", 3, 9)
     assert (loaded.pretrain.rounds, loaded.pretrain.cohort) == (5, 2)
     (tmp_path / "base.yaml").write_text("kmeans: {clusters: 1}\n")
     assert f"{tmp_path / 'base.yaml'}:1: kmeans.clusters: " in errors(tmp_path / "mine.yaml")[0]

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from conftest import ROOT
 
-from fedhubert_lib import cli, files, hubert, params, preflight, pretrained, runner, runs, studies
+from fedhubert_lib import cli, files, hubert, identity, params, preflight, pretrained, runner, runs, studies
 from fedhubert_lib.evaluation import keywords
 
 
@@ -227,6 +227,18 @@ def test_a_missing_place_and_one_that_the_run_will_make_are_refused(checkpoint, 
     told = problems(run, f"kmeans.features={run / '03_pretrain/checkpoint'}")
     assert told.startswith("kmeans.features: ") and "lies in what this run makes" in told
     preflight.check("pretrain", params.Pretrain(initial=str(checkpoint)), run)
+
+
+def test_a_teacher_that_has_changed_since_is_not_measured_as_the_students(checkpoint, tmp_path):
+    run = tmp_path / "run"
+    (run / "04_distill").mkdir(parents=True)
+    (run / "04_distill/params.yaml").write_text(f"teacher: {checkpoint}\n")
+    (then, *_) = identity.listings(params.Distill(teacher=str(checkpoint)))["teacher"]
+    files.write_json(run / "04_distill/done.json", {"identity": {"inputs": {"teacher": then}}})
+    preflight.check("evaluate", params.Evaluate(), run)
+    change(checkpoint, hidden_dropout=0.5)
+    with pytest.raises(runs.RunError, match="has changed since it taught the student"):
+        preflight.check("evaluate", params.Evaluate(), run)
 
 
 def test_a_notebook_checks_its_stage_alone(checkpoint, tmp_path):

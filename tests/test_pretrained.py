@@ -172,8 +172,7 @@ def changed(file: str, text: bytes | None) -> callable:
 def huge(folder):
     """Of sizes that no memory holds."""
     write(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 10**9}))
+    edit(folder / "config.json", hidden_size=9_600, intermediate_size=100_000)
 
 
 def other_depth(folder: Path) -> None:

@@ -171,6 +171,15 @@ def test_without_a_reference_or_records_the_verdict_says_so(tmp_path):
     assert reference.curves(private, "pretrain") == {} and diagnosis.causes(private) == []
 
 
+@pytest.mark.parametrize(("rise", "accused"), [(0.0, False), (0.3, True)])
+def test_noise_of_rounds_of_few_clients_is_no_rate_that_is_too_high(tmp_path, rise, accused):
+    loss = np.linspace(2.9, 2.4, 200) + np.random.default_rng(1).normal(0, 0.08, 200) + np.linspace(0, 3 * rise, 200)
+    loss[0] = 3.08  # fresh weights: above ln 20
+    run = make(tmp_path / "run", loss)
+    rounds = pd.DataFrame(files.rounds(run / "03_pretrain" / "metrics.jsonl"))
+    assert bool(diagnosis._rate({"learning_rate": 0.1}, [], rounds, np.full(20, 0.05))) == accused
+
+
 WORDS = {
     "plateau": "plateau at the commonest label",
     "shifted": "labels shifted against the audio",

@@ -18,6 +18,7 @@ from grid import InProcessGrid, Message
 from fedhubert_lib import checkpoints, federated, files, seeds
 from fedhubert_lib.federated import (
     accounting,
+    best,
     client_state,
     flower,
     handlers,
@@ -152,13 +153,13 @@ def test_training_stops_when_nothing_gets_better(run, monkeypatch):
 
 def test_rounds_are_judged_by_validation_as_soon_as_there_is_one():
     """A loss in training is another measure; between two validations nothing is judged."""
-    state = dict(checkpoints.UNJUDGED)
+    state = dict(best.UNJUDGED)
     for number, row in enumerate([{"loss": 1.0}, {"loss": 0.9}], 1):
-        checkpoints.judge(state, number, row)
+        best.judge(state, number, row)
     assert state["best_round"] == 2 and state["validations_since_best"] == 0
     for number, loss in ((3, 5.0), (5, 4.0), (7, 4.5), (9, 4.2)):
-        checkpoints.judge(state, number, {"loss": 0.1, "validation_loss": loss})
-        checkpoints.judge(state, number + 1, {"loss": 0.1})
+        best.judge(state, number, {"loss": 0.1, "validation_loss": loss})
+        best.judge(state, number + 1, {"loss": 0.1})
     assert (state["best_round"], state["best_loss"], state["validations_since_best"]) == (5, 4.0, 2)
 
 

@@ -193,6 +193,7 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     assert lines(result) == ["00_corpus: parameters changed: seed 0 -> 5: starts anew"]
     aside = project.run / ".previous/00_corpus-1"
     assert (aside / "made.bin").read_bytes() == b"10" and (aside / "00_corpus.ipynb").exists()
+    (aside / "00_corpus.html").write_text("its page")
     result = project("--until", "corpus")
     assert lines(result) == [
         f"00_corpus: parameters changed: seed 5 -> 0: taken back from {aside}",
@@ -200,6 +201,7 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     ]
     assert (project.folder("corpus") / "made.bin").read_bytes() == b"10" and not aside.exists()
     assert project.state("corpus") == "done" and (project.run / "00_corpus.ipynb").exists()
+    assert (project.run / "00_corpus.html").read_text() == "its page"
 
 
 def test_a_page_of_a_notebook_fetches_nothing(tmp_path):
@@ -294,6 +296,10 @@ def test_a_stage_that_is_refused_leaves_its_results(project):
     assert (made.read_bytes(), (project.run / "00_corpus.ipynb").read_bytes()) == before
     assert project.state("corpus") == "done" and not any((project.run / ".previous").iterdir())
     assert lines(project("--until", "corpus")) == ["00_corpus: unchanged, skipped"]
+    project.notebook("corpus", "raise ValueError('before it begins')")
+    assert project("--until", "corpus", "--force").returncode == runner.FAILED
+    project.notebook("corpus", refusal + WORK.split("\n", 1)[1])
+    assert lines(project("--until", "corpus")) == ["00_corpus: unchanged, skipped"], "not forced any more"
 
 
 @pytest.mark.slow

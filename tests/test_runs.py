@@ -130,6 +130,12 @@ def test_parameters_are_those_of_the_cell_as_executed_last(outputs):
     assert kernel.start().p.minutes == 2.0, "a typo that was corrected"
     kernel.cell("# Parameters\nminutes = 3.0\n")  # papermill's cell, or one that a person adds
     assert kernel.start().p.minutes == 3.0
+    kernel.cell("# my study, beginning anew\n" + PARAMETERS.replace("minutes = 2.0\n", ""))
+    assert kernel.start().p.minutes == 1.5, "a remark does not make it papermill's"
+    kernel.cell("# Parameters\nminutes = float('inf')\nspeekers = 3\n")  # no literal, as papermill writes it
+    with pytest.raises(studies.ParameterError, match="speekers"):
+        kernel.start()
+    kernel.cell(PARAMETERS)
     kernel.cell("sped = 7")
     with pytest.raises(studies.ParameterError, match="sped"):
         kernel.start()
@@ -502,6 +508,22 @@ def test_a_changed_file_behind_a_link_is_seen(tmp_path):
     assert identity.listings(p) != before
 
 
+def test_a_readme_in_a_checkpoint_is_no_other_checkpoint(tmp_path):
+    """What an earlier version recorded, the hash of all files, counts as well."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    (folder / "config.json").write_text("{}")
+    p = params.Pretrain(initial=str(folder))
+    (before, whole) = identity.listings(p)["initial"]
+    assert before == whole
+    (folder / "README.md").write_text("a card")
+    now, then = identity.listings(p)["initial"]
+    assert now == before != then
+    (folder / "config.json").write_text("{ }")
+    assert before not in identity.listings(p)["initial"]
+
+
 def test_the_evaluation_does_without_a_student_of_an_older_teacher(outputs):
     for stage in params.SECTIONS:
         do(stage)
@@ -614,6 +636,9 @@ def test_listing_shows_runs_side_by_side_and_where_they_differ(outputs):
     text = index.listing(outputs)
     assert all(word in text for word in ("toy", "other", "00_corpus done", "corpus.minutes"))
     assert "corpus.speakers" not in text and "not a run" not in text
+    (outputs / "other/03_pretrain").mkdir()
+    (outputs / "other/03_pretrain/params.yaml").write_text("seed: 7\n")
+    assert index.summary(outputs / "other")["seed"] == 7, "of training, whatever the last stage's is"
 
 
 def test_a_run_with_a_broken_record_hides_no_other(outputs):

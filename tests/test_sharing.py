@@ -108,6 +108,13 @@ def test_a_stage_that_differs_moves_aside_what_the_run_holds(other, capsys):
     assert "03_pretrain: differs from a (inputs changed: 02_kmeans)" in out and "03_pretrain: not done in b" in out
 
 
+def test_half_a_copy_of_a_killed_start_goes(other, capsys):
+    left = other.parent / "new/.00_corpus.4242.partial"
+    left.mkdir(parents=True)
+    take(other.parent / "new", other)
+    assert not left.exists()
+
+
 def test_a_baseline_is_added_to_a_stage_that_was_taken(outputs):
     for stage in STAGES[:4]:
         do(stage, "a", **({"centralised": False} if stage == "pretrain" else {}))

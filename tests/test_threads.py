@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -41,6 +42,18 @@ def test_each_works_on_all_cores_with_a_thread_on_each(monkeypatch):
 
     assert list(threads.each(work, range(6))) == [(item, 1, {1}) for item in range(6)]
     assert (torch.get_num_threads(), [pool["num_threads"] for pool in threadpool_info()]) == before
+
+
+@pytest.mark.parametrize(("free", "most"), [(350, 3), (1_000, 8), (50, 1)])
+def test_each_takes_no_more_threads_than_fit_into_memory(monkeypatch, free, most):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(threads, "free_memory", lambda device: free)
+    made = []
+    monkeypatch.setattr(
+        threads, "ThreadPoolExecutor", lambda n, **more: made.append(n) or ThreadPoolExecutor(n, **more)
+    )
+    assert list(threads.each(lambda item: item, range(20), memory=100)) == list(range(20))
+    assert made == [most]
 
 
 def test_each_ends_at_the_first_error():

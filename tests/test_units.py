@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics
 
 from fedhubert_lib import audio, corpora, features, units
-from fedhubert_lib.kmeans import clustering
+from fedhubert_lib.kmeans import clustering, stage
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_count_phones():
 def test_usage():
     sequence = np.array([3, 3, 1, 3, 3, 3], np.uint16)
     assert units.runs(sequence) == 3 and units.runs(sequence[:0]) == 0
-    usage = units.usage(np.bincount(sequence, minlength=8), units.runs(sequence))
+    usage = stage.usage(np.bincount(sequence, minlength=8), units.runs(sequence))
     assert usage["cluster_use"] == 0.25 and usage["mean_run"] == 2 and usage["labelled_frames"] == 6
-    assert units.usage(np.full(8, 5), 40)["label_entropy"] == pytest.approx(np.log(8))
+    assert stage.usage(np.full(8, 5), 40)["label_entropy"] == pytest.approx(np.log(8))
 
 
 def test_agreement():

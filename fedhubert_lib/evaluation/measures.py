@@ -139,22 +139,26 @@ def of_system(
     return result
 
 
-def _of_seeds(work: Callable[[int], Value], p: "Evaluate") -> list[Value]:
-    return list(threads.each(work, range(p.seed, p.seed + p.seeds)))
+MEMORY = 8
+"""Memory that a linear probe or k-means of rows takes, in sizes of these rows in float32: at most 7.5, measured."""
+
+
+def _of_seeds(work: Callable[[int], Value], p: "Evaluate", rows: np.ndarray) -> list[Value]:
+    return list(threads.each(work, range(p.seed, p.seed + p.seeds), MEMORY * rows.nbytes))
 
 
 def _words(result: Result, rows: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """The keyword probe, and a linear one on each layer, which finds the best."""
     task, chance = speech.task, 1 / len(speech.task.words)
     options = {"steps": p.probe_steps, "rate": p.probe_rate, "fraction": p.train_fraction, "standardise": p.standardise}
-    result.outcomes = _of_seeds(lambda seed: keywords.probe(rows, task, seed, **options), p)
+    result.outcomes = _of_seeds(lambda seed: keywords.probe(rows, task, seed, **options), p, rows)
     result.add("keyword-accuracy", [outcome.accuracy for outcome in result.outcomes], baseline=chance)
 
     def linear(layer: int) -> tuple[float, float]:
         model = probes.ridge(rows[task.train, layer], task.labels[task.train])
         return tuple(model.score(rows[part, layer], task.labels[part]) for part in (task.validation, task.test))
 
-    accuracies = list(threads.each(linear, range(rows.shape[1])))
+    accuracies = list(threads.each(linear, range(rows.shape[1]), MEMORY * rows[:, 0].nbytes))
     for layer, (_, accuracy) in enumerate(accuracies):
         result.add("layer-weight", [float(outcome.layer_weights[layer]) for outcome in result.outcomes], layer=layer)
         result.add("layer-accuracy", [accuracy], layer=layer, baseline=chance)
@@ -175,10 +179,11 @@ def _units(result: Result, frames: np.ndarray, speech: Speech, p: "Evaluate") ->
         rows = np.ascontiguousarray(frames[:, layer])
         return layers.unit_quality(rows, speech.phones, clusters=p.clusters, seed=seed)
 
-    starts = [(layer, p.seed) for layer in range(frames.shape[1])]
-    qualities = [[first] for first in threads.each(quality, starts)]
+    starts, memory = [(layer, p.seed) for layer in range(frames.shape[1])], MEMORY * frames[:, 0].nbytes
+    qualities = [[first] for first in threads.each(quality, starts, memory)]
     best = int(np.argmax([of_layer[0]["pnmi"] for of_layer in qualities]))
-    qualities[best] += threads.each(quality, [(best, seed) for seed in range(p.seed + 1, p.seed + p.seeds)])
+    others = [(best, seed) for seed in range(p.seed + 1, p.seed + p.seeds)]
+    qualities[best] += threads.each(quality, others, memory)
     for layer, of_layer in enumerate(qualities):
         shuffled = float(np.mean([quality["shuffled_pnmi"] for quality in of_layer]))
         for name, baseline in (("pnmi", shuffled), ("phone-purity", None), ("cluster-purity", None)):
@@ -197,7 +202,7 @@ def _phones(result: Result, frames: np.ndarray, speech: Speech, p: "Evaluate") -
         rows = frames[labelled, layer]
         return [probes.leave_speakers_out(rows, phones, speakers, seed=seed, folds=3) for seed in seeds]
 
-    for layer, outcomes in enumerate(threads.each(probe, range(frames.shape[1]))):
+    for layer, outcomes in enumerate(threads.each(probe, range(frames.shape[1]), MEMORY * frames[:, 0].nbytes)):
         accuracies, chances = zip(*outcomes, strict=True)
         result.add("phone-accuracy", accuracies, layer=layer, baseline=float(np.mean(chances)))
 
@@ -212,14 +217,14 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
         return probes.ridge(both[train], task.labels[train]).score(both[task.test], task.labels[task.test])
 
     if system.frames:  # otherwise its one frame holds both
-        result.add("moments-accuracy", _of_seeds(linear, p), layer=layer, baseline=chance)
+        result.add("moments-accuracy", _of_seeds(linear, p, both), layer=layer, baseline=chance)
     nearest = probes.nearest(rows, task.labels, task.train, task.test)
     result.add("nearest-accuracy", [nearest], layer=layer, baseline=chance)
     with result.noting("unseen"):
-        unseen = _of_seeds(lambda seed: probes.leave_speakers_out(rows, task.labels, speakers, seed=seed), p)
+        unseen = _of_seeds(lambda seed: probes.leave_speakers_out(rows, task.labels, speakers, seed=seed), p, rows)
         result.add("unseen-speaker-accuracy", [accuracy for accuracy, _ in unseen], layer=layer, baseline=chance)
     with result.noting("voice"):
-        voice = _of_seeds(lambda seed: probes.speaker_accuracy(rows, speakers, seed=seed), p)
+        voice = _of_seeds(lambda seed: probes.speaker_accuracy(rows, speakers, seed=seed), p, rows)
         result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], layer=layer, baseline=voice[0][1])
     if system.model is not None and p.fine_tune_steps:
         options = {"steps": p.fine_tune_steps, "rate": p.fine_tune_rate}

@@ -3,7 +3,9 @@
 Trained models, untrained ones and MFCC are one kind of function, so that the same code measures them.
 """
 
+import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +33,13 @@ Encoder = Callable[[Tensor], tuple[Tensor, ...]]
 def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
     """All N + 1 hidden states of ``model``, from the input of the first layer to the output of the last; no dropout."""
     model = model.to(device).eval()
+    # Threads that read and decode share a GPU, whose memory is for one batch.
+    turn = threading.Lock() if device.type != "cpu" else contextlib.nullcontext()
 
     @torch.no_grad()
     def encode(waveforms: Tensor) -> tuple[Tensor, ...]:
-        return model(waveforms.to(device), hidden_states=True).hidden
+        with turn:
+            return model(waveforms.to(device), hidden_states=True).hidden
 
     return encode
 
@@ -92,7 +97,10 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
             f"{run / CHECKPOINTS['teacher'][1]}: {absent['teacher']}; run 03_pretrain first, or set evaluate.checkpoint"
         )
     if "student" not in absent and (teacher := records.parameters(run / "04_distill").get("teacher")):
-        systems.append(_of_folder(GIVEN_TEACHER, "the student's teacher", Path(teacher), device))
+        if Path(teacher, "config.json").is_file():
+            systems.append(_of_folder(GIVEN_TEACHER, "the student's teacher", Path(teacher), device))
+        else:
+            absent[GIVEN_TEACHER] = f"{teacher} is gone"
     if checkpoint:
         folder = Path(checkpoint)
         # Of RUN/03_pretrain/checkpoint the last part alone would say nothing.

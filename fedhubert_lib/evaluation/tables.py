@@ -104,6 +104,7 @@ def student(report: Report) -> pd.DataFrame:
     """Quality and cost of the student as fractions of its teacher's, for ``plots.bars``; empty without a student."""
     chosen = best(report["figures"])
     of_student, of_teacher = chosen.get("student", {}), chosen.get(GIVEN_TEACHER) or chosen.get("teacher", {})
+    of_teacher = {} if GIVEN_TEACHER in report["absent"] else of_teacher
     rows = [
         (TITLES[name], f"{kind}: fraction of the teacher's", of_student[name]["value"] / of_teacher[name]["value"], 1.0)
         for kind, names in (("quality", QUALITY), ("cost", COST))

@@ -132,7 +132,7 @@ class Bounding(Hook):
         self._account = server.out / ACCOUNT
         server.state["clip"] = p.privacy_clip
         server.plan["privacy"] = label(p)
-        server.bounded, server.judging = True, False  # the choice of the best model would reveal losses
+        server.bounded = True
         if p.privacy == "client":
             server.trusted, server.metrics = False, {"learning_rate": math.inf}
         if p.privacy_quantile > 0:

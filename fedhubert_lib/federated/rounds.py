@@ -12,7 +12,7 @@ import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -135,15 +135,13 @@ class Server:
         self.weights, self.tensors = weights, optimisers.moments(p, weights)
         settings = checkpoints.decisive(p) | {"task": task.name, "clients": count, "first_client": min(clients.ids)}
         self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "reference_norm": None}
-        self.state |= {"settings": settings, **checkpoints.UNJUDGED}
+        self.state |= {"settings": settings}
         self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
         # What hooks may change:
         self.bounded = False
         """Whether the norm of every update is bounded: outliers are then not left out."""
         self.trusted = True
         """Whether clients send metrics, and validate."""
-        self.judging = True
-        """Whether the best round, by its loss, is kept beside the last."""
         self.metrics = METRICS
         self.hooks: list[hooks.Hook] = [hook(self) for hook in hooks.chosen(hooks.AT_SERVER, p)]
         self.state |= checkpoints.resume(out, settings, self.weights, self.tensors)
@@ -269,29 +267,13 @@ class Round:
         """Validate, write the round's row, and begin to write its checkpoint."""
         server, number = self.server, self.number
         row = {"round": number, **server.averages(self.sums), **self.row, **self._validated()} | self._cost()
-        if server.judging:
-            self._judge(row)
-        else:
-            server.state["best_round"] = number
+        for hook in server.hooks:
+            hook.save(self, row)
         if not server.bounded:
             server.state["reference_norm"] = statistics.median(self.norms)
         server.state["round"] = number
         server.ledger.row("round", row)
         server.save(number)
-
-    def _judge(self, row: Mapping[str, Any]) -> None:
-        """Note whether the round is the best, by the clients that validated in it and in the best one so far: where
-        some failed, the others' loss is no measure for it."""
-        state, best = self.server.state, self.server.state.get("panel", {})
-        if best and self.panel:
-            if not (both := sorted(best.keys() & self.panel.keys())):
-                return
-            then, now = (_sums(panel[client] for client in both) for panel in (best, self.panel))
-            state["best_loss"] = self.server.task.averages(then)["loss"]
-            row = {**row, "validation_loss": self.server.task.averages(now)["loss"]}
-        checkpoints.judge(state, self.number, row)
-        if state["best_round"] == self.number:
-            state["panel"] = self.panel
 
     def _usable(self, replies: Iterator[Reply | Failure]) -> Iterator[tuple[Reply, float]]:
         """Replies whose updates fit, with their norms; others are recorded."""
@@ -370,7 +352,14 @@ class Round:
                     self.panel[reply.client] = reply.metrics
             except optimisers.UpdateError as error:
                 server.fail(number, reply.client, f"validation: {error}")
-        averages = server.task.averages(_sums(self.panel.values())) | {"clients": len(self.panel)} if self.panel else {}
+        return self.validation(self.panel)
+
+    def validation(self, panel: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The columns of validation, of clients' metrics."""
+        sums: Counter[str] = Counter()
+        for metrics in panel.values():
+            sums.update(metrics)
+        averages = self.server.task.averages(sums) | {"clients": len(panel)} if panel else {}
         return {f"validation_{name}": value for name, value in averages.items()}
 
     def _cost(self) -> dict[str, Any]:
@@ -390,14 +379,6 @@ class Round:
             "audio_seconds": audio_seconds,
             "audio_seconds_per_second": audio_seconds and audio_seconds / seconds,
         }
-
-
-def _sums(metrics: Iterable[Mapping[str, float]]) -> Counter[str]:
-    """The sums of several clients' metrics."""
-    sums: Counter[str] = Counter()
-    for of_client in metrics:
-        sums.update(of_client)
-    return sums
 
 
 def check_metrics(metrics: Mapping[str, float], needed: Mapping[str, float], server: Server) -> None:

@@ -82,7 +82,7 @@ class Exchange:
 
     def since(self, before: Mapping[str, int]) -> dict[str, int]:
         """``bytes`` that travelled after they were ``before``."""
-        return {name: count - before[name] for name, count in self.bytes.items()}
+        return {name: count - before.get(name, 0) for name, count in self.bytes.items()}
 
 
 def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None, ...]]) -> str:
@@ -153,7 +153,7 @@ def lloyd(
     tolerance: float,
     log: Log = lambda row: None,
     progress: Path | None = None,
-    before: Mapping[str, int] | None = None,
+    before: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, Any]]:
     """Federated Lloyd from ``centroids``: each round clients send (sum, count, inertia) per cluster, the server adds.
 
@@ -163,7 +163,6 @@ def lloyd(
     in it are not done again; nor are bytes forgotten that travelled since ``exchange.bytes`` was ``before``. Of private
     rounds ``asked`` counts those that clients were asked for, repeated ones included.
     """
-    since = dict(before or exchange.bytes)
 
     def save(**more: Any) -> None:
         if progress is not None:
@@ -179,7 +178,7 @@ def lloyd(
     while stats["round"] < rounds and not stats.get("settled"):
         number, last, travelled = stats["round"] + 1, stats, dict(exchange.bytes)
         stats = {**stats, "asked": stats["asked"] + 1}
-        save(bytes=exchange.since(since))
+        save(bytes=exchange.since(before))
         like = {"sums": centroids.shape, "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
         message, totals, clients = {**config, "round": number}, dict.fromkeys(like, 0.0), 0
         for reply in exchange.ask("lloyd", {**arrays, "centroids": centroids}, message, like=like):
@@ -196,12 +195,11 @@ def lloyd(
             )
         rng = seeds.numpy_generator(config["seed"], number, "kmeans-reseed")
         centroids = clustering.update(sums, counts, inertias, centroids, rng).float()
-        empty = int((counts == 0).sum())
-        stats = {"round": number, "asked": stats["asked"], "frames": frames, "empty": empty, "clients": clients}
+        stats |= {"round": number, "frames": frames, "empty": int((counts == 0).sum()), "clients": clients}
         if not private:  # whose rounds cost nothing: the file of a run that was killed is that of one that was not
             stats |= {"asked": number, "inertia": total / frames}
             change = abs(last["inertia"] - stats["inertia"]) if last.get("clients") == clients else math.inf
-            stats["settled"] = not empty and change <= tolerance * stats["inertia"]
+            stats["settled"] = not stats["empty"] and change <= tolerance * stats["inertia"]
         log({"kind": "lloyd", **stats, **exchange.since(travelled)})
     save()
     return centroids, stats

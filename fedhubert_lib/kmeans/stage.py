@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import entropy
 from torch import Tensor
 
 from fedhubert_lib import audio, files, resources, seeds, units
@@ -239,7 +240,7 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
                 alone.append(units.quality_of_counts(phones[1], p.seed))
     exchange.require(len(labelled))
     if not p.noise_multiplier:
-        row = units.usage(counts, runs)
+        row = usage(counts, runs)
         with files.atomic(folder / "counts.npy") as temporary:
             np.save(temporary, counts)
     if alone:
@@ -252,6 +253,23 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
     files.write_json(path, facts | {"labelled": labelled})
     row |= {f"label_{name}": count for name, count in exchange.since(before).items()}
     return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
+
+
+def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
+    """How labels are used, from frames per label ``counts`` [K] and the number of ``runs`` of equal labels.
+
+    ``label_entropy`` (ln K when all are equally frequent), ``cluster_use`` the fraction of the K labels that occur,
+    ``mean_run`` in frames. Raises ValueError when there is no frame.
+    """
+    frames = int(counts.sum())
+    if not frames:
+        raise ValueError("no labelled frame: every utterance is shorter than 400 samples")
+    return {
+        "labelled_frames": frames,
+        "label_entropy": float(entropy(counts)),
+        "cluster_use": float((counts > 0).mean()),
+        "mean_run": frames / int(runs),
+    }
 
 
 def _probe(
