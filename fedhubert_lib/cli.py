@@ -18,12 +18,12 @@ _RUN = f"""\
 A stage is skipped when it is done and its notebook, parameters and inputs have not changed; the reason is printed.
 Where library source or versions alone changed, its results are kept. Where parameters or inputs changed, it starts
 anew, and its results move to RUN/.previous (see fedhubert clean), from where they are taken back when asked for again.
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 let the notebook finish its checkpoint; the same command then resumes from it.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 let the notebook finish its checkpoint; the same command, without --force, resumes.
 
 exit codes:
   {runner.OK}   every stage is done
   {runner.FAILED}   a stage failed: an error in a cell, sys.exit in a cell, a disk that is full
-  {runner.USAGE}   nothing was run: wrong parameters, a path that does not exist, a run that is in use
+  {runner.USAGE}   a stage cannot run: wrong parameters, a path that does not exist, a run that is in use
   {runner.DIED}   the kernel of a stage died: killed, or out of memory
   {runner.INTERRUPTED}  stopped by a signal; the same command resumes
 """
