@@ -71,12 +71,13 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
             raise RunError(f"{run / folder}: {outdated[before]}; run notebook {folder} again")
         if done is not None and before not in outdated:  # the report says which models are left out
             parts[folder] = _read(stage, p, before, done)
+    parts |= listings(p)
     code = [cell[:2] for cell in cells(notebook(stage)) if "parameters" not in cell.tags]
     return {
         "stage": stage,
         "parameters": json.loads(json.dumps(p.model_dump(exclude={"run"}))),
-        "inputs": {name: hashes[0] for name, hashes in (parts | listings(p)).items() if hashes},
-        "parts": parts | listings(p),
+        "inputs": {name: hashes[0] for name, hashes in parts.items() if hashes},
+        "parts": parts,
         "library": library(),
         "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
         "versions": versions(),

@@ -28,7 +28,7 @@ def spans(
     """
     starts = frames - length + 1
     if starts < 1:
-        raise ValueError(f"a clip of {frames} frames cannot hold a masked span of {length}; use longer crops")
+        raise ValueError(f"a clip of {frames} frames cannot hold a masked span of {length}; use a shorter mask_length")
     count = int(probability * frames / length + generator.random())  # random rounding keeps the expectation
     count = min(max(count, minimum), starts)
     chosen = generator.choice(starts, count, replace=False)

@@ -153,7 +153,7 @@ class Kmeans(Section):
     normalisation: Literal["none", "global", "speaker"] = Field("speaker", description="of the features, per dimension")
     sample_fraction: Part = Field(1.0, description="fraction of utterances that codebooks are fitted on")
     lloyd_rounds: Natural = Field(10, description="federated Lloyd rounds at most")
-    tolerance: NotNegative = Field(1e-4, description="relative fall of the inertia below which Lloyd rounds stop")
+    tolerance: NotNegative = Field(1e-4, description="relative change of the inertia below which Lloyd rounds stop")
     minimum_count: Count = Field(0, description="frames of a cluster below which a client does not report it (privacy)")
     noise_multiplier: NotNegative = Field(0.0, description="standard deviation of Gaussian noise, in noise_clip")
     noise_clip: Positive = Field(100.0, description="norm that a client's sums and counts are scaled down to (privacy)")
@@ -234,9 +234,9 @@ class LocalTraining(Section):
         yield from super().conflicts()
         if self.crop_seconds > self.batch_seconds:
             yield "crop_seconds", f"{self.crop_seconds}; a batch holds batch_seconds: {self.batch_seconds} at most"
-        frames = audio.frame_count(min(int(self.crop_seconds * audio.SAMPLE_RATE), audio.SHORTEST))
+        frames = audio.frame_count(int(self.crop_seconds * audio.SAMPLE_RATE))
         if self.mask_length > frames:
-            yield "mask_length", f"{self.mask_length}; the shortest crops have {frames} frames"
+            yield "mask_length", f"{self.mask_length}; a crop of crop_seconds: {self.crop_seconds} has {frames} frames"
 
 
 class Server(Section):

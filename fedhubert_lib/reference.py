@@ -41,14 +41,14 @@ _LEARNED += [f"kmeans.{name}" for name in ("features", "layer", "clusters", "nor
 _SHAPE = params.Model.model_fields.keys() - params.Section.model_fields.keys()
 _LEARNED += [f"pretrain.{name}" for name in sorted(_SHAPE)]
 _IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature")
+_HEARD = [f"corpus.test_{name}" for name in ("subsets", "speakers", "minutes")]
 _IMITATED += tuple(f"{name}_weight" for name in ("soft", "label", "regression", "hubert"))
 TASK = {
     "pretrain": _LEARNED,
     "distill": _LEARNED + [f"distill.{name}" for name in _IMITATED],
-    "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers"],
+    "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers", *_HEARD],
 }
 """By stage, the parameters in which a run must equal its reference."""
-TASK["evaluate"] += [f"corpus.test_{name}" for name in ("subsets", "speakers", "minutes")]
 _ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"patience", "validate_every", "decode_check"}
 """Parameters that move no curve."""
 
@@ -195,7 +195,9 @@ def _irrelevant(key: str) -> bool:
 
 
 def _differing(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{name} ({v}, there {reference[name]})" for name, v in run.items() if v != reference.get(name, v)}
+    # "a folder": a reference of an earlier version, which does not say which.
+    there = {name: value for name, value in reference.items() if value != "a folder"}
+    return {name: f"{name} ({v}, there {there[name]})" for name, v in run.items() if v != there.get(name, v)}
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
             raise StageError("failed: a cell between its parameters and runs.start has overridden a parameter", FAILED)
     except StageError as error:
         with _lock(run):
-            runs.forced(run, stage).unlink(missing_ok=True)  # of a start that did not come so far
+            if error.code != INTERRUPTED:  # else what is asked for again is this
+                runs.forced(run, stage).unlink(missing_ok=True)
             _record_failure(stage, run, error, began)
         where = f"\n{name}: its cells so far: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error

@@ -57,9 +57,9 @@ def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
     }
 
 
-def runs(sequence: np.ndarray) -> int:
-    """Number of maximal stretches of equal labels in one utterance; 0 if it has no frame."""
-    return int(np.count_nonzero(np.diff(sequence.astype(np.int64))) + 1) if len(sequence) else 0
+def runs(sequence: np.ndarray) -> np.ndarray:
+    """The labels of one utterance without repetition: one of each maximal stretch of equal ones."""
+    return sequence[np.diff(sequence.astype(np.int64), prepend=-1) != 0]
 
 
 def frame_phones(phones: pandas.DataFrame, frames: Mapping[str, int]) -> np.ndarray:

@@ -29,6 +29,7 @@ from fedhubert_lib import (
     pretraining,
     recipes,
     runs,
+    units,
 )
 from fedhubert_lib.federated import handlers, noise
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
@@ -403,15 +404,23 @@ def test_lloyd_goes_on_where_other_clients_answer_and_where_inertia_rises(run):
     """Less inertia, or more, of other frames says nothing about whether the centroids stand still."""
     exchange, config, arrays = prepared(run, settings())
     start, clients = server.start(exchange, arrays, config)[0], exchange._clients
-    exchange._missing, sent = 1, []
+    exchange._missing = 1
 
-    def moved(action, reply):
-        sent.append(action)
-        return replace(reply, arrays=reply.arrays | {"inertias": reply.arrays["inertias"] * (1 + len(sent) // 3 % 2)})
+    def away(row):
+        """In every other round, client-001."""
+        clients.failing = {"client-001": "kmeans.lloyd"} if row["round"] % 2 else {}
 
-    clients.change = moved
+    _, stats = server.lloyd(exchange, arrays, config, start, rounds=6, tolerance=0.9, log=away)
+    assert stats["round"] == 6 and not stats["settled"], "less inertia, of fewer frames"
+    clients.failing, rounds = {}, []
+
+    def rising(action, reply):
+        rounds.append(action)
+        return replace(reply, arrays=reply.arrays | {"inertias": reply.arrays["inertias"] * 2.0 ** (len(rounds) // 3)})
+
+    clients.change = rising
     _, stats = server.lloyd(exchange, arrays, config, start, rounds=6, tolerance=1e-1)
-    assert stats["round"] == 6 and not stats["settled"]
+    assert stats["round"] == 6 and not stats["settled"], "more inertia"
     clients.change = lambda action, reply: reply
     _, stats = server.lloyd(exchange, arrays, config, start, rounds=6, tolerance=1e-1)
     assert stats["round"] < 6 and stats["settled"]
@@ -763,6 +772,9 @@ def test_minimum_count_hides_small_clusters(run):
         for name in ("counts", "contingency"):
             told = reply.arrays[name]
             assert ((told == 0) | (told >= 40)).all() and told.any()
+        sequences, counts = labels_of(run, reply.client), reply.arrays["counts"].numpy()
+        runs = np.concatenate([units.runs(sequences[one]) for one in sequences.utterances])
+        assert reply.arrays["runs"] == (counts[runs] > 0).sum(), "of labels that are told"
     config |= {"minimum_count": 10**6}
     with pytest.raises(server.KmeansError, match="minimum_count: 1000000"):
         server.lloyd(exchange, arrays, config, centroids, rounds=1, tolerance=0.0)

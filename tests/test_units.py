@@ -90,8 +90,8 @@ def test_count_phones():
 
 def test_usage():
     sequence = np.array([3, 3, 1, 3, 3, 3], np.uint16)
-    assert units.runs(sequence) == 3 and units.runs(sequence[:0]) == 0
-    usage = stage.usage(np.bincount(sequence, minlength=8), units.runs(sequence))
+    assert units.runs(sequence).tolist() == [3, 1, 3] and len(units.runs(sequence[:0])) == 0
+    usage = stage.usage(np.bincount(sequence, minlength=8), len(units.runs(sequence)))
     assert usage["cluster_use"] == 0.25 and usage["mean_run"] == 2 and usage["labelled_frames"] == 6
     assert stage.usage(np.full(8, 5), 40)["label_entropy"] == pytest.approx(np.log(8))
 

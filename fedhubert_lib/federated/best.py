@@ -19,7 +19,7 @@ class Judging(Hook):
 
     def save(self, round, row: Mapping[str, Any]) -> None:
         state, panel = self.server.state, round.panel
-        best = state.setdefault("panel", {})  # a checkpoint of an earlier version has none
+        best = state["panel"]
         if best and panel:
             if not (both := sorted(best.keys() & panel.keys())):
                 return

@@ -71,8 +71,9 @@ class Control(Hook):
         round.message["counted"] = {client: counted[client] for client in round.asked}
 
     def collector(self, round) -> optimisers.Collector:
-        # What top-k kept back in earlier rounds comes on top, without a bound.
-        return _Means(math.inf if self.p.compression == "top-k" else self.p.clip_norm)
+        # Clipped gradients take c_i no farther, and rounding not twice as far; what top-k kept back has no bound.
+        farthest = 2 * (self.p.clip_norm + optimisers.checked_norm(self.control, self.control))
+        return _Means(math.inf if self.p.compression == "top-k" else farthest)
 
     def step(self, round, update: dict[str, Tensor]) -> None:
         self.server.state["counted"] |= dict.fromkeys(round.clients, round.number)
@@ -84,20 +85,18 @@ class Control(Hook):
 class _Means(optimisers.Mean):
     """The mean of the updates as they weigh, and beside it that of the changes of the c_i, which count alike."""
 
-    def __init__(self, clip_norm: float) -> None:
+    def __init__(self, farthest: float) -> None:
         super().__init__()
-        self._changes, self._clip_norm = optimisers.Mean(), clip_norm
+        self._changes, self._farthest = optimisers.Mean(), farthest
 
     def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
-        """That of the weights' change. A change of c_i beyond twice (for rounding) what clipped gradients make it is
-        refused."""
+        """That of the weights' change. A change of c_i that is too large is refused."""
         optimisers.check(update, like)
-        control = {name: tensor for name, tensor in like.items() if name.startswith(CONTROL)}
-        farthest = 2 * (self._clip_norm + optimisers.checked_norm(control, control))
-        if optimisers.checked_norm({name: update[name] for name in control}, control) > farthest:
+        parts = [{n: t for n, t in update.items() if n.startswith(CONTROL) == of_control} for of_control in (0, 1)]
+        norm, moved = (optimisers.checked_norm(part, part) for part in parts)
+        if moved > self._farthest:
             raise optimisers.UpdateError("its control variate moved farther than gradients of clip_norm carry it")
-        weights = like.keys() - control.keys()
-        return optimisers.checked_norm({n: update[n] for n in weights}, {n: like[n] for n in weights})
+        return norm
 
     def add(self, update: Arrays, weight: float) -> None:
         self._changes.add({name: update.pop(name) for name in list(update) if name.startswith(CONTROL)}, 1.0)

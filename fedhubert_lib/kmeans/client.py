@@ -184,14 +184,14 @@ def assign(frames: Tensor, codebook: Arrays) -> Tensor:
 def _counts(home: ClientHome, sequences: labels.Labels, config: Mapping[str, Any]) -> Arrays:
     """What quality needs of this client's labels, as sums."""
     clusters = config["clusters"]
-    counts = torch.from_numpy(np.bincount(sequences.flat, minlength=clusters))
-    arrays = {"counts": counts, "runs": torch.tensor(sum(units.runs(sequences[u]) for u in sequences.utterances))}
+    counts = np.bincount(sequences.flat, minlength=clusters)
+    told = counts >= config["minimum_count"]
+    runs = sum(told[units.runs(sequences[utterance])].sum() for utterance in sequences.utterances)
+    arrays = {"counts": torch.from_numpy(counts * told), "runs": torch.tensor(int(runs))}
     path = home.data / "phones.parquet"
     if path.exists():
         names, table = units.count_phones(pd.read_parquet(path), sequences, clusters)
         if names:
             arrays["phones"] = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
-            arrays["contingency"] = torch.from_numpy(table)
-    for name in arrays.keys() & {"counts", "contingency"}:
-        arrays[name][arrays[name] < config["minimum_count"]] = 0
+            arrays["contingency"] = torch.from_numpy(table * (table >= config["minimum_count"]))
     return arrays

@@ -101,16 +101,18 @@ def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arra
     """Have the clients compute their features; the arrays of all further messages.
 
     ``weights`` travel once. The arrays are mean and standard deviation for the ``global`` normalisation, from the
-    clients' sums. A client that cannot make its features is not asked for anything else.
+    clients' sums. A client that cannot make its features, or sums, is not asked for anything else.
     """
     exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
     if config["normalisation"] != "global":
         return {}
-    total, squares, count, width = 0.0, 0.0, 0.0, config["width"]
+    total, squares, count, width, ids = 0.0, 0.0, 0.0, config["width"], []
     like = {"sum": (width,), "squares": (width,), "count": ()}
     for reply in exchange.ask("moments", {}, config, like=like):
+        ids.append(reply.client)
         total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
         count += float(reply.arrays["count"])
+    exchange.ids = ids
     mean, std = reading.standardiser(total, squares, count)
     return {"mean": mean, "std": std}
 

@@ -64,15 +64,15 @@ def run(
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
         _state_space(run, p, log)
     arrays = server.prepare(exchange, config, weights)
-    if arrays:  # of those who answered: what was fitted and labelled on another scale is made again
-        config |= {"scale": digest(arrays)}
+    if arrays and (absent := sorted(set(exchange.everybody) - set(exchange.ids))):  # another scale than all clients'
+        config |= {"scale_without": absent}
     log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
     probe = _probe(run, arrays, weights, config, device)
     rows, matrices = {}, {}
     for kind in p.codebooks:
         codebook, row = _codebook(run, p, exchange, arrays, {**config, "kind": kind}, log)
         row = _label(run, p, exchange, {**arrays, **codebook}, {**config, "kind": kind}) | row
-        if "fit_frames" in row and "labelled_frames" in row:
+        if "fit_frames" in row and "labelled_frames" in row and not p.minimum_count:
             row["fit_fraction"] = row["fit_frames"] / row["labelled_frames"]
         if probe is not None and ("centroids" in codebook or not p.noise_multiplier):
             matrices[kind], figures = _agreement(exchange, *probe, codebook, {**config, "kind": kind})
@@ -240,7 +240,8 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
                 alone.append(units.quality_of_counts(phones[1], p.seed))
     exchange.require(len(labelled))
     if not p.noise_multiplier:
-        row = usage(counts, runs)
+        if counts.any() or not p.minimum_count:
+            row = usage(counts, runs)
         with files.atomic(folder / "counts.npy") as temporary:
             np.save(temporary, counts)
     if alone:
