@@ -36,8 +36,7 @@ SUITED = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}  # Fed
 
 
 def _suited(value: object, info: ValidationInfo) -> object:
-    """``value``, or where none is set what suits the server and its clients: measured in docs/federation.md for FedAvg,
-    Nesterov and FedAdam, whose next of kin take over theirs."""
+    """``value``, or where none is set what suits the server and its clients, as docs/federation.md has measured it."""
     suited, cohort = dict(SUITED), info.data.get("local_state") == "cohort"
     match info.data.get("server"):
         case "fedavg" if cohort:
@@ -45,7 +44,8 @@ def _suited(value: object, info: ValidationInfo) -> object:
         case "nesterov" | "fedavgm":
             suited |= {"server_rate": 0.7, "server_momentum": 0.6}
         case "fedadam" | "fedyogi" | "fedadagrad":
-            suited = {"server_rate": 0.033 if cohort else 0.05, "server_momentum": 0.2, "server_tau": 0.03}
+            slow = 1 if info.data["server"] == "fedadam" else 2  # of others tau counts twice: the second moment's start
+            suited = {"server_rate": slow * (0.033 if cohort else 0.05), "server_momentum": 0.2, "server_tau": 0.03}
     return suited[str(info.field_name)] if value is None else value
 
 

@@ -189,13 +189,8 @@ def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> No
     """Whether a teacher from elsewhere is still the one that taught the student, beside which it will stand."""
     folder = run / "04_distill"
     teacher, done = records.parameters(folder).get("teacher"), records.read_json(folder / "done.json")
-    if (
-        "distill" in coming
-        or "distill" in records.stale(run)
-        or not teacher
-        or not done
-        or not Path(teacher, "config.json").is_file()
-    ):
+    left_out = "distill" in coming or "distill" in records.stale(run)
+    if left_out or not (teacher and done and Path(teacher, "config.json").is_file()):
         return
     if done["identity"]["inputs"].get("teacher") not in identity.listings(params.Distill(teacher=teacher))["teacher"]:
         raise ValueError(f"{teacher} has changed since it taught the student of 04; put it back, or distill anew")

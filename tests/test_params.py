@@ -79,6 +79,7 @@ def test_toy_is_the_defaults():
         ("pretrain.local_state=cohort", (1.0, 0.9, 1e-3)),
         ("pretrain.server=nesterov", (0.7, 0.6, 1e-3)),
         ("pretrain.server=fedadam pretrain.local_state=cohort", (0.033, 0.2, 0.03)),
+        ("pretrain.server=fedadagrad pretrain.local_state=cohort", (0.066, 0.2, 0.03)),
         ("pretrain.server=fedyogi pretrain.server_rate=0.02 pretrain.server_momentum=0", (0.02, 0.0, 0.03)),
     ],
 )
