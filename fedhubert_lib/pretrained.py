@@ -81,8 +81,6 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
     FileNotFoundError that says what does not fit.
     """
     folder, device = Path(folder), "cpu" if weights else "meta"
-    if weights:
-        load(folder, weights=False)  # sizes that no tensor has would take all memory
     config = read_config(folder)
     paths = weight_files(folder)
     embedding = torch.rand(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -94,18 +92,20 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
         if not name.startswith(LEFT_OUT):
             tensors[name] = tensor
     head: Head | None = None
-    with torch.device(device):
-        model = Hubert(config)
-        _fill(model, tensors, paths[0])
-        path = folder / "head.safetensors"
-        if path.is_file():
-            tensors = _read_tensors([path], weights)
-            if "label_embeddings" not in tensors or tensors["label_embeddings"].ndim != 2:
-                raise ValueError(f"{path}: holds no table label_embeddings; it is not a HuBERT head")
-            clusters, size = tensors["label_embeddings"].shape
+    for place in ("meta", device):  # sizes that no tensor has would take all memory
+        with torch.device(place):
+            model = Hubert(config)
+        _fill(model, {name: tensor.to(place) for name, tensor in tensors.items()}, paths[0])
+    path = folder / "head.safetensors"
+    if path.is_file():
+        tensors = _read_tensors([path], weights)
+        if "label_embeddings" not in tensors or tensors["label_embeddings"].ndim != 2:
+            raise ValueError(f"{path}: holds no table label_embeddings; it is not a HuBERT head")
+        clusters, size = tensors["label_embeddings"].shape
+        with torch.device(device):
             head = Head(replace(config, classifier_proj_size=size), clusters)
-            _fill(head, tensors, path)
-            head.eval()
+        _fill(head, tensors, path)
+        head.eval()
     return model.eval(), head
 
 
