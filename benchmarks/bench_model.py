@@ -7,7 +7,8 @@ Every contender lives in a process of its own, as it would in use: what an alloc
 take turns within each repetition, so that a busy machine is busy for all of them; the figure is the median, and ratios
 are medians of the per-repetition ratios. transformers has no HuBERT pretraining class and gets our head; torchaudio
 runs with `skip_nomask` and, as published, draws its mask inside the step. Training keeps freed memory in the process
-(`training.keep_freed_memory`); peers marked "kept" do, too, the others are as installed.
+(`training.keep_freed_memory`); peers marked "kept" do, too, the others are as installed. All have the bench's spin
+count of OpenMP's threads.
 
 Then, for ours alone: the fractions of a step that loss and masks take and that it waits for data, and what gradient
 checkpointing saves and costs.
@@ -32,7 +33,6 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
-import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -196,6 +196,8 @@ class Peer:
 
 
 def of_transformers(work: Work, precision: str) -> Peer:
+    import transformers  # here: a machine that measures the others need not have it
+
     config = work.config
     names = {f: getattr(config, f) for f in config.__dataclass_fields__ if f in transformers.HubertConfig().to_dict()}
     settings = transformers.HubertConfig(**names | {"conv_dim": list(config.conv_dim)}, attn_implementation="sdpa")

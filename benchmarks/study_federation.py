@@ -203,7 +203,8 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain | params.Dist
         heldout.to_parquet(home.data / "train.parquet")
     settings = {**json.loads((book / "codebook.json").read_text(encoding="utf-8"))["settings"], "kind": p.codebook}
     reading.compute(home, {}, settings)
-    client.label(home, {"centroids": torch.from_numpy(np.load(book / "centroids.npy"))}, settings)
+    kept = [book / f"{name}.npy" for name in ("centroids", "projection", "mean", "std")]
+    client.label(home, {path.stem: torch.from_numpy(np.load(path)) for path in kept if path.exists()}, settings)
     labels = Labels(home.labels / p.codebook)
     model, head = pretrained.load(checkpoint)
     module = torch.nn.ModuleList([model, head])

@@ -267,7 +267,7 @@ def send(clients: Clients, teacher: Teacher) -> int:
     """Send the teacher to those clients that do not keep it yet; returns how many. The log names one that fails."""
     config: dict[str, Any] = {"digest": digest(teacher)}
     answers = [answer for answer in clients.ask("distill.receive", config=config) if not isinstance(answer, Failure)]
-    lacking = [answer.client for answer in answers if not answer.metrics["held"]]
+    lacking = [answer.client for answer in answers if not answer.metrics.get("held")]
     config |= {"model": asdict(teacher.model.config)}
     config |= {"clusters": len(teacher.head.label_embeddings) if teacher.head is not None else 0}
     arrays = dict(teacher.modules.named_parameters())

@@ -9,13 +9,13 @@ from fedhubert_lib import resources
 class Meter:
     """Memory and energy that a training on ``device`` takes: one per run, asked after each round.
 
-    Children (a pool's workers) count their own. A value that the machine does not know is left out: no meter stops a
-    training.
+    Where clients compute elsewhere (any ``engine`` but inprocess) it is the server's memory alone. A value that the
+    machine does not know is left out: no meter stops a training.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, engine: str = "inprocess") -> None:
         self.device = "cuda" if device == "auto" else device
-        self.has_gpu = self.device.startswith("cuda") and torch.cuda.is_available()  # a server may have none
+        self.has_gpu = engine == "inprocess" and self.device.startswith("cuda") and torch.cuda.is_available()
         self.joules = _gpu_joules(self.device) if self.has_gpu else None
 
     def used(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -243,8 +244,39 @@ class SlowToSay(InProcessGrid):
 
 
 class Failed(Message):
+    error = SimpleNamespace(reason="Message Unavailable", code=1)
+
     def has_error(self):
         return True
+
+
+class Forgetful(InProcessGrid):
+    """As Flower: what was asked is forgotten, with its answer, when its message's time is over. The first never
+    answers, the second sends what nobody can unpack."""
+
+    def push_messages(self, messages):
+        pushed = super().push_messages(messages)
+        self.until = {name: time.monotonic() + (self._waiting[name].ttl or 99) for name in pushed}
+        return pushed
+
+    def pull_messages(self, message_ids):
+        for name in message_ids:
+            message = self._waiting.get(name)
+            node = message.dst_node_id if message and message.content["request"]["action"] != "identify" else 0
+            if time.monotonic() > self.until[name]:
+                yield Failed(None, reply_to=message)
+            elif node == 3:
+                self.until[name] = 0.0
+                raise ValueError("bytes of others")
+            elif node != 2:
+                yield from super().pull_messages([name])
+
+
+def test_a_client_that_is_late_or_sends_rubbish_costs_its_own_answer_alone(run, monkeypatch):
+    clients = flower.GridClients(Forgetful(run, CLIENTS, monkeypatch), CLIENTS)
+    train(run, cohort=6, rounds=1, deadline_seconds=0.3, validate_every=9, centralised=False, clients=clients)
+    rounds_failures = {row["client"]: row["reason"] for row in failures(run) if "validation" not in row["reason"]}
+    assert rounds_failures == {CLIENTS[0]: "no answer before the deadline", CLIENTS[1]: "Message Unavailable"}
 
 
 def test_a_node_that_is_slow_to_say_its_name_joins_a_later_round(run, monkeypatch):

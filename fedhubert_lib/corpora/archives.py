@@ -130,13 +130,20 @@ def _fetch_rest(url: str, partial: Path, on_progress: Progress) -> None:
         length = response.headers.get("Content-Length")
         total = size + int(length) if length else 0
         with partial.open("ab" if size else "wb") as file:
-            while block := response.read(BLOCK):
+            while block := _read(response):
                 with files.naming(partial):
                     file.write(block)
                 size += len(block)
                 on_progress(f"download {partial.stem} (MiB)", size >> 20, total >> 20)
     if size < total:
         raise ConnectionError("the connection was cut")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(BLOCK)
+    except OSError as error:  # of the network, which has more of them than ConnectionError
+        raise ConnectionError(str(error)) from error
 
 
 def _verify(path: Path, md5: str, remedy: str, on_progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""The speech synthesiser behind the synthetic corpus: a separate program, run as ``python -I espeak.py VOICE SEED``.
+"""The speech synthesiser behind the synthetic corpus: a program, ``python -I espeak.py VOICE SEED [PACKAGES]``.
 
 eSpeak NG is GPL-3.0-or-later and keeps its state in globals, so nothing of it is loaded into the process of the
 library. This file imports nothing of fedhubert either. A fresh process, a voice, a seed and a fixed order of texts make
@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import espeakng_loader
+if __name__ == "__main__":
+    sys.path += sys.argv[3:]  # a folder of packages
+
+import espeakng_loader  # noqa: E402
 
 RATE = 22_050
 RETRIEVAL = 1  # AUDIO_OUTPUT_RETRIEVAL: samples come to the callback, no sound card is opened

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -185,7 +186,8 @@ def _speak(speaker: dict, folder: Path) -> Spoken:
     spoken: Spoken = {}
     total, limit = 0, math.inf if speaker["seconds"] is None else speaker["seconds"] * SAMPLE_RATE
     program = str(Path(__file__).with_name("espeak.py"))
-    command = [sys.executable, "-I", program, str(voice_file), str(speaker["seed"])]
+    wheels = filter(None, [os.environ.get("FEDHUBERT_WHEELS")])  # where ``make gpu`` has unpacked it
+    command = [sys.executable, "-I", program, str(voice_file), str(speaker["seed"]), *wheels]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
         for utterance in speaker["utterances"]:
             if total >= limit:

@@ -33,6 +33,7 @@ def save(home: ClientHome, config: Mapping[str, Any], name: str, arrays: Mapping
     the newest durable one."""
     with files.atomic(_session(home, config) / f"{name}-{config['round']:06d}.safetensors") as temporary:
         save_file(dict(arrays), temporary)
+        temporary.chmod(0o600)  # keys of secure aggregation are among them
     rounds = saved(home, config, name)
     needed = max((number for number in rounds if number <= config["durable"]), default=0)
     for number, file in rounds.items():

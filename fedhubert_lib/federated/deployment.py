@@ -166,8 +166,7 @@ def _write_private(path: Path, content: bytes) -> None:
 
 
 def superlink_command(folder: Path, bind: str | None = None) -> list[str]:
-    """The command of the server's SuperLink. ``bind`` is the address to listen on; default: the host's, or all
-    where nodes reach it by name."""
+    """The command of the server's SuperLink. ``bind`` is the address to listen on; default: the host's."""
     address, certificate = _address(folder), str(folder / "server" / "server.pem")
     return [
         "flower-superlink",
@@ -220,6 +219,8 @@ def local(folder: Path, run: Path, device: str = "cpu") -> Iterator[None]:
 @contextlib.contextmanager
 def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -> Iterator[subprocess.Popen]:
     """A SuperLink that listens, with all prepared keys registered. Raises DeploymentError when it does not start."""
+    if _listens(folder):
+        raise DeploymentError(f"{folder}: its address is in use, by a server that runs already; stop that first")
     (folder / REGISTERED).unlink(missing_ok=True)
     process = _start(superlink_command(folder, bind), folder, log)
     try:

@@ -7,6 +7,7 @@ it failed). Nothing else travels.
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ IDENTIFY_SECONDS = 120.0
 """Time that a request waits for a new node to name its client: the node's process has to import PyTorch."""
 WAIT_SECONDS = 120
 """Time to wait at the start until all clients are named; those still missing then are left out until they come."""
+LONGEST_REASON = 500
+"""Characters of a client's reason for a failure that are kept."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +85,18 @@ class GridClients(Clients):
         """Nodes that were asked before."""
 
     def answers(self, request: Request) -> Answers:
-        """A client that is not connected is a Failure, not an exception."""
+        """A client that is not connected is a Failure, not an exception. One that is late costs its answer alone."""
         connected = self.connected()
         nodes = {name: connected[name] for name in request.clients if name in connected}
         identifiers = dict(zip(nodes, self._push(request, list(nodes.values())), strict=True))
+        deadline = time.monotonic() + (math.inf if request.timeout is None else request.timeout)
         for name in request.clients:
             if name not in identifiers:
                 yield Failure(name, "not connected")
             elif identifiers[name] is None:
                 yield Failure(name, "Flower could not take its message")
             else:
-                yield self._answer(name, identifiers[name])
+                yield self._answer(name, identifiers[name], deadline)
 
     def wait(self, seconds: float) -> None:
         """Wait until all clients are connected, or ``seconds`` have passed. Nodes appear as they activate."""
@@ -116,7 +120,7 @@ class GridClients(Clients):
         new, deadline = set(unnamed) - self._met, time.monotonic() + (IDENTIFY_SECONDS if seconds is None else seconds)
         self._met |= new
         while self._asked:
-            for message in self._grid.pull_messages(list(self._asked)):
+            for message in self._pull(list(self._asked)):
                 node = self._asked.pop(message.metadata.reply_to_message_id)
                 if not message.has_error():
                     records: Mapping[str, Any] = message.content
@@ -134,20 +138,30 @@ class GridClients(Clients):
         """Send ``request`` to ``nodes``: Flower's identifier of the message to each, or None.
 
         Each message has its own records, since a Flower mod may change them; the arrays in them are shared, so that a
-        model is packed once for a whole cohort.
+        model is packed once for a whole cohort. Flower keeps a reply as long as its message lives: until all are read.
         """
-        arrays = ArrayRecord(request.arrays)
+        arrays, lives = ArrayRecord(request.arrays), request.timeout and 2 * request.timeout
         fields: dict[str, Any] = {"action": request.action, "config": json.dumps(request.config)}
         contents = (RecordDict({"arrays": arrays.copy(), "request": ConfigRecord(fields)}) for _ in nodes)
         pairs = zip(contents, nodes, strict=True)
-        messages = [Message(content, node, MessageType.TRAIN, ttl=request.timeout) for content, node in pairs]
+        messages = [Message(content, node, MessageType.TRAIN, ttl=lives) for content, node in pairs]
         return list(self._grid.push_messages(messages))
 
-    def _answer(self, name: str, identifier: str) -> Reply | Failure:
+    def _answer(self, name: str, identifier: str, deadline: float) -> Reply | Failure:
         while True:  # ends: past a message's time to live Flower answers with an error
-            for message in self._grid.pull_messages([identifier]):
+            late = time.monotonic() > deadline
+            for message in self._pull([identifier]):
                 return read_reply(name, message)
+            if late:
+                return Failure(name, "no answer before the deadline")
             time.sleep(POLL_SECONDS)
+
+    def _pull(self, identifiers: Sequence[str]) -> list[Message]:
+        try:
+            return list(self._grid.pull_messages(identifiers))
+        except Exception:  # bytes of others raise what they like; Flower has dropped them, and now says so
+            logger.warning("an answer could not be unpacked", exc_info=True)
+            return list(self._grid.pull_messages(identifiers))
 
 
 def read_reply(name: str, message: Message) -> Reply | Failure:
@@ -158,9 +172,9 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
     records: Mapping[str, Any] = message.content
     record = records.get("client", {})
     if record.get("id") != name:
-        return Failure(name, f"answered in the name of {record.get('id')!r}")
+        return Failure(name, f"answered in the name of {record.get('id')!r:.100}")
     if "failure" in record:
-        return Failure(name, str(record["failure"]))
+        return Failure(name, str(record["failure"])[:LONGEST_REASON])
     try:
         metrics = {key: float(value) for key, value in records["metrics"].items()}
         return Reply(name, records["arrays"].to_torch_state_dict(), metrics)

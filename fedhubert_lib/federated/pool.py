@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -156,8 +157,16 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
         request, arrays = read(Path(request_path))
         home = handlers.home(run, client, request["action"], device, simulated=True)
         answer = handlers.answer(home, request["action"], dict(arrays), copy.deepcopy(request["config"]))
+        leave_lost_gpu(answer)
         wire.write_answer(Path(answer_path), answer)
         wire.send(pipe, "done")
+
+
+def leave_lost_gpu(answer: Reply | Failure) -> None:
+    """End this process after an error of its GPU, after which no call on it can succeed: another takes its place."""
+    if isinstance(answer, Failure) and answer.reason.startswith("AcceleratorError"):
+        print(answer.reason, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def devices(device: str) -> list[str]:

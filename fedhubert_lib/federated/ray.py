@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedhubert_lib.federated import handlers
+from fedhubert_lib.federated import handlers, pool
 from fedhubert_lib.federated.pool import WorkerClients
 from fedhubert_lib.federated.protocol import Failure, Reply, Request
 from fedhubert_lib.resources import cores
@@ -44,6 +44,7 @@ class Actor:
         """The reply of ``client`` as NumPy arrays and metrics, or its failure."""
         home = handlers.home(self._run, client, action, self._device, simulated=True)
         answer = handlers.answer(home, action, _tensors(arrays), config)
+        pool.leave_lost_gpu(answer)
         return answer if isinstance(answer, Failure) else (_arrays(answer.arrays), answer.metrics)
 
 

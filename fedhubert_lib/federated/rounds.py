@@ -134,8 +134,7 @@ class Server:
         self.clients, self.p, self.task, self.out, count = clients, p, task, out, len(clients.ids)
         self.weights, self.tensors = weights, optimisers.moments(p, weights)
         settings = checkpoints.decisive(p) | {"task": task.name, "clients": count, "first_client": min(clients.ids)}
-        self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "reference_norm": None}
-        self.state |= {"settings": settings}
+        self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "settings": settings}
         self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
         # What hooks may change:
         self.bounded = False
@@ -148,7 +147,7 @@ class Server:
         self.durable = self.state["round"]
         """The last round that is on disk."""
         self.ledger = checkpoints.Ledger(out, self.durable, self.plan, on_row)
-        self.meter, self.writer = Meter(p.device), ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.meter, self.writer = Meter(p.device, p.engine), ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.saving: Future[None] | None = None
 
     def rounds(self) -> Iterator["Round"]:
@@ -303,7 +302,7 @@ class Round:
         if self.server.bounded:
             yield from replies
             return
-        usual = self.server.state["reference_norm"]
+        usual: Any = self.server.state.get("reference_norm")
         if usual is None and (first := list(itertools.islice(replies, 2))):
             # No earlier round says how large an update is. The first two do, or the first three if these disagree.
             norms = [norm for _, norm in first]
@@ -385,7 +384,7 @@ def check_metrics(metrics: Mapping[str, float], needed: Mapping[str, float], ser
     """Raise UpdateError when metrics lack something, are not finite, or claim what cannot be."""
     if missing := needed.keys() - metrics.keys():
         raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
-    if unusable := [name for name, value in metrics.items() if not abs(value) < needed.get(name, math.inf)]:
+    if unusable := [name for name, value in metrics.items() if not abs(value) < min(needed.get(name, math.inf), 1e30)]:
         raise optimisers.UpdateError(f"its metrics are not finite, or larger than they can be ({unusable})")
     possible = server.p.local_steps * server.p.batch_seconds * SAMPLE_RATE / HOP
     if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:

@@ -110,7 +110,10 @@ class RemoteClients(Clients):
         self._pipe, self._folder, self._requests = pipe, folder, itertools.count()
         send(pipe, self.ids)
         if not self._receive():
-            raise ConnectionError("no client is connected; start them with `fedhubert deploy client`")
+            raise ConnectionError(
+                "no client has answered; start them with `fedhubert deploy client`. Where they run, try again later:"
+                " what an earlier start has left them to do comes first"
+            )
 
     def answers(self, request: Request) -> Answers:
         """Raises ConnectionError when the ServerApp has ended."""

@@ -93,8 +93,8 @@ def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None,
         sizes = tuple(arrays[name].shape)
         if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
             return f"{name} of its answer is {list(sizes)}, not {list(shape)}"
-    unusable = [name for name, array in arrays.items() if not array.isfinite().all()]
-    return f"its answer holds a NaN or an infinity ({', '.join(unusable)})" if unusable else ""
+    unusable = [name for name, array in arrays.items() if array.is_complex() or not array.isfinite().all()]
+    return f"its answer holds what is no finite number ({', '.join(unusable)})" if unusable else ""
 
 
 def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arrays:

@@ -231,10 +231,11 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
         labelled.append(reply.client)
         if p.noise_multiplier:  # which covers no counts of labels
             continue
-        counts += reply.arrays["counts"].numpy()
+        counts += reply.arrays["counts"].long().numpy()
         runs += int(reply.arrays["runs"])
         if "phones" in reply.arrays:
-            phones = bytes(reply.arrays["phones"].tolist()).decode().split("\n"), reply.arrays["contingency"].numpy()
+            names = bytes(reply.arrays["phones"].byte().tolist()).decode(errors="replace").split("\n")
+            phones = names, reply.arrays["contingency"].long().numpy()
             total = units.added([total, phones])
             if (phones[1].sum(1) > 0).sum() > 1:
                 alone.append(units.quality_of_counts(phones[1], p.seed))
