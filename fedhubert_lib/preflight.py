@@ -188,9 +188,10 @@ def _teacher(p: params.Distill, run: Path, study: studies.Study | None, _: Any) 
 def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:
     """Whether a teacher from elsewhere is still the one that taught the student, beside which it will stand."""
     folder = run / "04_distill"
+    if "distill" in coming or not (folder / "done.json").is_file() or "distill" in records.stale(run):
+        return
     teacher, done = records.parameters(folder).get("teacher"), records.read_json(folder / "done.json")
-    left_out = "distill" in coming or "distill" in records.stale(run)
-    if left_out or not (teacher and done and Path(teacher, "config.json").is_file()):
+    if not (teacher and done and Path(teacher, "config.json").is_file()):
         return
     if done["identity"]["inputs"].get("teacher") not in identity.listings(params.Distill(teacher=teacher))["teacher"]:
         raise ValueError(f"{teacher} has changed since it taught the student of 04; put it back, or distill anew")

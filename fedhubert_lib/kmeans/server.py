@@ -94,7 +94,7 @@ def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None,
         if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
             return f"{name} of its answer is {list(sizes)}, not {list(shape)}"
     unusable = [name for name, array in arrays.items() if array.is_complex() or not array.isfinite().all()]
-    return f"its answer holds what is no finite number ({', '.join(unusable)})" if unusable else ""
+    return f"its answer holds a NaN or an infinity, or is complex ({', '.join(unusable)})" if unusable else ""
 
 
 def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arrays:
