@@ -36,7 +36,7 @@ SUITED = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}  # Fed
 
 
 def _suited(value: object, info: ValidationInfo) -> object:
-    """``value``, or where none is set what suits the server and its clients, as docs/federation.md has measured it."""
+    """``value``, or where none is set what suits the server and its clients, most measured: docs/federation.md."""
     suited, cohort = dict(SUITED), info.data.get("local_state") == "cohort"
     match info.data.get("server"):
         case "fedavg" if cohort:

@@ -254,9 +254,13 @@ class Forgetful(InProcessGrid):
     """As Flower: what was asked is forgotten, with its answer, when its message's time is over. The first never
     answers, the second sends what nobody can unpack."""
 
+    def __init__(self, run, clients, monkeypatch):
+        super().__init__(run, clients, monkeypatch)
+        self.until = {}
+
     def push_messages(self, messages):
         pushed = super().push_messages(messages)
-        self.until = {name: time.monotonic() + (self._waiting[name].ttl or 99) for name in pushed}
+        self.until |= {name: time.monotonic() + (self._waiting[name].ttl or 99) for name in pushed}
         return pushed
 
     def pull_messages(self, message_ids):
@@ -277,6 +281,10 @@ def test_a_client_that_is_late_or_sends_rubbish_costs_its_own_answer_alone(run, 
     train(run, cohort=6, rounds=1, deadline_seconds=0.3, validate_every=9, centralised=False, clients=clients)
     rounds_failures = {row["client"]: row["reason"] for row in failures(run) if "validation" not in row["reason"]}
     assert rounds_failures == {CLIENTS[0]: "no answer before the deadline", CLIENTS[1]: "Message Unavailable"}
+    clients._late[:] = ["answered"]
+    clients._grid.until["answered"] = 0.0
+    list(clients.ask("toy.validate", arrays={}, config={"round": 1}, clients=[]))
+    assert not clients._late, "what came late is read, or Flower would keep it"
 
 
 def test_a_node_that_is_slow_to_say_its_name_joins_a_later_round(run, monkeypatch):

@@ -83,9 +83,12 @@ class GridClients(Clients):
         """Nodes that have not said yet who they are, by the message that asks them."""
         self._met: set[int] = set()
         """Nodes that were asked before."""
+        self._late: list[str] = []
+        """Messages whose answers came too late, or still may: Flower keeps an answer until it is read."""
 
     def answers(self, request: Request) -> Answers:
         """A client that is not connected is a Failure, not an exception. One that is late costs its answer alone."""
+        self._late = [identifier for identifier in self._late if not self._pull([identifier])]
         connected = self.connected()
         nodes = {name: connected[name] for name in request.clients if name in connected}
         identifiers = dict(zip(nodes, self._push(request, list(nodes.values())), strict=True))
@@ -153,6 +156,7 @@ class GridClients(Clients):
             for message in self._pull([identifier]):
                 return read_reply(name, message)
             if late:
+                self._late.append(identifier)
                 return Failure(name, "no answer before the deadline")
             time.sleep(POLL_SECONDS)
 

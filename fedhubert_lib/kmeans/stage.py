@@ -234,8 +234,10 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
         counts += reply.arrays["counts"].long().numpy()
         runs += int(reply.arrays["runs"])
         if "phones" in reply.arrays:
-            names = bytes(reply.arrays["phones"].byte().tolist()).decode(errors="replace").split("\n")
+            names = bytes(reply.arrays["phones"].byte().flatten().tolist()).decode(errors="replace").split("\n")
             phones = names, reply.arrays["contingency"].long().numpy()
+            if phones[1].shape != (len(names), p.clusters):
+                raise KmeansError(f"{reply.client}: counts of {list(phones[1].shape)} for {len(names)} phones")
             total = units.added([total, phones])
             if (phones[1].sum(1) > 0).sum() > 1:
                 alone.append(units.quality_of_counts(phones[1], p.seed))
@@ -270,7 +272,7 @@ def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
         "labelled_frames": frames,
         "label_entropy": float(entropy(counts)),
         "cluster_use": float((counts > 0).mean()),
-        "mean_run": frames / int(runs),
+        "mean_run": frames / max(1, int(runs)),
     }
 
 
