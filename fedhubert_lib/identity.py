@@ -279,8 +279,8 @@ def _listing(root: Path, by_content: bool) -> list[str]:
             lines.append((place.split(os.sep), f"{place} {state}\n"))
     lines.sort()
     kept = [line for line in lines if Path(line[0][-1]).suffix in _DATA | {".json"}] if by_content else []
-    hashes = (hashlib.sha256(b"".join(os.fsencode(line) for _, line in some)) for some in (kept or lines, lines))
-    return [hash.hexdigest() for hash in hashes]
+    parts = [kept, lines] if kept else [lines]
+    return [hashlib.sha256(b"".join(os.fsencode(line) for _, line in part)).hexdigest() for part in parts]
 
 
 def _sha256(file: Path) -> str:

@@ -111,6 +111,7 @@ def test_the_meter_of_a_gpu_counts_its_joules_and_never_stops_a_training(monkeyp
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handles.append)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: counters.pop(0))
     assert Meter("cuda").used()["gpu_joules"] == 7.5
+    assert "gpu_joules" not in Meter("cuda", "pool").used(), "whose workers compute, on several GPUs perhaps"
     assert handles == ["GPU-1234"] * 2, "by UUID: under CUDA_VISIBLE_DEVICES the driver counts otherwise"
 
     def fail(*_):

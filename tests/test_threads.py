@@ -28,6 +28,9 @@ def test_the_import_configures_libraries_and_children():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | {"SLURM_CPUS_PER_TASK": "1"}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert child.stdout.split() == ["1000", "1"]
+    after = code.replace("import fedhubert_lib, os, torch", "import torch, fedhubert_lib, os")
+    child = subprocess.run([sys.executable, "-c", after], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.split()[1] == "1", "torch was first: as the notebooks import it"
 
 
 def test_each_works_on_all_cores_with_a_thread_on_each(monkeypatch):

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -394,6 +395,16 @@ def test_a_strong_proximal_term_holds_the_weights_near_the_start(corpus):
         module, _ = train(corpus, adjust=lambda module, s=strength: [fedprox.pull(list(module.parameters()), s)])
         distances.append((torch.nn.utils.parameters_to_vector(module.parameters()) - start).norm().item())
     assert distances[1] < 0.8 * distances[0]
+
+
+def test_a_personal_head_is_not_held_near_itself():
+    names = {name: torch.nn.Parameter(torch.ones(2)) for name in ("model.a", "head.b")}
+    update = SimpleNamespace(names=names, arrays={"model.a": torch.ones(2)}, p=pretrain(proximal=0.5), adjust=[])
+    next(fedprox.proximal(update))
+    for parameter in names.values():
+        parameter.data += 1
+    update.adjust[0](1.0)
+    assert names["model.a"].grad.tolist() == [0.5, 0.5] and names["head.b"].grad is None
 
 
 @pytest.mark.parametrize("clusters", [100, 500])

@@ -47,6 +47,14 @@ def test_an_answer_is_read_once(answer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("reason", ["AcceleratorError: CUDA error: device-side assert", "ValueError: no label"])
+def test_a_worker_ends_when_its_gpu_is_lost_and_only_then(monkeypatch, reason):
+    codes = []
+    monkeypatch.setattr(pool.os, "_exit", codes.append)
+    pool.leave_lost_gpu(Failure("client-001", reason))
+    assert codes == ([1] if "CUDA" in reason else [])
+
+
 def test_one_worker_per_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -85,7 +85,8 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
             f"corpus.alignments: {root} has no phone of any of the {len(samples)} utterances (files named UTTERANCE"
             f".TextGrid or UTTERANCE.json, or one JSON file for all){example}"
         )
-    folded = {phone: fold(phone, tones=any(name[1:].endswith(TONES) for name in phones)) for phone in phones}
+    tones = any(name[1:].endswith(TONES) for name in phones)
+    folded = {phone: fold(phone, tones) for phone in phones}
     kinds = {phone: number for number, phone in enumerate(dict.fromkeys(folded.values()))}
     kind_of = np.array([kinds[phone] for phone in folded.values()], np.int32)
     columns = [

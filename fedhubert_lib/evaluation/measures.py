@@ -140,18 +140,18 @@ def of_system(
 
 
 MEMORY = 8
-"""Memory that a linear probe or k-means of rows takes, in sizes of these rows in float32: at most 7.5, measured."""
+"""Memory that least squares or k-means of rows takes, in sizes of these rows in float32: at most 7.5, measured."""
 
 
-def _of_seeds(work: Callable[[int], Value], p: "Evaluate", rows: np.ndarray) -> list[Value]:
-    return list(threads.each(work, range(p.seed, p.seed + p.seeds), MEMORY * rows.nbytes))
+def _of_seeds(work: Callable[[int], Value], p: "Evaluate", memory: int = 0) -> list[Value]:
+    return list(threads.each(work, range(p.seed, p.seed + p.seeds), memory))
 
 
 def _words(result: Result, rows: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """The keyword probe, and a linear one on each layer, which finds the best."""
     task, chance = speech.task, 1 / len(speech.task.words)
     options = {"steps": p.probe_steps, "rate": p.probe_rate, "fraction": p.train_fraction, "standardise": p.standardise}
-    result.outcomes = _of_seeds(lambda seed: keywords.probe(rows, task, seed, **options), p, rows)
+    result.outcomes = _of_seeds(lambda seed: keywords.probe(rows, task, seed, **options), p)  # in batches
     result.add("keyword-accuracy", [outcome.accuracy for outcome in result.outcomes], baseline=chance)
 
     def linear(layer: int) -> tuple[float, float]:
@@ -211,20 +211,21 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
     """Measures of the best layer's ``moments`` [clips, 2, width]: mean and standard deviation; and fine-tuning."""
     task, speakers, chance = speech.task, speech.clips.speaker.to_numpy(dtype=str), 1 / len(speech.task.words)
     rows, both, layer = moments[:, 0], moments.reshape(len(moments), -1), result.layer
+    memory = MEMORY * rows.nbytes
 
     def linear(seed: int) -> float:
         train, _ = keywords.training_clips(task, seed, p.train_fraction)
         return probes.ridge(both[train], task.labels[train]).score(both[task.test], task.labels[task.test])
 
     if system.frames:  # otherwise its one frame holds both
-        result.add("moments-accuracy", _of_seeds(linear, p, both), layer=layer, baseline=chance)
+        result.add("moments-accuracy", _of_seeds(linear, p, MEMORY * both.nbytes), layer=layer, baseline=chance)
     nearest = probes.nearest(rows, task.labels, task.train, task.test)
     result.add("nearest-accuracy", [nearest], layer=layer, baseline=chance)
     with result.noting("unseen"):
-        unseen = _of_seeds(lambda seed: probes.leave_speakers_out(rows, task.labels, speakers, seed=seed), p, rows)
+        unseen = _of_seeds(lambda seed: probes.leave_speakers_out(rows, task.labels, speakers, seed=seed), p, memory)
         result.add("unseen-speaker-accuracy", [accuracy for accuracy, _ in unseen], layer=layer, baseline=chance)
     with result.noting("voice"):
-        voice = _of_seeds(lambda seed: probes.speaker_accuracy(rows, speakers, seed=seed), p, rows)
+        voice = _of_seeds(lambda seed: probes.speaker_accuracy(rows, speakers, seed=seed), p, memory)
         result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], layer=layer, baseline=voice[0][1])
     if system.model is not None and p.fine_tune_steps:
         options = {"steps": p.fine_tune_steps, "rate": p.fine_tune_rate}

@@ -15,7 +15,7 @@ from fedhubert_lib import files
 
 ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 1024)
 """Renyi orders tried. Integers only, for which the sampled Gaussian has a closed form: the bound is valid, and above
-that of dp-accounting's fractional orders by up to 5 % where epsilon is below 20, by 15 % at 100, by half at 1,000."""
+that of dp-accounting's fractional orders by up to 5 % where epsilon is 20 or less, by 15 % at 98, by 58 % at 728."""
 
 
 @lru_cache(maxsize=4096)

@@ -84,7 +84,7 @@ class GridClients(Clients):
         self._met: set[int] = set()
         """Nodes that were asked before."""
         self._late: list[str] = []
-        """Messages whose answers came too late, or still may: Flower keeps an answer until it is read."""
+        """Messages whose answers came too late, or still may: unread they stay in Flower's memory."""
 
     def answers(self, request: Request) -> Answers:
         """A client that is not connected is a Failure, not an exception. One that is late costs its answer alone."""
