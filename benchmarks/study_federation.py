@@ -10,7 +10,8 @@
 clients' moments kept, reset and the cohort's; local steps per round (H) at equal updates. ``long``: 2.5 times as many
 updates. ``cohorts``: a part of the clients in each round. ``heads``: kinds of codebook with shared and personal heads
 (the base run needs kmeans.codebooks). ``bytes``: compressed updates. ``privacy``: clipped and noisy ones (the base run
-needs 16 clients). ``distill``: students, with and without the teacher (that of the base run, which needs 03_pretrain).
+needs 16 clients); ``many``: the same with 500. ``distill``: students, with and without the teacher (that of the base
+run, which needs 03_pretrain).
 A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below --out when it is done, and is not run
 again; ``report`` prints the tables and draws curves.png.
 """
@@ -97,7 +98,10 @@ FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 YOGI = FEDADAM_COHORT | {"server_tau": 0.03}
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
 HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
-PRIVATE = HALF | {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
+CLIPPED = {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
+PRIVATE = HALF | CLIPPED
+MANY = _steps(BEST["FedAvg"], 5) | {"cohort": 32, "weighting": "clients", "batch_seconds": 4.0}
+"""Of 500 clients with ten seconds of speech each."""
 LAYERS = ["soft-targets", "distilhubert"]
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher and labels": {"soft_weight": 0.7, "label_weight": 0.3},
@@ -168,6 +172,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         "not private": HALF,
         **{f"noise {noise:g}": PRIVATE | {"privacy_noise": noise} for noise in (0.0, 0.001, 0.003, 0.01, 0.03)},
     },
+    "many": {
+        "not private": MANY,
+        **{f"noise {noise:g}": MANY | CLIPPED | {"privacy_noise": noise} for noise in (0.0, 0.04, 0.12)},
+    },
     "distill": {
         f"{name}, {taught}": _steps(BEST[name], steps) | {"objectives": ["soft-targets"]} | weights
         for taught, weights in TAUGHT.items()
@@ -175,7 +183,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Arms of each study, with their parameters of the stage beyond those of mini.yaml and SHORT."""
-EVALUATED = ("parity", "heads", "bytes", "privacy", "distill")
+EVALUATED = ("parity", "heads", "bytes", "privacy", "many", "distill")
 """Studies whose arms are measured on words and phones, too: it takes half as long as a short training."""
 
 

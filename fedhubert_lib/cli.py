@@ -208,6 +208,8 @@ def _deploy(options: argparse.Namespace) -> int | None:
     elif options.step == "server":
         return deployment.serve(folder, options.bind)
     elif options.step == "register":
+        for client in options.clients:
+            deployment.add_client(folder, client)
         print(f"registered: {', '.join(deployment.register(folder)) or 'no new client'}")
     elif options.step == "client":
         deployment.attend(options.node, options.run, options.device)
@@ -324,7 +326,7 @@ def _add_steps(steps: Any) -> None:
     for step, about in (
         ("prepare", "write keys, certificates and configuration to RUN/federation"),
         ("server", "run the SuperLink, until it is stopped"),
-        ("register", "register clients whose keys the running SuperLink does not know"),
+        ("register", "make keys for new clients, and let in those whom the running SuperLink does not know"),
         ("client", "run a client's SuperNode, until it is stopped"),
         ("run", "run stages of a study over the connected clients"),
         ("local", "server, clients and stages on this machine, then stop them"),
@@ -336,6 +338,8 @@ def _add_steps(steps: Any) -> None:
             argument("--port", type=int, default=9092)
         if step == "server":
             argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")
+        if step == "register":
+            argument("clients", nargs="*", metavar="CLIENT", help="new clients, who get a folder under RUN/federation")
         if step == "client":
             argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT")
         if step in ("run", "local"):

@@ -214,7 +214,7 @@ class LocalTraining(Section):
     """Local training."""
 
     local_steps: Natural = Field(2, description="optimiser steps of a client per round; with local_epochs, at most")
-    local_epochs: Count = Field(0, description="passes of a client over its speech per round; 0: local_steps count")
+    local_epochs: Count = Field(0, description="passes of a client over its speech per round; 0: local_steps")
     batch_seconds: Positive = Field(16.0, description="seconds of audio per step")
     crop_seconds: Positive = Field(4.0, description="seconds of an utterance that a step sees at most")
     learning_rate: Positive = Field(1e-3, description="peak learning rate of the client's AdamW")
@@ -255,10 +255,10 @@ class Server(Section):
     server_beta2: Decay = Field(0.99, description="beta 2 of the adaptive optimisers")
     server_tau: SuitedPositive = Field(NONE, description="adaptivity tau of adaptive ones; none: what suits it")
     server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="fraction cut per end by trimmed-mean")
-    weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="weight of an update, by count")
+    weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="what updates are weighted by")
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")
     deadline_seconds: NotNegative = Field(0.0, description="seconds after which an answer is left out; 0: wait")
-    outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="factor of an update's norm that leaves it out")
+    outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="multiple of the usual norm above which updates are left out")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     patience: Count = Field(0, description="validations without a better loss before training stops; 0: never")
     centralised: bool = Field(True, description="also train the baseline: pooled data, as many updates")
@@ -347,7 +347,7 @@ class Pretrain(Federation):
 
 
 class Distill(Federation):
-    """04_distill: a smaller student learns from the pretrained teacher, over the same federation."""
+    """04_distill: a smaller student learns from the teacher; what is not set is as in pretrain, but the model's shape."""
 
     teacher: Place = Field("", description="checkpoint folder of the teacher, of the same codebook; empty: 03_pretrain")
     layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")

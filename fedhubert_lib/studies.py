@@ -159,8 +159,8 @@ def described(stage: str) -> str:
     properties = schema.model_json_schema()["properties"]
     lines = [f"{stage}:  # {schema.__doc__}"]
     for group in reversed(schema.__mro__):
-        if group in Federation.__bases__:
-            lines.append(f"  # {group.__doc__}")
+        if issubclass(schema, Federation) and group in (*Federation.__bases__, schema):
+            lines.append("  # This stage." if group is schema else f"  # {group.__doc__}")
         for name in [name for name in inspect.get_annotations(group) if name in properties]:
             content = properties.pop(name)
             default = content["default"]

@@ -125,7 +125,9 @@ def test_described_lists_every_parameter_in_its_group():
     assert "  server: fedavg  # server optimiser (fedavg, fedavgm, " in text
     assert "  clusters: 20  # " in studies.described("kmeans") and ">= 2 and <= 65535" in studies.described("kmeans")
     headings = [line.strip() for line in text.splitlines() if line.startswith("  #")]
-    assert headings == ["# Model.", "# Local training.", "# Server.", "# Privacy.", "# Transport.", "# Machine."]
+    groups = ["# Model.", "# Local training.", "# Server.", "# Privacy.", "# Transport.", "# Machine."]
+    assert headings == [*groups, "# This stage."]
+    assert text.index("# This stage.") < text.index("  objectives: ")
     assert text.index("# Privacy") < text.index("privacy_clip") < text.index("# Transport")
 
 

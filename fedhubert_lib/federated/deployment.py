@@ -94,7 +94,7 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
     """
     folder = folder.resolve()
     if (folder / "federation.json").exists():
-        raise FileExistsError(f"{folder}: has keys already; add a client with add_client, or delete the folder")
+        raise FileExistsError(f"{folder}: has keys already; add a client with `deploy register`, or delete the folder")
     # Flower's own processes on the server's machine come by its loopback address.
     write_server_keys(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
     certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
