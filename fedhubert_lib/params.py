@@ -258,7 +258,7 @@ class Server(Section):
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="what updates are weighted by")
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")
     deadline_seconds: NotNegative = Field(0.0, description="seconds after which an answer is left out; 0: wait")
-    outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="multiple of the usual norm above which updates are left out")
+    outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="multiple of an update's norm that leaves it out")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     patience: Count = Field(0, description="validations without a better loss before training stops; 0: never")
     centralised: bool = Field(True, description="also train the baseline: pooled data, as many updates")
@@ -347,7 +347,7 @@ class Pretrain(Federation):
 
 
 class Distill(Federation):
-    """04_distill: a smaller student learns from the teacher; what is not set is as in pretrain, but the model's shape."""
+    """04_distill: a smaller student learns from the teacher; but for its shape, unset values are pretrain's."""
 
     teacher: Place = Field("", description="checkpoint folder of the teacher, of the same codebook; empty: 03_pretrain")
     layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")
