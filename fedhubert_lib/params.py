@@ -267,8 +267,8 @@ class Server(Section):
         yield from super().conflicts()
         if self.cohort_minimum > self.cohort:
             yield "cohort_minimum", f"{self.cohort_minimum}, but cohort, the most, is {self.cohort}"
-        if self.server == "trimmed-mean" and self.smallest_cohort < 3:
-            yield "server", f"trimmed-mean needs a cohort of 3 or more; this one may be {self.smallest_cohort}"
+        if self.server in ("trimmed-mean", "median") and self.smallest_cohort < 3:
+            yield "server", f"{self.server} needs a cohort of 3 or more; this one may be {self.smallest_cohort}"
 
     @property
     def smallest_cohort(self) -> int:
@@ -304,7 +304,7 @@ class Machine(Section):
         "auto", description="precision of local steps; auto: bfloat16 where the machine is faster with it"
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
-    threads: Count = Field(0, description="threads of a client on a CPU; 0: all cores; with engine pool 1 is fastest")
+    threads: Count = Field(0, description="threads of a client; 0: all cores; on CPUs with engine pool 1 is fastest")
 
 
 class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
@@ -316,7 +316,11 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
         protected = self.secure_aggregation or self.privacy != "none" or self.compression != "none"
         if self.local_state == "cohort" and (needs_all or protected):
             yield "local_state", "cohort goes with no privacy, compression or sum that is no mean; give keep or reset"
+        if self.compression == "top-k" and (needs_all or self.privacy == "server"):
+            yield "compression", "top-k sends few values, of all rounds so far: for a plain mean alone; give int8"
         if self.secure_aggregation:
+            if self.privacy == "none" and self.privacy_quantile:
+                yield "privacy_quantile", "is followed with privacy: server or client alone; set it to 0"
             if self.weighting != "clients" or self.compression != "none":
                 yield "secure_aggregation", "needs weighting: clients, compression: none; it adds integers of one scale"
             if needs_all:

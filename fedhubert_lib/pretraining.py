@@ -46,7 +46,8 @@ def lesson(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, 
     module = _modules(json.dumps(config["model"]), config["clusters"], home.device)
     personal = client_state.load(home, config, "personal")
     if p.head == "personal" and personal is None and "head.label_embeddings" not in arrays:  # on pooled data it is
-        hubert.initialise(module["head"], seeds.torch_generator(p.seed, "head"))
+        hubert.initialise(module["head"].cpu(), seeds.torch_generator(p.seed, "head"))  # a CPU's draws on every device
+        module["head"].to(home.device)
     named.fill(module, arrays, personal)
     objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
     labels = functools.partial(recipes.labelled, codebook=p.codebook, made=config["labels"])

@@ -162,7 +162,7 @@ class _Tally:
         self.check_every = check_every
         self.totals: dict[str, Tensor] = {}
         self.steps, self.count, self.audio_seconds, self.waiting, self.norms = 0, 0, 0.0, 0.0, 0.0
-        self.pending: list[tuple[int, Tensor, Sequence[Batch]]] = []
+        self.pending: list[tuple[int, Tensor, str]] = []
 
     def add(self, batch: Batch, sums: Sums) -> None:
         """Count a batch."""
@@ -174,17 +174,17 @@ class _Tally:
     def step(self, number: int, norm: Tensor, group: Sequence[Batch]) -> None:
         """Count a step; raise DivergedError when one of the last was not finite."""
         self.steps += 1
-        self.pending.append((number, norm, group))
+        self.pending.append((number, norm, _names(group)))  # not the batches, which are pinned memory on a GPU
         if len(self.pending) == self.check_every:
             self.settle()
 
     def settle(self) -> None:
         """Fetch the norms of the steps since the last time."""
         norms = torch.stack([norm for _, norm, _ in self.pending]).tolist() if self.pending else ()
-        for (number, _, group), norm in zip(self.pending, norms, strict=True):
+        for (number, _, names), norm in zip(self.pending, norms, strict=True):
             if not math.isfinite(norm):
                 raise DivergedError(
-                    f"the gradient's norm is {norm} at global step {number}, batch {_names(group)}; listen to these"
+                    f"the gradient's norm is {norm} at global step {number}, batch {names}; listen to these"
                     " clips, or lower the learning rate"
                 )
             self.norms += norm

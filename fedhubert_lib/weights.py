@@ -48,9 +48,9 @@ def to_host(tensors: Mapping[str, Tensor]) -> Arrays:
 
 
 def restore_moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter], kept: Arrays) -> None:
-    """Give AdamW the moments that ``moments`` read from it."""
+    """Give AdamW a copy of the moments that ``moments`` read from it."""
     for name, parameter in names.items():
-        optimiser.state[parameter] = {key: kept[f"{name}/{key}"].to(parameter.device) for key in MOMENTS}
+        optimiser.state[parameter] = {key: kept[f"{name}/{key}"].to(parameter.device, copy=True) for key in MOMENTS}
 
 
 def moments(optimiser: torch.optim.AdamW, names: Mapping[str, nn.Parameter]) -> Arrays:

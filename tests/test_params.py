@@ -263,6 +263,14 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("pretrain.head=personal distill.soft_weight=0.5", "distill.soft_weight"),
         ("kmeans.codebooks=[client] pretrain.codebook=client pretrain.head=personal", "distill.codebook"),
         ("distill.cohort=2 distill.server=trimmed-mean", "distill.server"),
+        ("pretrain.cohort=2 pretrain.server=median", "pretrain.server"),
+        ("pretrain.server=median pretrain.compression=top-k", "pretrain.compression"),
+        ("pretrain.server=scaffold pretrain.compression=top-k", "pretrain.compression"),
+        ("pretrain.privacy=server pretrain.weighting=clients pretrain.compression=top-k", "pretrain.compression"),
+        (
+            "pretrain.secure_aggregation=true pretrain.weighting=clients pretrain.privacy_quantile=0.5",
+            "pretrain.privacy_quantile",
+        ),
         ("pretrain.cohort_fraction=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),
         ("pretrain.server=fedadam pretrain.server_momentum=1.0", "pretrain.server_momentum"),  # divides by 0

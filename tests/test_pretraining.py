@@ -371,9 +371,10 @@ def test_a_personal_head_starts_alike_over_clients_and_on_pooled_data(run, tmp_p
     assert not torch.equal(weights["model.masked_spec_embed"], drawn["model.masked_spec_embed"])
 
 
-def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch):
-    """With everybody asked in every round c stays the mean of the c_i, by clients, whatever their updates weigh; after
-    an answer that was lost, too."""
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch, compression):
+    """With everybody asked in every round c stays the mean of the c_i, by clients, whatever their updates weigh, but
+    for what compression keeps back; after an answer that was lost, too."""
 
     def lossy(home, arrays, config):
         answer = pretraining.update(home, arrays, config)
@@ -383,14 +384,18 @@ def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch)
 
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.forget", lambda *_: ({}, {}))
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.update", lossy)
-    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, rounds=3)
+    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, rounds=3, compression=compression)
     pretraining.run(run, p)
     _, server, _ = checkpoints.read(run / "03_pretrain", 3)
-    own = [load_file(p) for p in (run / "03_pretrain/clients").glob("*/session-*/control-000003.safetensors")]
-    assert len(own) == 4
-    for name, tensor in own[0].items():
-        mean = torch.stack([each[name] for each in own]).mean(0)
-        torch.testing.assert_close(server[f"control/{name}"], mean, rtol=1e-4, atol=1e-6)
+    files = sorted((run / "03_pretrain/clients").glob("*/session-*/control-000003.safetensors"))
+    variates = [load_file(file) for file in files]
+    lost = [load_file(file.with_name("lost-000003.safetensors")) if compression != "none" else {} for file in files]
+    assert len(files) == 4
+    for name, tensor in variates[0].items():
+        sent = [
+            of_client[name] - rest.get(f"control/{name}", 0) for of_client, rest in zip(variates, lost, strict=True)
+        ]
+        torch.testing.assert_close(server[f"control/{name}"], torch.stack(sent).mean(0), rtol=1e-4, atol=1e-6)
         assert tensor.abs().max() > 0
 
 

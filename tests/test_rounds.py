@@ -339,10 +339,12 @@ def explode(change, metrics):
         (lambda c, m: ({"model.a": c["model.a"]}, m), "lacks ['head.b']"),
         (lambda c, m: ({name: 500 * t for name, t in c.items()}, m), "times as large as is usual"),
         (lambda c, m: (c, {**m, "loss_sum": float("nan")}), "not finite, or larger than they can be (['loss_sum'])"),
-        (lambda c, m: (c, {**m, "objective_count": 0.0}), "it claims 0 masked frames"),
+        (lambda c, m: (c, {**m, "objective_count": 0.0}), "it claims objective_count of 0; up to"),
         (lambda c, m: (c, {"loss_sum": 1.0}), "metrics lack audio_seconds, learning_rate, objective_count, seconds"),
         (lambda c, m: (c, {name: m[name] for name in m if name != "loss_sum"}), "its metrics lack loss_sum"),
-        (lambda c, m: (c, {**m, "objective_count": 1e9}), "it claims 1e+09 masked frames; from 1 to"),
+        (lambda c, m: (c, {**m, "objective_count": 1e9}), "it claims objective_count of 1e+09; up to"),
+        (lambda c, m: (c, {**m, "audio_seconds": -1.0}), "it claims audio_seconds of -1; up to"),
+        (lambda c, m: (c, {**m, "audio_seconds": 1e9}), "it claims audio_seconds of 1e+09; up to"),
     ],
 )
 def test_a_bad_update_is_left_out_and_recorded(run, monkeypatch, how, reason):
@@ -438,6 +440,26 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_resumes_with_other_dr
     for number, attempt in ((3, 0), (4, 6), (5, 0)):
         took_part = [row["client"] for row in ledger if row["kind"] == "client" and row["round"] == number]
         assert took_part == rounds.cohort(CLIENTS, 4, 0, number, attempt)
+
+
+def test_of_two_answers_there_is_no_median(run, monkeypatch):
+    def handler(home, arrays, config):
+        return pull(home, arrays, config) if home.client in CLIENTS[:2] else explode(arrays, config)
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", handler)
+    with pytest.raises(rounds.QuorumError):
+        train(run, server="median", cohort=3, rounds=1)
+    assert all("; 3 needed" in row["reason"] for row in failures(run) if not row["client"])
+
+
+def test_state_of_an_attempt_that_failed_is_there_after_a_kill_before_the_first_checkpoint(run):
+    """Clients keep state by session: one that a start made anew would lose what an attempt at round 1 left there."""
+    p, task = pretrain(cohort=4, rounds=2), rounds.Task("toy", {}, averages)
+    sessions = []
+    for out in ("toy", "toy", "other"):
+        with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / out) as server:
+            sessions.append(server.message(1)["session"])
+    assert sessions[0] == sessions[1] != sessions[2]
 
 
 def test_a_median_that_does_not_fit_into_memory_is_refused_before_anybody_is_asked(run, monkeypatch):

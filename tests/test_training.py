@@ -1,7 +1,9 @@
 """Masks, batches, the objective and the local update."""
 
 import itertools
+import math
 import os
+import weakref
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -470,3 +472,14 @@ def test_gradient_checkpointing_keeps_a_fraction_of_the_activations():
         events.sort(key=lambda event: event.start_ns())
         peaks.append(max(itertools.accumulate(event.nbytes() for event in events)))
     assert peaks[1] < 0.33 * peaks[0]
+
+
+def test_batches_of_steps_whose_norms_were_not_fetched_are_let_go():
+    """A GPU fetches norms once in fifty steps: so many pinned batches would be gigabytes."""
+    batch = batching.Batch(torch.zeros(1, 8), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), ("u1",))
+    kept, tally = weakref.ref(batch.waveforms), training._Tally(check_every=50)
+    tally.step(1, torch.tensor(math.nan), [batch])
+    del batch
+    assert kept() is None
+    with pytest.raises(training.DivergedError, match="step 1, batch .*u1"):
+        tally.result()

@@ -23,8 +23,14 @@ from fedhubert_lib.federated.protocol import Arrays, ClientHome
 
 
 def load(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | None:
-    """The tensors called ``name`` from the last round before this one that this client had a part in, else None."""
+    """The tensors called ``name`` from the last round before this one that this client had a part in, else None.
+
+    What comes after the round in which its answer last ``counted``, where the server says so, is dropped: it was lost.
+    """
     earlier = {number: file for number, file in saved(home, config, name).items() if number < config["round"]}
+    counted = config.get("counted", {}).get(home.client, config["round"])
+    for number in [number for number in earlier if number > counted]:
+        earlier.pop(number).unlink()
     return load_file(earlier[max(earlier)]) if earlier else None
 
 

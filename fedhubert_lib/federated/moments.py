@@ -17,7 +17,7 @@ from torch import Tensor
 from fedhubert_lib import training, weights
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.hooks import Hook, Update
-from fedhubert_lib.federated.optimisers import Mean, UpdateError, checked_norm
+from fedhubert_lib.federated.optimisers import Mean, UpdateError, check, checked_norm
 from fedhubert_lib.federated.protocol import Arrays
 from fedhubert_lib.params import Federation
 
@@ -26,7 +26,7 @@ PREFIX = "moments/"
 
 def shared(update: Update) -> Iterator[None]:
     """The client: start from the moments of the message, and send those of the end; personal ones stay here."""
-    received = {name.removeprefix(PREFIX): t.clone() for name, t in update.arrays.items() if name.startswith(PREFIX)}
+    received = {name.removeprefix(PREFIX): t for name, t in update.arrays.items() if name.startswith(PREFIX)}
     kept = received | (client_state.load(update.home, update.config, "moments") or {})
     names = {name: parameter for name, parameter in update.names.items() if f"{name}/step" in kept}
     weights.restore_moments(update.optimiser, names, kept)
@@ -87,7 +87,7 @@ class _Mean(Mean):
         self._p = p
 
     def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
-        checked_norm(update, like)
+        check(update, like)
         kinds: dict[str, Arrays] = {key: {} for key in ("weights", *weights.MOMENTS)}
         for name, tensor in update.items():
             kinds[name.rpartition("/")[2] if name.startswith(PREFIX) else "weights"][name] = tensor
@@ -95,10 +95,10 @@ class _Mean(Mean):
         largest = 1.1 * self._p.clip_norm  # moments of a layer that layerdrop leaves out do not shrink
         taken = [float(step - like[name]) for name, step in steps.items()]
         if (
-            checked_norm(first, {name: like[name] for name in first}) > largest
-            or sum(float(square.sum(dtype=torch.float64)) for square in second.values()) > largest**2
-            or any(bool((square < 0).any()) for square in second.values())
+            not checked_norm(first, first) <= largest
+            or not sum(float(square.sum()) for square in second.values()) <= largest**2
+            or not all(float(square.min()) >= 0 for square in second.values())
             or not all(0 <= number < self._p.local_steps + 0.5 for number in taken)  # means, rounded to float32
         ):
             raise UpdateError("its moments are not those of so many steps with gradients of at most clip_norm")
-        return checked_norm(kinds["weights"], {name: like[name] for name in kinds["weights"]})
+        return checked_norm(kinds["weights"], kinds["weights"])

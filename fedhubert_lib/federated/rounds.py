@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedhubert_lib import checkpoints, federated, seeds, threads
+from fedhubert_lib import checkpoints, federated, files, seeds, threads
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import handlers, hooks, optimisers
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
@@ -134,7 +134,12 @@ class Server:
         self.clients, self.p, self.task, self.out, count = clients, p, task, out, len(clients.ids)
         self.weights, self.tensors = weights, optimisers.moments(p, weights)
         settings = checkpoints.decisive(p) | {"task": task.name, "clients": count, "first_client": min(clients.ids)}
-        self.state: dict[str, Any] = {"round": 0, "session": uuid.uuid4().hex, "settings": settings}
+        session = out / "checkpoints" / "session"  # on disk before clients keep state under it, which no start may lose
+        if not session.exists():
+            with files.atomic(session) as temporary:
+                temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
+        session_id = session.read_text(encoding="utf-8")
+        self.state: dict[str, Any] = {"round": 0, "session": session_id, "settings": settings}
         self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
         # What hooks may change:
         self.bounded = False
@@ -386,9 +391,10 @@ def check_metrics(metrics: Mapping[str, float], needed: Mapping[str, float], ser
         raise optimisers.UpdateError(f"its metrics lack {', '.join(sorted(missing))}")
     if unusable := [name for name, value in metrics.items() if not abs(value) < min(needed.get(name, math.inf), 1e30)]:
         raise optimisers.UpdateError(f"its metrics are not finite, or larger than they can be ({unusable})")
-    possible = server.p.local_steps * server.p.batch_seconds * SAMPLE_RATE / HOP
-    if not 0 < (claimed := metrics.get("objective_count", 1)) <= possible:
-        raise optimisers.UpdateError(f"it claims {claimed:g} masked frames; from 1 to {possible:g} are possible")
+    seconds = server.p.local_steps * server.p.batch_seconds
+    for name, most in ("objective_count", seconds * SAMPLE_RATE / HOP), ("audio_seconds", 1.001 * seconds):
+        if name in needed and not 0 < metrics[name] <= most:
+            raise optimisers.UpdateError(f"it claims {name} of {metrics[name]:g}; up to {most:g} are possible")
     try:
         server.averages(metrics)
     except KeyError as name:

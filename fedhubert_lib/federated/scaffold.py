@@ -5,7 +5,6 @@ sends the change of its own c_i with its update. Personal parameters have none. 
 clients count alike: a client takes up its c_i of the last round in which its answer counted, which the server says.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -26,10 +25,6 @@ def corrected(update: Update) -> Iterator[None]:
     along; under AdamW that mean is taken itself.
     """
     common = {name: update.arrays[CONTROL + name] for name in update.names if CONTROL + name in update.arrays}
-    counted = update.config["counted"][update.home.client]
-    for number, file in client_state.saved(update.home, update.config, "control").items():
-        if counted < number < update.config["round"]:  # its answer was lost
-            file.unlink()
     local = client_state.load(update.home, update.config, "control")
     gradients: Arrays = {}
     update.optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, update.names))
@@ -71,9 +66,8 @@ class Control(Hook):
         round.message["counted"] = {client: counted[client] for client in round.asked}
 
     def collector(self, round) -> optimisers.Collector:
-        # Clipped gradients take c_i no farther, and rounding not twice as far; what top-k kept back has no bound.
-        farthest = 2 * (self.p.clip_norm + optimisers.checked_norm(self.control, self.control))
-        return _Means(math.inf if self.p.compression == "top-k" else farthest)
+        # Clipped gradients take c_i no farther, and rounding not twice as far.
+        return _Means(2 * (self.p.clip_norm + optimisers.checked_norm(self.control, self.control)))
 
     def step(self, round, update: dict[str, Tensor]) -> None:
         self.server.state["counted"] |= dict.fromkeys(round.clients, round.number)
