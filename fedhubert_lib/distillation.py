@@ -162,7 +162,7 @@ def run(run: Path, p: params.Distill, on_row: checkpoints.OnRow | None = None, c
     teacher does not fit what is to be learned from it, or, for objective ``hubert``, its features have no clusters yet.
     """
     with rounds.connected(run, p, clients) as clients:
-        p, teacher = rounds.sized(p, len(clients.ids)), read_teacher(run, p)
+        teacher = read_teacher(run, p)
         if "hubert" in p.objectives and not centroids(run, p, teacher).exists():
             raise TeacherError(f"{centroids(run, p, teacher)}: not here; run kmeans.targets.run first")
         task, weights = begin(run, p, teacher)

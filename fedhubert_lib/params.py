@@ -244,8 +244,6 @@ class Server(Section):
 
     rounds: Natural = Field(2, description="federated rounds")
     cohort: Natural = Field(3, description="clients per round, drawn by (seed, round)")
-    cohort_fraction: Part = Field(1.0, description="fraction of clients per round, between cohort_minimum and cohort")
-    cohort_minimum: Natural = Field(1, description="clients per round at least, with a cohort_fraction below 1")
     server: Optimiser = Field("fedavg", description="server optimiser")
     server_rate: SuitedPositive = Field(NONE, description="learning rate of the server optimiser; none: what suits it")
     server_schedule: Literal["constant", "clients"] = Field(
@@ -265,15 +263,8 @@ class Server(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
-        if self.cohort_minimum > self.cohort:
-            yield "cohort_minimum", f"{self.cohort_minimum}, but cohort, the most, is {self.cohort}"
-        if self.server in ("trimmed-mean", "median") and self.smallest_cohort < 3:
-            yield "server", f"{self.server} needs a cohort of 3 or more; this one may be {self.smallest_cohort}"
-
-    @property
-    def smallest_cohort(self) -> int:
-        """Clients that a round has at least."""
-        return self.cohort if self.cohort_fraction == 1 else self.cohort_minimum
+        if self.server in ("trimmed-mean", "median") and self.cohort < 3:
+            yield "server", f"{self.server} needs a cohort of 3 or more, not {self.cohort}"
 
 
 class Privacy(Section):
@@ -325,8 +316,8 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
                 yield "secure_aggregation", "needs weighting: clients, compression: none; it adds integers of one scale"
             if needs_all:
                 yield "secure_aggregation", f"gives the server nothing but a sum; server: {self.server} needs more"
-            if (fewest := self.smallest_cohort) < 3:
-                yield "secure_aggregation", f"needs a cohort of 3 or more; of {fewest}, one knows the other's update"
+            if self.cohort < 3:
+                yield "secure_aggregation", "needs a cohort of 3 or more; of two, one knows the other's update"
         if self.privacy != "none":
             if self.weighting != "clients":
                 yield "privacy", "needs weighting: clients; by masked frames one client could weigh more than the noise"

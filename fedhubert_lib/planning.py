@@ -13,10 +13,10 @@ import psutil
 import torch
 from torch import nn
 
-from fedhubert_lib import federated, hubert, objectives, pooled, pretrained, recipes, resources, threads, training
+from fedhubert_lib import hubert, objectives, pooled, pretrained, recipes, resources, threads, training
 from fedhubert_lib.audio import SAMPLE_RATE, frame_count
 from fedhubert_lib.batching import Batch
-from fedhubert_lib.federated import pool, rounds
+from fedhubert_lib.federated import pool
 from fedhubert_lib.params import Pretrain
 
 
@@ -65,7 +65,6 @@ def plan(run: Path, p: Pretrain) -> Plan:
 
     Epochs are counted as ``local_steps``, the most that they are. Raises MemoryError: see ``fitting_step``.
     """
-    p = rounds.sized(p, len(federated.client_ids(run, p.codebook)))
     config = pretrained.read_config(Path(p.initial)) if p.initial else recipes.model_config(p)
     device, clusters = resources.resolve(p.device), recipes.clusters(run, p.codebook)
     with threads.limited(p.threads):

@@ -46,7 +46,6 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     first then.
     """
     device, ids = resources.resolve(p.device), federated.client_ids(run, p.codebook)
-    p = rounds.sized(p, len(ids))
     stage: Any = pretraining if isinstance(p, Pretrain) else distillation
     task, weights = stage.begin(run, p)
     folders, out = handlers.homes(run, ids, task.name, device), run / stage.STAGE / "centralised"

@@ -28,7 +28,6 @@ from fedhubert_lib import (
 )
 from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
-from fedhubert_lib.federated import rounds
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.partition import can_train
 from fedhubert_lib.teaching import Teacher
@@ -131,8 +130,8 @@ def _model(folder: str) -> Any:
 def _cohort(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     if "partition" not in coming and (run / "01_partition" / "clients.parquet").is_file():
         clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
-        if (size := rounds.sized(p, clients).cohort) > clients:
-            raise ValueError(f"{size} given, but 01_partition made {clients} clients; give that or fewer")
+        if p.cohort > clients:
+            raise ValueError(f"{p.cohort} given, but 01_partition made {clients} clients; give that or fewer")
 
 
 def _lists(p: Any, run: Path, _: Any, coming: Container[str]) -> None:

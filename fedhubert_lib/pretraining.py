@@ -86,7 +86,6 @@ def serving(
     Raises FileNotFoundError, before a round begins, where pooled training will need what is not on this machine.
     """
     with rounds.connected(run, p, clients) as clients:
-        p = rounds.sized(p, len(clients.ids))
         task, weights = begin(run, p)
         if p.head == "personal":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}

@@ -271,7 +271,6 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
             "pretrain.secure_aggregation=true pretrain.weighting=clients pretrain.privacy_quantile=0.5",
             "pretrain.privacy_quantile",
         ),
-        ("pretrain.cohort_fraction=0.5 pretrain.cohort_minimum=4", "pretrain.cohort_minimum"),
         ("pretrain.secure_aggregation=true", "pretrain.secure_aggregation"),
         ("pretrain.server=fedadam pretrain.server_momentum=1.0", "pretrain.server_momentum"),  # divides by 0
         ("pretrain.server=fedyogi pretrain.server_beta2=1.0", "pretrain.server_beta2"),

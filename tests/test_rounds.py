@@ -193,14 +193,6 @@ def test_cohorts_come_from_seed_and_round_and_client_ids(run):
         rounds.cohort(CLIENTS, 7, 0, 1)
 
 
-@pytest.mark.parametrize(("clients", "size"), [(2, 2), (6, 2), (20, 5), (1000, 8)])
-def test_a_share_of_the_clients_within_bounds(clients, size):
-    p = pretrain(cohort=8, cohort_fraction=0.25, cohort_minimum=2)
-    assert rounds.sized(p, clients).cohort == size
-    assert rounds.sized(rounds.sized(p, clients), clients).cohort == size
-    assert rounds.sized(pretrain(cohort=8), clients).cohort == 8  # without a share: so many, or an error
-
-
 class LateAndShuffled(InProcessGrid):
     """Answers when it likes, and its nodes have other numbers every time."""
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -32,8 +32,6 @@ ATTEMPTS = 3
 """Attempts at a round below its quorum before the run stops."""
 METRICS = dict.fromkeys(("objective_count", "audio_seconds", "seconds", "learning_rate"), math.inf)
 """Metrics of every client's update, unless the server is not trusted with them, and what each is below."""
-
-F = TypeVar("F", bound=Federation)
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +52,6 @@ class Task:
     """From added-up metrics of clients to the columns of a row: loss (lower is better) and others."""
     documents: Mapping[str, str] = field(default_factory=dict)
     """Small files that belong beside the weights, by name."""
-
-
-def sized(p: F, clients: int) -> F:
-    """``p`` with ``cohort_fraction`` of ``clients`` clients as its cohort, within cohort_minimum and cohort."""
-    if p.cohort_fraction == 1:
-        return p
-    count = max(p.cohort_minimum, min(p.cohort, round(p.cohort_fraction * clients)))
-    return p.model_copy(update={"cohort": count, "cohort_fraction": 1.0})
 
 
 def cohort(ids: Sequence[str], count: int, seed: int, number: int, attempt: int = 0) -> list[str]:
