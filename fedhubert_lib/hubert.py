@@ -1,9 +1,9 @@
 """HuBERT: waveform in, hidden states out; masked frames predict cluster labels. One file, read from top to bottom.
 
 Follows Hsu et al. 2021 (arXiv 2106.07447) as fairseq trains it; names of parameters and settings are transformers'.
-Two variants are not in the paper: a log-mel front end (Fast-HuBERT, MelHuBERT) with the same 50 Hz frames, and
-sinusoidal positions. On a CPU ``kernels`` computes the same numbers faster where it is named below; GPUs, exporters and
-FLOP counters run what is written here.
+One variant is not in the paper: a log-mel front end (Fast-HuBERT, MelHuBERT) with the same 50 Hz frames. On a CPU
+``kernels`` computes the same numbers faster where it is named below; GPUs, exporters and FLOP counters run what is
+written here.
 
 Shapes: B clips, S samples, T = floor((S - 400) / 320) + 1 frames, C channels of the front end, D hidden size, K
 clusters. Floats are float32, under autocast bfloat16 between layers.
@@ -27,7 +27,7 @@ MELS = 80
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Everything that fixes the network; field names are those of transformers' ``HubertConfig`` but for the last five.
+    """Everything that fixes the network; field names are those of transformers' ``HubertConfig`` but for the last four.
 
     ``feature_grad_mult`` scales the gradient of the convolutions (as in fairseq); ``do_normalize`` gives each clip zero
     mean and unit variance (transformers: ``preprocessor_config.json``); ``classifier_proj_size`` is the size in which
@@ -54,7 +54,6 @@ class HubertConfig:
     feat_proj_dropout: float = 0.1
     layerdrop: float = 0.05
     front_end: Literal["waveform", "logmel"] = "waveform"
-    position_embedding: Literal["conv", "sinusoidal"] = "conv"
     feature_grad_mult: float = 0.1
     do_normalize: bool = False
     classifier_proj_size: int = 256
@@ -214,14 +213,6 @@ class ConvPositions(nn.Module):
         return F.gelu(y).to(x.dtype)
 
 
-def sinusoidal_positions(x: Tensor) -> Tensor:
-    """Absolute positions (Vaswani et al. 2017) of frames [B, T, D], as [T, D]: sines of D / 2 rates, then cosines."""
-    half = x.shape[2] // 2
-    rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(10_000.0) / max(half - 1, 1)))
-    angles = torch.arange(x.shape[1], device=x.device)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Self-attention over all frames of a clip. Clips are never padded, so there is no mask."""
 
@@ -287,7 +278,7 @@ class Encoder(nn.Module):
         self.norm_first = config.do_stable_layer_norm
         self.dropout = kernels.Dropout(config.hidden_dropout)
         self.layerdrop = config.layerdrop
-        self.pos_conv_embed = ConvPositions(config) if config.position_embedding == "conv" else sinusoidal_positions
+        self.pos_conv_embed = ConvPositions(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 

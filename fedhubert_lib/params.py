@@ -196,9 +196,6 @@ class Model(Section):
         None, description="hidden units of a feed-forward block; none: the preset's, or four times hidden_size"
     )
     conv_width: Natural | None = Field(None, description="channels of the convolutions (waveform); none: the preset's")
-    position_embedding: Literal["conv", "sinusoidal"] = Field(
-        "conv", description="conv: as published; sinusoidal: without parameters"
-    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()

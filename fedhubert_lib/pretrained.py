@@ -30,7 +30,7 @@ LEFT_OUT = ("lm_head.", "projector.", "classifier.", "layer_weights", "log_mel."
 
 def published(config: HubertConfig) -> bool:
     """Whether this is the paper's architecture, which other software knows."""
-    return config.front_end == "waveform" and config.position_embedding == "conv"
+    return config.front_end == "waveform"
 
 
 def documents(config: HubertConfig) -> dict[str, str]:

@@ -58,7 +58,7 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
         heads = hubert.preset(p.model).num_attention_heads
         chosen["num_attention_heads"] = next(n for n in range(heads, 0, -1) if p.hidden_size % n == 0)
     changes = {name: value for name, value in chosen.items() if value}
-    return hubert.preset(p.model, p.front_end, position_embedding=p.position_embedding, **changes)
+    return hubert.preset(p.model, p.front_end, **changes)
 
 
 def steps(home: ClientHome, p: params.Federation, number: int) -> int:

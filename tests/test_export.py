@@ -20,8 +20,7 @@ PRESETS = {
     "post-norm": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
     "pre-norm": ("large", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
     "logmel": ("tiny", "logmel", SMALL),
-    "sinusoidal": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7, "position_embedding": "sinusoidal"}),
-    "both": ("large", "logmel", {**SMALL, "position_embedding": "sinusoidal"}),
+    "pre-norm logmel": ("large", "logmel", SMALL),
 }
 
 
@@ -67,7 +66,7 @@ def test_published_architectures_load_offline(checkpoint, tmp_path, monkeypatch,
     assert not (tmp_path / "out" / "head.safetensors").exists()
 
 
-@pytest.mark.parametrize("kind", ["logmel", "sinusoidal", "both"])
+@pytest.mark.parametrize("kind", ["logmel", "pre-norm logmel"])
 def test_architectures_of_ours_load_with_the_code_in_the_export(checkpoint, tmp_path, kind):
     folder, out = checkpoint(kind), tmp_path / "out"
     assert formats.to_huggingface(folder, out) < 1e-4
@@ -93,7 +92,7 @@ def test_code_in_the_export_needs_torch_and_transformers_alone():
     tree = ast.parse(Path(formats.__file__).with_name(formats.CODE).read_text(encoding="utf-8"))
     named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     named |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert {name.partition(".")[0] for name in named} == {"math", "typing", "torch", "transformers"}
+    assert {name.partition(".")[0] for name in named} == {"typing", "torch", "transformers"}
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def test_padded_clips_of_a_log_mel_export_are_as_alone(checkpoint, tmp_path, mon
     """Lengths around a pair of 10 ms frames, where the last whole one is repeated; ones after the end."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", tmp_path / "cache")
-    formats.to_huggingface(checkpoint("both"), tmp_path / "out")
+    formats.to_huggingface(checkpoint("pre-norm logmel"), tmp_path / "out")
     assert not (tmp_path / "cache").exists(), "the comparison leaves nothing there"
     exported = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "out")
@@ -110,7 +109,7 @@ def test_padded_clips_of_a_log_mel_export_are_as_alone(checkpoint, tmp_path, mon
     batch["input_values"] += 1 - batch["attention_mask"]
     states = exported(**batch).last_hidden_state
     for clip, state in zip(clips, states, strict=True):
-        alone = build("both")(clip[None]).last[0]
+        alone = build("pre-norm logmel")(clip[None]).last[0]
         torch.testing.assert_close(state[: len(alone)], alone, atol=1e-4, rtol=0)
 
 

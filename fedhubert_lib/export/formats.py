@@ -68,9 +68,9 @@ def load_published(checkpoint: Path, target: str) -> tuple[Hubert, Head | None]:
     model, head = pretrained.load(checkpoint)
     if not (pretrained.published(model.config) and model.config.feat_proj_layer_norm):
         raise ExportError(
-            f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end},"
-            f" position_embedding {model.config.position_embedding} and feat_proj_layer_norm"
-            f" {model.config.feat_proj_layer_norm}. Export it as huggingface or ONNX, or train a published one"
+            f"{target} knows only HuBERT as published; this model has front_end {model.config.front_end} and"
+            f" feat_proj_layer_norm {model.config.feat_proj_layer_norm}. Export it as huggingface or ONNX, or train a"
+            " published one"
         )
     return model, head
 

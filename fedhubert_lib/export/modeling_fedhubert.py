@@ -1,11 +1,10 @@
-"""HuBERT with a log-mel front end or sinusoidal positions, for transformers' ``AutoModel`` with ``trust_remote_code``.
+"""HuBERT with a log-mel front end, for transformers' ``AutoModel`` with ``trust_remote_code``.
 
 This file travels with the weights and needs PyTorch and transformers alone. Whatever is not here is transformers' own
 ``HubertModel``. Clips of different lengths may be padded on the right if ``attention_mask`` says where they end, as
 ``AutoFeatureExtractor`` does: each has the hidden states that it has alone.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import HubertConfig, HubertModel
 
 
 class FedHubertConfig(HubertConfig):
-    """Settings: ``front_end`` (waveform, logmel), ``position_embedding`` (conv, sinusoidal), and transformers' own."""
+    """Settings: ``front_end`` (waveform, logmel), and transformers' own."""
 
     model_type = "fedhubert"
 
@@ -47,19 +46,8 @@ class LogMel(nn.Module):
             return x.unflatten(1, (-1, 2)).flatten(2).transpose(1, 2).to(self.mels.dtype)
 
 
-class SinusoidalPositions(nn.Module):
-    """Absolute positions (Vaswani et al. 2017): sines of D / 2 rates, then cosines."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The positions of frames [B, T, D] as [T, D]."""
-        half = x.shape[2] // 2
-        rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(10_000.0) / max(half - 1, 1)))
-        angles = torch.arange(x.shape[1], device=x.device)[:, None] * rates
-        return torch.cat([angles.sin(), angles.cos()], 1).to(x.dtype)
-
-
 class FedHubertModel(HubertModel):
-    """``HubertModel`` with the parts that ``config.front_end`` and ``config.position_embedding`` name."""
+    """``HubertModel`` with the front end that ``config.front_end`` names."""
 
     config_class = FedHubertConfig
 
@@ -70,8 +58,6 @@ class FedHubertModel(HubertModel):
             self.feature_projection.projection = nn.Linear(160, config.hidden_size)
             if config.feat_proj_layer_norm:
                 self.feature_projection.layer_norm = nn.LayerNorm(160, eps=config.layer_norm_eps)
-        if config.position_embedding == "sinusoidal":
-            self.encoder.pos_conv_embed = SinusoidalPositions()
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Waveforms [B, S] at 16 kHz, S >= 400, to what ``HubertModel`` returns; ``options`` are its own."""
