@@ -2,8 +2,8 @@
 
 ``checkpoints/round-00012/`` holds the weights (``model.safetensors``, ``head.safetensors``: a file per first part of
 the tensors' names), the optimiser's tensors (``server.safetensors``), ``state.json`` (counters, and the settings they
-belong to), and the documents that make it a model folder. The last and the best are kept. ``checkpoints/model-00004/``
-is the model folder alone; those of rounds 1, 2, 4, 8 … stay, so that quality can be plotted over hours of speech heard.
+belong to), and the documents that make it a model folder. The last is kept. ``checkpoints/model-00004/`` is the model
+folder alone; those of rounds 1, 2, 4, 8 … stay, so that quality can be plotted over hours of speech heard.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def path(out: Path, number: int) -> Path:
 def write(
     out: Path, number: int, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]
 ) -> None:
-    """Write round ``number`` and remove all earlier ones but ``state["best_round"]``, where rounds are judged.
+    """Write round ``number`` and remove all earlier ones.
 
     ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors; ``server`` are
     the tensors that the optimiser keeps; ``documents`` are small text files by name.
@@ -69,7 +69,7 @@ def write(
     with files.atomic(path(out, number)) as temporary:
         pretrained.write(temporary, groups | {"server": server}, {**documents, "state.json": state_text})
     for earlier in rounds(out):
-        if earlier < number and earlier != state.get("best_round"):
+        if earlier < number:
             shutil.rmtree(path(out, earlier))
 
 

@@ -8,7 +8,6 @@ changes of code change no result, and days of training are not repeated for a co
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -111,8 +110,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
     by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}
     settings = {name: words for name, words in differing(before, now).items() if name not in params.HOW | by_content}
-    less_patient = (now.get("patience") or math.inf) < (before.get("patience") or math.inf)  # 0: for ever
-    added = settings.keys() & params.ADDITIONS - ({"patience"} if less_patient else set())
+    added = settings.keys() & params.ADDITIONS
     additions = _changed("parameters", [settings.pop(name) for name in sorted(added)])
     falls = " (the learning rate falls over all rounds, so every round differs)" if "rounds" in settings else ""
     parameters = _changed("parameters", settings.values()) + falls

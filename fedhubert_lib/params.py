@@ -255,7 +255,6 @@ class Server(Section):
     deadline_seconds: NotNegative = Field(0.0, description="seconds after which an answer is left out; 0: wait")
     outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="multiple of an update's norm that leaves it out")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
-    patience: Count = Field(0, description="validations without a better loss before training stops; 0: never")
     centralised: bool = Field(True, description="also train the baseline: pooled data, as many updates")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -320,8 +319,6 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
                 yield "privacy", "needs weighting: clients; by masked frames one client could weigh more than the noise"
             if needs_all:
                 yield "privacy", f"adds its noise to a sum of updates; server: {self.server} takes no sum"
-            if self.patience:
-                yield "patience", "stops by losses without noise, which privacy rules out; set it to 0"
             if self.privacy_seeded and self.engine == "deployment":
                 yield "privacy_seeded", "is for simulations: whoever has the seed can subtract the noise; leave it out"
             if self.privacy == "client" and self.compression != "none":
@@ -399,8 +396,8 @@ FOLDERS = {stage: f"{number:02d}_{stage}" for number, stage in enumerate(SECTION
 
 HOW = frozenset(["run", "engine", "threads", "device", "deadline_seconds", "download", "mirror", "keywords_mirror"])
 """Parameters that say where and how a stage runs, not what comes out."""
-ADDITIONS = frozenset({"centralised", "along", "patience"})
-"""Parameters that add to what is there and change nothing of it (patience: when it is raised)."""
+ADDITIONS = frozenset({"centralised", "along"})
+"""Parameters that add to what is there and change nothing of it."""
 
 
 def places(section: Section) -> dict[str, str]:

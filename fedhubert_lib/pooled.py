@@ -19,7 +19,6 @@ from fedhubert_lib import (
     checkpoints,
     distillation,
     federated,
-    files,
     pretraining,
     recipes,
     resources,
@@ -27,7 +26,7 @@ from fedhubert_lib import (
     training,
 )
 from fedhubert_lib import weights as named
-from fedhubert_lib.federated import best, handlers, rounds
+from fedhubert_lib.federated import handlers, rounds
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.meter import Meter
@@ -58,7 +57,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     names, optimiser, meter = dict(module.named_parameters()), training.adamw(module, p), Meter(p.device)
     options = {"device": device, "normalise": lesson.normalise}
     with checkpoints.sole(out):
-        state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p), **best.UNJUDGED}
+        state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p)}
         moments = named.moments(optimiser, names)
         state |= checkpoints.resume(out, state["settings"], weights, moments)
         if state["round"]:
@@ -66,8 +65,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
         named.fill(module, weights)
         plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(ids)}
         ledger = checkpoints.Ledger(out, state["round"], plan, on_row)
-        last = _last_round(p, out)
-        for number in range(state["round"] + 1, last + 1):
+        for number in range(state["round"] + 1, p.rounds + 1):
             began = time.perf_counter()
             measured = training.local_update(
                 module,
@@ -82,7 +80,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
             )
             weights = {name: parameter.detach().cpu() for name, parameter in names.items()}
             row = {"round": number, **task.averages(measured), "clients": 1}
-            if number % p.validate_every == 0 or number == last:
+            if number % p.validate_every == 0 or number == p.rounds:
                 sums: Counter[str] = Counter()
                 for home in panel:
                     sums.update(stage.validate(home, weights, {**message, "round": number})[1])
@@ -90,7 +88,6 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
             row |= {name: measured[name] for name in ("learning_rate", "gradient_norm", "audio_seconds")}
             row["seconds"] = time.perf_counter() - began
             row |= {"audio_seconds_per_second": measured["audio_seconds"] / row["seconds"], **meter.used()}
-            best.judge(state, number, row)
             state["round"] = number
             ledger.row("round", row)
             checkpoints.write(out, number, weights, named.moments(optimiser, names), state, task.documents)
@@ -101,12 +98,6 @@ def merged(p: F) -> F:
     """``p`` with a step's audio in fewer and larger batches of at most 32 s: what cores need to be busy with."""
     count = max(n for n in range(1, p.cohort + 1) if p.cohort % n == 0 and (n == 1 or n * p.batch_seconds <= 32))
     return p.model_copy(update={"cohort": p.cohort // count, "batch_seconds": count * p.batch_seconds})
-
-
-def _last_round(p: Federation, out: Path) -> int:
-    """The last round: that of the federation beside ``out``, which with ``patience`` may have stopped early."""
-    rows = files.rounds(out.parent / "metrics.jsonl") if p.patience else []
-    return rows[-1]["round"] if rows else p.rounds
 
 
 def utterances(homes: Iterable[ClientHome]) -> pd.DataFrame:

@@ -49,7 +49,7 @@ TASK = {
     "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers", *_HEARD],
 }
 """By stage, the parameters in which a run must equal its reference."""
-_ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"patience", "validate_every", "decode_check"}
+_ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"validate_every", "decode_check"}
 """Parameters that move no curve."""
 
 Curves = dict[str, pd.DataFrame]
@@ -124,7 +124,7 @@ def make(runs: Sequence[Path]) -> Reference:
 
 def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Hours, mean and band of curves of seeds as far as the shortest goes; the ends, where one was not ``along``."""
-    count, points = len(of_seeds), min(map(len, of_seeds))  # with ``patience`` some stop early
+    count, points = len(of_seeds), min(map(len, of_seeds))
     of_seeds = [curve[-1:] if points == 1 else curve[:points] for curve in of_seeds]
     hours, values = (np.array([curve[column] for curve in of_seeds]) for column in ("hours", "value"))
     variance = pd.Series(values.var(0, ddof=1)).rolling(max(3, points // 10), center=True, min_periods=1).mean()

@@ -17,14 +17,13 @@ CPU = torch.device("cpu")
 
 def write(out: Path, number: int) -> None:
     weights = {"model.a": torch.full((3,), float(number)), "head.b": torch.ones(2)}
-    state = {"round": number, "best_round": 3 if number >= 3 else 0}
-    checkpoints.write(out, number, weights, {"m": torch.ones(100)}, state, {"config.json": f"{number}"})
+    checkpoints.write(out, number, weights, {"m": torch.ones(100)}, {"round": number}, {"config.json": f"{number}"})
 
 
 def test_models_stay_while_checkpoints_go(tmp_path):
     for number in range(1, 10):
         write(tmp_path, number)
-    assert checkpoints.rounds(tmp_path) == [3, 9]
+    assert checkpoints.rounds(tmp_path) == [9]
     kept = sorted((tmp_path / "checkpoints").glob("model-*"))
     assert [folder.name for folder in kept] == [f"model-{number:05}" for number in (1, 2, 4, 8)]
     for number, folder in zip((1, 2, 4, 8), kept, strict=True):
@@ -46,7 +45,7 @@ def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path,
     monkeypatch.undo()
     assert checkpoints.rounds(tmp_path) == [3]  # from where training goes on
     write(tmp_path, 4)
-    assert checkpoints.rounds(tmp_path) == [3, 4]
+    assert checkpoints.rounds(tmp_path) == [4]
     assert load_file(tmp_path / "checkpoints" / "model-00004" / "model.safetensors")["a"].tolist() == [4.0] * 3
 
 

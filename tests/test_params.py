@@ -284,7 +284,6 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
             "pretrain.local_state",
         ),
         ("pretrain.privacy=client", "pretrain.privacy"),
-        ("pretrain.privacy=client pretrain.weighting=clients pretrain.patience=2", "pretrain.patience"),
         ("pretrain.privacy=client pretrain.weighting=clients pretrain.compression=int8", "pretrain.compression"),
     ],
 )

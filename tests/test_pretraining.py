@@ -164,21 +164,6 @@ def test_pooled_training_takes_over_no_setting_that_is_the_federations_alone(run
     assert digest(weights_of(pooled.train(run, compressed))) == plain
 
 
-def test_pooled_training_stops_where_the_federation_did(run):
-    p = pretrain(rounds=6, patience=1, server="fedavg", server_rate=1e-6, learning_rate=1e-6, validate_every=2)
-    pretraining.run(run, p)
-    pooled.train(run, p)
-    done, pooled_done = (
-        [
-            row["round"]
-            for row in files.read_rows(run / "03_pretrain" / place / "metrics.jsonl")
-            if row["kind"] == "round"
-        ]
-        for place in ("", "centralised")
-    )
-    assert done[-1] < 6 and pooled_done == done
-
-
 def test_moments_of_a_layer_that_was_always_dropped_are_those_of_the_start(tmp_path):
     """And can be saved: safetensors refuses tensors that share memory."""
     module = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "dropped": torch.nn.Linear(2, 2)})

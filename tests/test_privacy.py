@@ -226,7 +226,6 @@ def test_no_draw_is_forgotten_but_one_that_a_seed_repeats(tmp_path):
         ({"weighting": "masked-frames"}, "privacy"),
         ({"server": "median"}, "privacy"),
         ({"privacy": "client", "compression": "int8"}, "compression"),
-        ({"patience": 3}, "patience"),
         ({"privacy_seeded": True, "engine": "deployment"}, "privacy_seeded"),
     ],
 )

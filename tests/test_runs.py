@@ -455,16 +455,13 @@ def test_a_codebook_that_is_added_leaves_a_teacher_of_another_as_it_is(outputs):
     ("change", "kind"),
     [
         ({"device": "cpu", "engine": "pool", "deadline_seconds": 5.0}, None),
-        ({"patience": 5}, "additions"),
-        ({"patience": 0}, "additions"),
-        ({"patience": 2}, "results"),
         ({"centralised": False}, "additions"),
         ({"rounds": 3}, "results"),
         ({"learning_rate": 0.5}, "results"),
     ],
 )
 def test_which_parameters_decide_the_results(change, kind):
-    values = params.Pretrain(patience=3).model_dump()
+    values = params.Pretrain().model_dump()
     one = {"stage": "pretrain", "parameters": values, "inputs": {}, "library": {}, "notebook": "", "versions": {}}
     changes = identity.compare(one, one | {"parameters": values | change})._asdict()
     assert {name for name, words in changes.items() if words} == ({kind} if kind else set())

@@ -10,8 +10,7 @@ from fedhubert_lib.evaluation import report, tables
 from fedhubert_lib.evaluation.intervals import Interval, measure
 from fedhubert_lib.evaluation.tables import HEADLINE, TITLES, Report
 
-IRRELEVANT = params.HOW | params.ADDITIONS - {"patience"}
-IRRELEVANT |= {"seed", "root", "keywords_root", "alignments", "checkpoint"}
+IRRELEVANT = params.HOW | params.ADDITIONS | {"seed", "root", "keywords_root", "alignments", "checkpoint"}
 """Parameters in which the runs of one table may differ."""
 
 

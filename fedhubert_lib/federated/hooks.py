@@ -1,7 +1,7 @@
 """What a study may add to the rounds: a hook is one file with what runs at the client, and what runs at the server.
 
 At a client a hook is a generator: what stands before its ``yield`` happens before the local steps, what stands after it
-to the change that they made (``Update``). At the server it is a ``Hook``, called at six points of a round.
+to the change that they made (``Update``). At the server it is a ``Hook``, called at five points of a round.
 ``AT_CLIENTS`` and ``AT_SERVER`` list them in their order; a study imports those alone that its parameters choose.
 """
 
@@ -34,7 +34,6 @@ AT_CLIENTS: Table = {
 }
 """The client's half of each hook, MODULE:FUNCTION, and whether a study chooses it."""
 AT_SERVER: Table = {
-    "best:Judging": lambda p: p.privacy == "none",  # the choice of the best model would reveal losses
     "compression:Decoding": lambda p: p.compression != "none",
     "secure:Summing": lambda p: p.secure_aggregation,
     "privacy:Bounding": lambda p: p.privacy != "none",
@@ -93,6 +92,3 @@ class Hook:
 
     def step(self, round: "Round", update: Arrays) -> None:
         """Change the collected ``update`` in place before the server optimiser steps along it."""
-
-    def save(self, round: "Round", row: Mapping[str, Any]) -> None:
-        """See the ``row`` of a round before its checkpoint is written."""

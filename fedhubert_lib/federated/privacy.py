@@ -174,7 +174,6 @@ class Bounding(Hook):
     def step(self, round, update: Arrays) -> None:
         """Add the noise; the ledger says what the run has spent."""
         state, p = self.server.state, self.p
-        state.pop("best_round", None)  # of an earlier version, which would be kept for ever
         until = (round.number, round.attempt) if p.privacy_seeded else None
         epsilon = accounting.spent(self._account, p.privacy_delta, until)
         round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": label(p)}

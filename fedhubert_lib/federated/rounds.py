@@ -111,7 +111,7 @@ def serving(
         with server.writer:
             yield server
             server.settle()
-        if resumed < server.durable == p.rounds:  # no round can follow, as it can where patience has ended it
+        if resumed < server.durable == p.rounds:  # no round can follow
             list(clients.ask(f"{task.name}.forget", config=server.message(p.rounds), timeout=120.0))
 
 
@@ -146,16 +146,16 @@ class Server:
         self.saving: Future[None] | None = None
 
     def rounds(self) -> Iterator["Round"]:
-        """The rounds that are left, until all are done or ``patience`` validations passed without a better loss.
+        """The rounds that are left.
 
-        A round that was not saved comes again, with another cohort. Raises QuorumError after ``ATTEMPTS`` of them.
+        One that was not saved comes again, with another cohort. Raises QuorumError after ``ATTEMPTS`` of them.
 
         >>> this_round = next(server.rounds())
         >>> update = this_round.collect(this_round.ask(this_round.draw()))
         >>> update.keys() == server.weights.keys()
         True
         """
-        while self.state["round"] < self.p.rounds and not 0 < self.p.patience <= self.state["validations_since_best"]:
+        while self.state["round"] < self.p.rounds:
             number, began = self.state["round"] + 1, time.perf_counter()
             for _ in range(ATTEMPTS):
                 yield Round(self, number, began)
@@ -211,7 +211,6 @@ class Round:
         self.clients: list[str] = []  # whose updates were usable
         self.norms: list[float] = []
         self.sums: Counter[str] = Counter()
-        self.panel: dict[str, Mapping[str, float]] = {}  # metrics of the clients that validated
         self.server_seconds = 0.0
         self.row: dict[str, Any] = {"learning_rate": None}
         """Columns of the ledger that are known so far."""
@@ -261,8 +260,6 @@ class Round:
         """Validate, write the round's row, and begin to write its checkpoint."""
         server, number = self.server, self.number
         row = {"round": number, **server.averages(self.sums), **self.row, **self._validated()} | self._cost()
-        for hook in server.hooks:
-            hook.save(self, row)
         if not server.bounded:
             server.state["reference_norm"] = statistics.median(self.norms)
         server.state["round"] = number
@@ -335,7 +332,7 @@ class Round:
         server, number = self.server, self.number
         if not server.trusted or (number % self.p.validate_every and number != self.p.rounds):
             return {}
-        clients = panel(server.clients.ids, self.p)
+        clients, sums, count = panel(server.clients.ids, self.p), Counter[str](), 0
         self.bytes_down += size(server.weights) * len(clients)
         for reply in server.ask("validate", server.message(number), clients, server.weights):
             try:
@@ -343,17 +340,11 @@ class Round:
                     raise optimisers.UpdateError(reply.reason)
                 check_metrics(reply.metrics, {}, server)
                 if reply.metrics:  # none: it has no validation utterances
-                    self.panel[reply.client] = reply.metrics
+                    sums.update(reply.metrics)
+                    count += 1
             except optimisers.UpdateError as error:
                 server.fail(number, reply.client, f"validation: {error}")
-        return self.validation(self.panel)
-
-    def validation(self, panel: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The columns of validation, of clients' metrics."""
-        sums: Counter[str] = Counter()
-        for metrics in panel.values():
-            sums.update(metrics)
-        averages = self.server.task.averages(sums) | {"clients": len(panel)} if panel else {}
+        averages = server.task.averages(sums) | {"clients": count} if count else {}
         return {f"validation_{name}": value for name, value in averages.items()}
 
     def _cost(self) -> dict[str, Any]:
