@@ -263,12 +263,11 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
 def validation_mask(client: np.ndarray, samples: np.ndarray, p: params.Partition) -> np.ndarray:
     """Which rows are for validation: ``p.validation_fraction`` of each client's utterances, rounded; bool [utterances].
 
-    At least one where the fraction is not zero and the client has two; a client always keeps one to train on: the
-    only one that is long enough for it, of ``samples`` [utterances], where it has no other.
+    At least one where the fraction is not zero and the client has two; a client always keeps one to train on: one that
+    is long enough for it, of ``samples`` [utterances], where it has such.
     """
     draw = pd.Series(seeds.numpy_generator(p.seed, "partition", "validation").random(len(client)))
-    usable = samples >= SHORTEST
-    draw += usable & (np.bincount(client, usable)[client] == 1)
+    draw += draw == draw.where(samples >= SHORTEST).groupby(client).transform("max")
     count = np.bincount(client)
     kept = np.round(p.validation_fraction * count).clip(int(p.validation_fraction > 0), count - 1)
     return (draw.groupby(client).rank(method="first") <= kept[client]).to_numpy()

@@ -29,7 +29,6 @@ from fedhubert_lib import (
 from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.labels import Labels
-from fedhubert_lib.partition import can_train
 from fedhubert_lib.teaching import Teacher
 
 _Problems = Iterator[tuple[str, str]]
@@ -134,20 +133,6 @@ def _cohort(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
             raise ValueError(f"{p.cohort} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _lists(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
-    """Whether every client has an utterance to train on: one without would fail in each round."""
-    if "partition" in coming or not (run / "01_partition" / "clients.parquet").is_file():
-        return
-    codebook, folder = getattr(p, "codebook", ""), run / "01_partition" / "clients"
-    ids = federated.client_ids(run, "" if "kmeans" in coming else codebook)
-    here = [folder / client for client in ids if (folder / client / "train.parquet").is_file()]
-    if unfit := [home.name for home in here if not can_train(home)]:
-        raise ValueError(
-            f"{len(unfit)} clients have no training utterance of a second or longer, among them {', '.join(unfit[:3])};"
-            " make 01_partition with fewer clients or another scheme"
-        )
-
-
 def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
     """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
     if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
@@ -231,7 +216,6 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
     (params.Kmeans, "features", _features),
     (params.Federation, "cohort", _cohort),
-    (params.Kmeans | params.Federation, "run", _lists),
     (params.Federation, "codebook", _labels),
     (params.Pretrain, "initial", lambda p, *_: _model(p.initial)),
     (params.Distill, "teacher", _teacher),

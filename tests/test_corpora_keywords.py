@@ -90,6 +90,10 @@ def test_clips_of_a_part_of_the_corpus(root):
     assert set(reasons.values()) == {"word bed has no test clip here"} and len(reasons) == 4
     clips.to_parquet(root / "keywords.parquet")
     assert len(keywords.read_clips(root / "keywords.parquet")) == len(clips), "05 takes what 00 found"
+    (root / "yes" / "1a_nohash_0.wav").unlink()  # which leaves those of a word that is left out
+    read(root)[0].to_parquet(root / "keywords.parquet")
+    with pytest.raises(keywords.KeywordError, match="no clip of the validation split"):
+        keywords.read_clips(root / "keywords.parquet")
 
 
 def test_a_clip_recorded_anew_in_its_place_is_another(root):

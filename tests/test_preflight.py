@@ -1,7 +1,6 @@
 """What a later stage needs is looked at before the first: each fault is named with its parameter, all at once."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,24 +108,6 @@ def test_the_cohort_is_compared_with_the_clients_that_there_are(tmp_path):
     told = problems(tmp_path, first="kmeans")
     assert "pretrain.cohort: 3 given, but 01_partition made 2 clients; give that or fewer" in told
     assert not problems(tmp_path, "pretrain.cohort=2", first="kmeans")
-
-
-def test_a_client_without_speech_to_train_on_is_named_before_it_fails_in_every_round(tmp_path):
-    for client, samples in {"a": [16_000], "b": [15_999, 400], "c": []}.items():
-        folder = tmp_path / "01_partition" / "clients" / client
-        folder.mkdir(parents=True)
-        pd.DataFrame({"samples": np.array(samples, int)}).to_parquet(folder / "train.parquet")
-    pd.DataFrame({"client": ["a", "b", "c"]}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
-    assert not problems(tmp_path), "01_partition is to come"
-    told = problems(tmp_path, first="kmeans")
-    for stage in ("kmeans", "pretrain", "distill"):
-        assert f"{stage}.run: 2 clients have no training utterance of a second or longer, among them b, c" in told
-    labelled = {"clusters": 20, "labelled": ["a"]}
-    files.write_json(tmp_path / "02_kmeans/codebooks/federated/codebook.json", labelled)
-    settings = ("pretrain.cohort=1", "distill.cohort=1")
-    assert not problems(tmp_path, *settings, first="pretrain"), "those without labels are never drawn"
-    shutil.rmtree(tmp_path / "01_partition" / "clients")
-    assert not problems(tmp_path, *settings, first="kmeans"), "the lists of a real federation are elsewhere"
 
 
 def test_clusters_are_compared_with_the_frames_that_there_are(tmp_path):
