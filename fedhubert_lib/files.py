@@ -156,7 +156,7 @@ def locked(path: Path, seconds: float = 0.0) -> Iterator[bool]:
 
     On a file system without locks, True: nothing then keeps two processes apart, which is printed once.
     """
-    lock = FileLock(path, timeout=seconds, thread_local=False)
+    lock = FileLock(path, timeout=seconds, thread_local=False, fallback_to_soft=False)
     free = True
     try:
         lock.acquire()
