@@ -99,7 +99,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
-    with path.open("ab+", buffering=0) as stream:
+    with naming(path), path.open("ab+", buffering=0) as stream:
         if (size := stream.tell()) and os.pread(stream.fileno(), 1, size - 1) != b"\n":
             stream.seek(0)
             size = stream.truncate(stream.read().rfind(b"\n") + 1)

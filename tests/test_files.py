@@ -64,6 +64,11 @@ try:
         rows += 1
 except OSError:
     print(rows)
+(path / "full.jsonl").write_bytes(bytes(999) + bytes([10]))
+try:
+    files.append_row(path / "full.jsonl", {})
+except OSError as error:
+    print(error.filename)
 try:
     with files.atomic(path / "model.bin") as temporary:
         temporary.write_bytes(bytes(2000))
@@ -79,12 +84,12 @@ except OSError as error:
 
 def test_full_disk_leaves_complete_rows_and_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
-    rows, reason, labels = done.stdout.splitlines()
+    rows, full, reason, labels = done.stdout.splitlines()
     assert 0 < int(rows) < 10 and reason == "File too large"
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert len(files.read_rows(tmp_path / "metrics.jsonl")) == int(rows)
-    assert labels == str(tmp_path / "client" / "labels.bin")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["client", "metrics.jsonl"]
+    assert (full, labels) == (str(tmp_path / "full.jsonl"), str(tmp_path / "client" / "labels.bin"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["client", "full.jsonl", "metrics.jsonl"]
 
 
 def test_sweep_removes_leftovers_alone(tmp_path):

@@ -1,5 +1,7 @@
 """The worker engines' hand-over, and how many workers a machine has."""
 
+import resource
+
 import pytest
 import torch
 
@@ -29,6 +31,16 @@ def test_a_message_arrives_as_it_was(content, tmp_path):
     for name, tensor in content.items():
         assert received[name].dtype == tensor.dtype
         assert torch.equal(received[name], tensor)
+
+
+def test_a_message_that_cannot_be_written_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: '.*/message'"):
+            wire.write(tmp_path / "message", {}, {"weight": torch.ones(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_readers_cannot_change_each_others_tensors_which_outlive_the_file(tmp_path):

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedhubert_lib import files
 from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 NEXT, END = "next", "end"
@@ -60,7 +61,8 @@ def checked_name(key: str, value: Any) -> str:
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
     """Write ``header`` (JSON-like) and ``arrays`` (CPU) to a new file."""
     metadata = {"header": json.dumps(dict(header)), "names": json.dumps(list(arrays))}
-    save_file({name: tensor.detach().contiguous() for name, tensor in arrays.items()}, path, metadata)
+    with files.naming(path):
+        save_file({name: tensor.detach().contiguous() for name, tensor in arrays.items()}, path, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
