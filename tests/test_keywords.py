@@ -133,6 +133,20 @@ def test_features_are_extracted_once(table, tmp_path):
     assert sorted(calls) == [14, 20, 20] and (first == again).all()
 
 
+def test_features_take_their_room_on_the_disk_as_they_come(table, tmp_path):
+    """A file that is mapped before it has its blocks ends the process on a disk that is full."""
+    sizes = []
+
+    def look(done: int, rows: int) -> None:
+        sizes.append(next(tmp_path.glob(".rows-clips.*")).stat().st_size)
+
+    clips = keywords.read_clips(table)
+    moments, _ = extraction.clips(lambda w: (w[:, None, :390],), clips, tmp_path / "rows", batch=20, on_progress=look)
+    assert sizes[0] < moments.nbytes / 2 and moments.dtype == np.float32 and moments.shape == (54, 2, 1, 390)
+    _, frames = extraction.clips(lambda w: (w[:, None, :9],), clips, tmp_path / "none", whole=())
+    assert frames.shape == (0, 1, 1, 9) and frames.dtype == np.float16
+
+
 def test_broken_encoder_leaves_no_features_and_the_clip_is_named(table, tmp_path):
     clips = keywords.read_clips(table)
     broken = keywords.waveforms(clips.iloc[[5]])[0]

@@ -83,12 +83,12 @@ def utterances(
 
 def _write(path: Path, rows: int, blocks: Iterable[np.ndarray], on_progress: OnProgress = lambda *_: None) -> None:
     """Write ``blocks`` of together ``rows`` rows below each other, without holding them in memory."""
-    with files.atomic(path) as temporary:
-        table, start = None, 0
+    with files.atomic(path) as temporary, temporary.open("wb") as stream:  # mapped, a full disk would kill the process
+        done = 0
         for block in blocks:
-            if table is None:
-                table = np.lib.format.open_memmap(temporary, "w+", block.dtype, (rows, *block.shape[1:]))
-            table[start : start + len(block)] = block
-            start += len(block)
-            on_progress(start, rows)
-        table.flush()
+            if not stream.tell():
+                facts = {"descr": block.dtype.str, "fortran_order": False, "shape": (rows, *block.shape[1:])}
+                np.lib.format.write_array_header_1_0(stream, facts)
+            stream.write(block.tobytes())
+            done += len(block)
+            on_progress(done, rows)
