@@ -240,8 +240,8 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     values, base_places = _read(under, (*above, path.resolve()))
     values = {key: value for key, value in values.items() if key not in ("study", "run")}
     for key, value in raw.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        values[key] = values[key] | value if both else value
+        old = values.get(key)  # an empty section changes nothing
+        values[key] = old | (value or {}) if isinstance(old, dict) and isinstance(value, dict | None) else value
     return values, base_places | places
 
 

@@ -101,6 +101,8 @@ def test_load_puts_a_study_over_its_base(tmp_path):
     loaded = studies.load(study(tmp_path, "base: base.yaml\npretrain: {cohort: 2}\n"))
     assert (loaded.study, loaded.run, loaded.seed, loaded.kmeans.clusters) == ("mine", "mine", 3, 9)
     assert (loaded.pretrain.rounds, loaded.pretrain.cohort) == (5, 2)
+    emptied = studies.load(study(tmp_path, "base: base.yaml\npretrain:\ndistill:\n"))
+    assert (emptied.pretrain.rounds, emptied.distill.rounds) == (5, 5), "an empty section changes nothing"
     (tmp_path / "base.yaml").write_text("kmeans: {clusters: 1}\n")
     assert f"{tmp_path / 'base.yaml'}:1: kmeans.clusters: " in errors(tmp_path / "mine.yaml")[0]
     (tmp_path / "base.yaml").write_text("base: mine.yaml\n")
