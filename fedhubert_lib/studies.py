@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import reprlib
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,10 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
         # papermill reads YAML 1.1, to which 1e-3 is text
         name: _value(schema, name, value) if isinstance(value, str) else value
         for name, value in namespace.items()
-        if isinstance(value, bool | int | float | str | list | tuple | set | dict | None)
+        if (
+            isinstance(value, bool | int | float | str | list | tuple | set | dict | None)
+            or (name in schema.model_fields and not isinstance(value, types.ModuleType))  # such as NumPy's: refused
+        )
         and not name.startswith("_")
         and name not in ("In", "Out")  # IPython's
     }

@@ -4,9 +4,11 @@ import ast
 import json
 import re
 import types
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
@@ -296,9 +298,10 @@ def test_conflicts_between_values_are_refused(tmp_path, overrides, place):
 
 def test_check_takes_the_variables_of_a_notebook():
     plain = params.Kmeans().model_dump()
-    others = {"_mine": 3, "In": ["a"], "Out": {}, "np": types, "f": len, "run_all": object()}
-    assert studies.check("kmeans", plain | others) == params.Kmeans()
+    others = {"_mine": 3, "In": ["a"], "Out": {}, "np": types, "f": len, "run_all": object(), "threads": types}
+    assert studies.check("kmeans", plain | others) == params.Kmeans(), "a module of a parameter's name is none"
     assert studies.check("kmeans", {"clusters": 7}) == params.Kmeans(clusters=7)
+    assert studies.check("kmeans", {"tolerance": np.float32(0.5)}).tolerance == 0.5
     # papermill reads 1e-3 of a YAML file as text
     assert studies.check("kmeans", plain | {"tolerance": "1e-3"}).tolerance == 0.001
 
@@ -312,6 +315,9 @@ def test_check_takes_the_variables_of_a_notebook():
         ({"tolerance": float("inf")}, "kmeans.tolerance: "),
         ({"codebooks": ["fedrated"]}, "kmeans.codebooks: .*did you mean federated"),
         ({"layer": 3}, "kmeans.layer: "),
+        ({"clusters": np.int64(30)}, r"kmeans.clusters: .*, not np.int64\(30\)"),
+        ({"features": Path("model")}, "kmeans.features: .*, not PosixPath"),
+        ({"run": date(2026, 1, 1)}, "kmeans.run: .*, not datetime.date"),
     ],
 )
 def test_check_refuses_what_papermill_lets_through(changed, expected):
