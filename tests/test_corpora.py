@@ -75,6 +75,7 @@ BROKEN = {
     "stereo.flac": (lambda path: write(path, channels=2), "2 channels, not mono"),
     "20ms.wav": (lambda path: write(path, 320), "shorter than one frame"),
     "20ms.flac": (lambda path: write(path, 320), "shorter than one frame"),
+    "gsm.wav": (lambda path: write(path, subtype="GSM610"), "GSM610 cannot be read from its middle; convert it to"),
     "nan.wav": (nan_wav, "NaN or infinite"),
     "text.flac": (lambda path: path.write_text("<html>404</html>"), "neither FLAC nor WAV"),
     "head.flac": (lambda path: path.write_bytes(write(path).read_bytes()[:30]), "no complete FLAC header"),

@@ -115,6 +115,9 @@ def _flac(path: str, start: bytes, decode: bool) -> Header:
 
 def _wav(path: str) -> Header:
     with soundfile.SoundFile(path) as file:
+        if not file.seekable():  # GSM 6.10, G.721
+            reason = f"{file.subtype} cannot be read from its middle; convert it to PCM_16"
+            return Header(file.frames, file.samplerate, file.channels, reason=reason)
         fingerprint, peak, whole = hashlib.blake2b(digest_size=16), 0.0, file.subtype == "PCM_16"
         for samples in file.blocks(BLOCK, dtype="int16" if whole else "float32"):
             fingerprint.update(samples.tobytes())
