@@ -23,6 +23,8 @@ _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
+_PLACES = ("centralised/checkpoint/", "checkpoint/", "clients/", "clusters/", "codebooks/")
+"""Folders that stages write data into, beside their top; others hold copies and exports."""
 EXCLUDED, KEYWORDS, PHONES = "excluded.parquet", "keywords.parquet", "phones.parquet"
 """Tables that train nothing."""
 
@@ -167,7 +169,7 @@ def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
     if "files" not in done:  # of an earlier version
         return [] if outputs(folder) == done["outputs"] else ["."]
     now = _data(folder)
-    return [name for name, value in done["files"].items() if now.get(name) != value]
+    return [name for name, value in done["files"].items() if now.get(name) != value and _is_made(name)]
 
 
 def listings(p: params.Section) -> dict[str, list[str]]:
@@ -250,7 +252,11 @@ def _data(folder: Path) -> dict[str, str]:
     """Name to hash of each file of data that a stage has made."""
     names = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.suffix in _DATA)
     kept = [name for name in names if not _CACHES & set(name.parts) and not name.name.startswith((".", "scan"))]
-    return {name.as_posix(): _sha256(folder / name) for name in kept}
+    return {name.as_posix(): _sha256(folder / name) for name in kept if _is_made(name.as_posix())}
+
+
+def _is_made(name: str) -> bool:
+    return "/" not in name or name.startswith(_PLACES)
 
 
 def _combined(hashes: Mapping[str, str], *without: str) -> str:
