@@ -129,7 +129,7 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
         return
     if force:
         runs.forced(run, stage).touch()
-    began = time.time()
+    began, before = time.time(), runs.read_json(folder / "done.json")
     try:
         with _progress(folder):
             _execute(stage, p, unfinished, stop)
@@ -142,7 +142,7 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
         with _lock(run):
             if error.code != INTERRUPTED:  # else what is asked for again is this
                 runs.forced(run, stage).unlink(missing_ok=True)
-            _record_failure(stage, run, error, began)
+            _record_failure(stage, run, error, before)
         where = f"\n{name}: its cells so far: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error
     unfinished.replace(executed)
@@ -151,12 +151,12 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
     _print(f"{name}: done in {timedelta(seconds=round(time.time() - began))}")
 
 
-def _record_failure(stage: str, run: Path, error: StageError, began: float) -> None:
-    """Record how a stage ended that did not end well, unless its kernel has."""
-    last = runs.state(run, stage)
-    if late := last.get("finished", 0.0) >= began:  # after its last call
-        (run / params.FOLDERS[stage] / "done.json").unlink()
-    if late or last.get("state") == "running":
+def _record_failure(stage: str, run: Path, error: StageError, before: dict[str, Any] | None) -> None:
+    """Record how a stage ended that did not end well, unless its kernel has; ``before`` was its done.json."""
+    done = run / params.FOLDERS[stage] / "done.json"
+    if late := runs.read_json(done) not in (None, before):  # after its last call
+        done.unlink()
+    if late or runs.state(run, stage).get("state") == "running":
         state = {DIED: "died", INTERRUPTED: "interrupted"}.get(error.code, "failed")
         runs.give_up(run, stage, state, str(error))
 

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import files, params, progress, runner, runs, studies
+from fedhubert_lib import files, identity, params, progress, runner, runs, studies
 
 WORK = """\
 with stage.working():
@@ -202,6 +202,20 @@ def test_one_stage_then_nothing_then_what_has_changed(project):
     assert (project.folder("corpus") / "made.bin").read_bytes() == b"10" and not aside.exists()
     assert project.state("corpus") == "done" and (project.run / "00_corpus.ipynb").exists()
     assert (project.run / "00_corpus.html").read_text() == "its page"
+
+
+def test_a_clock_that_was_set_back_costs_no_results(outputs, monkeypatch):
+    p, run = params.Corpus(run="toy"), outputs / "toy"
+    done = {"identity": identity.of("corpus", p, run), "outputs": "", "files": {}, "finished": time.time() + 3600}
+    files.write_json(run / "00_corpus/done.json", done)
+
+    def dies(*_: object) -> None:
+        raise runner.StageError("its kernel died", runner.DIED)
+
+    monkeypatch.setattr(runner, "_execute", dies)
+    with pytest.raises(runner.StageError, match="its kernel died"):
+        runner._stage("corpus", p, run, True, (), runner._Stop(True))
+    assert runs.state(run, "corpus")["state"] == "done"
 
 
 def test_a_page_of_a_notebook_fetches_nothing(tmp_path):
