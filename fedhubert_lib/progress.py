@@ -6,6 +6,8 @@ from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""
+KINDS = ("plan", "round", "lloyd")
+"""Of rows that count after their cohort."""
 
 
 def last_round(rows: Rows, since: float = 0.0) -> str:

@@ -7,6 +7,7 @@ kernel that was killed.
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -231,13 +232,10 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
     paths = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
 
     def watch() -> None:
-        sizes, shown, printed = dict.fromkeys(paths, 0), dict.fromkeys(paths, ""), started
-        rows: dict[Path, list[dict[str, Any]]] = {}
+        looks, shown, printed = {path: _looks(path) for path in paths}, dict.fromkeys(paths, ""), started
         while not over.wait(every):
-            sizes_now = {path: path.stat().st_size if path.is_file() else 0 for path in paths}
-            changed = [path for path in paths if sizes_now[path] != sizes[path]]
-            rows |= {path: files.read_rows(path) for path in changed}
-            now = {path: progress.last_round(rows[path], started) for path in changed}
+            rows = {path: next(looks[path]) for path in paths}
+            now = {path: progress.last_round(rows[path], started) for path in paths}
             new = {path: line for path, line in now.items() if line not in ("", shown[path])}
             shown |= new  # clients' rows come between those of rounds
             lines = ["centralised " * (path != paths[0]) + line for path, line in new.items()]
@@ -247,7 +245,6 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
             for line in lines:
                 _print(f"{folder.name}: {line}")
                 printed = time.time()
-            sizes = sizes_now
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -256,6 +253,32 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
     finally:
         over.set()
         thread.join()
+
+
+def _looks(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a metrics.jsonl as of each look; of earlier cohorts ``progress.KINDS``: all would take a gigabyte.
+
+    What was read is not read again, unless a training that resumes has written the file anew.
+    """
+    older: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    file, end = 0, 0
+    while True:
+        if path.is_file():
+            with path.open("rb") as stream:
+                facts = os.fstat(stream.fileno())
+                if facts.st_ino != file or facts.st_size < end:
+                    older, last, file, end = [], [], facts.st_ino, 0
+                stream.seek(end)
+                for line in stream:
+                    if not line.endswith(b"\n"):  # still growing
+                        break
+                    row, end = json.loads(line), end + len(line)
+                    if row["kind"] == "cohort":
+                        older += [row for row in last if row["kind"] in progress.KINDS]
+                        last = []
+                    last.append(row)
+        yield older + last
 
 
 def _print(line: str) -> None:

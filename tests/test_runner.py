@@ -408,6 +408,29 @@ def test_a_round_is_printed_once_however_many_rows_follow(tmp_path, monkeypatch)
     assert shown == [f"{tmp_path.name}: round 1", f"{tmp_path.name}: round 2"]
 
 
+def test_a_look_reads_what_is_new_and_what_was_written_anew(tmp_path):
+    path, looks = tmp_path / "metrics.jsonl", runner._looks(tmp_path / "metrics.jsonl")
+    assert next(looks) == []
+    rows = [{"kind": "plan", "rounds": 2, "time": 1}]
+    for number in (1, 2):
+        rows += [{"kind": "cohort", "round": number, "clients": ["a", "b"], "time": 1}]
+        rows += [{"kind": "client", "client": "a", "round": number, "time": 1}]
+        for row in rows[-2:] if number == 2 else rows:
+            files.append_row(path, row)
+        with path.open("ab") as stream:
+            stream.write(b'{"kind": "cl')  # killed, or not all there yet
+        assert progress.at_work(next(looks)) == f"round {number}: b at work, 1 of 2 clients done"
+        rows += [{"kind": "round", "round": number, "time": 1}]
+        files.append_row(path, rows[-1])
+    assert next(looks) == [row for row in rows if row["kind"] in progress.KINDS or rows.index(row) > 3]
+    with files.atomic(path) as temporary:  # as a training that resumes
+        shutil.copy(path, temporary)
+    path.write_bytes(path.read_bytes().replace(b'"rounds": 2', b'"rounds": 3'))
+    assert next(looks)[0]["rounds"] == 3
+    path.write_bytes(path.read_bytes()[:1])
+    assert next(looks) == []
+
+
 @pytest.mark.slow
 def test_progress_is_shown_a_second_runner_refused_and_a_killed_one_replaced(project):
     process = project.until_round_3("--until", "corpus")
