@@ -81,6 +81,26 @@ def test_keys_are_not_made_twice(folder):
         deployment.add_client(folder, "client-001")
 
 
+def test_keys_that_an_interrupt_left_unfinished_are_made_anew(tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_node_keys", "_write_private"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(deployment, name, interrupted)
+            deployment.prepare(tmp_path, CLIENTS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(deployment.shutil, "copy", interrupted)
+        deployment.prepare(tmp_path, CLIENTS)
+    deployment.prepare(tmp_path, CLIENTS[:1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(deployment.shutil, "copy", interrupted)
+        deployment.add_client(tmp_path, CLIENTS[1])
+    deployment.add_client(tmp_path, CLIENTS[1])
+    assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == CLIENTS
+    assert handshake(tmp_path, tmp_path / "nodes" / CLIENTS[1] / "server.pem") == "TLSv1.3"
+
+
 def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):
     server = deployment.superlink_command(folder)
     client = deployment.supernode_command(folder / "nodes" / "client-001", tmp_path / "a run", "auto")

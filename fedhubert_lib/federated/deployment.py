@@ -89,12 +89,14 @@ class DeploymentError(ChildProcessError):
 def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port: int = PORT) -> None:
     """Write keys, certificates, configuration and app for ``clients`` and a server that they reach at ``host``.
 
-    ``host`` is a name or an IP address. Raises FileExistsError where a federation was prepared before: new keys would
-    lock its nodes out.
+    ``host`` is a name or an IP address. What an interrupt has left is made anew. Raises FileExistsError where a
+    federation was prepared before: new keys would lock its nodes out.
     """
     folder = folder.resolve()
     if (folder / "federation.json").exists():
         raise FileExistsError(f"{folder}: has keys already; add a client with `deploy register`, or delete the folder")
+    for unfinished in (folder / "server", folder / "nodes"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     # Flower's own processes on the server's machine come by its loopback address.
     write_server_keys(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
     certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
@@ -103,19 +105,25 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
     for name, content in {"app/pyproject.toml": _PROJECT, "flower/config.toml": config}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
-    files.write_json(folder / "federation.json", {"host": host, "port": port})
+    address = {"host": host, "port": port}
     for client in clients:
-        add_client(folder, client)
+        _write_node(folder, client, address)
+    files.write_json(folder / "federation.json", address)  # last: without it, keys are made anew
 
 
 def add_client(folder: Path, client: str) -> None:
     """Write the folder of one more client; ``register`` lets it in."""
+    _write_node(folder, client, _address(folder))
+
+
+def _write_node(folder: Path, client: str, address: dict[str, Any]) -> None:
     node = folder / "nodes" / wire.checked_name("client", client)
     if node.exists():
         raise FileExistsError(f"{node}: this client has its key already")
-    write_node_keys(node)
-    shutil.copy(folder / "server" / "server.pem", node)
-    files.write_json(node / "node.json", {"client": client, **_address(folder)})
+    with files.atomic(node) as temporary:
+        write_node_keys(temporary)
+        shutil.copy(folder / "server" / "server.pem", temporary)
+        files.write_json(temporary / "node.json", {"client": client, **address})
 
 
 def _address(folder: Path) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def local(folder: Path, run: Path, device: str = "cpu") -> Iterator[None]:
     nodes: list[subprocess.Popen] = []
     with _superlink(folder, log=folder / "logs" / "superlink.log"):
         try:
-            for node in sorted((folder / "nodes").iterdir()):
+            for node in sorted(folder.glob("nodes/[!.]*")):
                 log = folder / "logs" / f"{node.name}.log"
                 nodes.append(_start(supernode_command(node, run, device), node, log))
             yield
@@ -274,7 +282,7 @@ def register(folder: Path) -> list[str]:
     """Let in the clients that have not been let in since the running SuperLink began; return them."""
     _address(folder)  # raises where nothing was prepared
     registered = {row["client"] for row in files.read_rows(folder / REGISTERED)}
-    new = [path for path in sorted(folder.glob("nodes/*/node.pub")) if path.parent.name not in registered]
+    new = [path for path in sorted(folder.glob("nodes/[!.]*/node.pub")) if path.parent.name not in registered]
 
     def let_in(key: Path) -> str:
         flwr(folder, "supernode", "register", str(key), CONNECTION, "--name", key.parent.name)
