@@ -30,7 +30,7 @@ class Curve:
         stages = (path for path in (place, *place.parents) if re.fullmatch("0[0-9]_[a-z]+|own_experiment", path.name))
         stage = next(stages, place)
         # As all places, a relative one starts at the project's root.
-        root = Path(__file__).parents[1] / os.environ[VARIABLE]
+        root = Path(__file__).parents[1] / os.path.expanduser(os.environ[VARIABLE])
         self._writer = SummaryWriter(str(root / place.relative_to(stage.parent.parent)), purge_step=step)
 
     def add(self, values: Mapping[str, Any], step: int, time: float | None = None) -> None:

@@ -95,7 +95,7 @@ class Stage:
 
 def outputs() -> Path:
     """The folder of all runs: ``outputs/`` of the project, or the one that FEDHUBERT_OUTPUTS names."""
-    return (params.ROOT / (os.environ.get("FEDHUBERT_OUTPUTS") or "outputs")).resolve()
+    return (params.ROOT / os.path.expanduser(os.environ.get("FEDHUBERT_OUTPUTS") or "outputs")).resolve()
 
 
 def start(stage: str, namespace: dict[str, Any]) -> Stage:

@@ -21,7 +21,8 @@ def out(tmp_path):
 
 
 def test_rounds_are_written_as_they_end_and_again_after_a_kill(tmp_path, out, monkeypatch):
-    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(events.VARIABLE, "~/events")
     ledger = checkpoints.Ledger(out, 0, {"rounds": 3}, None)
     ledger.row("client", {"round": 1, "client": "a", "loss": 9.0})
     for number, loss in ((1, 4.0), (2, 3.0), (3, 2.5)):

@@ -669,6 +669,9 @@ def test_outputs_are_the_projects_by_default(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FEDHUBERT_OUTPUTS", raising=False)
     assert runs.outputs() == ROOT / "outputs"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FEDHUBERT_OUTPUTS", "~/runs")
+    assert runs.outputs() == tmp_path / "runs"
 
 
 def test_run_help_lists_exit_codes(capsys):
