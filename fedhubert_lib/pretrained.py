@@ -81,8 +81,7 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
     FileNotFoundError that says what does not fit.
     """
     folder, device = Path(folder), "cpu" if weights else "meta"
-    config = read_config(folder)
-    paths = weight_files(folder)
+    config, paths = read_config(folder), weight_files(folder)
     embedding = torch.rand(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     tensors = {"masked_spec_embed": embedding}
     for name, tensor in _read_tensors(paths, weights).items():
@@ -91,6 +90,8 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
             name = name.replace(old, f"conv.parametrizations.weight.{new}")
         if not name.startswith(LEFT_OUT):
             tensors[name] = tensor
+    if (count := config.num_hidden_layers) > (layers := sum(n.endswith(".final_layer_norm.weight") for n in tensors)):
+        raise ValueError(f"{paths[0]}: does not fit its config.json: it has {layers} of num_hidden_layers: {count}")
     head: Head | None = None
     for place in ("meta", device):  # sizes that no tensor has would take all memory
         with torch.device(place):
@@ -103,9 +104,8 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
             raise ValueError(f"{path}: holds no table label_embeddings; it is not a HuBERT head")
         clusters, size = tensors["label_embeddings"].shape
         with torch.device(device):
-            head = Head(replace(config, classifier_proj_size=size), clusters)
+            head = Head(replace(config, classifier_proj_size=size), clusters).eval()
         _fill(head, tensors, path)
-        head.eval()
     return model.eval(), head
 
 
@@ -146,8 +146,9 @@ def read_config(folder: Path) -> HubertConfig:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     for name, value in asdict(config).items():
+        largest = 1 if "drop" in name else LARGEST
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, str | bool) and not isinstance(number, int) <= number <= LARGEST:
+            if not isinstance(number, str | bool) and not isinstance(number, int) <= number <= largest:
                 raise ValueError(f"{path}: {name} is {value}, which no model can have")
     return config
 
@@ -208,5 +209,4 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except RuntimeError as error:
-        reasons = " ".join(str(error).split())[:1000]  # one line
-        raise ValueError(f"{path}: does not fit its config.json. {reasons}") from error
+        raise ValueError(f"{path}: does not fit its config.json. {' '.join(str(error).split())[:1000]}") from error

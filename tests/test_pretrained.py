@@ -174,6 +174,11 @@ def other_depth(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=2)
 
 
+def deep(folder: Path) -> None:
+    write(folder)
+    edit(folder / "config.json", num_hidden_layers=100_000)  # to be made, they would take minutes and all memory
+
+
 def not_finite(folder: Path) -> None:
     write(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -192,7 +197,7 @@ def other_rate(folder: Path) -> None:
         ("num_hidden_layers", 1.5), ("num_hidden_layers", 10**6), ("intermediate_size", []), ("hidden_size", "96"),
         ("num_conv_pos_embeddings", 0), ("num_attention_heads", -1), ("num_attention_heads", 0), ("conv_dim", 64),
         ("conv_kernel", [10, 3, 3, 3, 3, 2, "2"]), ("layer_norm_eps", "nan"), ("layer_norm_eps", -1.0),
-        ("hidden_dropout", [0.1]), ("feat_proj_layer_norm", "yes"), ("do_stable_layer_norm", 2),
+        ("hidden_dropout", [0.1]), ("layerdrop", 5), ("feat_proj_layer_norm", "yes"), ("do_stable_layer_norm", 2),
     ],
 )  # fmt: skip
 def test_settings_of_another_type_or_size_are_named(name, value, tmp_path):
@@ -241,6 +246,7 @@ def test_what_is_no_json_object_or_no_weight_is_named(tmp_path):
         (changed("preprocessor_config.json", b"[" * 100_000), r"preprocessor_config\.json: is not JSON"),
         (not_finite, r"encoder\.layers\.0\.attention\.k_proj\.weight .* not all finite"),
         (other_depth, r"does not fit its config\.json.*encoder\.layers\.2"),
+        (deep, r"does not fit its config\.json: it has 3 of num_hidden_layers: 100000"),
         (huge, r"does not fit its config\.json.*size mismatch"),
     ],
 )
