@@ -6,6 +6,7 @@ before the first, and again once the corpus and the clients exist.
 
 import contextlib
 import importlib.util
+import shutil
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,28 @@ def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
             raise ValueError(f"{labels.folder}: label {highest} of {clusters} clusters; delete it, run 02_kmeans again")
 
 
+def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
+    """Whether this disk holds what clients keep between rounds: of base 757 MB each for AdamW's moments alone."""
+    copies = 2 * (p.local_state == "keep") + (p.server == "scaffold") + (p.compression in ("int8", "top-k"))
+    first, table = isinstance(p, params.Pretrain), run / "01_partition" / "clients.parquet"
+    folder = run / ("03_pretrain" if first else "04_distill")
+    if p.engine == "deployment" or "partition" in coming or not table.is_file() or (folder / "done.json").is_file():
+        return
+    clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
+    drawn = clients * (1 - (1 - min(1, rounds.sized(p, clients).cohort / clients)) ** p.rounds)  # in the mean
+    try:
+        initial = _model(p.initial if first and copies else "")
+    except (OSError, ValueError):  # the check of `initial` says so
+        return
+    with torch.device("meta"):
+        model = initial or hubert.Hubert(recipes.model_config(p))
+    size = 4 * copies * drawn * sum(weight.numel() for weight in model.parameters())
+    size -= sum(file.stat().st_size for file in folder.glob("clients/*/session-*/*"))
+    if size > (free := shutil.disk_usage(run).free):
+        remedy = "give local_state: cohort or reset, or make room" if p.local_state == "keep" else "make room"
+        raise ValueError(f"clients keep {size / 1e9:.1f} GB between rounds, and {free / 1e9:.1f} GB are free; {remedy}")
+
+
 def _features(p: params.Kmeans, _: Path, study: studies.Study | None, __: Any) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
     if model and p.layer == "auto" and study is not None:
@@ -217,6 +240,7 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Kmeans, "features", _features),
     (params.Federation, "cohort", _cohort),
     (params.Federation, "codebook", _labels),
+    (params.Federation, "local_state", _kept),
     (params.Pretrain, "initial", lambda p, *_: _model(p.initial)),
     (params.Distill, "teacher", _teacher),
     (params.Evaluate, "checkpoint", lambda p, *_: _model(p.checkpoint)),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -108,6 +109,25 @@ def test_the_cohort_is_compared_with_the_clients_that_there_are(tmp_path):
     told = problems(tmp_path, first="kmeans")
     assert "pretrain.cohort: 3 given, but 01_partition made 2 clients; give that or fewer" in told
     assert not problems(tmp_path, "pretrain.cohort=2", first="kmeans")
+
+
+def test_the_disk_holds_what_clients_keep_between_rounds(tmp_path, monkeypatch):
+    (tmp_path / "01_partition").mkdir()
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**9))
+    large = ("pretrain.model=base", "pretrain.hidden_size=768", "pretrain.layers=12", "pretrain.rounds=1000")
+    assert not problems(tmp_path, *large), "01_partition is to come"
+    pd.DataFrame({"client": [*"abcdef"]}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
+    told = problems(tmp_path, *large, first="kmeans")
+    assert told.startswith("pretrain.local_state: clients keep 4.3 GB between rounds, and 1.0 GB are free; give local")
+    for less in ("pretrain.local_state=cohort", "pretrain.engine=deployment"):
+        assert not problems(tmp_path, *large, less, "distill.local_state=keep", first="kmeans")
+    told = problems(tmp_path, *large, "pretrain.local_state=reset", "pretrain.server=scaffold", first="kmeans")
+    assert told == "pretrain.local_state: clients keep 2.2 GB between rounds, and 1.0 GB are free; make room"
+    kept = tmp_path / "03_pretrain/clients/a/session-0/moments-000001.safetensors"
+    kept.parent.mkdir(parents=True)
+    with kept.open("wb") as stream:
+        stream.truncate(4 * 10**9)  # what is there already needs no more room
+    assert not problems(tmp_path, *large, first="kmeans")
 
 
 def test_clusters_are_compared_with_the_frames_that_there_are(tmp_path):
