@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+import transformers
 
-from fedhubert_lib import audio, hubert, seeds
+from fedhubert_lib import audio, hubert, params, seeds
 from fedhubert_lib.evaluation import extraction, keywords, measures, systems
 
 WORDS = ("yes", "no", "up")
@@ -94,6 +95,58 @@ def test_one_second_of_clips_of_any_length():
     short, long = torch.ones(9_000), torch.arange(17_001.0)
     assert keywords.one_second(short).tolist() == [1.0] * 9_000 + [0.0] * 7_000
     assert keywords.one_second(long).tolist() == list(range(500, 16_500))
+
+
+NORMALISING = hubert.preset(
+    "tiny", num_hidden_layers=1, conv_dim=(16,) * 7, feat_extract_norm="layer", do_normalize=True
+)
+
+
+@pytest.fixture
+def beside_zero(table, tmp_path):
+    """Clips around 0.2: where zeros are part of what is normalised, they lie far from zero afterwards."""
+    clips = keywords.read_clips(table)
+    for clip in clips.itertuples():
+        soundfile.write(clip.path, audio.read(clip.path).numpy() + 0.2, 16_000, subtype="FLOAT")
+    return clips
+
+
+def test_short_clips_are_normalised_as_transformers_does_and_then_filled_up(beside_zero):
+    """s3prl, transformers and fedhubert s3prl normalise a clip, and not the zeros that fill it up."""
+    clips = beside_zero[beside_zero.samples < keywords.CLIP_SAMPLES].iloc[:3]
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    options = {"sampling_rate": 16_000, "padding": "max_length", "max_length": keywords.CLIP_SAMPLES}
+    theirs = extractor([audio.read(path).numpy() for path in clips.path], return_tensors="pt", **options).input_values
+    torch.testing.assert_close(keywords.waveforms(clips, normalise=True), theirs, rtol=0, atol=1e-5)
+
+
+def test_all_measures_of_words_hear_normalised_clips_where_the_model_does(beside_zero, tmp_path, monkeypatch):
+    """What was kept before, of clips normalised with their zeros, is not read; that of all other models is."""
+    clips, names = beside_zero, ("_words", "_abx", "_more_words")
+    models = (systems.untrained(hubert.replace(NORMALISING, do_normalize=which), 0) for which in (True, False))
+    cpu = torch.device("cpu")
+    model, raw = (systems.System("teacher", "", systems.of_model(one, cpu), "digest", one) for one in models)
+    expected = torch.stack(raw.encoder(keywords.waveforms(clips, normalise=True)), 1)
+    seen = {}
+    for name in names:
+        monkeypatch.setattr(measures, name, lambda result, *given, name=name: seen.update({name: given}))
+    speech = measures.Speech(clips, keywords.task(clips), tmp_path)
+    measures.of_system(model, speech, params.Evaluate())
+    np.testing.assert_allclose(seen["_words"][0], expected.mean(2), atol=2e-5)
+    np.testing.assert_allclose(seen["_more_words"][1][:, 0], expected[:, 0].mean(1), atol=2e-5)
+    unit = torch.nn.functional.normalize(expected[speech.abx_clips.tolist(), 0], dim=-1)
+    np.testing.assert_allclose(seen["_abx"][0], unit, atol=1e-3)
+    measures.of_system(raw, speech, params.Evaluate())
+    kept = {path.name.removeprefix(speech.features(raw, clips).name) for path in tmp_path.glob("digest-*")}
+    assert kept == {"-clips.npy", "-frames.npy", "-normalised-clips.npy", "-normalised-frames.npy"}
+
+
+def test_fine_tuning_hears_normalised_clips_where_the_model_does(beside_zero):
+    model, task, heard = systems.untrained(NORMALISING, 0), keywords.task(beside_zero), []
+    model.register_forward_pre_hook(lambda module, given, named: heard.append((*given, named)), with_kwargs=True)
+    keywords.fine_tune(model, beside_zero, task, 0, steps=1, rate=1e-3)
+    last, named = heard[-1]
+    assert torch.equal(last, keywords.waveforms(beside_zero, normalise=True)[task.test]) and named["normalised"]
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "logmel"])

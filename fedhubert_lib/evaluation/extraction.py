@@ -27,20 +27,24 @@ def clips(
     *,
     whole: Sequence[int] | np.ndarray = (),
     batch: int = 32,
+    normalise: bool = False,
     on_progress: OnProgress = lambda *_: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """All that measures of words need of ``encoder``, from one pass over the clips of ``table``.
 
     Mean and standard deviation over time of the layers of every clip, float32 [clips, 2, layers, width]; and the frames
     of the clips ``whole`` (indices), scaled to unit length, float16 [whole, layers, frames, width]. They are kept in
-    PATH-clips.npy and PATH-frames.npy. Raises KeywordError where features are not finite.
+    PATH-clips.npy and PATH-frames.npy. ``normalise`` is for models with ``do_normalize``, whose clips are scaled before
+    zeros fill them up, and gives the files another name. Raises KeywordError where features are not finite.
     """
-    moments, frames = path.with_name(f"{path.name}-clips.npy"), path.with_name(f"{path.name}-frames.npy")
+    kind = "-normalised" if normalise else ""
+    moments, frames = (path.with_name(f"{path.name}{kind}-{what}.npy") for what in ("clips", "frames"))
     chosen = np.isin(np.arange(len(table)), whole)
     units: list[np.ndarray] = []
 
     def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
-        hidden = encoder(keywords.waveforms(table.iloc[start : start + batch]))
+        heard = keywords.waveforms(table.iloc[start : start + batch], normalise)
+        hidden = encoder(heard, normalised=True) if normalise else encoder(heard)
         states = torch.stack([layer.float() for layer in hidden], dim=1)
         block = torch.stack([states.mean(2), states.std(2, unbiased=False)], dim=1).cpu().numpy()
         finite = np.isfinite(block).all(axis=(1, 2, 3))

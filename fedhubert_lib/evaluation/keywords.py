@@ -104,13 +104,14 @@ def noise(root: Path) -> dict[Path, int]:
     return {path: len(audio.read(path)) for path in paths}
 
 
-def waveforms(clips: pd.DataFrame) -> Tensor:
-    """The clips as float32 [clips, 16000]; silence from its ``start`` on."""
+def waveforms(clips: pd.DataFrame, normalise: bool = False) -> Tensor:
+    """The clips as float32 [clips, 16000], ``normalise`` d before zeros fill them up; silence from its ``start`` on."""
     spans = [
         (clip.start, clip.start + CLIP_SAMPLES) if clip.word == "_silence_" else (0, None, int(clip.samples))
         for clip in clips.itertuples()
     ]
-    return torch.stack([one_second(audio.read(path, *span)) for path, span in zip(clips.path, spans, strict=True)])
+    parts = (audio.read(path, *span) for path, span in zip(clips.path, spans, strict=True))
+    return torch.stack([one_second(audio.normalise(part) if normalise else part) for part in parts])
 
 
 def one_second(waveform: Tensor) -> Tensor:
@@ -214,7 +215,8 @@ def fine_tune(model: hubert.Hubert, clips: pd.DataFrame, task: Task, seed: int, 
         module = nn.ModuleDict({"model": copy.deepcopy(model), "head": head}).to(device)
 
         def logits(indices: np.ndarray) -> Tensor:
-            return module["head"](module["model"](waveforms(clips.iloc[indices]).to(device)).last.mean(1)).cpu()
+            heard = waveforms(clips.iloc[indices], model.config.do_normalize).to(device)
+            return module["head"](module["model"](heard, normalised=True).last.mean(1)).cpu()
 
         batches = _batches(task.train, seeds.numpy_generator(seed, "fine-tune", "clips"))
         return _fit(module, logits, task, batches, steps=steps, rate=rate, looks=5, chunk=BATCH)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from fedhubert_lib import pretrained, threads
 from fedhubert_lib.evaluation import cost, extraction, keywords, layers, probes
+from fedhubert_lib.evaluation.extraction import OnProgress
 from fedhubert_lib.evaluation.intervals import measure
 from fedhubert_lib.evaluation.systems import System
 
@@ -103,21 +104,14 @@ class Result:
 
 
 def of_system(
-    system: System,
-    speech: Speech,
-    p: "Evaluate",
-    on_progress: extraction.OnProgress = lambda *_: None,
-    *,
-    essentials: bool = False,
+    system: System, speech: Speech, p: "Evaluate", on_progress: OnProgress = lambda *_: None, essentials: bool = False
 ) -> Result:
     """All ``MEASURES`` of ``system`` but s3prl's; or ``ESSENTIALS`` and what comes with them."""
     result = Result(system.name)
+    normalise = system.model is not None and system.model.config.do_normalize
+    path, whole = speech.features(system, speech.clips), speech.abx_clips if system.frames else ()
     moments, units = extraction.clips(
-        system.encoder,
-        speech.clips,
-        speech.features(system, speech.clips),
-        whole=speech.abx_clips if system.frames else (),
-        on_progress=on_progress,
+        system.encoder, speech.clips, path, whole=whole, normalise=normalise, on_progress=on_progress
     )
     _words(result, moments[:, 0], speech, p)
     if system.frames:

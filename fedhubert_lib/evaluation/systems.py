@@ -26,8 +26,8 @@ CHECKPOINTS = {
 GIVEN_TEACHER = "given-teacher"
 """The system that taught the student, where 04_distill was given another teacher than that of 03_pretrain."""
 
-Encoder = Callable[[Tensor], tuple[Tensor, ...]]
-"""Waveforms [B, S] to the states of each layer, equally shaped [B, T, D]."""
+Encoder = Callable[..., tuple[Tensor, ...]]
+"""Waveforms [B, S] to the states of each layer, equally shaped [B, T, D]; those of models take ``normalised``."""
 
 
 def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
@@ -37,9 +37,9 @@ def of_model(model: hubert.Hubert, device: torch.device) -> Encoder:
     turn = threading.Lock() if device.type != "cpu" else contextlib.nullcontext()
 
     @torch.no_grad()
-    def encode(waveforms: Tensor) -> tuple[Tensor, ...]:
+    def encode(waveforms: Tensor, normalised: bool = False) -> tuple[Tensor, ...]:
         with turn:
-            return model(waveforms.to(device), hidden_states=True).hidden
+            return model(waveforms.to(device), hidden_states=True, normalised=normalised).hidden
 
     return encode
 
