@@ -1,6 +1,7 @@
 """Codebooks: federated Lloyd is Lloyd, every kind runs, labels stay with their clients, restarts resume."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -694,6 +695,72 @@ def test_hostile_answers_are_left_out(run, bad):
     reasons = {row["reason"] for row in rows if row["kind"] == "failure"}
     assert len(reasons) == 1 and {"NaN": "NaN", "shape": "[3], not", "nothing": "no sums"}[bad] in reasons.pop()
     assert {row["clients"] for row in rows if row["kind"] == "lloyd"} == {2}
+
+
+def at(value: float, place: int = 0):
+    """A change to an array: ``value`` at ``place``, in float64."""
+
+    def changed(array: torch.Tensor) -> torch.Tensor:
+        array = array.double().clone()
+        array.flatten()[place] = value
+        return array
+
+    return changed
+
+
+BAD = {
+    ("one-shot", "local_centroids", "counts"): [
+        (lambda array: torch.cat([array, array[:1]]), "centroids and counts of its answer differ in length"),
+        (at(-1), "below 0 .counts"),
+    ],
+    ("one-shot", "local_centroids", "centroids"): [(at(1e300), "infinity")],
+    ("federated", "lloyd", "counts"): [(at(-1e6), "below 0 .counts")],
+    ("federated", "lloyd", "inertias"): [(at(-1e9), "below 0 .inertias")],
+    ("client", "probe", "labels"): [(at(-1), "below 0 .labels"), (at(8), "labels above 7")],
+    ("federated", "label", "contingency"): [
+        (None, "no contingency"),
+        (lambda array: array[1:], r"contingency of its answer is \[\d, 8\], not"),
+        (at(-1), "below 0 .contingency"),
+    ],
+    ("federated", "label", "runs"): [(lambda runs: -runs, "below 0 .runs")],
+    ("client", "fit", "frames"): [(None, "lacks a figure .frames"), (lambda frames: np.nan, "figure .frames")],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "action", "name", "change", "reason"),
+    [(*place, *change) for place, changes in BAD.items() for change in changes],
+)
+def test_one_broken_answer_is_named_and_counts_as_a_missing_client(run, kind, action, name, change, reason):
+    """The arrays are finite and of the right rank, and what they say would end the stage, or spoil a codebook."""
+    clients, rows = Direct(run), []
+
+    def changed(asked, reply):
+        parts = {"arrays": dict(reply.arrays), "metrics": dict(reply.metrics)}
+        if (asked, reply.client) == (f"kmeans.{action}", "client-002"):
+            part = parts["metrics" if action == "fit" else "arrays"]
+            value = part.pop(name)
+            part |= {} if change is None else {name: change(value)}
+        return Reply(reply.client, **parts)
+
+    clients.change = changed
+    p = settings(codebooks=[kind], missing_clients=1, lloyd_rounds=2)
+    kmeans.run(run, p, clients, rows.append)
+    failures = [row for row in rows if row["kind"] == "failure"]
+    assert {row["client"] for row in failures} == {"client-002"}
+    assert all(re.search(reason, row["reason"]) for row in failures), failures
+
+
+def test_inertia_without_a_frame_is_no_answer(run):
+    """A cluster that is empty everywhere, whose variance is the inertia of a broken client over no frame."""
+    exchange, config, arrays = prepared(run, settings())
+    centroids = torch.full((8, config["width"]), 1e6)
+    centroids[0] = 0
+    exchange._clients.change = lambda action, reply: Reply(
+        reply.client, reply.arrays | {"inertias": at(1e12, 7)(reply.arrays["inertias"])}
+    )
+    with pytest.raises(kmeans.KmeansError, match="client-001: its answer holds inertias of clusters without a frame"):
+        server.lloyd(exchange, arrays, config, centroids, rounds=1, tolerance=0)
 
 
 PRIVATE = {"normalisation": "speaker", "noise_multiplier": 0.01, "noise_clip": 200.0, "lloyd_rounds": 4}

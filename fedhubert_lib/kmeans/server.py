@@ -26,6 +26,9 @@ LOCAL_LEAST = 16
 PROJECTED = 16
 """Dimensions of a random-projection codebook (Chiu et al. 2022, BEST-RQ, arXiv 2202.01855)."""
 
+COUNTS = {"count", "squares", "counts", "inertias", "runs", "labels", "contingency"}
+"""Arrays of answers that nothing but noise makes negative."""
+
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -48,8 +51,10 @@ class Exchange:
         config: Mapping[str, Any],
         clients: Sequence[str] | None = None,
         like: Mapping[str, tuple[int | None, ...]] = MappingProxyType({}),
+        metrics: Sequence[str] = (),
     ) -> Iterator[Reply]:
-        """Usable replies, in order of client id: all finite, with arrays of the shapes in ``like`` (None: any length).
+        """Usable replies, in order of client id: all finite, no count below 0, no label above K, with ``metrics`` and
+        with arrays of the shapes in ``like`` (None: any length, of all arrays the same).
 
         Raises KmeansError, once all have been asked, when more than ``missing`` clients do not answer so, or none does.
         """
@@ -57,7 +62,7 @@ class Exchange:
         self.bytes["bytes_down"] += size(arrays) * len(asked)
         reasons = []
         for reply in self._clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
-            reason = reply.reason if isinstance(reply, Failure) else _unusable(reply.arrays, like)
+            reason = reply.reason if isinstance(reply, Failure) else _unusable(reply, config, like, metrics)
             if reason:
                 self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reason})
                 reasons.append(f"{reply.client}: {reason}")
@@ -85,16 +90,42 @@ class Exchange:
         return {name: count - before.get(name, 0) for name, count in self.bytes.items()}
 
 
-def _unusable(arrays: Mapping[str, Tensor], like: Mapping[str, tuple[int | None, ...]]) -> str:
-    """Why the arrays of a reply cannot be used; empty when they can."""
+def _unusable(
+    reply: Reply, config: Mapping[str, Any], like: Mapping[str, tuple[int | None, ...]], metrics: Sequence[str]
+) -> str:
+    """Why a reply cannot be used; empty when it can."""
+    arrays, clusters, lengths, like = reply.arrays, config["clusters"], set[int](), dict(like)
+    if "phones" in arrays:
+        like["contingency"] = (len(phone_names(arrays["phones"])), clusters)
     for name, shape in like.items():
         if name not in arrays:
             return f"its answer has no {name}"
         sizes = tuple(arrays[name].shape)
         if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
             return f"{name} of its answer is {list(sizes)}, not {list(shape)}"
-    unusable = [name for name, array in arrays.items() if array.is_complex() or not array.isfinite().all()]
-    return f"its answer holds a NaN or an infinity, or is complex ({', '.join(unusable)})" if unusable else ""
+        lengths |= {size for n, size in zip(shape, sizes, strict=True) if n is None}
+    if len(lengths) > 1:
+        return f"{' and '.join(like)} of its answer differ in length: {sorted(lengths)}"
+    # Codebooks are float32, in which a larger float64 is an infinity.
+    unusable = [name for name, array in arrays.items() if array.is_complex() or not array.float().isfinite().all()]
+    unusable += [name for name in metrics if not 0 <= reply.metrics.get(name, -1) < math.inf]
+    if unusable:
+        return f"its answer holds a NaN or an infinity, is complex, or lacks a figure ({', '.join(unusable)})"
+    if config["noise_multiplier"]:  # under which counts may be negative, and nothing but counts and sums is looked at
+        return ""
+    counts = {name: arrays[name].double() for name in sorted(COUNTS & arrays.keys())}
+    if negative := [name for name, array in counts.items() if (array < 0).any()]:
+        return f"its answer holds numbers below 0 ({', '.join(negative)})"
+    if "labels" in counts and (counts["labels"] >= clusters).any():
+        return f"its answer holds labels above {clusters - 1}"
+    if "inertias" in like and (counts["inertias"][counts["counts"] == 0] > 0).any():
+        return "its answer holds inertias of clusters without a frame"
+    return ""
+
+
+def phone_names(array: Tensor) -> list[str]:
+    """Names that a client sends as UTF-8, uint8 [bytes], one a line."""
+    return bytes(array.byte().flatten().tolist()).decode(errors="replace").split("\n")
 
 
 def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arrays:
@@ -128,8 +159,8 @@ def settings(p: "Kmeans") -> dict[str, Any]:
 def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Centroids from one message of each client: k-means of its count-weighted local centroids. float32 [K, D].
 
-    K-means++ over them and Lloyd on them: the one-shot federated k-means (Dennis et al. 2021, k-FED, arXiv 2103.00697,
-    with counts as weights).
+    Greedy k-means++ over them and Lloyd on them until it stands still: one-shot federated k-means after k-FED (Dennis
+    et al. 2021, arXiv 2103.00697), which takes the farthest of them and a single step.
     """
     clusters = config["clusters"]
     local = min(clusters, max(LOCAL_LEAST, math.ceil(LOCAL_POINTS * clusters / len(exchange.ids))))

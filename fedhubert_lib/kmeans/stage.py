@@ -180,7 +180,8 @@ def _of_each_client(
     p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any]
 ) -> tuple[Arrays, dict[str, Any]]:
     """Have every client fit a codebook and keep it; for ``aligned`` that of the one with most frames is a reference."""
-    replies = list(exchange.ask("fit", arrays, config))
+    told = () if p.noise_multiplier else ("frames", "inertia")
+    replies = list(exchange.ask("fit", arrays, config, metrics=told))
     cost: dict[str, Any] = {"rounds": 0}
     if not p.noise_multiplier:
         frames = sum(reply.metrics["frames"] for reply in replies)
@@ -234,10 +235,7 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
         counts += reply.arrays["counts"].long().numpy()
         runs += int(reply.arrays["runs"])
         if "phones" in reply.arrays:
-            names = bytes(reply.arrays["phones"].byte().flatten().tolist()).decode(errors="replace").split("\n")
-            phones = names, reply.arrays["contingency"].long().numpy()
-            if phones[1].shape != (len(names), p.clusters):
-                raise KmeansError(f"{reply.client}: counts of {list(phones[1].shape)} for {len(names)} phones")
+            phones = server.phone_names(reply.arrays["phones"]), reply.arrays["contingency"].long().numpy()
             total = units.added([total, phones])
             if (phones[1].sum(1) > 0).sum() > 1:
                 alone.append(units.quality_of_counts(phones[1], p.seed))
@@ -301,7 +299,7 @@ def _agreement(
         agreement = dict.fromkeys(("nmi", "match", "same"), pd.DataFrame(1.0, asked, asked))
     else:
         replies = exchange.ask("probe", {"probe": frames, **codebook}, config, asked, like={"labels": (len(frames),)})
-        labels = {reply.client: reply.arrays["labels"].numpy() for reply in replies}
+        labels = {reply.client: reply.arrays["labels"].long().numpy() for reply in replies}
         agreement = units.agreement_matrices(labels)
     matrices = {name: table.to_numpy() for name, table in agreement.items()}
     pairs = ~np.eye(len(agreement["nmi"]), dtype=bool)
