@@ -239,8 +239,13 @@ def _sizes(run: Path, p: params.Distill, teacher: Teacher) -> dict[str, Any]:
 
 
 def student_config(p: params.Distill, teacher: Teacher) -> hubert.HubertConfig:
-    """The student's configuration. One that starts as the teacher takes over what its weights do not show."""
+    """The student's configuration. One that starts as the teacher takes over what its weights do not show.
+
+    DistilHuBERT leaves no layer out: its student has two.
+    """
     config, source = recipes.model_config(p), teacher.model.config
+    if p.objectives == ["distilhubert"]:
+        config = replace(config, layerdrop=0.0)
     heard = {"do_normalize": source.do_normalize, "conv_bias": source.conv_bias}
     return replace(config, **heard) if p.initial == "teacher" else config
 

@@ -34,10 +34,10 @@ PENALTY = 10.0
 
 def masked_prediction(model: Hubert, head: Head, batch: Batch, *, unmasked_weight: float = 0.0) -> Sums:
     """HuBERT's loss: cross-entropy of the labels of masked frames, in float32, plus ``unmasked_weight`` times that of
-    the others (fairseq's ``pred_nomask_weight``).
-
-    Cross-entropy over normalised matmul / 0.1 equals the reference's stacked (K+1)×S×D logits (to 5e-7) at a fortieth
-    of the time. All frames are scored at once, since picking frames by a mask makes a GPU wait for their number.
+    the others: fairseq's ``pred_nomask_weight``, but the divisor stays the masked frames, where fairseq then divides by
+    all, and scales its penalty by all. Cross-entropy over normalised matmul / 0.1 equals the reference's stacked
+    (K+1)×S×D logits (to 5e-7) at a fortieth of the time. All frames are scored at once, since picking frames by a mask
+    makes a GPU wait for their number.
 
     ``measured`` holds objective (the loss), penalty_sum (mean squared feature × masked frames) and ``label_sums``.
     >>> masked_prediction(module["model"], module["head"], batch).count == int(batch.mask.sum())

@@ -4,8 +4,9 @@ Three objectives by their published names, alone or summed with weights:
 
 * ``soft-targets``: on masked frames, the k-means labels and, with a weight, the teacher's cluster probabilities
   softened by a temperature (Hinton et al. 2015). The teacher hears the clip unmasked: it knows the hidden frames.
-* ``distilhubert`` (Chang et al. 2022, as s3prl's ``pretrain/distiller``): the student's last layer predicts several of
-  the teacher's through heads that are dropped afterwards; L1 distance and -log sigmoid of the cosine, nothing masked.
+* ``distilhubert`` (Chang et al. 2022: layers 4, 8, 12 as in the paper; s3prl's yaml has 4, 12; the student keeps the
+  LayerNorm before its projection): the student's last layer predicts several of the teacher's through heads that are
+  dropped afterwards; L1 distance and -log sigmoid of the cosine, nothing masked.
 * ``hubert`` (DiceHuBERT): HuBERT's own objective, on clusters of the teacher's features.
 
 The teacher never trains: eval mode, no gradient, the same output, on one processor to the bit. (s3prl's
@@ -88,7 +89,7 @@ def soft_targets(
     unmasked_weight: float = 0.0,
 ) -> Sums:
     """alpha T² KL(teacher ‖ student) at temperature T plus beta cross-entropy of the labels: over masked frames, and
-    with ``unmasked_weight`` over the others.
+    with ``unmasked_weight``, as in ``masked_prediction``, over the others.
 
     T² keeps the gradient's size as T grows. ``measured`` is that of ``masked_prediction`` and soft_loss_sum (T² times
     the divergence on masked frames, without its weight). With ``soft_weight`` 0 the teacher is not asked; with

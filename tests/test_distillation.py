@@ -120,6 +120,17 @@ def test_a_student_that_starts_as_a_public_teacher_hears_as_it_does(run):
     assert distillation.lesson(home, weights, {**task.config, "session": "a", "round": 1}).normalise
 
 
+def test_distilhubert_leaves_no_layer_out(run):
+    """Of two layers one would be missing in every tenth step; s3prl sets layerdrop to 0. Other students keep theirs."""
+    teacher = distillation.read_teacher(run, distill())
+    sizes = {"model": "base", "front_end": "waveform", "hidden_size": None}
+    dropped = {
+        which: distillation.student_config(distill(**sizes, objectives=which.split("+")), teacher).layerdrop
+        for which in ("distilhubert", "soft-targets", "soft-targets+distilhubert")
+    }
+    assert dropped == {"distilhubert": 0.0, "soft-targets": 0.05, "soft-targets+distilhubert": 0.05}
+
+
 def test_student_learns_from_its_teacher(run):
     p = distill(rounds=6, local_steps=4, learning_rate=3e-3, server="fedavg", server_rate=1.0, soft_weight=1.0)
     distillation.run(run, p.model_copy(update={"objectives": ["soft-targets"], "label_weight": 0.0}))

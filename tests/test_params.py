@@ -69,6 +69,14 @@ def test_study_files_load_and_hold_differences_only(tmp_path, path):
             assert less != loaded, f"{stage}.{name} has the same value without this line"
 
 
+def test_librispeech_distils_at_the_weight_decay_and_steps_of_s3prl():
+    loaded = {hours: studies.load(ROOT / f"params/librispeech{hours}.yaml") for hours in (100, 960)}
+    assert {study.distill.weight_decay for study in loaded.values()} == {1e-6}
+    assert {study.pretrain.weight_decay for study in loaded.values()} == {0.01}
+    steps = {hours: study.distill.rounds * study.distill.local_steps for hours, study in loaded.items()}
+    assert steps == {100: 50_000, 960: 200_000}
+
+
 def test_toy_is_the_defaults():
     toy = studies.load(ROOT / "params/toy.yaml")
     assert all(getattr(toy, stage) == schema() for stage, schema in params.SECTIONS.items())
