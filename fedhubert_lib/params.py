@@ -370,7 +370,7 @@ class Evaluate(Section):
     train_fraction: Part = Field(0.8, description="fraction of the training clips that each seed draws")
     probe_steps: Natural = Field(100, description="steps of the keyword probe")
     probe_rate: Positive = Field(1e-2, description="learning rate of the keyword probe")
-    standardise: bool = Field(True, description="scale features by the training clips; False: exactly as s3prl")
+    standardise: bool = Field(True, description="scale features by the training clips; False: as they are (s3prl)")
     task: Literal["words", "superb"] = Field("words", description="all words, or SUPERB's ten, unknown and silence")
     fine_tune_steps: Count = Field(0, description="steps of training the whole model on the words; 0: do not")
     fine_tune_rate: Positive = Field(1e-4, description="learning rate of that training")

@@ -1,7 +1,7 @@
 """Hidden layers and phones: the speech they are compared on, and the quality of a layer's clusters as units.
 
 No client trained on that speech: held-out speakers and test subsets, as far as its phones are known. K-means is fitted
-on these frames and scored on them: it sees no phone (HuBERT, Fig. 2: fitting on 1 h or 100 h moves PNMI by 0.01).
+on these frames and scored on them: it sees no phone (HuBERT, table IV: fitting on 1 h or 100 h moves PNMI by 0.01).
 """
 
 from pathlib import Path

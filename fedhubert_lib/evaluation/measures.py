@@ -33,7 +33,7 @@ MEASURES = {
     "unseen-speaker-accuracy": ("speakers left out", "higher", "linear probe over folds of speakers, best layer"),
     "abx-error": ("ABX error across speakers", "lower", "ON word ACROSS speaker, as fastabx; angles, DTW; best layer"),
     "speaker-accuracy": ("speaker identified", "lower", "by a linear probe on the best layer"),
-    "pnmi": ("PNMI of units", "higher", "phones known from the layer's clusters; baseline: shuffled labels"),
+    "pnmi": ("PNMI of units", "higher", "phones known from clusters of the scaled layer; baseline: shuffled labels"),
     "phone-accuracy": ("phone probe", "higher", "frames, least squares, new speakers; baseline: commonest phone"),
     "phone-purity": ("phone purity of units", "higher", "fraction of frames with the main phone of their cluster"),
     "cluster-purity": ("cluster purity of units", "higher", "fraction of frames in the main cluster of their phone"),

@@ -59,7 +59,7 @@ def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> fl
 
 def count_std(p: Federation) -> float:
     """Standard deviation of the noise on the number of clients within the bound: a twentieth of the cohort, as in
-    Andrew et al., but enough for half of the privacy to remain where cohorts are small."""
+    Andrew et al., but enough for three quarters of the privacy (1/z²) to remain where cohorts are small."""
     return max(p.cohort / 20, p.privacy_noise)
 
 
