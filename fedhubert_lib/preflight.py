@@ -155,7 +155,7 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     if p.engine == "deployment" or "partition" in coming or not table.is_file() or (folder / "done.json").is_file():
         return
     clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
-    drawn = clients * (1 - (1 - min(1, rounds.sized(p, clients).cohort / clients)) ** p.rounds)  # in the mean
+    drawn = clients * (1 - (1 - min(1, p.cohort / clients)) ** p.rounds)  # in the mean
     try:
         initial = _model(p.initial if first and copies else "")
     except (OSError, ValueError):  # the check of `initial` says so
