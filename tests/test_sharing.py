@@ -32,8 +32,8 @@ def do(stage: str, run: str, **changes: object) -> Path:
             pd.DataFrame(rows).to_parquet(folder / "clients/c/train.parquet")
             pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
         else:
-            (folder / "federated").mkdir()
-            np.save(folder / "federated/weights.npy", np.arange(3) + len(changes))
+            (folder / "codebooks/federated").mkdir(parents=True)
+            np.save(folder / "codebooks/federated/weights.npy", np.arange(3) + len(changes))
             files.append_row(folder / "metrics.jsonl", {"kind": "round", "round": 1})
             (folder / ".lock").touch()
     runs.finish(begun, {"figure": 1.0})
@@ -69,7 +69,11 @@ def test_stages_that_do_not_differ_are_links_that_outlive_the_other_run(other, c
     assert take(run, other, distill={"temperature": 2.0}) == STAGES[:4]
     assert "04_distill: differs from a (parameters changed: temperature 4.0 -> 2.0)" in capsys.readouterr().out
     assert contents(other) == before
-    for name in ("00_corpus/synthetic/u.flac", "02_kmeans/federated/weights.npy", "03_pretrain/federated/weights.npy"):
+    for name in (
+        "00_corpus/synthetic/u.flac",
+        "02_kmeans/codebooks/federated/weights.npy",
+        "03_pretrain/codebooks/federated/weights.npy",
+    ):
         assert os.path.samefile(run / name, other / name)
     assert not list(run.rglob(".lock")) and not list(run.glob(".*.partial"))
     # What says whose it is, or is appended to, is the run's.
@@ -128,7 +132,7 @@ def test_damage_is_not_shared_and_a_real_federation_neither(other, outputs, caps
     assert "real federation" in capsys.readouterr().out
     np.save(other / "02_kmeans/mine.npy", np.arange(4))  # somebody's copy beside the results is no damage
     assert take(outputs / "c", other) == STAGES
-    np.save(other / "02_kmeans/federated/weights.npy", np.arange(4))
+    np.save(other / "02_kmeans/codebooks/federated/weights.npy", np.arange(4))
     with pytest.raises(runs.RunError, match="02_kmeans: files that it made are missing or were changed"):
         take(outputs / "b", other)
     assert not (outputs / "b/02_kmeans").exists() and not list((outputs / "b").glob(".*partial*"))
@@ -142,7 +146,8 @@ def test_without_hard_links_results_are_copied_and_that_is_printed(other, monkey
     assert take(other.with_name("b"), other) == STAGES
     assert "1 files copied: no hard links" in capsys.readouterr().out
     assert not os.path.samefile(
-        other / "02_kmeans/federated/weights.npy", other.with_name("b") / "02_kmeans/federated/weights.npy"
+        other / "02_kmeans/codebooks/federated/weights.npy",
+        other.with_name("b") / "02_kmeans/codebooks/federated/weights.npy",
     )
 
 
