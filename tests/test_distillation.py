@@ -81,7 +81,7 @@ def test_every_objective_runs_federated_and_centralised(run, objectives):
     assert pretrained.load(pooled.train(run, p))[0].config == student.config
     for folder in (run / "04_distill", run / "04_distill" / "centralised"):
         rows = rounds_of(folder)
-        assert [row["round"] for row in rows] == [1, 2] and all(row["loss"] > 0 for row in rows)
+        assert [row["round"] for row in rows] == [1, 2]
         assert all("validation_loss" in row for row in rows)
         assert ("cosine" in rows[0]) == ("distilhubert" in objectives)
         assert ("accuracy_masked" in rows[0]) == (objectives != ["distilhubert"])

@@ -1,5 +1,7 @@
 """The model against transformers and torchaudio, its front ends, its initialisation."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torchaudio
 import transformers
 from bench_model import torchaudio_model
 
-from fedhubert_lib import audio, batching, hubert, objectives, pretrained, seeds
+from fedhubert_lib import audio, batching, hubert, kernels, objectives, pretrained, seeds
 from fedhubert_lib.export import formats
 
 TOLERANCES = {"float32 states": 1e-5, "loss": 1e-5, "float64 states": 1e-9, "gradients": 1e-6, "mel energies": 1e-3}
@@ -157,6 +159,34 @@ def test_initialised_positional_convolution_has_fairseqs_standard_deviation():
     model = make(hubert.preset("base", num_hidden_layers=1, conv_dim=(8,) * 7))
     weight = model.encoder.pos_conv_embed.conv.weight
     assert weight.std().item() == pytest.approx((4 / (768 * 128)) ** 0.5, rel=0.01)
+
+
+def test_initial_weights_have_fairseqs_spread():
+    config = hubert.preset("tiny", num_hidden_layers=1, conv_dim=(64,) * 7)
+    model, head = make(config), make_head(config, clusters=100)
+    assert model.encoder.layers[0].attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    convolution = model.feature_extractor.conv_layers[1].conv.weight
+    assert convolution.std().item() == pytest.approx((2 / (3 * 64)) ** 0.5, rel=0.05)
+    for linear in (model.feature_projection.projection, head.final_proj):
+        assert linear.weight.abs().max().item() == pytest.approx(linear.in_features**-0.5, rel=0.01)
+    assert 0 <= head.label_embeddings.min() < 0.01 and 0.99 < head.label_embeddings.max() < 1
+
+
+@pytest.mark.parametrize("variant", ["base", "large"])
+def test_dropout_and_layerdrop_stand_where_fairseq_has_them(variant):
+    rates = {"hidden_dropout": 0.1, "activation_dropout": 0.2, "feat_proj_dropout": 0.3, "layerdrop": 0.0}
+    model, calls, (waveforms, _) = make(hubert.replace(VARIANTS[variant], **rates)).train(), Counter(), clips()
+    for module in model.modules():
+        if isinstance(module, kernels.Dropout):
+            module.register_forward_hook(lambda module, *_: calls.update([module.p]))
+    model(waveforms)
+    layers = model.config.num_hidden_layers
+    assert calls == {0.1: 1 + 2 * layers, 0.2: layers, 0.3: 1}
+    model = make(hubert.replace(VARIANTS["base"], layerdrop=1.0))
+    first, second, *_ = model(waveforms, hidden_states=True).hidden
+    assert not torch.equal(first, second)
+    first, *others = model.train()(waveforms, hidden_states=True).hidden
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "logmel"])

@@ -85,6 +85,19 @@ def test_probe_does_not_see_the_test_clips():
     assert (a.layer_weights == b.layer_weights).all() and a.validation_accuracy == b.validation_accuracy
 
 
+def test_a_probe_is_left_as_it_was_at_its_best():
+    rows, one = task()
+    one = one._replace(labels=np.random.default_rng(2).integers(4, size=len(rows)))  # accuracies go up and down
+    module, _, batches = keywords.draws(rows, one, 0, 1.0)
+
+    def logits(clips):
+        return module(torch.from_numpy(rows[clips]))
+
+    outcome = keywords._fit(module, logits, one, batches, steps=40, rate=0.1, looks=20)
+    left = (logits(one.validation).argmax(1).numpy() == one.labels[one.validation]).mean()
+    assert left == outcome.validation_accuracy
+
+
 def test_probe_standardises_the_scale_of_features_away():
     rows, one = task()
     a, b = (keywords.probe(each, one, 0, steps=100, rate=1e-3) for each in (rows, rows * 1000 + 50))
@@ -233,6 +246,12 @@ def test_untrained_encoder_gives_n_plus_one_states_and_is_seeded():
     a, b, c = (systems.of_model(systems.untrained(config, seed), cpu)(waveforms) for seed in (0, 0, 1))
     assert len(a) == 3 and a[0].shape == (2, 49, 192)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])
+
+
+def test_models_are_measured_without_dropout():
+    config = hubert.preset("tiny", "logmel", num_hidden_layers=1, hidden_dropout=0.5)
+    encode, waveforms = systems.of_model(hubert.Hubert(config).train(), torch.device("cpu")), torch.ones(1, 8_000)
+    assert torch.equal(encode(waveforms)[-1], encode(waveforms)[-1])
 
 
 @pytest.fixture

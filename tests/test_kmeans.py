@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -259,6 +260,37 @@ def test_federated_lloyd_equals_central(run, normalisation):
     expected = KMeans(8, init=start.numpy(), n_init=1, max_iter=5, tol=0).fit(frames.double().numpy())
     np.testing.assert_allclose(federated, expected.cluster_centers_, atol=1e-4)
     assert (clustering.nearest(frames, federated) == clustering.nearest(frames, central)).all()
+
+
+def test_start_weighs_local_centroids_by_their_frames():
+    def answers(*_, **__):
+        for client_id, place, count in (("a", 0.0, 90.0), ("b", 1.0, 10.0)):
+            yield Reply(client_id, {"centroids": torch.tensor([[place]]), "counts": torch.tensor([count]).double()}, {})
+
+    exchange = SimpleNamespace(ids=["a", "b"], ask=answers)
+    centroids, _ = server.start(exchange, {}, {"clusters": 1, "width": 1, "seed": 0})
+    assert centroids.item() == pytest.approx(0.1)
+
+
+def test_local_centroids_come_with_their_numbers_of_frames(run):
+    exchange, config, arrays = prepared(run, settings())
+    for reply in exchange.ask("local_centroids", arrays, {**config, "local": 4}):
+        frames = reading.in_memory(home(run, reply.client), arrays, config)
+        nearest = torch.bincount(clustering.nearest(frames, reply.arrays["centroids"]), minlength=4)
+        assert reply.arrays["counts"].tolist() == pytest.approx(nearest.tolist(), abs=2)
+
+
+@pytest.mark.parametrize("normalisation", ["speaker", "global"])
+def test_normalised_features_have_mean_0_and_deviation_1(run, normalisation):
+    exchange, config, arrays = prepared(run, settings(normalisation=normalisation))
+    homes = [home(run, one) for one in exchange.ids]
+    if normalisation == "speaker":  # and a client is a speaker
+        parts = [reading.in_memory(one, arrays, config, reading.utterances(one)) for one in homes]
+    else:
+        parts = [torch.cat([reading.in_memory(one, arrays, config) for one in homes])]
+    for part in parts:
+        torch.testing.assert_close(part.mean(0), torch.zeros(39), atol=1e-3, rtol=0)
+        torch.testing.assert_close(part.std(0, correction=0), torch.ones(39), atol=1e-3, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------------- whole stage

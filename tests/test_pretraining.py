@@ -34,7 +34,7 @@ from fedhubert_lib import (
     training,
     weights,
 )
-from fedhubert_lib.federated import flower, handlers, moments, optimisers, rounds, wire
+from fedhubert_lib.federated import compression, flower, handlers, moments, optimisers, rounds, wire
 from fedhubert_lib.federated.protocol import ClientHome
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -384,18 +384,21 @@ def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch,
         assert tensor.abs().max() > 0
 
 
-def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
-    """Without momentum c_i - c + (x - y) / (K eta) is what the client keeps."""
-    rate = 0.05
-    monkeypatch.setattr(
-        training,
-        "adamw",
-        lambda module, p: torch.optim.SGD(module.parameters(), lr=p.learning_rate),
-    )
+SCAFFOLD = {"server": "scaffold", "local_state": "reset", "clip_norm": 1e9, "learning_rate": 0.05}
+
+
+@pytest.fixture
+def plain_sgd(monkeypatch) -> float:
+    """The rate of SGD in place of AdamW, without momentum or schedule."""
+    rate = SCAFFOLD["learning_rate"]
+    monkeypatch.setattr(training, "adamw", lambda module, p: torch.optim.SGD(module.parameters(), lr=rate))
     monkeypatch.setattr(training, "rate", lambda peak, warmup, step, total: rate)
-    task, weights = pretraining.begin(
-        run, pretrain(server="scaffold", local_state="reset", clip_norm=1e9, learning_rate=rate)
-    )
+    return rate
+
+
+def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, plain_sgd):
+    """Without momentum c_i - c + (x - y) / (K eta) is what the client keeps."""
+    rate, (task, weights) = plain_sgd, pretraining.begin(run, pretrain(**SCAFFOLD))
     arrays = weights | {f"control/{name}": torch.full_like(t, 1e-3) for name, t in weights.items()}
     client = "client-001"
     home = ClientHome(
@@ -411,6 +414,71 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, monkeypatch):
         expected = -1e-3 - change[name] / (measured["steps"] * rate)
         torch.testing.assert_close(kept[name], expected, rtol=1e-3, atol=2e-5)
         torch.testing.assert_close(change[f"control/{name}"], kept[name])
+
+
+def test_scaffold_adds_c_minus_c_i_to_every_gradient(run, plain_sgd):
+    """One step each, in sessions of their own: round 2 of session a alone has a c_i, the gradient of round 1."""
+    rate, client, (task, weights) = plain_sgd, "client-001", pretraining.begin(run, pretrain(**SCAFFOLD, local_steps=1))
+    home = handlers.homes(run, [client], "pretrain", "cpu")[client]
+
+    def change(session, number, c):
+        arrays = weights | {f"control/{name}": torch.full_like(tensor, c) for name, tensor in weights.items()}
+        message = {"round": number, "session": session, "durable": 0, "counted": {client: number - 1}}
+        return pretraining.update(home, arrays, task.config | message)[0]
+
+    plain, corrected = change("a", 1, 0.0), change("b", 1, 1e-2)
+    second, without = change("a", 2, 0.0), change("c", 2, 0.0)
+    for name, tensor in plain.items():
+        if not name.startswith("control/"):
+            c = torch.full_like(tensor, 1e-2)
+            torch.testing.assert_close(corrected[name] - tensor, -rate * c, rtol=1e-3, atol=2e-7)
+            torch.testing.assert_close(second[name] - without[name], -tensor, rtol=1e-3, atol=2e-6)
+
+
+def test_what_compression_lost_comes_with_the_next_update(run):
+    home = handlers.homes(run, ["client-000"], "pretrain", "cpu")["client-000"]
+
+    def change(session, number, kind):
+        p = pretrain(local_state="reset", local_steps=1, compression=kind, top_k_fraction=0.05)
+        task, weights = pretraining.begin(run, p)
+        message = {"round": number, "session": session, "durable": 0}
+        return pretraining.update(home, weights, task.config | message)[0]
+
+    change("a", 1, "top-k")
+    sent, plain = change("a", 2, "top-k"), change("b", 2, "none")
+    before, after = (load_file(home.state / f"session-a/lost-00000{number}.safetensors") for number in (1, 2))
+    assert len(sent["values"]) == round(0.05 * sum(tensor.numel() for tensor in plain.values()))
+    for name, value in compression.decode(sent, "top-k", plain).items():
+        torch.testing.assert_close(value + after[name], plain[name] + before[name])
+
+
+def test_proximal_and_compressed_rounds_are_others_than_plain_ones(tones, tmp_path):
+    ends, sizes = [], []
+    for number, changes in enumerate(({}, {"proximal": 5.0}, {"compression": "int8"})):
+        run = fresh(tones, tmp_path / str(number))
+        p = pretrain(rounds=1, cohort=1, server="fedavg", server_rate=1.0, **changes)
+        ends.append(torch.cat([tensor.flatten() for tensor in weights_of(pretraining.run(run, p)).values()]))
+        sizes.append(files.rounds(run / "03_pretrain/metrics.jsonl")[0]["bytes_up"])
+    plain, proximal, compressed = ends
+    assert not torch.equal(proximal, plain) and not torch.equal(compressed, plain)
+    torch.testing.assert_close(compressed, plain, atol=1e-4, rtol=0)
+    assert sizes[2] < 0.3 * sizes[0]
+
+
+def test_dropout_is_another_in_every_round_and_at_every_client(run, monkeypatch):
+    drawn, update = [], training.local_update
+    monkeypatch.setattr(training, "local_update", lambda *a, **o: drawn.append(o["seed"]) or update(*a, **o))
+    pretraining.run(run, pretrain(rounds=2, local_steps=1))
+    assert len(set(drawn)) == len(drawn) == 4
+
+
+def test_validation_reads_no_training_speech(tmp_path):
+    run, client = make(tmp_path, clients=1, utterances=1), "client-000"
+    task, weights = pretraining.begin(run, pretrain())
+    home = handlers.homes(run, [client], "pretrain", "cpu")[client]
+    (run / "audio" / client / f"{client}-00.flac").unlink()
+    message = {"round": 1, "session": "a", "durable": 0}
+    assert pretraining.validate(home, weights, task.config | message)[1]["masked_frames"] > 0
 
 
 def test_clients_leave_the_servers_tensors_alone(run):
@@ -453,6 +521,9 @@ def test_the_baseline_has_the_federations_start_updates_and_audio(run, monkeypat
     assert sum(s for s, _, _ in federated_steps) == p.cohort * p.rounds * p.local_steps
     assert sum(a for _, a, _ in steps) == pytest.approx(sum(a for _, a, _ in federated_steps), rel=0.05)
     assert [r for _, _, r in steps] == [r for _, _, r in federated_steps[:: p.cohort]]
+    _, kept, _ = checkpoints.read(run / "03_pretrain/centralised", p.rounds)
+    counts = {int(tensor) for name, tensor in kept.items() if name.endswith("/step")}
+    assert counts == {p.rounds * p.local_steps}, "one AdamW from start to end"
 
 
 def test_pretraining_can_start_from_a_checkpoint(run, tmp_path):

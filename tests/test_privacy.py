@@ -168,12 +168,36 @@ def test_one_client_more_changes_the_sum_by_no_more_than_its_bound_even_at_the_f
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
-def test_adaptive_clipping_moves_the_bound(where):
-    p = parameters(privacy=where, privacy_quantile=0.5, privacy_noise=0.3)
-    assert release(p)[1] > 0.5  # nobody was within it
+def test_the_count_of_clients_within_the_bound_is_noised(where):
+    p, bounds = parameters(privacy=where, privacy_quantile=0.5, privacy_seeded=True, cohort=4), []
+    for number in range(150):
+        homes = [home(f"client-{index}") for index in range(4)]
+        within = sum(privacy.protect({"a": torch.zeros(1)}, p, 0.5, one, number)["within_bound"] for one in homes)
+        bounds.append(privacy.release({"a": torch.zeros(1)}, p, 0.5, number, 4, within))
+    moved, std = (torch.tensor(bounds) / 0.5).log(), 0.2 * privacy.count_std(p) / 4
+    assert moved.mean() == pytest.approx(-0.2 * 0.5, abs=4 * std / 150**0.5)  # all were within it, half should be
+    assert moved.std() == pytest.approx(std, rel=0.2)
+
+
+def test_bound_and_updates_together_cost_what_the_multiplier_says():
+    p = parameters(privacy_quantile=0.5, privacy_noise=0.3)
     # Two Gaussian releases of sensitivities 1 and 1/2 cost alpha/2 (1/z^2 + (1/2)^2/s^2) together.
     together = privacy.update_multiplier(p) ** -2 + 0.25 * privacy.count_std(p) ** -2
     assert together == pytest.approx(0.3**-2)
+
+
+def test_clients_that_stay_away_are_half_within_the_bound():
+    """Divided by the expected cohort, as the updates are: the number of answers is not to be told."""
+    p = parameters(privacy_quantile=0.5, privacy_seeded=True)
+    bounds = [privacy.release({"a": torch.zeros(1)}, p, 0.5, n, 4, -2.0) for n in range(100)]  # four, none within
+    noise_std = 0.2 * privacy.count_std(p) / 16
+    assert (torch.tensor(bounds) / 0.5).log().mean() == pytest.approx(0.2 * 2 / 16, abs=4 * noise_std / 10)
+
+
+def test_a_trusted_server_clips_what_it_receives(tmp_path):
+    server = SimpleNamespace(p=parameters(), out=tmp_path, state={}, plan={}, clients=None)
+    received = privacy.Bounding(server).received(SimpleNamespace(payload={"a": torch.zeros(9)}), {"a": torch.ones(9)})
+    assert noise.norm(received) == pytest.approx(0.5, rel=1e-5)
 
 
 def spent(folder: Path, p: params.Pretrain, asked: list[list[str]]) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedhubert_lib.evaluation import intervals, probes
+from fedhubert_lib.evaluation import intervals, layers, probes
 
 
 def clips(words=5, speakers=6, takes=6, width=16, noise=0.3, seed=0):
@@ -76,8 +76,15 @@ def test_speaker_probe_finds_the_voice_and_not_noise():
     accuracy, chance = probes.speaker_accuracy(rows, speakers, seed=0)
     assert chance == pytest.approx(1 / 6)
     assert accuracy > 0.9
-    noise = np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)
+    noise = np.random.default_rng(0).normal(size=(len(rows), 400)).astype(np.float32)  # clips can be learned by heart
     assert probes.speaker_accuracy(noise, speakers, seed=0)[0] < 0.4
+
+
+def test_units_weigh_dimensions_alike():
+    """Phones are told apart by a dimension a thousandth as wide as another, of noise."""
+    rng, phones = np.random.default_rng(0), np.arange(200) % 2
+    rows = np.stack([1e-2 * (phones + 0.05 * rng.normal(size=200)), 10 * rng.normal(size=200)], 1).astype(np.float32)
+    assert layers.unit_quality(rows, phones, clusters=2, seed=0)["pnmi"] > 0.9
 
 
 def test_abx_is_zero_for_words_apart_and_half_for_noise():

@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
-from fedhubert_lib.evaluation import extraction, layers, measures, report, systems, tables, training_seeds
+from fedhubert_lib.evaluation import extraction, keywords, layers, measures, report, systems, tables, training_seeds
 from fedhubert_lib.index import results
 
 WORDS = ("yes", "no", "up")
@@ -174,6 +174,44 @@ def test_best_figures_are_those_of_the_best_layer(evaluated):
     assert rows.groupby("measure_name", sort=False).size().to_dict() == dict(
         zip(tables.HEADLINE, (5, 4, 4, 4, 4), strict=True)
     )
+
+
+def test_words_are_measured_on_the_layer_that_is_best_on_validation_clips(monkeypatch, tmp_path):
+    """Means of layer 0 are good on test clips, those of layer 1 on validation clips, and its frames on test clips."""
+    rng, splits = np.random.default_rng(0), ("train", "validation", "test")
+    rows = [(f"{word}-{voice}-{take}", word, str(voice)) for word in "abcd" for voice in range(6) for take in range(6)]
+    clips = pd.DataFrame(rows, columns=["clip", "word", "speaker"])
+    clips["split"] = [splits[int(voice) % 3] for voice in clips.speaker]
+    speech = measures.Speech(clips, keywords.task(clips), tmp_path)
+    signal = 5 * rng.normal(size=(4, 8))[speech.task.labels]
+    moments = rng.normal(size=(len(clips), 2, 2, 8)).astype(np.float32)
+    for layer, split in ((0, "test"), (1, "validation")):
+        heard = clips.split.isin(["train", split]).to_numpy()
+        moments[heard, 0, layer] += signal[heard]
+    frames = rng.normal(size=(len(speech.abx_clips), 2, 3, 8))
+    frames[:, 1] += signal[speech.abx_clips, None]
+    monkeypatch.setattr(extraction, "clips", lambda *_, **__: (moments, frames))
+    drawn, original = [], keywords.training_clips
+    monkeypatch.setattr(keywords, "training_clips", lambda *of: (drawn.append(of[2]), original(*of))[1])
+    p = params.Evaluate(run="r", seeds=1, probe_steps=1, train_fraction=0.5)
+    result = measures.of_system(systems.System("a", "a", systems.mfcc, "a"), speech, p)
+    values = {(figure["measure"], figure["layer"]): figure["value"] for figure in result.figures}
+    assert values["layer-accuracy", 0] > 0.9 > 0.5 > values["layer-accuracy", 1]
+    assert values["abx-error", 1] < 0.1 and values["moments-accuracy", 1] < 0.5
+    assert drawn == [0.5, 0.5]  # by the probe, and by that on moments
+
+
+def test_units_and_phones_are_those_of_their_layer(tmp_path):
+    rng, phones = np.random.default_rng(0), np.arange(300) % 3
+    frames = rng.normal(size=(300, 2, 6)).astype(np.float32)
+    frames[:, 1] += 8 * rng.normal(size=(3, 6))[phones]
+    speech = measures.Speech(pd.DataFrame(), None, tmp_path, pd.DataFrame(), phones, np.repeat(list("abc"), 100))
+    result, p = measures.Result("a"), params.Evaluate(run="r", seeds=1, clusters=3)
+    measures._units(result, frames, speech, p)
+    measures._phones(result, frames, speech, p)
+    for name in ("pnmi", "phone-accuracy"):
+        first, second = (figure["value"] for figure in result.figures if figure["measure"] == name)
+        assert first < 0.6 and second > 0.9, name
 
 
 def test_tables_show_every_measure_once(evaluated):

@@ -155,6 +155,7 @@ def test_cohorts_come_from_seed_and_round_and_client_ids(run):
     drawn = [rounds.cohort(CLIENTS, 3, 0, number) for number in range(1, 40)]
     assert drawn == [rounds.cohort(list(reversed(CLIENTS)), 3, 0, number) for number in range(1, 40)]
     assert drawn != [rounds.cohort(CLIENTS, 3, 1, number) for number in range(1, 40)]
+    assert drawn != [rounds.cohort(CLIENTS, 3, 0, number, 1) for number in range(1, 40)], "another attempt"
     assert all(len(set(chosen)) == 3 and chosen == sorted(chosen) for chosen in drawn)
     assert {client for chosen in drawn for client in chosen} == set(CLIENTS)
     with pytest.raises(ValueError, match="cohort of 7 cannot be drawn from 6"):
@@ -400,6 +401,7 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_resumes_with_other_dr
     for number, attempt in ((3, 0), (4, 6), (5, 0)):
         took_part = [row["client"] for row in ledger if row["kind"] == "client" and row["round"] == number]
         assert took_part == rounds.cohort(CLIENTS, 4, 0, number, attempt)
+    assert rounds.cohort(CLIENTS, 4, 0, 4, 6) != rounds.cohort(CLIENTS, 4, 0, 4, 0)
 
 
 def test_of_two_answers_there_is_no_median(run, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from federation import pretrain
 
-from fedhubert_lib import hubert, masking, seeds, teaching, training
+from fedhubert_lib import distillation, hubert, masking, params, seeds, teaching, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.objectives import masked_prediction
 
@@ -140,6 +140,23 @@ def test_summed_adds_objectives_by_their_averages(teacher):
     expected = 0.5 * soft.loss / soft.count + 2.0 * regression.loss / regression.count
     torch.testing.assert_close(both.loss / both.count, expected)
     assert {"soft_loss_sum", "cosine_sum"} <= set(both.measured)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("soft-targets", 1.0), ("hubert", 2.0)])
+def test_a_students_loss_weighs_its_parts_by_its_parameters(teacher, name, weight):
+    student, head = build(STUDENT, 1)
+    module = torch.nn.ModuleDict({"model": student.eval(), "head": head, "regressors": teaching.Regressors(32, 64, 3)})
+    one, chosen = batch(), {"soft_weight": 0.25, "label_weight": 0.5, "temperature": 2.0}
+    p = params.Distill(**chosen, regression_weight=3.0, hubert_weight=2.0, unmasked_weight=0.5, unmasked_decay=0.5)
+    p = p.model_copy(update={"objectives": [name, "distilhubert"]})
+    sums = distillation._objective(module, teacher, p, one, 0.25)  # half of the decay: half of unmasked_weight
+    if name == "hubert":
+        first = masked_prediction(student, head, one, unmasked_weight=0.25)
+    else:
+        first = teaching.soft_targets(student, head, teacher, one, **chosen, unmasked_weight=0.25)
+    second = teaching.layer_regression(student, module["regressors"], teacher, one)
+    expected = weight * first.loss / first.count + 3 * second.loss / second.count
+    torch.testing.assert_close(sums.loss / sums.count, expected)
 
 
 def test_student_from_is_the_first_layers_of_the_teacher(teacher):

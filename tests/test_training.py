@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from federation import pretrain
+from federation import digest, pretrain
 from torch import nn
 
 from fedhubert_lib import audio, batching, hubert, masking, objectives, params, seeds, training
@@ -49,8 +49,8 @@ def cut(batch_seconds: float, crop_seconds: float) -> params.LocalTraining:
     return params.LocalTraining(batch_seconds=batch_seconds, crop_seconds=crop_seconds)
 
 
-def make(clusters: int = 250) -> nn.ModuleDict:
-    module = nn.ModuleDict({"model": hubert.Hubert(CONFIG), "head": hubert.Head(CONFIG, clusters)})
+def make(config: hubert.HubertConfig = CONFIG) -> nn.ModuleDict:
+    module = nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, 250)})
     for part in module.values():
         hubert.initialise(part, seeds.torch_generator(0))
     return module
@@ -98,6 +98,15 @@ def test_batches_depend_on_their_keys_alone(corpus, monkeypatch):
     assert other.utterances != next(draw(KEYS)).utterances
 
 
+def test_masks_follow_their_parameters_and_differ_by_seed_round_client_and_clip(corpus):
+    table, labels = corpus
+    recipe = cut(8.0, 1.0).model_copy(update={"mask_probability": 0.3, "mask_length": 5})
+    keys = [KEYS, (1, 1, "client-000"), (0, 2, "client-000"), (0, 1, "client-001")]
+    masks = np.concatenate([next(batching.batches(table, labels, recipe, key, 1)).mask.numpy() for key in keys])
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+    assert masks.mean() == pytest.approx(0.26, abs=0.04)
+
+
 def test_passes_use_every_utterance_as_often_as_all_others():
     samples = np.random.default_rng(0).integers(8_000, 100_000, 40)  # some are too short to be used
     recipe = cut(8.0, 4.0)
@@ -106,6 +115,16 @@ def test_passes_use_every_utterance_as_often_as_all_others():
     used = np.bincount(np.concatenate([plan.rows for plan in plans[:-1]]), minlength=40)
     assert used.tolist() == np.where(samples >= 16_000, 2, 0).tolist()
     assert len(plans) == steps + 1
+
+
+def test_another_pass_has_another_order_and_other_crops():
+    samples, recipe = np.full(40, 100_000), cut(8.0, 4.0)
+    steps = batching.steps_of(samples, 2, recipe, KEYS)
+    drawn = list(itertools.islice(batching.plans(samples, recipe, KEYS), steps))
+    rows, starts = (np.concatenate([getattr(plan, of) for plan in drawn]).reshape(2, 40) for of in ("rows", "starts"))
+    assert (rows[0] != rows[1]).any()
+    first, second = np.take_along_axis(starts, rows.argsort(1), 1)
+    assert (first != second).mean() > 0.9 and starts.max() > 30_000
 
 
 def test_batches_have_few_shapes_and_little_is_cropped_away():
@@ -215,9 +234,36 @@ def test_same_seed_same_weights(corpus, precision):
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])
     assert not torch.equal(first["head"].label_embeddings, initial["head"].label_embeddings)
-    averages = objectives.averages(metrics)
-    assert averages["loss"] == pytest.approx(np.log(250), abs=0.5)
     assert metrics["masked_frames"] > 100
+
+
+def test_dropout_follows_its_seed_alone():
+    ends, options = [], {"first_step": 0, "total_steps": 9}
+    for seed in (0, 0, 1):
+        module = make(hubert.replace(CONFIG, hidden_dropout=0.3))
+        torch.rand(1)  # whatever was drawn before
+        training.local_update(module, [random_batch(2)], objective(module), pretrain(), **options, seed=seed)
+        ends.append(digest(module.state_dict()))
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_validation_hears_no_dropout():
+    module = make(hubert.replace(CONFIG, hidden_dropout=0.5)).train()
+    one, again = (training.evaluate(module, [random_batch(2)], objective(module), "float32") for _ in range(2))
+    assert one == again
+
+
+def test_adamw_is_that_of_fairseqs_recipe():
+    (group,) = training.adamw(nn.Linear(2, 2), pretrain(weight_decay=0.3)).param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-6, 0.3)
+
+
+@pytest.mark.parametrize(("limit", "left"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
+def test_gradients_are_clipped_after_division(limit, left):
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([6.0, 8.0])
+    assert training._clip([weight], 2.0, limit) == 5
+    torch.testing.assert_close(weight.grad, torch.tensor(left))
 
 
 def test_the_objective_knows_the_fraction_of_all_steps_that_are_done():
@@ -248,6 +294,14 @@ def test_unmasked_frames_have_the_weight_that_is_set():
     logits = module["head"](module["model"](batch.waveforms, batch.mask).last)
     expected = torch.nn.functional.cross_entropy(logits[~batch.mask], batch.labels[~batch.mask], reduction="sum")
     torch.testing.assert_close(others, expected.detach())
+
+
+def test_accuracies_count_the_frames_that_they_name():
+    batch = random_batch(2)
+    named = torch.where(batch.mask, batch.labels, (batch.labels + 1) % 250)  # right where masked alone
+    logits = nn.functional.one_hot(named, 250).float()
+    sums = objectives.label_sums(logits, torch.zeros(batch.mask.shape), batch)
+    assert (sums["correct_masked"], sums["correct_unmasked"]) == (batch.mask.sum(), 0)
 
 
 def test_diverging_batch_is_named(corpus):
