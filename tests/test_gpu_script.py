@@ -56,6 +56,5 @@ def test_a_machine_that_lacks_packages_is_told_where_they_come_from(gpu, monkeyp
         gpu.provide(str(tmp_path))
 
 
-def test_the_phases_fit_into_eight_minutes(gpu):
-    assert sum(gpu.LIMITS.values()) <= 480
+def test_every_phase_has_a_limit(gpu):
     assert gpu.PHASES.keys() == gpu.LIMITS.keys()

@@ -6,7 +6,6 @@ import torch
 from federation import pretrain
 from scipy import stats
 
-from fedhubert_lib import training
 from fedhubert_lib.federated import optimisers, robust
 
 
@@ -60,12 +59,6 @@ def test_a_server_optimiser_is_torchs_on_minus_the_update(changes, make, schedul
     rates = [0.25, 0.5, 0.5, 0.375, 0.25, 0.125] if schedule == "clients" else None  # up in 2 of 6, then down to 0
     for name, expected in reference(make, steps, rates).items():
         torch.testing.assert_close(weights[name], expected, rtol=2e-6, atol=2e-6)
-
-
-def test_the_servers_schedule_is_that_of_a_client_with_one_step_in_a_round():
-    p = pretrain(server_rate=0.5, server_schedule="clients", rounds=40, learning_rate=1e-3)
-    clients = [training.rate(p.learning_rate, p.warmup_fraction, step, p.rounds) for step in range(p.rounds)]
-    assert [optimisers.rate(p, number) / 0.5 for number in range(1, 41)] == pytest.approx([r / 1e-3 for r in clients])
 
 
 def test_moments_are_those_of_adam():

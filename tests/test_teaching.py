@@ -146,7 +146,7 @@ def test_summed_adds_objectives_by_their_averages(teacher):
 def test_a_students_loss_weighs_its_parts_by_its_parameters(teacher, name, weight):
     student, head = build(STUDENT, 1)
     module = torch.nn.ModuleDict({"model": student.eval(), "head": head, "regressors": teaching.Regressors(32, 64, 3)})
-    one, chosen = batch(), {"soft_weight": 0.25, "label_weight": 0.5, "temperature": 2.0}
+    one, chosen = batch(), {"soft_weight": 0.25, "label_weight": 0.5, "temperature": 0.5}
     p = params.Distill(**chosen, regression_weight=3.0, hubert_weight=2.0, unmasked_weight=0.5, unmasked_decay=0.5)
     p = p.model_copy(update={"objectives": [name, "distilhubert"]})
     sums = distillation._objective(module, teacher, p, one, 0.25)  # half of the decay: half of unmasked_weight
