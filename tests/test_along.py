@@ -49,7 +49,7 @@ def test_a_round_that_was_killed_while_it_was_written_is_written_again(tmp_path,
     assert load_file(tmp_path / "checkpoints" / "model-00004" / "model.safetensors")["a"].tolist() == [4.0] * 3
 
 
-def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path):
+def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path, narrow):
     run = federation.make(tmp_path / "run")
     p = federation.pretrain(rounds=3)
     pretraining.run(run, p)

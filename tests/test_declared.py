@@ -13,7 +13,7 @@ import federation
 import pytest
 from grid import Message
 
-from fedhubert_lib import distillation, federated, kmeans, params, pretraining
+from fedhubert_lib import distillation, federated, hubert, kmeans, params, pretraining
 from fedhubert_lib.federated import flower, handlers, hooks, wire
 from fedhubert_lib.kmeans import targets
 
@@ -95,6 +95,7 @@ def everything(tmp_path_factory) -> tuple[Path, list[tuple]]:
     kinds = ["federated", "client", "aligned", "one-shot", "random-projection"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handlers, "answer", listen)
+        patch.setitem(hubert.PRESETS, "tiny", {**hubert.PRESETS["tiny"], **federation.NARROW})
         pretraining.run(run, federation.pretrain(**SHORT))
         distillation.run(run, params.Distill(**SHORT, **student, **hidden, send_teacher=True))
         with federated.connect(run) as clients:

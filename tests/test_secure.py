@@ -119,7 +119,7 @@ def final(run: Path, rows: list[dict], **changes) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-def test_rounds_give_the_weights_of_plain_sums(tmp_path):
+def test_rounds_give_the_weights_of_plain_sums(tmp_path, narrow):
     rows: list[dict] = []
     plain = final(federation.make(tmp_path / "plain"), [])
     hidden = final(federation.make(tmp_path / "hidden"), rows, secure_aggregation=True)
@@ -144,7 +144,7 @@ def test_private_rounds_of_too_few_for_a_sum_are_rounds_of_noise(tmp_path):
     assert done[-1]["epsilon"] == accounting.epsilon([(3 / 4, 0.5, 8)], 1e-5)
 
 
-def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, monkeypatch):
+def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, monkeypatch, narrow):
     rows: list[dict] = []
     run = federation.make(tmp_path)
     answer, lost = handlers.answer, []
@@ -156,10 +156,10 @@ def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, m
             return Failure(home.client, "gone")
         return reply
 
-    monkeypatch.setattr(handlers, "answer", lose_one)
-    found = final(run, rows, secure_aggregation=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(handlers, "answer", lose_one)
+        weights = final(run, rows, secure_aggregation=True)
     failures = [row["client"] for row in rows if row["kind"] == "failure"]
     assert failures == [lost[0], ""]  # the client, then its cohort
-    monkeypatch.undo()
     undisturbed = final(federation.make(tmp_path / "undisturbed"), [], secure_aggregation=True)
-    assert all(torch.equal(value, undisturbed[name]) for name, value in found.items())
+    assert all(torch.equal(value, undisturbed[name]) for name, value in weights.items())

@@ -509,14 +509,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory(front_end):
 
 
 def test_gradient_checkpointing_keeps_a_fraction_of_the_activations():
-    """Peak bytes of tensors in forward and backward, tiny's convolutions and layers, in bfloat16: measured .25."""
+    """Peak bytes of tensors in forward and backward, tiny's convolutions and layers, in bfloat16: measured .24."""
     from torch.profiler import ProfilerActivity, profile
 
     peaks = []
     for on in (False, True):
-        model = hubert.Hubert(hubert.preset("tiny", num_hidden_layers=8)).train()
+        model = hubert.Hubert(hubert.preset("tiny", num_hidden_layers=4)).train()
         model.recompute = on
-        batch = random_batch(8, frames=250)
+        batch = random_batch(8, frames=120)
         with (
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
             torch.autocast("cpu", torch.bfloat16),
