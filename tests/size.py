@@ -14,7 +14,7 @@ from pathlib import Path
 LIBRARY = Path(__file__).resolve().parents[1] / "fedhubert_lib"
 
 LIMITS = {
-    "library, lines": 16_676,
+    "library, lines": 9_000,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_676,
+    "library, lines": 16_636,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
