@@ -81,6 +81,15 @@ def test_keys_are_not_made_twice(folder):
         deployment.add_client(folder, "client-001")
 
 
+def test_register_makes_the_folders_of_new_clients(tmp_path, monkeypatch, capsys):
+    deployment.prepare(tmp_path / deployment.FOLDER, CLIENTS[:1])
+    monkeypatch.setattr(deployment, "flwr", lambda folder, *arguments: "")
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # of the process that runs the tests
+    assert cli.main(["deploy", "register", str(tmp_path), CLIENTS[1]]) == 0
+    assert f"registered: {CLIENTS[0]}, {CLIENTS[1]}" in capsys.readouterr().out
+    assert (tmp_path / deployment.FOLDER / "nodes" / CLIENTS[1] / "node.json").is_file()
+
+
 def test_keys_that_an_interrupt_left_unfinished_are_made_anew(tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
