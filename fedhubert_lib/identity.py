@@ -112,6 +112,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
     by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}
     settings = {name: words for name, words in differing(before, now).items() if name not in params.HOW | by_content}
+    removed = {name: then[name] for name, value in params.REMOVED.items() if then.get(name, value) != value}
+    settings |= {name: f"{name} {value} -> removed" for name, value in removed.items()}
     added = settings.keys() & params.ADDITIONS
     additions = _changed("parameters", [settings.pop(name) for name in sorted(added)])
     falls = " (the learning rate falls over all rounds, so every round differs)" if "rounds" in settings else ""

@@ -398,6 +398,8 @@ HOW = frozenset(["run", "engine", "threads", "device", "deadline_seconds", "down
 """Parameters that say where and how a stage runs, not what comes out."""
 ADDITIONS = frozenset({"centralised", "along"})
 """Parameters that add to what is there and change nothing of it."""
+REMOVED = {"cohort_fraction": 1.0, "position_embedding": "conv", "patience": 0}
+"""Parameters of earlier versions, with the values at which those did what is done now."""
 
 
 def places(section: Section) -> dict[str, str]:

@@ -315,6 +315,11 @@ def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_p
     (runs[1] / "03_pretrain" / "params.yaml").write_text("run: two\nseed: 1\nengine: inprocess\nrounds: 60\n")
     assert cli.main(command) == runner.USAGE
     assert "differ in pretrain.rounds (40, 60)\n" in capsys.readouterr().err
+    (runs[1] / "03_pretrain" / "params.yaml").write_text(
+        "run: two\nrounds: 40\ncohort_fraction: 0.5\n"
+    )  # no longer there
+    assert cli.main(command) == runner.USAGE
+    assert "differ in pretrain.cohort_fraction (1.0, 0.5)\n" in capsys.readouterr().err
 
 
 def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evaluated, tmp_path):

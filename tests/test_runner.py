@@ -281,7 +281,9 @@ def test_a_notebook_that_does_not_reach_its_end_has_failed(project, work, end, m
     project.notebook("corpus", work, end)
     result = project()
     assert result.returncode == runner.FAILED
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr
+    if "ERROR:tornado" not in result.stderr:  # Jupyter's own, where a kernel goes while it is asked
+        assert "Traceback" not in result.stderr
     assert project.state("corpus") == "failed"
     assert not (project.folder("corpus") / "done.json").exists()
     assert not (project.run / "00_corpus.ipynb").exists()

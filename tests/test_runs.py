@@ -484,6 +484,15 @@ def test_parameters_that_only_another_version_has_count_as_their_defaults():
     assert not any(identity.compare(one | {"parameters": renamed}, now)), "a name that has changed since"
 
 
+def test_a_removed_parameter_that_changed_something_makes_other_work():
+    values = params.Pretrain().model_dump()
+    now = {"stage": "pretrain", "parameters": values, "inputs": {}, "library": {}, "notebook": "", "versions": {}}
+    for name, as_now, otherwise in (("cohort_fraction", 1.0, 0.3), ("patience", 0, 5)):
+        older = [now | {"parameters": values | {name: value}} for value in (as_now, otherwise)]
+        assert not any(identity.compare(older[0], now))
+        assert f"{name} {otherwise} -> removed" in identity.compare(older[1], now).results
+
+
 def test_code_and_versions_are_shown_and_results_kept(monkeypatch, outputs, capsys):
     folder = do("corpus")
     library, versions = identity.library(), identity.versions()

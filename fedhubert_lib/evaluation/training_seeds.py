@@ -41,6 +41,8 @@ def check_one_study(runs: Sequence[Path]) -> None:
         {key: str(value) for key, value in records.all_parameters(run).items() if key.split(".")[1] not in IRRELEVANT}
         for run in runs
     )
+    for name in recorded.columns[recorded.columns.str.split(".").str[1].isin(params.REMOVED)]:  # of an earlier version
+        recorded[name] = recorded[name].fillna(str(params.REMOVED[name.split(".")[1]]))
     values = {name: column.dropna().unique() for name, column in recorded.items()}
     if differing := [f"{name} ({', '.join(texts)})" for name, texts in values.items() if len(texts) > 1]:
         raise DifferentRunsError(
