@@ -10,8 +10,8 @@
 clients' moments kept, reset and the cohort's; local steps per round (H) at equal updates. ``long``: 2.5 times as many
 updates. ``cohorts``: a part of the clients in each round. ``heads``: kinds of codebook with shared and personal heads
 (the base run needs kmeans.codebooks). ``bytes``: compressed updates. ``privacy``: clipped and noisy ones (the base run
-needs 16 clients); ``many``: the same with 500. ``distill``: students, with and without the teacher (that of the base
-run, which needs 03_pretrain).
+needs 16 clients); ``many``: the same with 500 (docs/federation.md, *not run*, makes their base). ``distill``: students,
+with and without the teacher (that of the base run, which needs 03_pretrain).
 A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below --out when it is done, and is not run
 again; ``report`` prints the tables and draws curves.png.
 """
@@ -101,7 +101,7 @@ HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
 CLIPPED = {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
 PRIVATE = HALF | CLIPPED
 MANY = _steps(BEST["FedAvg"], 5) | {"cohort": 32, "weighting": "clients", "batch_seconds": 4.0}
-"""Of 500 clients with ten seconds of speech each."""
+"""Of 500 clients with 13 seconds of synthetic speech each on average."""
 LAYERS = ["soft-targets", "distilhubert"]
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher and labels": {"soft_weight": 0.7, "label_weight": 0.3},

@@ -260,9 +260,7 @@ def _looks(path: Path) -> Iterator[list[dict[str, Any]]]:
 
     What was read is not read again, unless a training that resumes has written the file anew.
     """
-    older: list[dict[str, Any]] = []
-    last: list[dict[str, Any]] = []
-    file, end = 0, 0
+    older, last, file, end = list[dict[str, Any]](), list[dict[str, Any]](), 0, 0
     while True:
         if path.is_file():
             with path.open("rb") as stream:
@@ -273,7 +271,10 @@ def _looks(path: Path) -> Iterator[list[dict[str, Any]]]:
                 for line in stream:
                     if not line.endswith(b"\n"):  # still growing
                         break
-                    row, end = json.loads(line), end + len(line)
+                    end += len(line)
+                    if not line.strip():
+                        continue
+                    row = json.loads(line)
                     if row["kind"] == "cohort":
                         older += [row for row in last if row["kind"] in progress.KINDS]
                         last = []

@@ -420,7 +420,7 @@ def test_a_look_reads_what_is_new_and_what_was_written_anew(tmp_path):
         for row in rows[-2:] if number == 2 else rows:
             files.append_row(path, row)
         with path.open("ab") as stream:
-            stream.write(b'{"kind": "cl')  # killed, or not all there yet
+            stream.write(b'\n{"kind": "cl')  # a blank line, and one that is not all there yet
         assert progress.at_work(next(looks)) == f"round {number}: b at work, 1 of 2 clients done"
         rows += [{"kind": "round", "round": number, "time": 1}]
         files.append_row(path, rows[-1])

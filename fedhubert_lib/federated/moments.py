@@ -95,7 +95,7 @@ class _Mean(Mean):
         largest = 1.1 * self._p.clip_norm  # moments of a layer that layerdrop leaves out do not shrink
         taken = [float(step - like[name]) for name, step in steps.items()]
         if (
-            not checked_norm(first, first) <= largest
+            not checked_norm(first, first) <= largest  # so written, NaN is refused, too
             or not sum(float(square.sum()) for square in second.values()) <= largest**2
             or not all(float(square.min()) >= 0 for square in second.values())
             or not all(0 <= number < self._p.local_steps + 0.5 for number in taken)  # means, rounded to float32
