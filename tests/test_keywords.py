@@ -116,7 +116,7 @@ NORMALISING = hubert.preset(
 
 
 @pytest.fixture
-def beside_zero(table, tmp_path):
+def beside_zero(table):
     """Clips around 0.2: where zeros are part of what is normalised, they lie far from zero afterwards."""
     clips = keywords.read_clips(table)
     for clip in clips.itertuples():
@@ -142,7 +142,7 @@ def test_all_measures_of_words_hear_normalised_clips_where_the_model_does(beside
     expected = torch.stack(raw.encoder(keywords.waveforms(clips, normalise=True)), 1)
     seen = {}
     for name in names:
-        monkeypatch.setattr(measures, name, lambda result, *given, name=name: seen.update({name: given}))
+        monkeypatch.setattr(measures, name, lambda result, *inputs, name=name: seen.update({name: inputs}))
     speech = measures.Speech(clips, keywords.task(clips), tmp_path)
     measures.of_system(model, speech, params.Evaluate())
     np.testing.assert_allclose(seen["_words"][0], expected.mean(2), atol=2e-5)
@@ -155,11 +155,11 @@ def test_all_measures_of_words_hear_normalised_clips_where_the_model_does(beside
 
 
 def test_fine_tuning_hears_normalised_clips_where_the_model_does(beside_zero):
-    model, task, heard = systems.untrained(NORMALISING, 0), keywords.task(beside_zero), []
-    model.register_forward_pre_hook(lambda module, given, named: heard.append((*given, named)), with_kwargs=True)
-    keywords.fine_tune(model, beside_zero, task, 0, steps=1, rate=1e-3)
+    model, words, heard = systems.untrained(NORMALISING, 0), keywords.task(beside_zero), []
+    model.register_forward_pre_hook(lambda module, inputs, named: heard.append((*inputs, named)), with_kwargs=True)
+    keywords.fine_tune(model, beside_zero, words, 0, steps=1, rate=1e-3)
     last, named = heard[-1]
-    assert torch.equal(last, keywords.waveforms(beside_zero, normalise=True)[task.test]) and named["normalised"]
+    assert torch.equal(last, keywords.waveforms(beside_zero, normalise=True)[words.test]) and named["normalised"]
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "logmel"])

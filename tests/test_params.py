@@ -69,7 +69,7 @@ def test_study_files_load_and_hold_differences_only(tmp_path, path):
             assert less != loaded, f"{stage}.{name} has the same value without this line"
 
 
-def test_librispeech_distils_at_the_weight_decay_and_steps_of_s3prl():
+def test_librispeech_distils_at_the_weight_decay_of_s3prl_and_with_960_hours_for_its_steps():
     loaded = {hours: studies.load(ROOT / f"params/librispeech{hours}.yaml") for hours in (100, 960)}
     assert {study.distill.weight_decay for study in loaded.values()} == {1e-6}
     assert {study.pretrain.weight_decay for study in loaded.values()} == {0.01}

@@ -110,10 +110,10 @@ def test_every_function_draws_and_labels_its_axes(tmp_path):
     for name, figure in drawn.items():
         plots.save(figure, tmp_path, name)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        for axes, of in itertools.product([axes for axes in figure.axes if axes.axison], "xy"):
-            ticks, sharing = getattr(axes, f"get_{of}ticks")(), getattr(axes, f"get_shared_{of}_axes")()
-            labels = [getattr(panel, f"get_{of}label")() for panel in sharing.get_siblings(axes)]
-            assert any(labels) or not len(ticks) or (name == "bars" and axes.get_title("left")), (name, of)
+        for axes, axis in itertools.product([axes for axes in figure.axes if axes.axison], "xy"):
+            ticks, sharing = getattr(axes, f"get_{axis}ticks")(), getattr(axes, f"get_shared_{axis}_axes")()
+            labels = [getattr(panel, f"get_{axis}label")() for panel in sharing.get_siblings(axes)]
+            assert any(labels) or not len(ticks) or (name == "bars" and axes.get_title("left")), (name, axis)
     assert dict(matplotlib.rcParams) == before, "the style does not leak"
 
 

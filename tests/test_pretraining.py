@@ -356,8 +356,8 @@ def test_a_personal_head_starts_alike_over_clients_and_on_pooled_data(run, tmp_p
     assert not torch.equal(weights["model.masked_spec_embed"], drawn["model.masked_spec_embed"])
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch, compression):
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch, kind):
     """With everybody asked in every round c stays the mean of the c_i, by clients, whatever their updates weigh, but
     for what compression keeps back; after an answer that was lost, too."""
 
@@ -369,13 +369,13 @@ def test_scaffolds_variates_cancel_and_come_from_the_gradients(run, monkeypatch,
 
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.forget", lambda *_: ({}, {}))
     monkeypatch.setitem(handlers.HANDLERS, "pretrain.update", lossy)
-    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, rounds=3, compression=compression)
+    p = pretrain(server="scaffold", server_rate=1.0, cohort=4, rounds=3, compression=kind)
     pretraining.run(run, p)
     _, server, _ = checkpoints.read(run / "03_pretrain", 3)
-    files = sorted((run / "03_pretrain/clients").glob("*/session-*/control-000003.safetensors"))
-    variates = [load_file(file) for file in files]
-    lost = [load_file(file.with_name("lost-000003.safetensors")) if compression != "none" else {} for file in files]
-    assert len(files) == 4
+    paths = sorted((run / "03_pretrain/clients").glob("*/session-*/control-000003.safetensors"))
+    variates = [load_file(file) for file in paths]
+    lost = [load_file(file.with_name("lost-000003.safetensors")) if kind != "none" else {} for file in paths]
+    assert len(paths) == 4
     for name, tensor in variates[0].items():
         sent = [
             of_client[name] - rest.get(f"control/{name}", 0) for of_client, rest in zip(variates, lost, strict=True)

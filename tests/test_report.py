@@ -192,7 +192,9 @@ def test_words_are_measured_on_the_layer_that_is_best_on_validation_clips(monkey
     frames[:, 1] += signal[speech.abx_clips, None]
     monkeypatch.setattr(extraction, "clips", lambda *_, **__: (moments, frames))
     drawn, original = [], keywords.training_clips
-    monkeypatch.setattr(keywords, "training_clips", lambda *of: (drawn.append(of[2]), original(*of))[1])
+    monkeypatch.setattr(
+        keywords, "training_clips", lambda *arguments: (drawn.append(arguments[2]), original(*arguments))[1]
+    )
     p = params.Evaluate(run="r", seeds=1, probe_steps=1, train_fraction=0.5)
     result = measures.of_system(systems.System("a", "a", systems.mfcc, "a"), speech, p)
     values = {(figure["measure"], figure["layer"]): figure["value"] for figure in result.figures}

@@ -121,7 +121,9 @@ def test_another_pass_has_another_order_and_other_crops():
     samples, recipe = np.full(40, 100_000), cut(8.0, 4.0)
     steps = batching.steps_of(samples, 2, recipe, KEYS)
     drawn = list(itertools.islice(batching.plans(samples, recipe, KEYS), steps))
-    rows, starts = (np.concatenate([getattr(plan, of) for plan in drawn]).reshape(2, 40) for of in ("rows", "starts"))
+    rows, starts = (
+        np.concatenate([getattr(plan, name) for plan in drawn]).reshape(2, 40) for name in ("rows", "starts")
+    )
     assert (rows[0] != rows[1]).any()
     first, second = np.take_along_axis(starts, rows.argsort(1), 1)
     assert (first != second).mean() > 0.9 and starts.max() > 30_000
