@@ -128,7 +128,7 @@ class Server:
         if not session.exists():
             with files.atomic(session) as temporary:
                 temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
-        self.state: dict[str, Any] = {"round": 0, "session": session.read_text("utf-8"), "settings": settings}
+        self.state: dict[str, Any] = {"round": 0, "session": session.read_text(encoding="utf-8"), "settings": settings}
         self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
         # What hooks may change:
         self.bounded = False
