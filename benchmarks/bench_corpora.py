@@ -62,10 +62,10 @@ def bench_scan(files: int, repeats: int) -> dict[str, float]:
             cache.unlink(missing_ok=True)
             for name in ("first", "again"):
                 start, cpu = time.perf_counter(), time.process_time()
-                found = scan.scan([root / "tree"], cache)
+                table = scan.scan([root / "tree"], cache)
                 timings[name].append(time.perf_counter() - start)
                 timings[f"{name}_cpu"].append(time.process_time() - cpu)
-            assert len(found) == files and (found["reason"] == "").all()
+            assert len(table) == files and (table["reason"] == "").all()
     rate = {name: files / statistics.median(seconds) for name, seconds in timings.items()}
     return {
         "files": files,
@@ -84,7 +84,7 @@ def partition_once(scheme: str, run: Path, counts: Path) -> dict[str, float]:
     held = partition.assign(run, p)
     assigned = time.perf_counter()
     table = pd.read_parquet(run / "00_corpus" / "manifest.parquet", columns=COLUMNS)
-    found = skew.summary(table, partition.owners(table, p), np.load(counts), seed=0)
+    summary = skew.summary(table, partition.owners(table, p), np.load(counts), seed=0)
     end, cpu = time.perf_counter(), time.process_time() - cpu
     return {
         "scheme": scheme,
@@ -97,7 +97,7 @@ def partition_once(scheme: str, run: Path, counts: Path) -> dict[str, float]:
         * 1024
         / 1e9,
         "largest_over_smallest": held["hours"].max() / held["hours"].min(),
-        "skew": found["skew"],
+        "skew": summary["skew"],
     }
 
 
@@ -149,21 +149,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--once", nargs=3, metavar=("SCHEME", "RUN", "COUNTS"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.once:
-        print(json.dumps(partition_once(given.once[0], Path(given.once[1]), Path(given.once[2])), default=float))
+    options = parser.parse_args()
+    if options.once:
+        print(json.dumps(partition_once(options.once[0], Path(options.once[1]), Path(options.once[2])), default=float))
         return
-    scanned = bench_scan(given.files, given.repeats)
-    print(f"scan of {given.files:,} FLAC files, median of {given.repeats}, files a second:")
+    scanned = bench_scan(options.files, options.repeats)
+    print(f"scan of {options.files:,} FLAC files, median of {options.repeats}, files a second:")
     say("first", scanned["headers_per_second"], ">= 5,000", f"{scanned['headers_per_cpu_second']:,.0f} a CPU second")
     cpu = f"{scanned['unchanged_files_per_cpu_second']:,.0f} a CPU second"
     say("nothing has changed", scanned["unchanged_files_per_second"], ">= 50,000", cpu)
-    speech = bench_synthetic(given.minutes)
+    speech = bench_synthetic(options.minutes)
     print(f"synthetic speech, {speech['audio_s']:,.0f} s of it, twice:")
     say("times real time, per core", speech["times_real_time_per_core"], ">= 100")
     say("the same bytes again", speech["same_bytes_again"], "True")
-    rows = pd.DataFrame(bench_partition(given.utterances, given.speakers))
-    print(f"partition and statistics of {given.utterances:,} utterances, {given.speakers:,} speakers, per scheme:")
+    rows = pd.DataFrame(bench_partition(options.utterances, options.speakers))
+    print(f"partition and statistics of {options.utterances:,} utterances, {options.speakers:,} speakers, per scheme:")
     print(rows.round(3).to_string(index=False))
     say("slowest, s", (rows["partition_s"] + rows["statistics_s"]).max(), "< 20")
     say("largest, GB", rows["peak_GB"].max(), "< 1")

@@ -32,10 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of each part; the median is printed")
     parser.add_argument("--steps", type=int, default=1000, help="of each keyword probe")
-    given = parser.parse_args()
+    options = parser.parse_args()
     for name, (layers, width) in SHAPES.items():
-        parts = _parts(layers, width, given.steps)
-        seconds = {part: _median(function, given.repeats) for part, function in parts.items()}
+        parts = _parts(layers, width, options.steps)
+        seconds = {part: _median(function, options.repeats) for part, function in parts.items()}
         total = sum(seconds.values())
         print(f"{name}: {CLIPS} clips x {layers} layers x {width}, {SEEDS} seeds, {torch.get_num_threads()} threads")
         for part, spent in seconds.items():

@@ -139,7 +139,7 @@ def int8_quality() -> tuple[float, float]:
             partition.assign(run, params.Partition(seed=seed))
             with federated.connect(run) as connected:
                 kmeans.run(run, params.Kmeans(codebooks=["federated"], seed=seed), connected)
-            for kind, found in losses.items():
+            for kind, values in losses.items():
                 p = params.Pretrain(rounds=4, local_steps=4, unmasked_weight=1.0, learning_rate=3e-3, server="fedadam",
                                     server_rate=0.01, server_momentum=0.9, server_tau=0.01, batch_seconds=8.0,
                                     compression=kind, seed=seed)  # fmt: skip
@@ -149,7 +149,7 @@ def int8_quality() -> tuple[float, float]:
                     (out / stage).symlink_to(run / stage)
                 pretraining.run(out, p)
                 ledger = files.read_rows(out / "03_pretrain" / "metrics.jsonl")
-                found.append([row["validation_loss"] for row in ledger if row["kind"] == "round"][-1])
+                values.append([row["validation_loss"] for row in ledger if row["kind"] == "round"][-1])
     return mean(losses["int8"]), mean(losses["none"])
 
 
@@ -165,30 +165,30 @@ def main() -> None:
     parser.add_argument("--client-seconds", type=float, default=2.0)
     parser.add_argument("--cases", nargs="+", default=["1M", "94M"], choices=["1M", "94M"])
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        case, cohort, device, seconds = given.one
-        print(json.dumps(measure(case, int(cohort), device, given.rounds, float(seconds))))
+    options = parser.parse_args()
+    if options.one:
+        case, cohort, device, seconds = options.one
+        print(json.dumps(measure(case, int(cohort), device, options.rounds, float(seconds))))
         return
 
     def one(case: str, cohort: int, device: str = "cpu") -> dict[str, float]:
         # Small weights are written sooner, and the clients of a long cohort together outlast the disk anyway.
-        seconds = given.client_seconds * 4 / cohort / (4 if case == "1M" else 1)
+        seconds = options.client_seconds * 4 / cohort / (4 if case == "1M" else 1)
         arguments = [case, str(cohort), device, str(seconds)]
-        command = [sys.executable, __file__, "--rounds", str(given.rounds), "--one", *arguments]
+        command = [sys.executable, __file__, "--rounds", str(options.rounds), "--one", *arguments]
         return json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )
 
     line("figure", "measured", "target", "Flower 1.41, measured")
-    figures = {(case, cohort): one(case, cohort) for case in given.cases for cohort in (4, 32)}
+    figures = {(case, cohort): one(case, cohort) for case in options.cases for cohort in (4, 32)}
     line("start of the in-process engine", f"{max(f['start'] for f in figures.values()):.3f} s", "< 1 s", "Ray 30 s")
     line("start of the pool engine", f"{pool_start():.1f} s", "< 15 s", "flwr run 64 s")
     for case, target, flower in (("1M", "<= 0.05 s", "0.3-0.6 s"), ("94M", "<= 1.5 s", "14-28 s")):
-        if case in given.cases:
+        if case in options.cases:
             seconds = figures[case, 4]["round"]
             line(f"a round beyond its clients' own work, {case}, 4 clients", f"{seconds:.3f} s", target, flower)
-    if "94M" in given.cases:
+    if "94M" in options.cases:
         models = [figures["94M", cohort]["models"] for cohort in (4, 32)]
         text = f"{models[0]:.2f}, {models[1]:.2f} models"
         line("peak memory beyond imports, 94M, cohorts of 4 and 32", text, "<= 5.5, equal", "12.5 GB + workers")

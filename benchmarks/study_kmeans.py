@@ -87,10 +87,10 @@ def report(options: argparse.Namespace) -> None:
         (values,) = json.loads(path.read_text(encoding="utf-8")).values()
         rows.append({"study": study, "features": features, "which": which, "seed": seed, **values})
     table = pd.DataFrame(rows)
-    for study, own in table.groupby("study"):
-        groups = own.groupby(["which", "features"], sort=False)
+    for study, results in table.groupby("study"):
+        groups = results.groupby(["which", "features"], sort=False)
         mean, deviation, seeds = groups[MEASURES].mean(), groups[MEASURES].std(), groups.size()
-        print(f"\n{study}: {int(own.frames.iloc[0]):,} frames with a phone; mean ± standard deviation over seeds\n")
+        print(f"\n{study}: {int(results.frames.iloc[0]):,} frames with a phone; mean ± standard deviation over seeds\n")
         print(f"| | | seeds | {' | '.join(MEASURES)} |\n|{'---|' * (3 + len(MEASURES))}")
         for place in mean.index:
             spread = [f" ± {value:.3f}" if seeds[place] > 1 else "" for value in deviation.loc[place]]

@@ -51,8 +51,8 @@ def _refuse(sections: dict[str, params.Section], run: Path, study: studies.Study
     if (events := files.events()) is not None:
         events.check()
     for look in _places, _problems:
-        found = ((stage, look(stage, p, run, study, sections)) for stage, p in sections.items())
-        if lines := [f"{stage}.{name}: {why}" for stage, problems in found for name, why in problems]:
+        findings = ((stage, look(stage, p, run, study, sections)) for stage, p in sections.items())
+        if lines := [f"{stage}.{name}: {why}" for stage, problems in findings for name, why in problems]:
             raise runs.RunError("\n".join(dict.fromkeys(lines)))
 
 

@@ -14,8 +14,8 @@ from s3prl.upstream.interfaces import Featurizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-given, steps, rate, out = load_file(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-frames, labels = given["frames"], given["labels"]
+tensors, steps, rate, out = load_file(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+frames, labels = tensors["frames"], tensors["labels"]
 
 
 class Upstream(nn.Module):
@@ -34,7 +34,7 @@ featurizer = Featurizer(upstream, upstream_device="cpu")
 projector = nn.Linear(frames.shape[-1], 256)
 model = UtteranceLevel(input_dim=256, output_dim=int(labels.max()) + 1, pooling="MeanPooling")
 for name, module in (("projection", projector), ("classifier", model.post_net.linear)):
-    module.load_state_dict({key: given[f"{name}.{key}"] for key in ("weight", "bias")})
+    module.load_state_dict({key: tensors[f"{name}.{key}"] for key in ("weight", "bias")})
 parameters = [*featurizer.parameters(), *projector.parameters(), *model.parameters()]
 optimiser = torch.optim.Adam(parameters, lr=rate)
 
@@ -42,19 +42,19 @@ optimiser = torch.optim.Adam(parameters, lr=rate)
 def logits(clips):
     wavs = [torch.full((16_000,), float(clip)) for clip in clips]
     features = featurizer(wavs, upstream(wavs))
-    lengths = torch.IntTensor([len(each) for each in features])
+    lengths = torch.IntTensor([len(sequence) for sequence in features])
     return model(projector(nn.utils.rnn.pad_sequence(features, batch_first=True)), lengths)[0]
 
 
 best = -1.0
-for step, drawn in enumerate(given["order"], start=1):
+for step, drawn in enumerate(tensors["order"], start=1):
     nn.functional.cross_entropy(logits(drawn), labels[drawn]).backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimiser.step()
     optimiser.zero_grad()
     if step % max(1, steps // 20) == 0 or step == steps:
         with torch.no_grad():
-            found = (logits(given["validation"]).argmax(1) == labels[given["validation"]]).float().mean()
-            if found > best:
-                best, predicted = found, logits(given["test"]).argmax(1)
+            accuracy = (logits(tensors["validation"]).argmax(1) == labels[tensors["validation"]]).float().mean()
+            if accuracy > best:
+                best, predicted = accuracy, logits(tensors["test"]).argmax(1)
 save_file({"predicted": predicted}, out)

@@ -78,7 +78,7 @@ def lines(path: Path) -> int:
 
 def imports(path: Path, names: dict[str, Path]) -> set[str]:
     """Modules of the library that ``path`` imports, in functions too, but not those for type checkers alone."""
-    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    tree, dependencies = ast.parse(path.read_text(encoding="utf-8")), set()
     skipped = {
         inner
         for node in ast.walk(tree)
@@ -98,8 +98,8 @@ def imports(path: Path, names: dict[str, Path]) -> set[str]:
         for target in targets:
             package, _, name = target.partition(".")
             if package == LIBRARY.name:
-                found.add(name if name in names else name.rpartition(".")[0])
-    return found
+                dependencies.add(name if name in names else name.rpartition(".")[0])
+    return dependencies
 
 
 def closure(start: str, graph: dict[str, set[str]]) -> set[str]:

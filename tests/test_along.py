@@ -54,18 +54,18 @@ def test_pretraining_and_pooled_training_leave_models_to_evaluate(tmp_path, narr
     p = federation.pretrain(rounds=3)
     pretraining.run(run, p)
     pooled.train(run, p)
-    found = list(systems.along(run, CPU))
-    assert [(system.name, number) for number, _, system in found] == [
+    models = list(systems.along(run, CPU))
+    assert [(system.name, number) for number, _, system in models] == [
         (name, number) for name in ("teacher", "centralised") for number in (1, 2, 3)
     ]
     for name, folder in (("teacher", run / "03_pretrain"), ("centralised", run / "03_pretrain" / "centralised")):
         rows = [row for row in files.read_rows(folder / "metrics.jsonl") if row["kind"] == "round"]
         heard = np.cumsum([row["audio_seconds"] for row in rows]) / 3600
-        assert [hours for _, hours, system in found if system.name == name] == pytest.approx(heard)
+        assert [hours for _, hours, system in models if system.name == name] == pytest.approx(heard)
         # The last is the model of the run; those before it are others.
-        digests = [system.digest for _, _, system in found if system.name == name]
+        digests = [system.digest for _, _, system in models if system.name == name]
         assert digests[-1] == systems._digest(folder / "checkpoint") and len(set(digests)) == 3
-    last = found[2][2].model.state_dict()
+    last = models[2][2].model.state_dict()
     assert federation.digest(last) == federation.digest(
         pretrained.load(run / "03_pretrain" / "checkpoint")[0].state_dict()
     )

@@ -28,10 +28,10 @@ def write(path: Path, samples: int = 16_000, rate: int = 16_000, channels: int =
 def test_header_equals_soundfile(tmp_path):
     for samples in (400, 4096, 4097, 33_000, 560_000):
         path = write(tmp_path / f"{samples}.flac", samples)
-        found = scan.header(str(path))
-        assert (found.samples, found.sample_rate, found.channels, found.reason) == (samples, 16_000, 1, "")
+        header = scan.header(str(path))
+        assert (header.samples, header.sample_rate, header.channels, header.reason) == (samples, 16_000, 1, "")
         decoded = soundfile.read(path, dtype="int16")[0]
-        assert found.fingerprint == hashlib.md5(decoded.tobytes(), usedforsecurity=False).hexdigest()
+        assert header.fingerprint == hashlib.md5(decoded.tobytes(), usedforsecurity=False).hexdigest()
     for subtype in ("PCM_16", "PCM_24", "FLOAT"):
         assert scan.header(str(write(tmp_path / "a.wav", 1_234, subtype=subtype)))[:3] == (1_234, 16_000, 1)
 
@@ -214,10 +214,10 @@ def test_scan_follows_links_and_no_loops(tmp_path):
     (tmp_path / "tree" / "inner" / "self").symlink_to("self")
     (tmp_path / "elsewhere" / "there").symlink_to(tmp_path / "tree" / "other")
     (tmp_path / "tree" / "other" / "back").symlink_to(tmp_path / "elsewhere")
-    found = scan.scan([tmp_path / "tree"])
+    table = scan.scan([tmp_path / "tree"])
     places = ["inner/link/a.flac", "inner/self", "other/back/a.flac"]
-    assert sorted(found.path) == [str(tmp_path / "tree" / place) for place in places]
-    assert found.reason.tolist() == ["", "neither .flac nor .wav", ""]
+    assert sorted(table.path) == [str(tmp_path / "tree" / place) for place in places]
+    assert table.reason.tolist() == ["", "neither .flac nor .wav", ""]
 
 
 def test_scan_refuses_a_name_that_is_not_text(tmp_path):
@@ -263,16 +263,16 @@ def keyword_tree(root: Path) -> Path:
 
 
 def test_prepare_writes_a_manifest(tree, tmp_path):
-    found = prepare(tmp_path / "run", tree)
-    manifest = found["manifest"]
+    tables = prepare(tmp_path / "run", tree)
+    manifest = tables["manifest"]
     assert manifest.utterance.tolist() == [f"{s}-7-{i:04d}" for s in (19, 26, 84) for i in range(3)]
     assert manifest.columns.tolist() == [*librispeech.COLUMNS, "split"]
     assert manifest.sex.tolist() == ["F"] * 3 + ["M"] * 3 + [""] * 3
     assert manifest.split.tolist() == ["train"] * 6 + ["test"] * 3
     assert manifest.text[0] == "WORDS OF 0" and pd.isna(manifest.text[2])
     assert all(Path(path).is_absolute() for path in manifest.path)
-    assert found["excluded"].empty and len(found["keywords"]) == 6
-    assert found["keywords"].groupby("split").speaker.unique().str[0].to_dict() == {
+    assert tables["excluded"].empty and len(tables["keywords"]) == 6
+    assert tables["keywords"].groupby("split").speaker.unique().str[0].to_dict() == {
         "test": "0c", "train": "0a", "validation": "0b",
     }  # fmt: skip
     again = prepare(tmp_path / "again", tree.parent)
@@ -287,13 +287,13 @@ def test_prepare_excludes_broken_files_with_reasons(tree, tmp_path):
     write(tree / "train-clean-5" / "19-7-9999.flac")
     copy = chapter / "19-7-0003.flac"
     copy.write_bytes((chapter / "19-7-0000.flac").read_bytes())
-    found = prepare(tmp_path / "run", tree)
-    assert len(found["manifest"]) == 9
-    reasons = found["excluded"].reason
+    tables = prepare(tmp_path / "run", tree)
+    assert len(tables["manifest"]) == 9
+    reasons = tables["excluded"].reason
     for _, reason in BROKEN.values():
         assert reasons.str.contains(reason, regex=False).any(), reason
     assert reasons.str.startswith("not SUBSET/SPEAKER/CHAPTER").sum() == 2
-    assert found["excluded"].set_index("path").reason[str(copy)] == f"same audio as {chapter / '19-7-0000.flac'}"
+    assert tables["excluded"].set_index("path").reason[str(copy)] == f"same audio as {chapter / '19-7-0000.flac'}"
     assert len(reasons) == len(BROKEN) + 3
 
 
@@ -353,12 +353,12 @@ def test_listings_see_a_change_below_a_link(tree, tmp_path):
 def test_utterances_of_an_unreadable_transcript_stay(tree, tmp_path):
     bad = tree / "train-clean-5" / "19" / "7" / "19-7.trans.txt"
     bad.write_bytes(b"19-7-0000 CAF\xc9\n")
-    found = prepare(tmp_path / "run", tree)
-    assert len(found["manifest"]) == 9
-    texts = found["manifest"].set_index("utterance").text
+    tables = prepare(tmp_path / "run", tree)
+    assert len(tables["manifest"]) == 9
+    texts = tables["manifest"].set_index("utterance").text
     assert texts[["19-7-0000", "19-7-0001"]].isna().all() and texts["26-7-0000"] == "WORDS OF 0"
-    assert found["excluded"].path.tolist() == [str(bad)]
-    assert "transcript cannot be read" in found["excluded"].reason[0] and "0xc9" in found["excluded"].reason[0]
+    assert tables["excluded"].path.tolist() == [str(bad)]
+    assert "transcript cannot be read" in tables["excluded"].reason[0] and "0xc9" in tables["excluded"].reason[0]
 
 
 @pytest.mark.parametrize("line", ["19 | X | train-clean-5", "19, F, train-clean-5", "<html>", "| F | a", "26 | F | a"])

@@ -260,9 +260,9 @@ def test_provide_continues_after_kills_in_the_download_and_the_unpacking(server,
         server.resume.set()
     subprocess.run(command, check=True)
     assert len(server.asked) == 2 and server.asked[1].startswith("bytes=")
-    found = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    del found["mine.tar.gz"], found[".mine.lock"]
-    assert found == members
+    contents = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    del contents["mine.tar.gz"], contents[".mine.lock"]
+    assert contents == members
 
 
 def test_provide_refuses_a_folder_that_another_process_unpacks_into(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_prepare_makes_the_requested_amounts_and_lists(folder):
     assert sorted(keywords.word.unique()) == sorted(synthetic.KEYWORDS) and len(synthetic.KEYWORDS) == 35
     assert (keywords.samples == audio.SAMPLE_RATE).all() and len(keywords) == 4 * 35
     voices = keywords.groupby("split").speaker.unique()
-    assert {split: len(found) for split, found in voices.items()} == {"test": 1, "train": 2, "validation": 1}
+    assert {split: len(speakers) for split, speakers in voices.items()} == {"test": 1, "train": 2, "validation": 1}
     assert keywords.groupby("speaker").split.nunique().eq(1).all(), "each voice is in one list"
     assert not set(keywords.speaker) & set(manifest.speaker)
 

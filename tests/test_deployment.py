@@ -69,8 +69,8 @@ def test_private_keys_are_private_and_stay_where_they_belong(folder):
     assert private == [*(f"nodes/{client}/node.key" for client in CLIENTS), "server/server.key"]
     assert {stat.S_IMODE((folder / path).stat().st_mode) for path in private} == {0o600}
     # A client's folder: its key, the server's certificate, where the server is.
-    given = sorted(path.name for path in (folder / "nodes" / "client-000").iterdir())
-    assert given == ["node.json", "node.key", "node.pub", "server.pem"]
+    names = sorted(path.name for path in (folder / "nodes" / "client-000").iterdir())
+    assert names == ["node.json", "node.key", "node.pub", "server.pem"]
     assert (folder / "nodes/client-000/node.key").read_bytes() != (folder / "nodes/client-001/node.key").read_bytes()
 
 

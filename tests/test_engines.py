@@ -188,7 +188,7 @@ def test_an_interrupted_stage_ends_on_the_server_too(deployed):
 def statuses(run: Path) -> list[str]:
     """Of Flower's runs, the latest first."""
     listed = deployment.flwr(run / deployment.FOLDER, "list", deployment.CONNECTION, "--format", "json")
-    return [each["status"] for each in json.loads(listed)["runs"]]
+    return [row["status"] for row in json.loads(listed)["runs"]]
 
 
 LET_IN = "SuperNode ID:"

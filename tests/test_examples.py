@@ -103,10 +103,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     (batch,) = batching.batches(table, targets, p, (0, 1, "client-000"), 1)
     config = hubert.preset("tiny", "logmel", **federation.NARROW)
     module = torch.nn.ModuleDict({"model": hubert.Hubert(config), "head": hubert.Head(config, federation.TONES)})
-    given = {"table": table, "labels": targets, "p": p, "batch": batch, "module": module, "params": params}
-    given |= {"objective": functools.partial(_objective, module), "np": np, "pd": pd, "torch": torch}
+    variables = {"table": table, "labels": targets, "p": p, "batch": batch, "module": module, "params": params}
+    variables |= {"objective": functools.partial(_objective, module), "np": np, "pd": pd, "torch": torch}
     with pretraining.serving(run, p) as server:
-        yield given | {"server": server}
+        yield variables | {"server": server}
 
 
 def _objective(module: torch.nn.ModuleDict, batch: batching.Batch, progress: float) -> objectives.Sums:
@@ -117,11 +117,11 @@ def _objective(module: torch.nn.ModuleDict, batch: batching.Batch, progress: flo
 def test_examples_are_right(name, shown):
     words = name.split(".")
     number = next(i for i in range(len(words), 0, -1) if words[i - 1].islower() and _is_module(words[:i]))
-    found = importlib.import_module(".".join(["fedhubert_lib", *words[:number]]))
-    globs = vars(found) | shown
+    member = importlib.import_module(".".join(["fedhubert_lib", *words[:number]]))
+    globs = vars(member) | shown
     for word in words[number:]:
-        found = getattr(found, word)
-    (example,) = doctest.DocTestFinder(recurse=False).find(found, name, globs=globs)
+        member = getattr(member, word)
+    (example,) = doctest.DocTestFinder(recurse=False).find(member, name, globs=globs)
     assert example.examples
     runner = doctest.DocTestRunner(verbose=False)
     report: list[str] = []

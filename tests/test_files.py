@@ -30,7 +30,7 @@ def test_atomic_replaces_a_folder(tmp_path):
         with files.atomic(path) as temporary:
             temporary.mkdir()
             (temporary / name).touch()
-    assert [each.name for each in path.iterdir()] == ["new"]
+    assert [file.name for file in path.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [path]
 
 

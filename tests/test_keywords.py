@@ -81,7 +81,7 @@ def test_probe_does_not_see_the_test_clips():
     rows, one = task()
     changed = rows.copy()
     changed[one.test] = 1e3
-    a, b = (keywords.probe(each, one, 0, steps=50, rate=1e-2) for each in (rows, changed))
+    a, b = (keywords.probe(inputs, one, 0, steps=50, rate=1e-2) for inputs in (rows, changed))
     assert (a.layer_weights == b.layer_weights).all() and a.validation_accuracy == b.validation_accuracy
 
 
@@ -100,7 +100,7 @@ def test_a_probe_is_left_as_it_was_at_its_best():
 
 def test_probe_standardises_the_scale_of_features_away():
     rows, one = task()
-    a, b = (keywords.probe(each, one, 0, steps=100, rate=1e-3) for each in (rows, rows * 1000 + 50))
+    a, b = (keywords.probe(inputs, one, 0, steps=100, rate=1e-3) for inputs in (rows, rows * 1000 + 50))
     assert a.accuracy == pytest.approx(b.accuracy, abs=0.03)
 
 
@@ -287,8 +287,8 @@ def test_superb_cuts_the_silence_of_each_split_from_other_noise(commands):
     heard = keywords.waveforms(silence)  # the noise is a ramp: a sample's value is its place
     assert heard.shape == (12, 16_000)
     for split, low, high in (("train", 0, 0.8), ("validation", 0.8, 0.9), ("test", 0.9, 1)):
-        own = heard[(silence.split == split).to_numpy()]
-        assert own.min() >= low - 1e-6 and own.max() <= high
+        noise = heard[(silence.split == split).to_numpy()]
+        assert noise.min() >= low - 1e-6 and noise.max() <= high
 
 
 def test_abx_of_superb_compares_single_words(commands):

@@ -41,9 +41,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict
     frames = [part[::2] for part in features.mfcc(waveforms)]
     speakers = np.array([path.parts[-3] for path in paths])
     for speaker in np.unique(speakers):
-        own = np.flatnonzero(speakers == speaker)
-        together = torch.cat([frames[i] for i in own])
-        for i in own:
+        utterances = np.flatnonzero(speakers == speaker)
+        together = torch.cat([frames[i] for i in utterances])
+        for i in utterances:
             frames[i] = (frames[i] - together.mean(0)) / together.std(0)
     centroids = clustering.fit(torch.cat(frames).double(), CLUSTERS, np.random.default_rng(0))
     labels = {path.stem: clustering.nearest(x, centroids).numpy() for path, x in zip(paths, frames, strict=True)}

@@ -22,8 +22,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def pins(lock: str) -> dict[str, str]:
-    found = re.findall(r"^([a-z0-9._-]+)(?:\[[^\]]*\])?==([^ ;\\]+)", (ROOT / lock).read_text(), re.MULTILINE)
-    return dict(found)
+    versions = re.findall(r"^([a-z0-9._-]+)(?:\[[^\]]*\])?==([^ ;\\]+)", (ROOT / lock).read_text(), re.MULTILINE)
+    return dict(versions)
 
 
 def name(requirement: str) -> str:
@@ -42,11 +42,11 @@ def test_locks_name_no_host_and_pin_everything_with_hashes(lock):
 def test_locks_hold_what_the_project_asks_for():
     pinned, tested = pins(LOCKS[0]), pins(LOCKS[1])
     extras = PROJECT["optional-dependencies"]
-    assert {name(each) for each in PROJECT["dependencies"] + extras["synthetic"]} <= pinned.keys()
-    assert {name(each) for extra in extras.values() for each in extra} <= tested.keys()
+    assert {name(requirement) for requirement in PROJECT["dependencies"] + extras["synthetic"]} <= pinned.keys()
+    assert {name(requirement) for extra in extras.values() for requirement in extra} <= tested.keys()
     assert pinned.items() <= tested.items(), "what is tested is what is installed"
-    for each in map(Requirement, PROJECT["dependencies"] + extras["test"]):
-        assert each.specifier.contains(tested[name(str(each))]), each
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras["test"]):
+        assert requirement.specifier.contains(tested[name(str(requirement))]), requirement
 
 
 def test_package_data_names_every_data_file_of_the_library():

@@ -157,10 +157,10 @@ def test_assign_writes_every_utterance_once(run, table):
         assert (len(train), len(validation)) == (row.train_utterances, row.validation_utterances)
         assert len(validation) == round(0.2 * (len(train) + len(validation)))
         phones = pd.read_parquet(folder / "clients" / row.client / "phones.parquet")
-        own = {*train.utterance, *validation.utterance}
-        assert set(phones.utterance) == own & set(table.utterance[::3])
+        utterances = {*train.utterance, *validation.utterance}
+        assert set(phones.utterance) == utterances & set(table.utterance[::3])
         content = (folder / "clients" / row.client / "phones.parquet").read_bytes()
-        others = set(table.utterance.sample(300, random_state=0)) - own
+        others = set(table.utterance.sample(300, random_state=0)) - utterances
         assert not [name for name in others if f"{name}\0".encode() in content or f"{name}\x0b".encode() in content]
     assert pd.read_parquet(folder / "clients.parquet").equals(clients)
 
@@ -214,8 +214,10 @@ def test_export_client_copies_its_audio_alone(spoken, tmp_path):
     partition.export_client(spoken, "client-001", tmp_path / "node")
     lists = [pd.read_parquet(path) for path in (tmp_path / "node").rglob("*.parquet")]
     held = pd.concat(lists)
-    own = pd.concat(pd.read_parquet(p) for p in (spoken / "01_partition" / "clients" / "client-001").glob("*.parquet"))
-    assert sorted(held.utterance) == sorted(own.utterance) and 0 < len(held) < 8
+    utterances = pd.concat(
+        pd.read_parquet(p) for p in (spoken / "01_partition" / "clients" / "client-001").glob("*.parquet")
+    )
+    assert sorted(held.utterance) == sorted(utterances.utterance) and 0 < len(held) < 8
     assert sorted(p.name for p in (tmp_path / "node" / "audio").iterdir()) == sorted(held.utterance + ".flac")
     for row in held.itertuples():
         assert Path(row.path).is_relative_to(tmp_path / "node")
@@ -230,8 +232,8 @@ def test_export_client_is_atomic(spoken, tmp_path):
     for name in ("client-002", "..", "client-000/../client-001", "."):
         with pytest.raises(partition.PartitionError, match=f"no client {name}; it has client-000 to client-001"):
             partition.export_client(spoken, name, tmp_path / "node")
-    own = pd.read_parquet(spoken / "01_partition" / "clients" / "client-001" / "train.parquet")
-    soundfile.write(own.path[0], np.zeros(16_000), 16_000, subtype="PCM_16")
+    utterances = pd.read_parquet(spoken / "01_partition" / "clients" / "client-001" / "train.parquet")
+    soundfile.write(utterances.path[0], np.zeros(16_000), 16_000, subtype="PCM_16")
     with pytest.raises(partition.PartitionError, match="not the audio that was scanned"):
         partition.export_client(spoken, "client-001", tmp_path / "node")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "run"]

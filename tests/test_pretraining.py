@@ -197,10 +197,10 @@ def test_local_epochs_are_passes_over_what_each_client_has(run):
     one = {"local_epochs": 1, "local_steps": 99, "cohort": 2, "warmup_fraction": 0.0}
     pretraining.run(run, pretrain(**one))
     ledger = files.read_rows(run / "03_pretrain/metrics.jsonl")
-    each = [row for row in ledger if row["kind"] == "client"]
-    assert len(each) == 2 * 3
+    entries = [row for row in ledger if row["kind"] == "client"]
+    assert len(entries) == 2 * 3
     # Five utterances of 1.6 s and more, cropped to 1.5 s, two to a batch: three steps.
-    assert [row["audio_seconds"] for row in each] == pytest.approx([5 * 1.5] * 6, abs=0.2)
+    assert [row["audio_seconds"] for row in entries] == pytest.approx([5 * 1.5] * 6, abs=0.2)
     last = [row for row in ledger if row["kind"] == "round"][-1]
     assert last["steps"] == 2 * 3
     assert last["learning_rate"] == pytest.approx(1e-3 / (3 * 3))
@@ -210,8 +210,8 @@ def test_local_steps_bound_local_epochs(run):
     p = pretrain(local_epochs=2, local_steps=4, rounds=1)
     pretraining.run(run, p)
     pooled.train(run, p)
-    each = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "client"]
-    assert all(row["audio_seconds"] < 4 * 2 * 1.6 for row in each)
+    entries = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "client"]
+    assert all(row["audio_seconds"] < 4 * 2 * 1.6 for row in entries)
     (plan, *_) = files.read_rows(run / "03_pretrain/centralised/metrics.jsonl")
     assert plan["local_steps"] == 4
 
@@ -239,9 +239,9 @@ def test_second_moments_of_a_cohort_are_those_of_its_batches_together():
             module.weight.grad = gradient.clone()
         for optimiser in optimisers:
             optimiser.step()
-    each = [weights.moments(o, {"w": m.weight}) for o, m in zip(optimisers, weight, strict=True)]
-    mean = {f"moments/{name}": torch.stack([one[name] for one in each[:-1]]).mean(0) for name in each[0]}
-    sent, wanted = moments.pooled(mean, clients)["moments/w/exp_avg_sq"], each[-1]["w/exp_avg_sq"]
+    states = [weights.moments(o, {"w": m.weight}) for o, m in zip(optimisers, weight, strict=True)]
+    mean = {f"moments/{name}": torch.stack([one[name] for one in states[:-1]]).mean(0) for name in states[0]}
+    sent, wanted = moments.pooled(mean, clients)["moments/w/exp_avg_sq"], states[-1]["w/exp_avg_sq"]
     ratio = (sent / wanted).view(8, -1).mean(1)  # from noise alone to signal alone
     torch.testing.assert_close(ratio, torch.ones(8), atol=0.12, rtol=0)
     assert float((mean["moments/w/exp_avg_sq"] / wanted).view(8, -1).mean(1)[0]) > 6, "the mean's is that of one client"
@@ -284,13 +284,13 @@ def test_second_moments_are_averaged_as_if_clients_had_started_from_their_mean(t
         hook.message(round)
         ends, by_hand = [], []
         for steps in taken:
-            one, own = {key: tensor.clone() for key, tensor in round.payload.items()}, expected
+            one, moment = {key: tensor.clone() for key, tensor in round.payload.items()}, expected
             for _ in range(steps):
                 square = torch.rand(3, generator=generator)
-                one[name], own = beta * one[name] + (1 - beta) * square, beta * own + (1 - beta) * square
+                one[name], moment = beta * one[name] + (1 - beta) * square, beta * moment + (1 - beta) * square
             one["moments/w/step"] += steps
             ends.append(one)
-            by_hand.append(own)
+            by_hand.append(moment)
         hook.step(round, {key: (ends[0][key] + ends[1][key]) / 2 for key in ends[0]})
         expected = sum(by_hand) / 2
     tolerance = 1e-6 if taken[0] == taken[1] else 1e-3  # beta to the mean number of steps is nearly the mean power

@@ -219,9 +219,9 @@ def test_units_and_phones_are_those_of_their_layer(tmp_path):
 def test_tables_show_every_measure_once(evaluated):
     written = evaluated[1]
     wide, below = tables.headline(written), tables.below(written)
-    assert list(wide.index) == [each["title"] for each in written["systems"]] and wide.shape[1] == 5
+    assert list(wide.index) == [system["title"] for system in written["systems"]] and wide.shape[1] == 5
     assert wide.map(len).max().max() <= len("0.500 ± 0.010")  # one line in a cell
-    shown = [title for each in [wide, *below] for title in each.columns]
+    shown = [title for table in [wide, *below] for title in table.columns]
     assert sorted([*shown, *(tables.TITLES[name] for name in ("layer-accuracy", "layer-weight"))]) == sorted(
         tables.TITLES.values()
     )
@@ -242,8 +242,8 @@ def test_student_is_a_fraction_of_its_teacher(evaluated):
     ]
     alone = [figure for figure in written["figures"] if figure["system"] != "student"]
     assert tables.student(written | {"figures": alone}).empty
-    given = [figure | {"system": "given-teacher"} for figure in written["figures"] if figure["system"] == "student"]
-    assert (tables.student(written | {"figures": written["figures"] + given}).value == 1).all()
+    figures = [figure | {"system": "given-teacher"} for figure in written["figures"] if figure["system"] == "student"]
+    assert (tables.student(written | {"figures": written["figures"] + figures}).value == 1).all()
 
 
 def trained(run, rounds=(1, 2, 3)):
@@ -262,12 +262,12 @@ def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tm
     trained(run)
     written = report.run(run, P.model_copy(update={"along": True}))
     keys = ["system", "round", "hours", "measure", "layer", "value", "low", "high", "values"]
-    assert all(list(each) == keys for each in written["along"])
-    assert [(each["round"], each["hours"]) for each in written["along"][::4]] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    assert {each["measure"] for each in written["along"]} == set(measures.ESSENTIALS)
+    assert all(list(row) == keys for row in written["along"])
+    assert [(row["round"], row["hours"]) for row in written["along"][::4]] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert {row["measure"] for row in written["along"]} == set(measures.ESSENTIALS)
     # The end of the way is the teacher of the table, and its start another model.
     best = tables.best(written["figures"])["teacher"]
-    values = {(each["round"], each["measure"]): each["value"] for each in written["along"]}
+    values = {(row["round"], row["measure"]): row["value"] for row in written["along"]}
     assert all(values[3, name] == best[name]["value"] for name in measures.ESSENTIALS)
     assert any(values[1, name] != best[name]["value"] for name in measures.ESSENTIALS)
     drawn = tables.along([written, written | {"run": "other"}])
@@ -286,10 +286,10 @@ def test_intervals_over_training_seeds_need_other_weights(evaluated):
     second = json.loads(json.dumps(first)) | {"run": "other"}
     with pytest.raises(training_seeds.DifferentRunsError, match="the same teacher"):
         training_seeds.means([first, second])
-    for each in second["systems"]:
-        each["digest"] += "other"
-    for each in second["figures"]:
-        each["value"] += 0.02 if each["measure"] == "keyword-accuracy" else 0
+    for system in second["systems"]:
+        system["digest"] += "other"
+    for figure in second["figures"]:
+        figure["value"] += 0.02 if figure["measure"] == "keyword-accuracy" else 0
     mean = training_seeds.means([first, second])["federated teacher", "keyword-accuracy"]
     value = tables.best(first["figures"])["teacher"]["keyword-accuracy"]["value"]
     assert mean.value == pytest.approx(value + 0.01)
@@ -393,10 +393,10 @@ def test_checkpoint_in_shards_is_evaluated_without_any_training(run):
     for stage in ("01_partition", "03_pretrain", "04_distill"):
         shutil.rmtree(run / stage)
     written = report.run(run, p)
-    titles = [each["title"] for each in written["systems"]]
+    titles = [system["title"] for system in written["systems"]]
     assert titles[:3] == ["checkpoint other/03_pretrain", "random weights", "MFCC"] and len(titles) == 4
-    assert max(each["layer"] for each in written["figures"] if each["measure"] == "phone-accuracy") == 2
-    sizes = [each["value"] for each in written["figures"] if each["measure"] == "bytes"]
+    assert max(figure["layer"] for figure in written["figures"] if figure["measure"] == "phone-accuracy") == 2
+    sizes = [figure["value"] for figure in written["figures"] if figure["measure"] == "bytes"]
     assert sizes == [sum((folder / shard).stat().st_size for shard in set(shards.values()))]
 
 

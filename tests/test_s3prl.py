@@ -65,7 +65,9 @@ def evaluated(clips, tmp_path):
     written["measures"] = [
         {"measure": n, "title": t, "better": b, "what": w} for n, (t, b, w) in report.MEASURES.items()
     ]
-    written["systems"] = [{"system": each.name, "title": each.title, "digest": each.digest} for each in compared]
+    written["systems"] = [
+        {"system": system.name, "title": system.title, "digest": system.digest} for system in compared
+    ]
     files.write_json(run / "05_evaluate" / "report.json", written)
     return run
 
@@ -196,9 +198,11 @@ def test_run_downstream_trains_and_evaluates(environment, clips, tmp_path, fine_
     assert (out / "dev-best.ckpt").is_file()
     # s3prl validates on the clips of our list, and on noise.
     names = {line.split()[0] for line in (out / "dev_truth.txt").read_text().splitlines()}
-    own = clips[clips.split == "validation"]
+    validation = clips[clips.split == "validation"]
     resolved = {path.resolve() for path in (data / "train").glob("*/*.wav") if "-".join(path.parts[-2:]) in names}
-    assert resolved - {data / "train" / "_background_noise_" / "hum.wav"} <= {Path(path).resolve() for path in own.path}
+    assert resolved - {data / "train" / "_background_noise_" / "hum.wav"} <= {
+        Path(path).resolve() for path in validation.path
+    }
 
 
 @pytest.mark.slow
@@ -214,9 +218,9 @@ def test_keyword_probe_agrees_with_s3prls(environment, tmp_path):
     ours = keywords.probe(frames.mean(2), task, seed, steps=steps, rate=rate, standardise=False)
 
     start, _, batches = keywords.draws(frames.mean(2), task, seed, 1.0)
-    given = {name: parameter.detach() for name, parameter in start.named_parameters()}
-    given |= {"frames": frames, "labels": labels, "order": np.stack(list(itertools.islice(batches, steps))), **parts}
-    save_file({name: torch.as_tensor(each).contiguous() for name, each in given.items()}, tmp_path / "given")
+    tensors = {name: parameter.detach() for name, parameter in start.named_parameters()}
+    tensors |= {"frames": frames, "labels": labels, "order": np.stack(list(itertools.islice(batches, steps))), **parts}
+    save_file({name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}, tmp_path / "given")
     script = [Path(__file__).with_name("s3prl_probe.py"), tmp_path / "given", str(steps), str(rate), tmp_path / "out"]
     subprocess.run([s3prl.PYTHON, *script], check=True, capture_output=True)
     theirs = load_file(tmp_path / "out")["predicted"].numpy()
@@ -232,8 +236,8 @@ def test_command_puts_s3prls_accuracy_into_the_report(environment, evaluated, ca
         options = ["--system", system, "--steps", "20", "--rate", "0.01"]
         assert cli.main(["s3prl", str(evaluated), *options]) == 0
         assert "seed 1337: dev" in capsys.readouterr().out
-        found = [each for each in report.read(evaluated)["figures"] if each["system"] == system]
+        figures = [figure for figure in report.read(evaluated)["figures"] if figure["system"] == system]
         said = (evaluated / "s3prl" / f"{system}-frozen" / "seed-1337" / "evaluate.log").read_text()
         accuracy = float(re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)[-1])
-        assert [(each["measure"], each["values"]) for each in found] == [("s3prl-accuracy", [accuracy])]
-        assert found[0]["baseline"] == 1 / 12  # ten commands, unknown and silence
+        assert [(figure["measure"], figure["values"]) for figure in figures] == [("s3prl-accuracy", [accuracy])]
+        assert figures[0]["baseline"] == 1 / 12  # ten commands, unknown and silence

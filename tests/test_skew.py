@@ -25,15 +25,15 @@ def test_summary_of_iid_and_of_whole_speakers():
     rng = np.random.default_rng(0)
     voices = rng.dirichlet(np.full(50, 0.3), size=80)
     counts = np.stack([rng.multinomial(800, voices[code]) for code in pd.factorize(table.speaker)[0]])
-    found = {
+    summaries = {
         scheme: skew.summary(
             table, partition.owners(table, params.Partition(scheme=scheme, clients=count)), counts, seed=0
         )
         for scheme, count in (("iid", 10), ("speakers", 10), ("speaker", 80))
     }
-    assert abs(found["iid"]["skew"]) < 0.01
-    assert found["speaker"]["skew"] > 2 * found["speakers"]["skew"] > 0.1
-    assert found["speaker"]["clients"] == 80 and found["speaker"]["speakers"] == 1
+    assert abs(summaries["iid"]["skew"]) < 0.01
+    assert summaries["speaker"]["skew"] > 2 * summaries["speakers"]["skew"] > 0.1
+    assert summaries["speaker"]["clients"] == 80 and summaries["speaker"]["speakers"] == 1
 
 
 def test_distances_ignore_utterances_that_were_not_read():

@@ -30,8 +30,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDHUBERT_OUTPUTS", str(outputs))
         for stage, path in NOTEBOOKS.items():
-            given = {"run": "papermill", **INJECTED.get(stage, {})}
+            parameters = {"run": "papermill", **INJECTED.get(stage, {})}
             executed[stage] = papermill.execute_notebook(
-                path, outputs / path.name, given, progress_bar=False, cwd=outputs, execution_timeout=600
+                path, outputs / path.name, parameters, progress_bar=False, cwd=outputs, execution_timeout=600
             )
     return Chain(outputs / "papermill", executed)

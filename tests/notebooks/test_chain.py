@@ -69,13 +69,13 @@ def test_partition_and_labels_fit_the_manifest(chain):
     seen = set()
     for client in clients.client:
         home = chain.folder("partition") / "clients" / client
-        own = pd.concat(pd.read_parquet(home / f"{part}.parquet") for part in ("train", "validation"))
-        assert not seen & set(own.utterance)
-        seen |= set(own.utterance)
+        utterances = pd.concat(pd.read_parquet(home / f"{part}.parquet") for part in ("train", "validation"))
+        assert not seen & set(utterances.utterance)
+        seen |= set(utterances.utterance)
         for kind in INJECTED["kmeans"]["codebooks"]:
             labels = Labels(chain.folder("kmeans") / "clients" / client / kind)
-            assert {u: len(labels[u]) for u in own.utterance} == {
-                u: audio.frame_count(manifest.samples[u]) for u in own.utterance
+            assert {u: len(labels[u]) for u in utterances.utterance} == {
+                u: audio.frame_count(manifest.samples[u]) for u in utterances.utterance
             }
     assert seen <= set(manifest.index[manifest.split == "train"])
 
@@ -85,7 +85,7 @@ def test_quality_stands_beside_its_shuffled_baseline(chain):
     for kind, row in quality["codebooks"].items():
         if kind != "client":  # whose labels mean something else with every client
             assert row["pnmi"] > 3 * row["shuffled_pnmi"], kind
-    same = {kind: np.array(own["same"]) for kind, own in quality["agreement"].items()}
+    same = {kind: np.array(agreement["same"]) for kind, agreement in quality["agreement"].items()}
     assert (same["federated"] == 1).all()
     assert same["client"][0, 1] < 0.5
 

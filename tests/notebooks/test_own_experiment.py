@@ -16,12 +16,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # half a minute; a b
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder after two executions at the smallest size."""
     outputs = tmp_path_factory.mktemp("own")
-    given = {"changes": ["pretrain.rounds=2", "pretrain.local_steps=2", "corpus.speakers=6", "corpus.minutes=1.5"]}
+    parameters = {"changes": ["pretrain.rounds=2", "pretrain.local_steps=2", "corpus.speakers=6", "corpus.minutes=1.5"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDHUBERT_OUTPUTS", str(outputs))
         for number in range(2):
             path = outputs / f"{number}.ipynb"
-            papermill.execute_notebook(OWN, path, given, progress_bar=False, cwd=outputs, execution_timeout=600)
+            papermill.execute_notebook(OWN, path, parameters, progress_bar=False, cwd=outputs, execution_timeout=600)
     return outputs / "own_experiment"
 
 
