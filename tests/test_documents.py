@@ -7,7 +7,9 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT
 
 from fedhubert_lib import cli, hubert, pretrained, seeds, studies
@@ -89,6 +91,17 @@ def _given_to_a_benchmark(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(Parsed):
         module.main()
     assert parsed
+
+
+def test_the_python_that_is_shown_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = hubert.Hubert(config := hubert.preset("tiny", num_hidden_layers=2))
+    pretrained.save(tmp_path / "outputs/toy/03_pretrain/checkpoint", model, hubert.Head(config, 7))
+    soundfile.write("speech.flac", np.random.default_rng(0).uniform(-0.1, 0.1, 16_000), 16_000)
+    text = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    exec(re.findall(r"```python\n(.+?)```", text, re.DOTALL)[0], names := {})
+    assert names["frames"].shape == names["second"].shape == (49, config.hidden_size)
+    assert names["clusters"].shape == (49,) and names["clusters"].max() < 7
 
 
 def test_an_export_without_its_packages_names_the_line_that_works(tmp_path, monkeypatch, capsys):
