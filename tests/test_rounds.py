@@ -227,7 +227,8 @@ class Forgetful(InProcessGrid):
     def pull_messages(self, message_ids):
         for name in message_ids:
             message = self._waiting.get(name)
-            node = message.dst_node_id if message and message.content["request"]["action"] != "identify" else 0
+            answered = message is None or message.content["request"]["action"] in ("identify", "toy.forget")
+            node = 0 if answered else message.dst_node_id
             if time.monotonic() > self.until[name]:
                 yield Failed(None, reply_to=message)
             elif node == 3:
