@@ -211,7 +211,7 @@ def on_new_voices(base: Path, checkpoint: Path, p: params.Pretrain | params.Dist
         heldout.to_parquet(home.data / "train.parquet")
     settings = {**json.loads((book / "codebook.json").read_text(encoding="utf-8"))["settings"], "kind": p.codebook}
     reading.compute(home, {}, settings)
-    kept = [book / f"{name}.npy" for name in ("centroids", "projection", "mean", "std")]
+    kept = [book / f"{name}.npy" for name in ("centroids", "projection")]
     client.label(home, {path.stem: torch.from_numpy(np.load(path)) for path in kept if path.exists()}, settings)
     labels = Labels(home.labels / p.codebook)
     model, head = pretrained.load(checkpoint)

@@ -23,7 +23,7 @@ import torch
 from fedhubert_lib import corpora, federated, hubert, kmeans, params, partition, pretrained
 
 KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
-NORMALISATIONS = ("none", "global", "speaker")
+NORMALISATIONS = ("none", "speaker")
 MEASURES = ["pnmi", "shuffled_pnmi", "pnmi_within", "phone_purity", "cluster_purity", "agreement_same", "agreement_nmi"]
 
 

@@ -93,7 +93,7 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     if not all(Path(path).exists() for path in table.path):
         return None
     parts = [part[0] for part in public.extracted({}, settings, table, "cpu")]
-    labels, lists = Labels(homes[0].labels / codebook), public.normalised(parts, table.speaker, settings, stored)
+    labels, lists = Labels(homes[0].labels / codebook), public.normalised(parts, table.speaker, settings)
     pairs = [
         (client.assign(x, stored).numpy(), labels[u][: len(x)]) for x, u in zip(lists, table.utterance, strict=True)
     ]

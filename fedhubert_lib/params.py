@@ -150,7 +150,7 @@ class Kmeans(Section):
         "auto", description="layer of the checkpoint; auto: that of the best units on public speech"
     )
     clusters: Clusters = Field(20, description="clusters per codebook, K")
-    normalisation: Literal["none", "global", "speaker"] = Field("speaker", description="of the features, per dimension")
+    normalisation: Literal["none", "speaker"] = Field("speaker", description="of the features, per dimension")
     sample_fraction: Part = Field(1.0, description="fraction of utterances that codebooks are fitted on")
     lloyd_rounds: Natural = Field(10, description="federated Lloyd rounds at most")
     tolerance: NotNegative = Field(1e-4, description="relative change of the inertia below which Lloyd rounds stop")

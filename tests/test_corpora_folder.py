@@ -197,6 +197,6 @@ def test_the_beginning_of_a_long_recording_serves_to_fit(tmp_path, monkeypatch):
     home = handlers.home(tmp_path / "run", "client-000", "kmeans", "cpu", simulated=True)
     config = {**MFCC, "normalisation": "none"}
     reading.compute(home, {}, config)
-    frames = reading.in_memory(home, {}, config)
+    frames = reading.in_memory(home, config)
     ((_, (long, short)),) = reading.extracted({}, config, table, "cpu")
     assert torch.equal(frames, torch.cat([long[0, :199], short[0]]))

@@ -38,7 +38,6 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "kmeans.label": ({"counts", "runs"}, {"frames", "seconds"}),
     "kmeans.fit": (set(), {"frames", "inertia", "seconds"}),
     "kmeans.lend": ({"centroids"}, set()),
-    "kmeans.moments": ({"sum", "squares", "count"}, set()),
     "kmeans.features": (set(), set()),
     "kmeans.forget": (set(), set()),
     "kmeans.probe": ({"labels"}, set()),  # of public frames
@@ -101,7 +100,7 @@ def everything(tmp_path_factory) -> tuple[Path, list[tuple]]:
         with federated.connect(run) as clients:
             targets.run(run, params.Distill(**SHORT, **student, objectives=["hubert"]), clients)
         pretraining.run(federation.make(folder / "secure"), federation.pretrain(**SHORT, **hidden))
-        p = params.Kmeans(codebooks=kinds, clusters=8, lloyd_rounds=2, normalisation="global")
+        p = params.Kmeans(codebooks=kinds, clusters=8, lloyd_rounds=2)
         with federated.connect(run) as clients:
             list(clients.ask("identify"))
             kmeans.run(run, p, clients)

@@ -1,8 +1,7 @@
 """What a client does for the codebooks: read its own audio, make features, answer with sums, write its labels.
 
 Every function here that takes ``(home, arrays, config)`` is a handler: it reads the client's folder and the message,
-and answers with arrays and metrics. ``config`` always holds the settings that ``server.prepare`` makes, and ``arrays``
-its arrays: statistics of the ``global`` normalisation, weights of a checkpoint.
+and answers with arrays and metrics. ``config`` always holds what ``server.settings`` or ``hidden.describe`` makes.
 """
 
 import json
@@ -32,23 +31,13 @@ def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, 
     return {}, {}
 
 
-def moments(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
-    """Count, sum and sum of squares per dimension of the sampled frames: what ``global`` normalisation needs."""
-    total, squares, count = 0.0, 0.0, 0
-    for parts in reading.stream(home, arrays, {**config, "normalisation": "none"}, reading.sampled(home, config)):
-        added = reading.moments(torch.cat(parts))
-        total, squares, count = total + added[0], squares + added[1], count + added[2]
-    _require(home, count, 1)
-    return {"sum": total.cpu(), "squares": squares.cpu(), "count": torch.tensor(float(count)).double()}, {}
-
-
 def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Centroids of this client's own k-means and the frames in each: float32 [k, D], float64 [k].
 
     k is ``config["local"]``, or the number of frames where those are fewer. Clusters below ``minimum_count`` are left
     out.
     """
-    frames = reading.in_memory(home, arrays, config)
+    frames = reading.in_memory(home, config)
     _require(home, len(frames), 1)
     rng = seeds.numpy_generator(config["seed"], "kmeans-local", home.client)
     centroids = clustering.fit(frames, min(config["local"], len(frames)), rng)
@@ -69,7 +58,7 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     clusters, width = centroids.shape
     sums = torch.zeros(clusters, width, dtype=torch.float64)
     counts, inertias = torch.zeros(2, clusters, dtype=torch.float64)
-    for parts in reading.stream(home, arrays, config, reading.sampled(home, config)):
+    for parts in reading.stream(home, config, reading.sampled(home, config)):
         frames = torch.cat(parts)
         added = clustering.statistics(frames, clustering.nearest(frames, centroids), centroids)
         for total, part in zip((sums, counts, inertias), added, strict=True):
@@ -92,7 +81,7 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
     """Fit this client's codebook ``client`` and keep it in the client's folder; nothing of it is sent."""
     path = _kept(home, config)
     if not path.exists():
-        frames = reading.in_memory(home, arrays, config)
+        frames = reading.in_memory(home, config)
         _require(home, len(frames), config["clusters"])
         rng = seeds.numpy_generator(config["seed"], "kmeans-client", home.client)
         centroids = clustering.fit(frames, config["clusters"], rng).float()
@@ -123,7 +112,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     def sequences(missing: pd.DataFrame) -> Iterator[list[np.ndarray]]:
         if any(name.startswith("model/") for name in arrays):
             reading.compute(home, arrays, config)
-        for parts in reading.stream(home, arrays, config, missing):
+        for parts in reading.stream(home, config, missing):
             sequence = assign(torch.cat(parts), codebook).cpu()
             yield [part.numpy() for part in sequence.split([len(part) for part in parts])]
 
@@ -140,7 +129,6 @@ def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
 handlers.HANDLERS |= {
     "kmeans.features": reading.compute,
     "kmeans.forget": forget,
-    "kmeans.moments": moments,
     "kmeans.local_centroids": local_centroids,
     "kmeans.lloyd": lloyd,
     "kmeans.fit": fit,

@@ -71,7 +71,7 @@ def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
     layers, sequences = range(1, config["model"]["num_hidden_layers"] + 1), []
     parts = public.extracted(weights, config, table, device, layers)
     for number in range(len(layers)):  # one layer at a time is more than float16: ten minutes of base's are 0.6 GB
-        frames = torch.cat(public.normalised([part[number].float() for part in parts], table.speaker, config, {}))
+        frames = torch.cat(public.normalised([part[number].float() for part in parts], table.speaker, config))
         rng = seeds.numpy_generator(p.seed, "kmeans-layers")
         centroids = clustering.fit(frames, min(p.clusters, CLUSTERS, len(frames)), rng)
         sequences.append(clustering.nearest(frames, centroids).numpy())

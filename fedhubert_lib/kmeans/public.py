@@ -50,16 +50,8 @@ def extracted(
     return [part.cpu().to(dtype) for _, batch in batches for part in batch]
 
 
-def normalised(
-    parts: Sequence[Tensor], speakers: Iterable[str], config: Mapping[str, Any], arrays: Arrays
-) -> list[Tensor]:
-    """``parts``, [frames, D] of each utterance, scaled as ``config`` says: by mean and std of ``arrays`` where these
-    are there, otherwise by the statistics of their speakers in these utterances, or of all of them."""
-    if config["normalisation"] == "none":
-        return list(parts)
-    names = list(speakers) if config["normalisation"] == "speaker" else ["everybody"] * len(parts)
-    if "mean" in arrays:
-        scales = dict.fromkeys(names, (arrays["mean"], arrays["std"]))
-    else:
-        scales = reading.speaker_statistics(zip(names, parts, strict=True))
-    return reading.normalised(parts, names, scales)
+def normalised(parts: Sequence[Tensor], speakers: Iterable[str], config: Mapping[str, Any]) -> list[Tensor]:
+    """``parts``, [frames, D] of each utterance, scaled as ``config`` says, by the statistics of their speakers here."""
+    names = list(speakers)
+    none = config["normalisation"] == "none"
+    return reading.normalised(parts, names, {} if none else reading.speaker_statistics(zip(names, parts, strict=True)))

@@ -1,6 +1,6 @@
 """A client's frames: the features of each utterance computed once, kept in the client's folder, read back normalised.
 
-``config`` and ``arrays`` are those of the message, see ``client``. Features are memory-mapped: a client's speech need
+``config`` is that of the message, see ``client``. Features are memory-mapped: a client's speech need
 not fit into memory. Hidden layers are kept as float16 (5e-4 of a value, far below the spread of a cluster), MFCCs as
 float32.
 """
@@ -78,26 +78,22 @@ def within(table: pd.DataFrame, config: Mapping[str, Any], frames: int) -> pd.Da
     return table.iloc[np.sort(order[np.cumsum(lengths[order]) <= frames])]
 
 
-def in_memory(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame | None = None
-) -> Tensor:
+def in_memory(home: ClientHome, config: Mapping[str, Any], table: pd.DataFrame | None = None) -> Tensor:
     """Frames of ``table`` in memory, normalised: [N, D]; default: of the sampled utterances, ``FIT_FRAMES`` at most."""
     if table is None:
         table = within(sampled(home, config), config, FIT_FRAMES)
     frames = torch.empty(int(table.samples.map(audio.frame_count).sum()), config["width"], device=home.device)
     free = frames  # filled as it is read: lists of parts would take the memory twice
-    for part in itertools.chain.from_iterable(stream(home, arrays, config, table)):
+    for part in itertools.chain.from_iterable(stream(home, config, table)):
         free[: len(part)] = part
         free = free[len(part) :]
     return frames
 
 
-def stream(
-    home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame
-) -> Iterator[list[Tensor]]:
+def stream(home: ClientHome, config: Mapping[str, Any], table: pd.DataFrame) -> Iterator[list[Tensor]]:
     """Features of the utterances of ``table`` in its order, a batch at a time, [frames, D] for each: of as many of its
     samples as ``table`` says."""
-    scales = _scales(home, arrays, config, table)
+    scales = _scales(home, config)
     cached = labels.Ragged(home.state / "features", "features", dtype_of(config), config["width"])
     for rows in _batches(table, BATCH_VALUES // config["width"] * audio.HOP):
         kept = (cached[row.utterance][: audio.frame_count(row.samples)] for row in rows.itertuples())
@@ -209,38 +205,32 @@ def _read(path: str, samples: int) -> Tensor:
 
 
 def speaker_statistics(parts: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation [D] of each speaker's frames, from pairs of speaker and frames [N, D]."""
+    """Mean and standard deviation [D] of each speaker's frames, from pairs of speaker and frames [N, D].
+
+    The standard deviation is 1 for a dimension that does not vary.
+    """
     sums: dict[str, list[Any]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
-    for speaker, frames in parts:
-        sums[speaker] = [a + b for a, b in zip(sums[speaker], moments(frames), strict=True)]
-    return {speaker: standardiser(*values) for speaker, values in sums.items()}
+    for speaker, single in parts:
+        frames = single.double()
+        added = frames.sum(0), frames.square().sum(0), len(frames)
+        sums[speaker] = [a + b for a, b in zip(sums[speaker], added, strict=True)]
+    statistics = {}
+    for speaker, (total, squares, count) in sums.items():
+        mean = total / max(count, 1)
+        variance = (squares / max(count, 1) - mean.square()).clamp(min=0)
+        varies = variance > 1e-10 * (1 + mean.square())  # above the rounding of float32 features
+        statistics[speaker] = mean.float(), torch.where(varies, variance.sqrt(), 1.0).float()
+    return statistics
 
 
-def moments(frames: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Sum and sum of squares per dimension (float64 [D]) of ``frames`` [N, D], and N."""
-    frames = frames.double()
-    return frames.sum(0), frames.square().sum(0), len(frames)
-
-
-def standardiser(total: Tensor, squares: Tensor, count: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation from sums over ``count`` frames; 1 for a dimension that does not vary."""
-    mean = total / max(count, 1)
-    variance = (squares / max(count, 1) - mean.square()).clamp(min=0)
-    varies = variance > 1e-10 * (1 + mean.square())  # above the rounding of float32 features
-    return mean.float(), torch.where(varies, variance.sqrt(), 1.0).float()
-
-
-def _scales(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any], table: pd.DataFrame) -> Scales:
-    """What the features of ``table`` are normalised by; statistics of speakers are computed once, of all that the
-    client has."""
+def _scales(home: ClientHome, config: Mapping[str, Any]) -> Scales:
+    """What features are normalised by: statistics of speakers, computed once, of all that the client has."""
     if config["normalisation"] == "none":
         return {}
-    if config["normalisation"] == "global":
-        return dict.fromkeys(table.speaker, (arrays["mean"].to(home.device), arrays["std"].to(home.device)))
     path = home.state / "features" / "speakers.safetensors"
     if not path.exists():
         everything = utterances(home)
-        parts = itertools.chain.from_iterable(stream(home, arrays, {**config, "normalisation": "none"}, everything))
+        parts = itertools.chain.from_iterable(stream(home, {**config, "normalisation": "none"}, everything))
         pairs = zip(everything.speaker, parts, strict=True)
         with files.atomic(path) as temporary:
             save_file({s: torch.stack(both).cpu() for s, both in speaker_statistics(pairs).items()}, temporary)

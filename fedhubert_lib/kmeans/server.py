@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedhubert_lib import features, files, seeds
 from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
-from fedhubert_lib.kmeans import clustering, reading
+from fedhubert_lib.kmeans import clustering
 
 if TYPE_CHECKING:
     from fedhubert_lib.params import Kmeans
@@ -128,26 +128,6 @@ def phone_names(array: Tensor) -> list[str]:
     return bytes(array.byte().flatten().tolist()).decode(errors="replace").split("\n")
 
 
-def prepare(exchange: Exchange, config: dict[str, Any], weights: Arrays) -> Arrays:
-    """Have the clients compute their features; the arrays of all further messages.
-
-    ``weights`` travel once. The arrays are mean and standard deviation for the ``global`` normalisation, from the
-    clients' sums. A client that cannot make its features, or sums, is not asked for anything else.
-    """
-    exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
-    if config["normalisation"] != "global":
-        return {}
-    total, squares, count, width, ids = 0.0, 0.0, 0.0, config["width"], []
-    like = {"sum": (width,), "squares": (width,), "count": ()}
-    for reply in exchange.ask("moments", {}, config, like=like):
-        ids.append(reply.client)
-        total, squares = total + reply.arrays["sum"], squares + reply.arrays["squares"]
-        count += float(reply.arrays["count"])
-    exchange.ids = ids
-    mean, std = reading.standardiser(total, squares, count)
-    return {"mean": mean, "std": std}
-
-
 def settings(p: "Kmeans") -> dict[str, Any]:
     """The settings that every message carries, for MFCCs; ``hidden.describe`` gives those for a checkpoint's layer."""
     names = {"normalisation", "sample_fraction", "seed", "clusters", "minimum_count"}
@@ -156,7 +136,7 @@ def settings(p: "Kmeans") -> dict[str, Any]:
     return p.model_dump(include=names) | mfcc
 
 
-def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def start(exchange: Exchange, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Centroids from one message of each client: k-means of its count-weighted local centroids. float32 [K, D].
 
     Greedy k-means++ over them and Lloyd on them until it stands still: one-shot federated k-means after k-FED (Dennis
@@ -165,7 +145,7 @@ def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[T
     clusters = config["clusters"]
     local = min(clusters, max(LOCAL_LEAST, math.ceil(LOCAL_POINTS * clusters / len(exchange.ids))))
     like = {"centroids": (None, config["width"]), "counts": (None,)}
-    replies = list(exchange.ask("local_centroids", arrays, {**config, "local": local}, like=like))
+    replies = list(exchange.ask("local_centroids", {}, {**config, "local": local}, like=like))
     points = torch.cat([reply.arrays["centroids"] for reply in replies])
     weights = torch.cat([reply.arrays["counts"] for reply in replies])
     if len(points) < clusters:
@@ -178,7 +158,6 @@ def start(exchange: Exchange, arrays: Arrays, config: dict[str, Any]) -> tuple[T
 
 def lloyd(
     exchange: Exchange,
-    arrays: Arrays,
     config: dict[str, Any],
     centroids: Tensor,
     *,
@@ -214,7 +193,7 @@ def lloyd(
         save(bytes=exchange.since(before))
         like = {"sums": centroids.shape, "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
         message, totals, clients = {**config, "round": number}, dict.fromkeys(like, 0.0), 0
-        for reply in exchange.ask("lloyd", {**arrays, "centroids": centroids}, message, like=like):
+        for reply in exchange.ask("lloyd", {"centroids": centroids}, message, like=like):
             totals = {name: total + reply.arrays[name] for name, total in totals.items()}
             clients += 1
         sums, counts, inertias = totals.values()

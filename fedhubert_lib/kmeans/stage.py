@@ -63,15 +63,13 @@ def run(
             return _table(stored["codebooks"])
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
         _state_space(run, p, log)
-    arrays = server.prepare(exchange, config, weights)
-    if arrays and (absent := sorted(set(exchange.everybody) - set(exchange.ids))):  # another scale than all clients'
-        config |= {"scale_without": absent}
+    exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
     log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
-    probe = _probe(run, arrays, weights, config, device)
+    probe = _probe(run, weights, config, device)
     rows, matrices = {}, {}
     for kind in p.codebooks:
-        codebook, row = _codebook(run, p, exchange, arrays, {**config, "kind": kind}, log)
-        row = _label(run, p, exchange, {**arrays, **codebook}, {**config, "kind": kind}) | row
+        codebook, row = _codebook(run, p, exchange, {**config, "kind": kind}, log)
+        row = _label(run, p, exchange, codebook, {**config, "kind": kind}) | row
         if "fit_frames" in row and "labelled_frames" in row and not p.minimum_count:
             row["fit_fraction"] = row["fit_frames"] / row["labelled_frames"]
         if probe is not None and ("centroids" in codebook or not p.noise_multiplier):
@@ -117,7 +115,7 @@ def _state_space(run: Path, p: "Kmeans", log: Log) -> None:
 
 
 def _codebook(
-    run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any], log: Log
+    run: Path, p: "Kmeans", exchange: Exchange, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (no centroids, where they are the clients'), and what it cost."""
     kind, started, before = config["kind"], time.perf_counter(), dict(exchange.bytes)
@@ -128,10 +126,10 @@ def _codebook(
         stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection", "reference")}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
-    codebook, cost = _fit(run, p, exchange, arrays, config, before, lambda row: log({**row, "codebook": kind}))
+    codebook, cost = _fit(run, p, exchange, config, before, lambda row: log({**row, "codebook": kind}))
     cost |= exchange.since(exchange.bytes if kind == "central" else before)  # what pools all data sends nothing
     cost["fit_seconds"] = time.perf_counter() - started
-    for name, array in {**arrays, **codebook}.items():
+    for name, array in codebook.items():
         with files.atomic(folder / f"{name}.npy") as temporary:
             np.save(temporary, array.numpy())
     facts = {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": exchange.ids}
@@ -145,7 +143,6 @@ def _fit(
     run: Path,
     p: "Kmeans",
     exchange: Exchange,
-    arrays: Arrays,
     config: dict[str, Any],
     before: Mapping[str, int],
     log: Log,
@@ -154,34 +151,32 @@ def _fit(
     if kind == "random-projection":
         return server.random_projection(config), {"rounds": 0}
     if kind in ("client", "aligned"):
-        return _of_each_client(p, exchange, arrays, config)
+        return _of_each_client(p, exchange, config)
     if kind == "one-shot":
-        centroids, cost = server.start(exchange, arrays, config)
+        centroids, cost = server.start(exchange, config)
         return {"centroids": centroids}, cost
     if kind == "central":
         config = {**config, "minimum_count": 0}
     if progress.exists():
         start = torch.empty(0)  # not needed where rounds are done already
     elif kind == "central":
-        start = _pooled_start(run, exchange.ids, arrays, config, resources.resolve(p.device))
+        start = _pooled_start(run, exchange.ids, config, resources.resolve(p.device))
     elif client.private(config):
         start = reading.optional("private").random_start(config)
     else:
-        start, _ = server.start(exchange, arrays, config)
+        start, _ = server.start(exchange, config)
     limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance, "before": before}
-    centroids, last = server.lloyd(exchange, arrays, config, start, **limits, log=log, progress=progress)
+    centroids, last = server.lloyd(exchange, config, start, **limits, log=log, progress=progress)
     cost = {"rounds": last["round"], "fit_frames": last["frames"]}
     if client.private(config):
         return {"centroids": centroids}, cost | reading.optional("private").cost(p, last["asked"])
     return {"centroids": centroids}, cost | {"rounds": last["round"] + 1, "inertia": last["inertia"]}
 
 
-def _of_each_client(
-    p: "Kmeans", exchange: Exchange, arrays: Arrays, config: dict[str, Any]
-) -> tuple[Arrays, dict[str, Any]]:
+def _of_each_client(p: "Kmeans", exchange: Exchange, config: dict[str, Any]) -> tuple[Arrays, dict[str, Any]]:
     """Have every client fit a codebook and keep it; for ``aligned`` that of the one with most frames is a reference."""
     told = () if p.noise_multiplier else ("frames", "inertia")
-    replies = list(exchange.ask("fit", arrays, config, metrics=told))
+    replies = list(exchange.ask("fit", {}, config, metrics=told))
     cost: dict[str, Any] = {"rounds": 0}
     if not p.noise_multiplier:
         frames = sum(reply.metrics["frames"] for reply in replies)
@@ -193,7 +188,7 @@ def _of_each_client(
     return {"reference": lent.arrays["centroids"]}, cost | {"rounds": 1, "reference": lender}
 
 
-def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[str, Any], device: str) -> Tensor:
+def _pooled_start(run: Path, ids: Iterable[str], config: dict[str, Any], device: str) -> Tensor:
     """K-means of frames of all clients in one memory: where the baseline begins; possible in simulation only.
 
     Its Lloyd rounds are the clients' sums, which are those of the pooled frames.
@@ -205,7 +200,7 @@ def _pooled_start(run: Path, ids: Iterable[str], arrays: Arrays, config: dict[st
     # One draw from all: of many clients a part of FIT_FRAMES each would be less than an utterance.
     tables = pd.concat({number: reading.sampled(home, config) for number, home in enumerate(homes)})
     tables = reading.within(tables, config, reading.FIT_FRAMES).groupby(level=0)
-    parts = [reading.in_memory(homes[number], arrays, config, table) for number, table in tables]
+    parts = [reading.in_memory(homes[number], config, table) for number, table in tables]
     if not parts:
         raise KmeansError("no client has speech to fit codebook central on; leave it out of codebooks")
     rng = seeds.numpy_generator(config["seed"], "kmeans-central")
@@ -274,15 +269,13 @@ def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
     }
 
 
-def _probe(
-    run: Path, arrays: Arrays, weights: Arrays, config: dict[str, Any], device: str
-) -> tuple[Tensor, np.ndarray | None] | None:
+def _probe(run: Path, weights: Arrays, config: dict[str, Any], device: str) -> tuple[Tensor, np.ndarray | None] | None:
     """Public frames that all clients label, normalised, and their phones where known; None without public speech."""
     (table, _), (chosen, phones) = (public.speech(run, config, frames) for frames in (public.FRAMES, PROBE_FRAMES))
     if chosen.empty:
         return None
     parts = [part[0].float() for part in public.extracted(weights, config, table, device)]
-    parts = public.normalised(parts, table.speaker, config, arrays)
+    parts = public.normalised(parts, table.speaker, config)
     counts = dict(zip(chosen.utterance, chosen.samples.map(audio.frame_count), strict=True))
     taken = (part[: counts[name]] for name, part in zip(table.utterance, parts, strict=True) if name in counts)
     return torch.cat(list(taken)), phones

@@ -46,10 +46,10 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     missing = len(clients.ids) - math.ceil(quorum * len(clients.ids) - 1e-9)
     exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
-        arrays = server.prepare(exchange, config, weights)
-        start, _ = server.start(exchange, arrays, config)
+        exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
+        start, _ = server.start(exchange, config)
         rounds, tolerance = kmeans.lloyd_rounds, kmeans.tolerance
-        centroids, _ = server.lloyd(exchange, arrays, config, start, rounds=rounds, tolerance=tolerance)
+        centroids, _ = server.lloyd(exchange, config, start, rounds=rounds, tolerance=tolerance)
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids}, temporary)
     # A client whose labels are of these centroids computes nothing; another one may have to compute its features again.
