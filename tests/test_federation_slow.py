@@ -109,7 +109,7 @@ def test_all_speakers_of_librispeech_in_one_process(tmp_path):
 TWO = shlex.split("--set partition.clients=2 --set pretrain.cohort=2 --set distill.cohort=2")
 SHORT = TWO + shlex.split(
     "--set kmeans.codebooks=[federated] --set kmeans.lloyd_rounds=1 --set pretrain.rounds=1 --set distill.rounds=1"
-    " --set evaluate.seeds=1"
+    " --set pretrain.validate_every=2 --set evaluate.seeds=1 --set evaluate.probe_steps=10"
 )
 
 
