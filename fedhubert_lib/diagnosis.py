@@ -86,7 +86,8 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     homes = [home for home in homes if (home.labels / codebook / "index.parquet").exists()]
     stored = {path.stem: torch.from_numpy(np.load(path)) for path in folder.glob("*.npy")}
     settings = (records.read_json(folder / "codebook.json") or {}).get("settings", {})
-    if not homes or "centroids" not in stored or settings.get("features") != "mfcc":
+    readable = settings.get("features") == "mfcc" and settings.get("normalisation") in ("none", "speaker")
+    if not homes or "centroids" not in stored or not readable:
         return None
     table = reading.utterances(homes[0]).head(SPEECH)
     table = table.assign(samples=table.samples.clip(upper=reading.LONG))

@@ -290,6 +290,13 @@ def test_normalised_features_have_mean_0_and_standard_deviation_1(run):
         torch.testing.assert_close(frames.std(0, correction=0), torch.ones(39), atol=1e-3, rtol=0)
 
 
+def test_another_normalisation_is_refused_by_the_client(run):
+    """An earlier version of the server could ask for one scale for everybody."""
+    _, config = prepared(run, settings())
+    with pytest.raises(ValueError, match="'global' is none of none and speaker; update the server"):
+        client.local_centroids(home(run), {}, {**config, "normalisation": "global", "local": 4})
+
+
 # --------------------------------------------------------------------------------------------------------- whole stage
 
 
