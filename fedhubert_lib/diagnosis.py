@@ -86,13 +86,12 @@ def agreement(run: Path, codebook: str) -> pd.Series | None:
     homes = [home for home in homes if (home.labels / codebook / "index.parquet").exists()]
     stored = {path.stem: torch.from_numpy(np.load(path)) for path in folder.glob("*.npy")}
     settings = (records.read_json(folder / "codebook.json") or {}).get("settings", {})
-    readable = settings.get("features") == "mfcc" and settings.get("normalisation") in ("none", "speaker")
-    if not homes or "centroids" not in stored or not readable:
+    if not homes or "centroids" not in stored or settings.get("features") != "mfcc":
         return None
     table = reading.utterances(homes[0]).head(SPEECH)
     table = table.assign(samples=table.samples.clip(upper=reading.LONG))
-    if not all(Path(path).exists() for path in table.path):
-        return None
+    if settings["normalisation"] == "global" or not all(Path(path).exists() for path in table.path):
+        return None  # global: one scale for everybody, of an earlier version
     parts = [part[0] for part in public.extracted({}, settings, table, "cpu")]
     labels, lists = Labels(homes[0].labels / codebook), public.normalised(parts, table.speaker, settings)
     pairs = [

@@ -1,6 +1,6 @@
 """Public speech at the server, of speakers that no client has: what units are measured on, and a layer is chosen by."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def extracted(
     return [part.cpu().to(dtype) for _, batch in batches for part in batch]
 
 
-def normalised(parts: Sequence[Tensor], speakers: Iterable[str], config: Mapping[str, Any]) -> list[Tensor]:
+def normalised(parts: Sequence[Tensor], speakers: Sequence[str], config: Mapping[str, Any]) -> list[Tensor]:
     """``parts``, [frames, D] of each utterance, scaled as ``config`` says, by the statistics of their speakers here."""
-    names = list(speakers)
     none = config["normalisation"] == "none"
-    return reading.normalised(parts, names, {} if none else reading.speaker_statistics(zip(names, parts, strict=True)))
+    scales = {} if none else reading.speaker_statistics(zip(speakers, parts, strict=True))
+    return reading.normalised(parts, speakers, scales)

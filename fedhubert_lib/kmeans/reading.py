@@ -205,13 +205,11 @@ def _read(path: str, samples: int) -> Tensor:
 
 
 def speaker_statistics(parts: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation [D] of each speaker's frames, from pairs of speaker and frames [N, D].
-
-    The standard deviation is 1 for a dimension that does not vary.
-    """
+    """Mean and standard deviation [D] of each speaker's frames, from pairs of speaker and frames [N, D]; a standard
+    deviation is 1 where nothing varies."""
     sums: dict[str, list[Any]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
-    for speaker, single in parts:
-        frames = single.double()
+    for speaker, part in parts:
+        frames = part.double()
         added = frames.sum(0), frames.square().sum(0), len(frames)
         sums[speaker] = [a + b for a, b in zip(sums[speaker], added, strict=True)]
     statistics = {}
