@@ -293,7 +293,7 @@ def test_normalised_features_have_mean_0_and_standard_deviation_1(run):
 def test_another_normalisation_is_refused_by_the_client(run):
     """An earlier version of the server could ask for one scale for everybody."""
     _, config = prepared(run, settings())
-    with pytest.raises(ValueError, match="'global' is none of none and speaker; update the server"):
+    with pytest.raises(ValueError, match="'global': server and clients need one version"):
         client.local_centroids(home(run), {}, {**config, "normalisation": "global", "local": 4})
 
 

@@ -225,8 +225,8 @@ def _scales(home: ClientHome, config: Mapping[str, Any]) -> Scales:
     """What features are normalised by: statistics of speakers, computed once, of all that the client has."""
     if config["normalisation"] == "none":
         return {}
-    if config["normalisation"] != "speaker":  # of a server of an earlier version, which knew one scale for everybody
-        raise ValueError(f"normalisation {config['normalisation']!r} is none of none and speaker; update the server")
+    if config["normalisation"] != "speaker":  # an earlier version of the server knew one scale for everybody, too
+        raise ValueError(f"normalisation {config['normalisation']!r}: server and clients need one version of fedhubert")
     path = home.state / "features" / "speakers.safetensors"
     if not path.exists():
         everything = utterances(home)

@@ -63,7 +63,7 @@ def run(
             return _table(stored["codebooks"])
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
         _state_space(run, p, log)
-    exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
+    exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]  # others are not asked
     log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
     probe = _probe(run, weights, config, device)
     rows, matrices = {}, {}

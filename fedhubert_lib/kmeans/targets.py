@@ -46,7 +46,7 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     missing = len(clients.ids) - math.ceil(quorum * len(clients.ids) - 1e-9)
     exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
-        exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]
+        exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]  # others are not asked
         start, _ = server.start(exchange, config)
         rounds, tolerance = kmeans.lloyd_rounds, kmeans.tolerance
         centroids, _ = server.lloyd(exchange, config, start, rounds=rounds, tolerance=tolerance)
