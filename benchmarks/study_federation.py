@@ -161,7 +161,8 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         f"{name}, {cohort} clients": arm | {"cohort": cohort, "rounds": 40 * 8 // cohort}
         for cohort in (16, 4, 2)
         for name, arm in BEST.items()
-    },
+    }
+    | {"FedAvg, cohort's moments, 16 clients, H 5": _steps(BEST["FedAvg, cohort's moments"] | {"cohort": 16}, 5, 0.5)},
     "heads": {
         f"{kind}, {head}": BEST["FedAvg"] | {"codebook": kind, "head": head}
         for kind in KINDS
