@@ -57,12 +57,15 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
 
     Inputs are the outputs of earlier stages, by content, and the files and folders that parameters point to. Raises
     RunError when an earlier stage is not done, or is stale. An evaluation measures what exists: it does without models
-    and, with a checkpoint to measure, without all but the corpus.
+    and, with a checkpoint to measure, without all but the corpus. A distillation from a teacher that lies elsewhere
+    does without pretraining.
     """
     optional: dict[str, bool] = {}  # stages that may be absent; whether they may also be stale
     if isinstance(p, params.Evaluate):
         optional = {"pretrain": bool(p.checkpoint), "distill": True}
         optional |= {"partition": False, "kmeans": False} if p.checkpoint else {}
+    elif isinstance(p, params.Distill) and p.teacher:
+        optional = {"pretrain": True}
     outdated, parts = stale(run), {}
     for before, folder in list(params.FOLDERS.items())[: list(params.FOLDERS).index(stage)]:
         done = read_json(run / folder / "done.json")
@@ -87,7 +90,7 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
 
 def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> list[str]:
     """Hashes of what ``stage`` reads of the stage ``before``, the narrowest first; none where it reads nothing."""
-    if before == "kmeans" and stage == "evaluate":
+    if (before == "kmeans" and stage == "evaluate") or (before == "pretrain" and getattr(p, "teacher", None)):
         return []
     if before == "kmeans":  # other codebooks may come and go
         labels = (done.get(name, {}).get(p.codebook) for name in ("targets", "codebooks"))

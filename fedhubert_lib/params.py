@@ -231,9 +231,9 @@ class LocalTraining(Section):
         yield from super().conflicts()
         if self.crop_seconds > self.batch_seconds:
             yield "crop_seconds", f"{self.crop_seconds}; a batch holds batch_seconds: {self.batch_seconds} at most"
-        frames = audio.frame_count(int(self.crop_seconds * audio.SAMPLE_RATE))
+        frames = audio.frame_count(min(int(self.crop_seconds * audio.SAMPLE_RATE), audio.SHORTEST))
         if self.mask_length > frames:
-            yield "mask_length", f"{self.mask_length}; a crop of crop_seconds: {self.crop_seconds} has {frames} frames"
+            yield "mask_length", f"{self.mask_length}; the shortest clip that a batch may hold has {frames} frames"
 
 
 class Server(Section):
@@ -394,10 +394,13 @@ SECTIONS: dict[str, type[Section]] = {
 FOLDERS = {stage: f"{number:02d}_{stage}" for number, stage in enumerate(SECTIONS)}
 """The name of each stage's notebook, and of its folder in a run."""
 
-HOW = frozenset(["run", "engine", "threads", "device", "deadline_seconds", "download", "mirror", "keywords_mirror"])
+HOW = frozenset(
+    ["run", "engine", "threads", "device", "gradient_checkpointing", "deadline_seconds", "send_teacher"]
+    + ["download", "mirror", "keywords_mirror"]
+)
 """Parameters that say where and how a stage runs, not what comes out."""
-ADDITIONS = frozenset({"centralised", "along"})
-"""Parameters that add to what is there and change nothing of it."""
+ADDITIONS = frozenset({"centralised", "along", "missing_clients", "quorum"})
+"""Parameters that add to what is there, or allow that some of it is missing, and change nothing of it."""
 REMOVED = {"cohort_fraction": 1.0, "position_embedding": "conv", "patience": 0}
 """Parameters of earlier versions, with the values at which those did what is done now."""
 

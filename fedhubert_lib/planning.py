@@ -1,6 +1,7 @@
 """Time and memory that pretraining will need on this machine, from one measured training step."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def fitting_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, device
     """
     free = resources.free_memory(torch.device(device))
     try:
-        step = measure_step(p, config, clusters, max(1, int(p.batch_seconds / p.crop_seconds)), device)
+        clips = math.ceil(p.batch_seconds / p.crop_seconds)  # where full crops fill no batch, shorter ones do
+        full = p.model_copy(update={"crop_seconds": p.batch_seconds / clips})
+        step = measure_step(full, config, clusters, clips, device)
     except torch.OutOfMemoryError:
         raise MemoryError(
             f"batch_seconds {p.batch_seconds} does not fit on {device}, of which {free / 2**30:.1f} GiB are free:"

@@ -119,7 +119,8 @@ def _engine(p: Any, *_: Any) -> None:
 
 
 def _device(p: Any, *_: Any) -> None:
-    if getattr(p, "engine", "") != "ray":  # a Ray cluster may have other devices than this machine
+    # A Ray cluster may have other devices than this machine, which trains on pooled data and makes codebooks.
+    if getattr(p, "engine", "") != "ray" or getattr(p, "centralised", True):
         resources.resolve(p.device)
 
 
@@ -148,7 +149,10 @@ def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
 
 
 def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
-    """Whether this disk holds what clients keep between rounds: of base 757 MB each for AdamW's moments alone."""
+    """Whether this disk holds what clients keep between rounds: of base 757 MB a round for AdamW's moments alone.
+
+    A client keeps the last round that a resumed run can need, and those after it: see ``client_state.save``.
+    """
     copies = 2 * (p.local_state == "keep") + (p.server == "scaffold") + (p.compression in ("int8", "top-k"))
     first, table = isinstance(p, params.Pretrain), run / "01_partition" / "clients.parquet"
     folder = run / ("03_pretrain" if first else "04_distill")
@@ -162,7 +166,8 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
         return
     with torch.device("meta"):
         model = initial or hubert.Hubert(recipes.model_config(p))
-    size = 4 * copies * drawn * sum(weight.numel() for weight in model.parameters())
+    rounds = min(p.rounds, 3 if p.cohort == clients else 2)
+    size = 4 * copies * rounds * drawn * sum(weight.numel() for weight in model.parameters())
     size -= sum(file.stat().st_size for file in folder.glob("clients/*/session-*/*"))
     if size > (free := shutil.disk_usage(run).free):
         remedy = "give local_state: cohort or reset, or make room" if p.local_state == "keep" else "make room"

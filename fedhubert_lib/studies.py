@@ -109,7 +109,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             if "run" in section:
                 errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
             if stage == "distill" and isinstance(pretrain, dict):
-                inherited = _INHERITED - SUITED.keys() if "server" in section else _INHERITED
+                server = pretrain.get("server", Federation.model_fields["server"].default)
+                inherited = _INHERITED if section.get("server", server) == server else _INHERITED - SUITED.keys()
                 section = {name: pretrain[name] for name in pretrain.keys() & inherited} | section
             raw[stage] = {"seed": raw["seed"], **section, "run": raw["run"]}
 

@@ -102,6 +102,9 @@ def test_what_suits_a_server_is_resolved_where_a_study_says_nothing(tmp_path, ov
 def test_another_server_of_distillation_takes_over_no_rate_of_pretraining(tmp_path):
     loaded = studies.load(study(tmp_path, "pretrain: {server_rate: 2.0}\ndistill: {server: nesterov}\n"))
     assert (loaded.pretrain.server_rate, loaded.distill.server_rate) == (2.0, 0.7)
+    for server in ("fedavg", "nesterov"):
+        both = f"pretrain: {{server: {server}, server_rate: 2.0}}\ndistill: {{server: {server}}}\n"
+        assert studies.load(study(tmp_path, both)).distill.server_rate == 2.0
 
 
 def test_load_puts_a_study_over_its_base(tmp_path):
@@ -267,7 +270,7 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("kmeans.codebooks=[aligned] kmeans.minimum_count=5", "kmeans.minimum_count"),
         ("pretrain.cohort=4", "pretrain.cohort"),
         ("pretrain.crop_seconds=20", "pretrain.crop_seconds"),
-        ("pretrain.mask_length=300", "pretrain.mask_length"),
+        ("pretrain.mask_length=50", "pretrain.mask_length"),
         ("pretrain.codebook=aligned", "pretrain.codebook"),
         ("pretrain.codebook=client distill.codebook=federated distill.soft_weight=0.5", "distill.codebook"),
         ("distill.hidden_size=100", "distill.hidden_size"),

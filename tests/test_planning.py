@@ -59,6 +59,16 @@ def test_eight_gpus(monkeypatch):
         resources.resolve("cuda:8")
 
 
+def test_a_batch_that_full_crops_do_not_fill_is_measured_with_shorter_ones(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        planning, "measure_step", lambda p, config, clusters, clips, device: measured.append((clips, p))
+    )
+    planning.fitting_step(P.model_copy(update={"batch_seconds": 30.0, "crop_seconds": 15.6}), *MODEL, "cpu")
+    ((clips, p),) = measured
+    assert (clips, p.crop_seconds) == (2, 15.0)
+
+
 def test_two_gpus_of_eight_gib(monkeypatch):
     pretend(monkeypatch, 2, 8 * GIB)
     assert workers("pool", "cuda") == 2

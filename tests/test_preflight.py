@@ -90,7 +90,9 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "'cuda:1': this process sees 1 GPUs" in problems(tmp_path, "evaluate.device=cuda:1")
-    assert not problems(tmp_path, "pretrain.device=cuda:1", "pretrain.engine=ray"), "a cluster may have others"
+    cluster = ("pretrain.device=cuda:1", "pretrain.engine=ray")
+    assert "pretrain.device: device 'cuda:1'" in problems(tmp_path, *cluster), "on which pooled data are trained, too"
+    assert not problems(tmp_path, *cluster, "pretrain.centralised=false"), "a cluster may have others"
     assert not problems(tmp_path, "evaluate.device=cuda:0", "kmeans.device=cuda")
 
 
@@ -118,15 +120,17 @@ def test_the_disk_holds_what_clients_keep_between_rounds(tmp_path, monkeypatch):
     assert not problems(tmp_path, *large), "01_partition is to come"
     pd.DataFrame({"client": [*"abcdef"]}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
     told = problems(tmp_path, *large, first="kmeans")
-    assert told.startswith("pretrain.local_state: clients keep 4.3 GB between rounds, and 1.0 GB are free; give local")
+    assert told.startswith("pretrain.local_state: clients keep 8.6 GB between rounds, and 1.0 GB are free; give local")
+    told = problems(tmp_path, *large, "pretrain.cohort=6", "partition.clients=6", first="kmeans")
+    assert "clients keep 12.9 GB" in told, "of a client in every round those that a resumed run may need, too"
     for less in ("pretrain.local_state=cohort", "pretrain.engine=deployment"):
         assert not problems(tmp_path, *large, less, "distill.local_state=keep", first="kmeans")
     told = problems(tmp_path, *large, "pretrain.local_state=reset", "pretrain.server=scaffold", first="kmeans")
-    assert told == "pretrain.local_state: clients keep 2.2 GB between rounds, and 1.0 GB are free; make room"
+    assert told == "pretrain.local_state: clients keep 4.3 GB between rounds, and 1.0 GB are free; make room"
     kept = tmp_path / "03_pretrain/clients/a/session-0/moments-000001.safetensors"
     kept.parent.mkdir(parents=True)
     with kept.open("wb") as stream:
-        stream.truncate(4 * 10**9)  # what is there already needs no more room
+        stream.truncate(8 * 10**9)  # what is there already needs no more room
     assert not problems(tmp_path, *large, first="kmeans")
 
 

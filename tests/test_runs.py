@@ -459,8 +459,9 @@ def test_a_codebook_that_is_added_leaves_a_teacher_of_another_as_it_is(outputs):
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        ({"device": "cpu", "engine": "pool", "deadline_seconds": 5.0}, None),
+        ({"device": "cpu", "engine": "pool", "deadline_seconds": 5.0, "gradient_checkpointing": True}, None),
         ({"centralised": False}, "additions"),
+        ({"quorum": 0.25}, "additions"),
         ({"rounds": 3}, "results"),
         ({"learning_rate": 0.5}, "results"),
     ],
@@ -541,6 +542,20 @@ def test_the_evaluation_does_without_a_student_of_an_older_teacher(outputs):
     do("pretrain", "longer")
     inputs = begin("evaluate").identity["inputs"]
     assert "03_pretrain" in inputs and "04_distill" not in inputs
+
+
+def test_a_student_of_a_teacher_from_elsewhere_needs_no_pretraining(outputs, tmp_path):
+    teacher = str(tmp_path / "teacher")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/config.json").write_text("{}")
+    for stage in ("corpus", "partition", "kmeans"):
+        do(stage)
+    with pytest.raises(runs.RunError, match="03_pretrain: not done yet"):
+        begin("distill")
+    do("distill", "student", teacher=teacher)
+    do("pretrain", "that nobody learned from")
+    assert not records.stale(outputs / "toy")
+    assert runs.outlook("distill", params.Distill(teacher=teacher), outputs / "toy").words == ""
 
 
 def test_a_download_is_no_change_of_inputs(tmp_path, outputs):
