@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -384,6 +385,12 @@ def test_prepare_names_missing_and_empty_folders(tree, tmp_path):
         prepare(tmp_path / "run", tmp_path / "empty")
     with pytest.raises(corpora.CorpusError, match="has no subset .*; it has dev-clean-2, train-clean-5"):
         librispeech.home(tree, ["train-clean-100"])
+    for folder in (tree, tree / "LibriSpeech"):  # of which one has all
+        (folder / "train-other-500").mkdir(parents=True, exist_ok=True)
+        (folder / "train-other-500/a").touch()
+    assert librispeech.home(tree, ["train-other-500"]) == tree / "LibriSpeech"
+    assert librispeech.home(tree, ["train-clean-5"]) == tree
+    shutil.rmtree(tree / "LibriSpeech")
     for path in (tree / "train-clean-5").rglob("*.flac"):
         path.write_bytes(b"")
     with pytest.raises(corpora.CorpusError, match="no usable utterance to train on; 6 x empty file"):

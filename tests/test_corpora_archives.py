@@ -233,6 +233,25 @@ def test_a_subset_joins_the_others_where_they_are(beside, tmp_path, monkeypatch)
     assert (tmp_path / "more").is_dir() == (beside == "my-speech") != (tmp_path / "LibriSpeech/more").is_dir()
 
 
+def test_a_published_subset_joins_others_that_this_study_does_not_name(tmp_path, monkeypatch):
+    publish(monkeypatch, more=(archive := tar({"LibriSpeech/more/1/2/1-2-0000.flac": b"x"})))
+    (tmp_path / "train-clean-100").mkdir()
+    (tmp_path / "more.tar.gz").write_bytes(archive)
+    archives.provide(tmp_path, "more", "", ["more"], download=False)
+    assert (tmp_path / "more").is_dir() and not (tmp_path / "LibriSpeech").exists()
+
+
+def test_an_archive_is_unpacked_by_a_python_without_filters(tmp_path, monkeypatch):
+    """That of Debian 12, 3.11.2."""
+    monkeypatch.delattr(tarfile, "data_filter")
+    extract = tarfile.TarFile.extract
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda tar, member, path: extract(tar, member, path))
+    publish(monkeypatch, mine=(archive := tar(GOOD)))
+    (tmp_path / "mine.tar.gz").write_bytes(archive)
+    provide(tmp_path)
+    assert (tmp_path / "LibriSpeech/mine").is_dir()
+
+
 PROVIDE = """
 import sys
 from pathlib import Path

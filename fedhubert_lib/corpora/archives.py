@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedhubert_lib import files
 from fedhubert_lib.corpora.librispeech import CorpusError
@@ -157,19 +157,21 @@ def _verify(path: Path, md5: str, remedy: str, on_progress: Progress) -> None:
 
 
 def _unpack(archive: Path, root: Path, name: str, inside: str, subsets: Sequence[str], on_progress: Progress) -> None:
-    """Unpack ``archive`` so that ``root/inside/name`` appears, complete, or ``root/name`` where one of ``subsets`` is
-    in ``root``; other files of its top folder go beside it."""
+    """Unpack ``archive`` so that ``root/inside/name`` appears, complete, or ``root/name`` where one of ``subsets``, or
+    a published one, is in ``root``; other files of its top folder go beside it."""
     hidden, packed = root / f".{name}.unpacking", archive.stat().st_size
     with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as tar:
+        # Python 3.11.2, which is Debian 12's, has no filters; here the sum is that of the published archive.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         for member in tar:
             path = hidden / member.name
             if not path.is_file() or path.stat().st_size != member.size:
                 with files.naming(path):
-                    tar.extract(member, hidden, filter="data")
+                    tar.extract(member, hidden, **safe)
             on_progress(f"unpack {archive.name} (MiB)", raw.tell() >> 20, packed >> 20)
     top, home = hidden / inside, root / inside
     if inside:
-        if not home.exists() and any((root / other).is_dir() for other in subsets):
+        if not home.exists() and any((root / other).is_dir() for other in (*subsets, *PUBLISHED.keys() - {KEYWORDS})):
             home = root
         home.mkdir(exist_ok=True)
         for beside in top.iterdir():  # SPEAKERS.TXT and the like are the same in each archive

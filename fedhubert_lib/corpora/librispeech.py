@@ -27,7 +27,8 @@ def home(root: Path, subsets: list[str]) -> Path:
     """The folder that holds the subsets: ``root`` or ``root/LibriSpeech``. Missing or empty ones are an error."""
     if not root.is_dir():
         raise CorpusError(f"corpus.root: there is no folder {root}; name the folder that holds {', '.join(subsets)}")
-    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
+    places = [place for place in (root / "LibriSpeech", root) if place.is_dir()]
+    root = next((place for place in places if all((place / subset).is_dir() for subset in subsets)), places[0])
     for subset in subsets:
         if not (root / subset).is_dir():
             folders = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folder at all"
