@@ -43,7 +43,7 @@ from fedhubert_lib import (
     training,
 )
 from fedhubert_lib import pooled as pooled_training
-from fedhubert_lib.evaluation import intervals, measures, systems
+from fedhubert_lib.evaluation import intervals, measures, systems, tables
 from fedhubert_lib.evaluation import report as evaluation
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.kmeans import client, reading
@@ -331,13 +331,17 @@ def _row(results: list[dict[str, Any]], pooled: dict[tuple[Any, ...], dict[str, 
         for measure in measures.ESSENTIALS:
             if (figure := _best(result, measure)) is not None:
                 values.setdefault(measures.MEASURES[measure][0], []).append(figure)
-    return {"seeds": str(len(results))} | {name: str(intervals.measure(v)) if v else "" for name, v in values.items()}
+    row = {"seeds": str(len(results))}
+    for name, of_seeds in values.items():  # a seed without pooled training of its own has no fraction
+        fewer = f" ({len(of_seeds)} seeds)" if 0 < len(of_seeds) < len(results) else ""
+        row[name] = f"{intervals.measure(of_seeds)}{fewer}" if of_seeds else ""
+    return row
 
 
 def _best(result: dict[str, Any], measure: str) -> float | None:
     """The figure of the best layer, None where it was not measured."""
-    better = min if measures.MEASURES[measure][1] == "lower" else max
-    return better((f["value"] for f in result.get("figures", []) if f["measure"] == measure), default=None)
+    chosen = tables.best(result.get("figures", [])).get("system", {})
+    return chosen[measure]["value"] if measure in chosen else None
 
 
 @style.styled

@@ -52,7 +52,7 @@ def states(groups: Groups) -> pd.DataFrame:
     """A row per run: study, commit, state, time."""
     return pd.DataFrame(
         {
-            name if len(folders) == 1 else folder.name: index.summary(folder)
+            name + folder.name.removeprefix(Path(name).name) * (len(folders) > 1): index.summary(folder)
             for name, folders in groups.items()
             for folder in folders
         }

@@ -55,6 +55,10 @@ def test_names_stand_for_runs_folders_and_training_seeds(outputs):
     both = compare.groups([str(run), str(other)])
     assert both == {str(run): [run], str(other): [other]}, "two of one name"
     assert compare.states(both).index.tolist() == [str(run), str(other)]
+    for place in ("one", "two"):
+        seeds_of(outputs / place, "same", [0.5, 0.6])
+    studies = compare.groups([str(outputs / place / "same") for place in ("one", "two")])
+    assert compare.states(studies).index.tolist() == [f"{study}-{seed}" for study in studies for seed in (0, 1)]
     with pytest.raises(records.RunError, match="nothing: no run of that name"):
         compare.groups(["base", "nothing"])
 

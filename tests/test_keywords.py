@@ -291,6 +291,21 @@ def test_superb_cuts_the_silence_of_each_split_from_other_noise(commands):
         assert noise.min() >= low - 1e-6 and noise.max() <= high
 
 
+def test_voices_of_superb_are_those_of_people(commands, tmp_path, monkeypatch):
+    """Each noise of a split has a name in the column of speakers, so that splits share none."""
+    clips, heard = keywords.superb(commands, 0), {}
+    for name in ("leave_speakers_out", "speaker_accuracy"):
+        probe = lambda *inputs, seed, name=name: heard.update({name: inputs}) or (0.5, 0.1)  # noqa: E731
+        monkeypatch.setattr(measures.probes, name, probe)
+    speech, moments = measures.Speech(clips, keywords.task(clips), tmp_path), np.zeros((len(clips), 2, 3))
+    result = measures.Result("mfcc")
+    result.layer = 0
+    measures._more_words(result, systems.System("mfcc", "MFCC", systems.mfcc, ""), moments, speech, params.Evaluate())
+    for rows, *_, speakers in heard.values():
+        assert len(rows) == len(speakers) == (clips.word != "_silence_").sum()
+        assert set(speakers) == set("012345")
+
+
 def test_abx_of_superb_compares_single_words(commands):
     """Clips of _unknown_ are many words and those of _silence_ none: two of one name need not sound alike."""
     clips = keywords.superb(commands, 0)

@@ -178,6 +178,12 @@ def test_curves_of_thousands_of_clients_draw_some_of_them():
     assert len(thin.get_segments()) <= training.CLIENT_CURVES and "2,338" in thin.get_label()
 
 
+def test_curves_of_one_round_are_points():
+    axes = plots.curves(metrics(1, 3), metrics(1, 0)).axes[0]
+    assert {line.get_label(): line.get_marker() for line in axes.lines}.items() >= {("mean", "o"), ("centralised", "o")}
+    assert len(axes.collections[1].get_offsets()) == 3, "a point per client, of which a line would show nothing"
+
+
 def test_phones_per_cluster_orders_clusters_by_their_most_likely_phone():
     counts = pd.DataFrame([[0, 9, 1], [9, 1, 0], [1, 0, 0]], ["s", "t", "u"], [10, 11, 12])
     axes = plots.phones_per_cluster(counts).axes[0]
@@ -221,3 +227,13 @@ def test_along_is_a_mean_and_a_band_over_runs():
     assert axes.get_xscale() == "log" and baseline.get_linestyle() == ":"
     np.testing.assert_allclose(line.get_xydata(), [[1.05, 0.25], [2.05, 0.5]])
     np.testing.assert_allclose(band.get_datalim(axes.transData).intervaly, [0.2, 0.6])
+
+
+def test_along_tells_how_many_runs_a_line_has_and_keeps_the_colours():
+    table = hours_table()
+    alone = table[(table.run == table.run.iloc[0]) & table.hours.notna()].assign(system="centralised teacher")
+    figure = plots.along(pd.concat([table, alone], ignore_index=True))
+    assert figure.get_supxlabel() == "line: mean of 1 to 2 training seeds, band: lowest to highest"
+    colours = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+    untrained = next(line for line in plots.along(table).axes[0].lines if line.get_linestyle() == ":")
+    assert untrained.get_color() == colours[untrained.get_label()]

@@ -34,6 +34,8 @@ COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go
 """The ten words of SUPERB's keyword spotting."""
 NOISE = "_background_noise_"
 """The folder of Speech Commands that silence is cut from, beside those of the words."""
+SILENCE = "_silence_"
+"""The word of a clip of that noise."""
 _DRAWING = threading.Lock()
 """Held while a probe draws its weights: torch has one generator for all threads."""
 
@@ -84,7 +86,7 @@ def _silence(root: Path) -> pd.DataFrame:
         for split, (begin, end) in SPLITS.items():
             speaker = f"silence-{split}-{path.stem}"  # another in each split: no voice is in it
             for start in range(int(begin * samples), int(end * samples) - CLIP_SAMPLES + 1, CLIP_SAMPLES // 2):
-                rows.append((f"_silence_/{path.stem}-{start}", str(path), start, "_silence_", speaker, split))
+                rows.append((f"_silence_/{path.stem}-{start}", str(path), start, SILENCE, speaker, split))
     table = pd.DataFrame(rows, columns=["clip", "path", "start", "word", "speaker", "split"])
     if missing := [split for split in SPLITS if split not in set(table.split)]:
         raise KeywordError(f"{root / NOISE}: too short to cut a second of {missing[0]} silence from")
@@ -107,7 +109,7 @@ def noise(root: Path) -> dict[Path, int]:
 def waveforms(clips: pd.DataFrame, normalise: bool = False) -> Tensor:
     """The clips as float32 [clips, 16000], ``normalise`` d before zeros fill them up; silence from its ``start`` on."""
     spans = [
-        (clip.start, clip.start + CLIP_SAMPLES) if clip.word == "_silence_" else (0, None, int(clip.samples))
+        (clip.start, clip.start + CLIP_SAMPLES) if clip.word == SILENCE else (0, None, int(clip.samples))
         for clip in clips.itertuples()
     ]
     parts = (audio.read(path, *span) for path, span in zip(clips.path, spans, strict=True))

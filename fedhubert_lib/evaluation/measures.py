@@ -203,8 +203,10 @@ def _phones(result: Result, frames: np.ndarray, speech: Speech, p: "Evaluate") -
 
 def _more_words(result: Result, system: System, moments: np.ndarray, speech: Speech, p: "Evaluate") -> None:
     """Measures of the best layer's ``moments`` [clips, 2, width]: mean and standard deviation; and fine-tuning."""
-    task, speakers, chance = speech.task, speech.clips.speaker.to_numpy(dtype=str), 1 / len(speech.task.words)
+    task, chance = speech.task, 1 / len(speech.task.words)
     rows, both, layer = moments[:, 0], moments.reshape(len(moments), -1), result.layer
+    voiced = (speech.clips.word != keywords.SILENCE).to_numpy()
+    speakers, spoken, words = speech.clips.speaker.to_numpy(dtype=str)[voiced], rows[voiced], task.labels[voiced]
     memory = MEMORY * rows.nbytes
 
     def linear(seed: int) -> float:
@@ -216,10 +218,10 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
     nearest = probes.nearest(rows, task.labels, task.train, task.test)
     result.add("nearest-accuracy", [nearest], layer=layer, baseline=chance)
     with result.noting("unseen"):
-        unseen = _of_seeds(lambda seed: probes.leave_speakers_out(rows, task.labels, speakers, seed=seed), p, memory)
+        unseen = _of_seeds(lambda seed: probes.leave_speakers_out(spoken, words, speakers, seed=seed), p, memory)
         result.add("unseen-speaker-accuracy", [accuracy for accuracy, _ in unseen], layer=layer, baseline=chance)
     with result.noting("voice"):
-        voice = _of_seeds(lambda seed: probes.speaker_accuracy(rows, speakers, seed=seed), p, memory)
+        voice = _of_seeds(lambda seed: probes.speaker_accuracy(spoken, speakers, seed=seed), p, memory)
         result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], layer=layer, baseline=voice[0][1])
     if system.model is not None and p.fine_tune_steps:
         options = {"steps": p.fine_tune_steps, "rate": p.fine_tune_rate}

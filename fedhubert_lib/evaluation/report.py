@@ -88,8 +88,8 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
     clips = keywords.read_clips(run / "00_corpus" / "keywords.parquet")
     if p.task == "superb":
         clips = keywords.superb(clips, p.seed)
-    task, splits = keywords.task(clips), clips.groupby("split")
-    data = {"words": task.words, "clips": splits.size().to_dict(), "speakers": splits.speaker.nunique().to_dict()}
+    task, voices = keywords.task(clips), clips[clips.word != keywords.SILENCE].groupby("split").speaker.nunique()
+    data = {"words": task.words, "clips": clips.groupby("split").size().to_dict(), "speakers": voices.to_dict()}
     cache = run / STAGE / "features"
     try:
         utterances, phones = layers.held_out(run, p.unit_minutes, p.seed, p.clusters)

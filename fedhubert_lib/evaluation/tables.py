@@ -115,12 +115,12 @@ def student(report: Report) -> pd.DataFrame:
 
 
 def along(reports: Sequence[Report]) -> pd.DataFrame:
-    """Quality against hours of speech heard: run, system, hours, measure (titles), value.
+    """Quality against hours of speech heard: run (its number), system, hours, measure (titles), value.
 
     ``hours`` is NaN for what does not train: random weights and MFCC.
     """
     rows = []
-    for report in reports:
+    for number, report in enumerate(reports):  # folders of one name are runs, too
         chosen = best(report["figures"])
         baselines = [
             chosen[system][name] | {"hours": np.nan}
@@ -129,7 +129,7 @@ def along(reports: Sequence[Report]) -> pd.DataFrame:
             if report["along"] and name in chosen[system]
         ]
         for figure in report["along"] + baselines:
-            row = {"run": report["run"], "system": titles(report)[figure["system"]], "hours": figure["hours"]}
+            row = {"run": number, "system": titles(report)[figure["system"]], "hours": figure["hours"]}
             rows.append(row | {"measure": TITLES[figure["measure"]], "value": figure["value"]})
     return pd.DataFrame(rows)
 

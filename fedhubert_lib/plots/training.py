@@ -48,9 +48,11 @@ def curves(
             lines = [table[[along, name]] for _, table in clients[clients.client.isin(ids)].groupby("client")]
             text = f"{len(ids)} of {clients.client.nunique():,} clients"
             panel.add_collection(LineCollection(lines, colors=style.SKY, linewidths=0.7, alpha=0.6, label=text))
+            single = [line.iloc[0] for line in lines if len(line) == 1]  # of which there is no line yet
+            panel.scatter([row[along] for row in single], [row[name] for row in single], s=3, color=style.SKY)
         for table, column, text, line in (
             (rounds, name, "mean", {"color": style.BLUE, "linewidth": 2, "marker": marker}),
-            (central, name, "centralised", {"color": style.RED, "linestyle": "--"}),
+            (central, name, "centralised", {"color": style.RED, "linestyle": "--", "marker": marker}),
             (rounds, f"validation_{name}", "validation", {"color": style.GREEN, "marker": marker}),
         ):
             if column in table:
@@ -210,7 +212,9 @@ def along(table: pd.DataFrame) -> Figure:
     the lowest run to the highest. A system without hours (NaN) does not train, and is a dotted line across.
     """
     measures, systems = list(table.measure.unique()), list(table.system.unique())
-    colours = dict(zip(systems, (style.BLUE, style.RED, style.GREY, style.BLACK, *style.PALETTE[2:6]), strict=False))
+    trained = set(table.system[table.hours.notna()])
+    systems.sort(key=lambda system: system not in trained)
+    colours = dict(zip(systems, style.PALETTE[: len(trained)] + (style.GREY, style.BLACK), strict=False))
     rows = -(-len(measures) // 2)
     figure, axes = style.panels(rows, min(2, len(measures)), height=0.6 + 2.6 * rows)
     for panel, measure in zip(axes, measures, strict=False):
@@ -228,7 +232,9 @@ def along(table: pd.DataFrame) -> Figure:
     for panel in axes[len(measures) :]:
         panel.set_axis_off()
     if (runs := table.run.nunique()) > 1:
-        figure.supxlabel(f"line: mean of {runs} training seeds, band: lowest to highest", fontsize=8)
+        fewest = table[table.hours.notna()].groupby("system").run.nunique().min()
+        seeds = f"{fewest} to {runs}" if fewest < runs else runs
+        figure.supxlabel(f"line: mean of {seeds} training seeds, band: lowest to highest", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
     return figure
