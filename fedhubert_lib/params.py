@@ -197,15 +197,6 @@ class Model(Section):
     )
     conv_width: Natural | None = Field(None, description="channels of the convolutions (waveform); none: the preset's")
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        yield from super().conflicts()
-        if self.hidden_size and self.hidden_size % 16:
-            yield "hidden_size", f"{self.hidden_size}; positions are convolved in 16 groups: give a multiple of 16"
-        if self.hidden_size and self.attention_heads and self.hidden_size % self.attention_heads:
-            yield "attention_heads", f"{self.attention_heads}; it must divide hidden_size: {self.hidden_size}"
-        if self.conv_width is not None and self.front_end != "waveform":
-            yield "conv_width", f"{self.conv_width}, but front_end is logmel, which has no convolutions"
-
 
 class LocalTraining(Section):
     """Local training."""
@@ -226,14 +217,6 @@ class LocalTraining(Section):
     local_state: Literal["reset", "keep", "cohort"] = Field(
         "keep", description="AdamW moments of a client from round to round; cohort: they travel, and are the cohort's"
     )
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        yield from super().conflicts()
-        if self.crop_seconds > self.batch_seconds:
-            yield "crop_seconds", f"{self.crop_seconds}; a batch holds batch_seconds: {self.batch_seconds} at most"
-        frames = audio.frame_count(min(int(self.crop_seconds * audio.SAMPLE_RATE), audio.SHORTEST))
-        if self.mask_length > frames:
-            yield "mask_length", f"{self.mask_length}; the shortest clip that a batch may hold has {frames} frames"
 
 
 class Server(Section):
@@ -256,11 +239,6 @@ class Server(Section):
     outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="multiple of an update's norm that leaves it out")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     centralised: bool = Field(True, description="also train the baseline: pooled data, as many updates")
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        yield from super().conflicts()
-        if self.server in ("trimmed-mean", "median") and self.cohort < 3:
-            yield "server", f"{self.server} needs a cohort of 3 or more, not {self.cohort}"
 
 
 class Privacy(Section):
@@ -298,7 +276,19 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
     """The parameters of both pretraining and distillation: six groups, of which the last base comes first."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        yield from super().conflicts()
+        if self.hidden_size and self.hidden_size % 16:
+            yield "hidden_size", f"{self.hidden_size}; positions are convolved in 16 groups: give a multiple of 16"
+        if self.hidden_size and self.attention_heads and self.hidden_size % self.attention_heads:
+            yield "attention_heads", f"{self.attention_heads}; it must divide hidden_size: {self.hidden_size}"
+        if self.conv_width is not None and self.front_end != "waveform":
+            yield "conv_width", f"{self.conv_width}, but front_end is logmel, which has no convolutions"
+        if self.crop_seconds > self.batch_seconds:
+            yield "crop_seconds", f"{self.crop_seconds}; a batch holds batch_seconds: {self.batch_seconds} at most"
+        frames = audio.frame_count(min(int(self.crop_seconds * audio.SAMPLE_RATE), audio.SHORTEST))
+        if self.mask_length > frames:
+            yield "mask_length", f"{self.mask_length}; the shortest clip that a batch may hold has {frames} frames"
+        if self.server in ("trimmed-mean", "median") and self.cohort < 3:
+            yield "server", f"{self.server} needs a cohort of 3 or more, not {self.cohort}"
         needs_all = self.server in ("scaffold", "trimmed-mean", "median")
         protected = self.secure_aggregation or self.privacy != "none" or self.compression != "none"
         if self.local_state == "cohort" and (needs_all or protected):
