@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import entropy
 
 from fedhubert_lib import files, records
 from fedhubert_lib.federated import handlers
@@ -38,22 +39,16 @@ def causes(run: Path) -> list[str]:
     return [cause for cause in (*shown, _codebooks(run, p, rows)) if cause]
 
 
-def _entropy(frequencies: np.ndarray) -> float:
-    """Nats that a model loses which names each label as often as it occurs, and hears nothing."""
-    used = frequencies[frequencies > 0]
-    return float(-(used * np.log(used)).sum())
-
-
 def _plateau(last: pd.Series, frequencies: np.ndarray | None) -> str:
     """The model says the commonest label everywhere, or each label as often as it occurs."""
     if frequencies is None or last.accuracy_masked > 1.25 * frequencies.max():
         return ""
-    if abs(last.loss - (entropy := _entropy(frequencies))) > NEAR:
+    if not abs(last.loss - (guessing := entropy(frequencies))) <= NEAR:  # what a model loses that hears nothing
         return ""
     return (
         f"plateau at the commonest label: masked accuracy {last.accuracy_masked:.3f} is about the fraction of the"
         f" commonest label, {frequencies.max():.3f}, and the loss of {last.loss:.2f} nats about the entropy of the"
-        f" labels, {entropy:.2f}. Left by unmasked_weight 1, a longer training, or another rate"
+        f" labels, {guessing:.2f}. Left by unmasked_weight 1, a longer training, or another rate"
     )
 
 
@@ -67,7 +62,7 @@ def _shifted(run: Path, p: Mapping[str, Any], last: pd.Series, frequencies: np.n
         figures = f"{measured[lag]:.0%} of the labels fit the audio {20 * abs(lag)} ms {side} them,"
         figures += f" {measured[0]:.0%} that beside them"
     else:
-        learns = frequencies is not None and last.loss < _entropy(frequencies) - NEAR
+        learns = frequencies is not None and last.loss < entropy(frequencies) - NEAR
         if not learns or last.accuracy_unmasked > last.accuracy_masked:
             return ""
         figures = f"loss falls, to {last.loss:.2f}, but frames that are heard are not known better than hidden ones:"
