@@ -75,23 +75,19 @@ def interval(figure: dict[str, Any]) -> Interval:
     return Interval(*(figure[key] for key in Interval._fields))
 
 
-def headline(report: Report) -> pd.DataFrame:
-    """One row per system, one column per measure of ``HEADLINE``, as text ``mean ± interval`` that no line breaks."""
-    return _wide(report, HEADLINE)
-
-
-def below(report: Report) -> list[pd.DataFrame]:
-    """The measures that the headline leaves out, in tables of the same form."""
-    return [table for names in BELOW if (table := _wide(report, names)).size]
-
-
-def _wide(report: Report, names: Sequence[str]) -> pd.DataFrame:
+def headline(report: Report, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+    """One row per system, one column per measure in ``names``, as text ``mean ± interval`` that no line breaks."""
     cells = {
         titles(report)[system]: {TITLES[name]: _text(of_system[name]) for name in names if name in of_system}
         for system, of_system in best(report["figures"]).items()
     }
     table = pd.DataFrame.from_dict({title: row for title, row in cells.items() if row}, orient="index").fillna("")
     return table[[TITLES[name] for name in names if TITLES[name] in table.columns]]
+
+
+def below(report: Report) -> list[pd.DataFrame]:
+    """The measures that the headline leaves out, in tables of the same form."""
+    return [table for names in BELOW if (table := headline(report, names)).size]
 
 
 def _text(figure: dict[str, Any]) -> str:
