@@ -148,8 +148,7 @@ class Ledger:
         self.failed: list[dict[str, Any]] = [row for row in next_failures if not row["client"]]
         """The rows of the next round's attempts that failed as a whole."""
         rows = [row for row in rows if row.get("round", 0) <= done] + next_failures
-        with files.atomic(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+        files.write_text(self._path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         events = files.events()
         self._curve = events and events.Curve(out, done + 1)
         if not rows:

@@ -150,8 +150,7 @@ def write(reference: Reference, path: Path) -> None:
     }
     values = vars(reference) | {"curves": curves}
     text = re.sub(r",\n +(?=[-\d])", ", ", json.dumps(values, indent=1))  # the numbers of a column on a line
-    with files.atomic(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    files.write_text(path, text + "\n")
 
 
 def read(path: Path) -> Reference:

@@ -215,8 +215,7 @@ def save_page(notebook: Path) -> Path:
 
     html, _ = HTMLExporter(embed_images=True).from_filename(str(notebook))
     page = notebook.with_suffix(".html")
-    with files.atomic(page) as temporary:
-        temporary.write_text(re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL), encoding="utf-8")
+    files.write_text(page, re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL))
     return page
 
 

@@ -170,8 +170,7 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     if begun["started"] < stage.began:
         note = {"time": clock(time.time()), "changes": str(identity.compare(begun["identity"], stage.identity))}
         begun |= {"started": time.time(), "resumed": [*begun.get("resumed", []), note]}
-    with files.atomic(folder / "params.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(stage.p.model_dump(), sort_keys=False), encoding="utf-8")
+    files.write_text(folder / "params.yaml", yaml.safe_dump(stage.p.model_dump(), sort_keys=False))
     begun |= {"identity": stage.identity, "git": stage.provenance["git"], "state": "running", "reason": ""}
     files.write_json(folder / "begun.json", begun)
     record(run, **{name: value for name, value in stage.provenance.items() if name not in ("stage", "started")})

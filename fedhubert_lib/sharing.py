@@ -86,8 +86,7 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
             _name_audio(folder, run, folder / "synthetic" if stage == "corpus" else run / _AUDIO)
             done |= identity.results(stage, p, folder)
         values = records.parameters(folder) | {"run": run.name}
-        with files.atomic(folder / "params.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        files.write_text(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
         note = {"taken_from": origin, "replaced": "", "identity": done["identity"] | {"inputs": now["inputs"]}}
         files.write_json(folder / "begun.json", begun | note)
         files.write_json(folder / "done.json", done | note)

@@ -127,8 +127,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         results="\n\n".join(tables.markdown(table, span) for table in results) or "Not evaluated.",
         verdict=_verdict(run, stage.name[3:], bool(results), private),
     )
-    with files.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    files.write_text(path, text)
     return {"tables of results": len(results)}
 
 

@@ -126,8 +126,7 @@ class Server:
         settings = checkpoints.decisive(p) | {"task": task.name, "clients": count, "first_client": min(clients.ids)}
         session = out / "checkpoints" / "session"  # on disk before clients keep state under it, which no start may lose
         if not session.exists():
-            with files.atomic(session) as temporary:
-                temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
+            files.write_text(session, uuid.uuid4().hex)
         self.state: dict[str, Any] = {"round": 0, "session": session.read_text(encoding="utf-8"), "settings": settings}
         self.plan = {"rounds": p.rounds, "local_steps": p.local_steps, "cohort": p.cohort, "clients": count}
         # What hooks may change:

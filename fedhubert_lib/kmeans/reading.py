@@ -256,8 +256,7 @@ def folder_for(folder: Path, settings: Mapping[str, Any]) -> Path:
         if aside(text).exists():
             aside(text).rename(folder)
         else:
-            with files.atomic(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            files.write_text(path, text)
     return folder
 
 
