@@ -143,7 +143,9 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
         work["inputs"] |= {name: hashes[0] for name, hashes in now.items()}
         work["parts"] = work.get("parts", {}) | now
         files.write_json(folder / "begun.json", begun | {"identity": work})
-        used = _used_since(max(begun["started"], stage.began))
+        peak = max(resources.peak_memory(), resources.peak_memory(children=True))  # the notebook's or a worker's
+        seconds = round(time.time() - max(begun["started"], stage.began), 1)
+        used = {"seconds": seconds, "peak_memory_bytes": peak}
         done = begun | {"identity": work, "headline": dict(headline), "finished": time.time()} | used
         done |= identity.results(stage.name, stage.p, folder)
         data = done["speech"][:16] if stage.name == "corpus" else identity.data_fingerprint(stage.run)
@@ -389,12 +391,6 @@ def state(run: Path, stage: str) -> dict[str, Any]:
         return done | {"state": "done"}
     begun = read_json(folder / "begun.json")
     return {"state": "running", **begun} if begun else {}
-
-
-def _used_since(started: float) -> dict[str, Any]:
-    """Time since ``started``, and the peak memory of the notebook or of its largest worker, whichever is more."""
-    peak = max(resources.peak_memory(), resources.peak_memory(children=True))
-    return {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak}
 
 
 def clock(seconds: float) -> str:

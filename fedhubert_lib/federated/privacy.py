@@ -72,11 +72,6 @@ def update_multiplier(p: Federation) -> float:
     return (p.privacy_noise**-2 - (2 * count_std(p)) ** -2) ** -0.5
 
 
-def _longest(update: Arrays) -> float:
-    """A norm that standard normal values in place of those of ``update`` do not reach (once in 10^21)."""
-    return math.sqrt(sum(value.numel() for value in update.values())) + 10
-
-
 def label(p: Federation) -> str:
     """The name of a study's privacy in ledger and card."""
     return p.privacy if p.privacy == "none" or not p.privacy_seeded else "not private: noise drawn from the seed"
@@ -165,9 +160,11 @@ class Bounding(Hook):
         if self.p.secure_aggregation:
             return update
         norm, bound = optimisers.checked_norm(update, round.payload), self.server.state["clip"]
+        # A norm that standard normal values in place of those of the update do not reach (once in 10^21).
+        longest = math.sqrt(sum(value.numel() for value in update.values())) + 10
         if self.p.privacy == "server":
             noise.clip(update, bound)
-        elif norm > bound * (1.01 + update_multiplier(self.p) * _longest(update) / math.sqrt(self.p.cohort)):
+        elif norm > bound * (1.01 + update_multiplier(self.p) * longest / math.sqrt(self.p.cohort)):
             raise optimisers.UpdateError(f"its norm of {norm:.3g} is beyond the clipping norm and the noise")
         return update
 

@@ -8,7 +8,7 @@ clients count alike: a client takes up its c_i of the last round in which its an
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedhubert_lib import training
 from fedhubert_lib.federated import client_state, optimisers
@@ -27,7 +27,6 @@ def corrected(update: Update) -> Iterator[None]:
     common = {name: update.arrays[CONTROL + name] for name in update.names if CONTROL + name in update.arrays}
     local = client_state.load(update.home, update.config, "control")
     gradients: Arrays = {}
-    update.optimiser.register_step_pre_hook(lambda *_: _add_gradients(gradients, update.names))
     offsets = {name: (c - local[name] if local else c).to(update.names[name].device) for name, c in common.items()}
 
     def correct(factor: float) -> None:
@@ -36,18 +35,18 @@ def corrected(update: Update) -> Iterator[None]:
             if name in offsets:
                 gradient.add_(offsets[name], alpha=factor)
 
+    def add_up(*_: object) -> None:
+        for name, parameter in update.names.items():
+            gradient = parameter.grad.detach()
+            gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient.clone()
+
     update.adjust.append(correct)
+    update.optimiser.register_step_pre_hook(add_up)
     yield
     change = {name: (gradients[name] / update.measured["steps"]).cpu() - c for name, c in common.items()}
     new = {name: value + local[name] if local else value.clone() for name, value in change.items()}
     client_state.save(update.home, update.config, "control", new)
     update.change |= {CONTROL + name: value for name, value in change.items()}
-
-
-def _add_gradients(total: Arrays, names: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in names.items():
-        gradient = parameter.grad.detach()
-        total[name] = total[name].add_(gradient) if name in total else gradient.clone()
 
 
 class Control(Hook):
