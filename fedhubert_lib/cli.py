@@ -323,31 +323,28 @@ def _add_evaluation(add: Callable) -> None:
 
 
 def _add_steps(steps: Any) -> None:
-    for step, about in (
-        ("prepare", "write keys, certificates and configuration to RUN/federation"),
-        ("server", "run the SuperLink, until it is stopped"),
-        ("register", "make keys for new clients, and let in those whom the running SuperLink does not know"),
-        ("client", "run a client's SuperNode, until it is stopped"),
-        ("run", "run stages of a study over the connected clients"),
-        ("local", "server, clients and stages on this machine, then stop them"),
-    ):
+    def add(step: str, about: str) -> Callable:
         argument = _add(steps, step, _deploy, about)
         argument("run", type=Path, help="the run's folder, such as outputs/toy: the server's, or the client's")
-        if step == "prepare":
-            argument("--host", default="127.0.0.1", help="name or address by which clients reach the server")
-            argument("--port", type=int, default=9092)
-        if step == "server":
-            argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")
-        if step == "register":
-            argument("clients", nargs="*", metavar="CLIENT", help="new clients, who get a folder under RUN/federation")
-        if step == "client":
-            argument("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT")
-        if step in ("run", "local"):
-            _add_study(argument)
-            some = {"nargs": "*", "choices": [[], *DEPLOYED], "default": [], "metavar": "STAGE"}
-            argument("stage", **some, help=f"of {', '.join(DEPLOYED)} (default: all)")
-        if step in ("client", "local"):
-            argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
+        return argument
+
+    argument = add("prepare", "write keys, certificates and configuration to RUN/federation")
+    argument("--host", default="127.0.0.1", help="name or address by which clients reach the server")
+    argument("--port", type=int, default=9092)
+    argument = add("server", "run the SuperLink, until it is stopped")
+    argument("--bind", metavar="ADDRESS", help="address to listen on (default: the host; 0.0.0.0: all)")
+    argument = add("register", "make keys for new clients, and let in those whom the running SuperLink does not know")
+    argument("clients", nargs="*", metavar="CLIENT", help="new clients, who get a folder under RUN/federation")
+    attend = add("client", "run a client's SuperNode, until it is stopped")
+    attend("node", type=Path, help="the client's folder RUN/federation/nodes/CLIENT")
+    run = add("run", "run stages of a study over the connected clients")
+    local = add("local", "server, clients and stages on this machine, then stop them")
+    for argument in run, local:
+        _add_study(argument)
+        some = {"nargs": "*", "choices": [[], *DEPLOYED], "default": [], "metavar": "STAGE"}
+        argument("stage", **some, help=f"of {', '.join(DEPLOYED)} (default: all)")
+    for argument in attend, local:
+        argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
 
 
 def _add_study(argument: Callable) -> None:
