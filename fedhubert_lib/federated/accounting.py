@@ -22,8 +22,6 @@ that of dp-accounting's fractional orders by up to 5 % where epsilon is 20 or le
 def renyi(probability: float, multiplier: float) -> tuple[float, ...]:
     """Renyi divergence of one round at each of ``ORDERS``: the Poisson-sampled Gaussian (Mironov et al. 2019,
     arXiv 1908.10530, equation 10), add-or-remove-one-client adjacency."""
-    if not 0 < probability <= 1:
-        raise ValueError(f"a client joins a round with a probability in (0, 1], not {probability}")
     if multiplier <= 0:
         return (math.inf,) * len(ORDERS)
     if probability == 1:
