@@ -63,18 +63,13 @@ def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
         added = clustering.statistics(frames, clustering.nearest(frames, centroids), centroids)
         for total, part in zip((sums, counts, inertias), added, strict=True):
             total += part.cpu()
-    if private(config):
+    if config["noise_multiplier"]:
         sums, counts = reading.optional("private").released(home, config, sums, counts)
         inertias.zero_()
     if config["minimum_count"]:
         few = counts < config["minimum_count"]
         sums[few], counts[few], inertias[few] = 0, 0, 0
     return {"sums": sums, "counts": counts, "inertias": inertias}, {}
-
-
-def private(config: Mapping[str, Any]) -> bool:
-    """Whether nothing may leave a client but what noise covers."""
-    return config["noise_multiplier"] > 0
 
 
 def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -89,7 +84,7 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
         with files.atomic(path) as temporary:
             save_file({"centroids": centroids.cpu()}, temporary, {"fit": json.dumps(facts)})
     with safe_open(path, "pt") as stored:
-        return {}, {} if private(config) else json.loads(stored.metadata()["fit"])
+        return {}, {} if config["noise_multiplier"] else json.loads(stored.metadata()["fit"])
 
 
 def lend(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
@@ -117,7 +112,7 @@ def label(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
             yield [part.numpy() for part in sequence.split([len(part) for part in parts])]
 
     labels.write(folder, "labels", table, labels.LABELS, None, sequences)
-    return {} if private(config) else _counts(home, labels.Labels(folder), config), {}
+    return {} if config["noise_multiplier"] else _counts(home, labels.Labels(folder), config), {}
 
 
 def probe(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:

@@ -161,14 +161,14 @@ def _fit(
         start = torch.empty(0)  # not needed where rounds are done already
     elif kind == "central":
         start = _pooled_start(run, exchange.ids, config, resources.resolve(p.device))
-    elif client.private(config):
+    elif config["noise_multiplier"]:
         start = reading.optional("private").random_start(config)
     else:
         start, _ = server.start(exchange, config)
     limits = {"rounds": p.lloyd_rounds, "tolerance": p.tolerance, "before": before}
     centroids, last = server.lloyd(exchange, config, start, **limits, log=log, progress=progress)
     cost = {"rounds": last["round"], "fit_frames": last["frames"]}
-    if client.private(config):
+    if config["noise_multiplier"]:
         return {"centroids": centroids}, cost | reading.optional("private").cost(p, last["asked"])
     return {"centroids": centroids}, cost | {"rounds": last["round"] + 1, "inertia": last["inertia"]}
 
