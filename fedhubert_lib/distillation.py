@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedhubert_lib import (
@@ -147,8 +148,9 @@ def _objective(
 def _labels(home: ClientHome, config: Mapping[str, Any], p: params.Distill) -> Path:
     """The labels that the student predicts: of a codebook, or of the clusters of the teacher's features."""
     if "hubert" in p.objectives:
-        return home.state / "labels" / target_name(p, config["teacher"]["digest"])
-    return recipes.labelled(home, p.codebook, config["labels"])
+        folder = home.state / "labels" / target_name(p, config["teacher"]["digest"])
+        return recipes.labelled(folder, config["labels"], "codebook")
+    return recipes.labelled(home.labels / p.codebook, config["labels"])
 
 
 # -------------------------------------------------------------------------------------------------------- at the server
@@ -262,8 +264,8 @@ def begin(run: Path, p: params.Distill, teacher: Teacher | None = None) -> tuple
         module["model"].load_state_dict(teaching.student_from(teacher.model, config).state_dict())
     source = {"digest": digest(teacher), "folder": str(teacher_folder(run, p).resolve())}
     message = {"params": p.model_dump(mode="json"), "student": sizes, "teacher": source}
-    if "hubert" not in p.objectives:
-        message |= {"labels": recipes.provenance(run, p.codebook)}
+    clusters = load_file(centroids(run, p, teacher)) if "hubert" in p.objectives else None
+    message |= {"labels": protocol.digest(clusters) if clusters else recipes.provenance(run, p.codebook)}
     task = rounds.Task("distill", message, teaching.averages, pretrained.documents(config))
     return task, {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 

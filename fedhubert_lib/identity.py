@@ -109,8 +109,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         return {name: f"{name} {before.get(name)} -> {now.get(name)}" for name in names}
 
     # Of parameters that another version of the bench did not have, or had beside these, the defaults count.
-    fields, now = params.SECTIONS[new["stage"]].model_fields, new["parameters"]
-    then = {name.replace("_share", "_fraction"): value for name, value in old["parameters"].items()}  # names of 2026
+    fields, now, then = params.SECTIONS[new["stage"]].model_fields, new["parameters"], old["parameters"]
     before = {name: then.get(name, field.default) for name, field in fields.items() if name in now}
     # Of a checkpoint that a parameter points to, the content counts, not the place; tables of audio name the place.
     by_content = (old["inputs"].keys() & new["inputs"].keys()) - {"root", "keywords_root"}

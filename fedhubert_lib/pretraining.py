@@ -50,8 +50,9 @@ def lesson(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, 
         module["head"].to(home.device)
     named.fill(module, arrays, personal)
     objective, normalise = functools.partial(_objective, module, p), config["model"]["do_normalize"]
-    labels = functools.partial(recipes.labelled, codebook=p.codebook, made=config["labels"])
-    return local.Lesson(p, module, objective, labels, normalise)
+    return local.Lesson(
+        p, module, objective, lambda home: recipes.labelled(home.labels / p.codebook, config["labels"]), normalise
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -31,12 +31,13 @@ def provenance(run: Path, codebook: str) -> str:
     return json.loads(path.read_text(encoding="utf-8")).get("made", "")
 
 
-def labelled(home: ClientHome, codebook: str, made: str) -> Path:
-    """A client's folder of labels. Raises LabelsError where another study or codebook has left others than ``made``."""
-    path = home.labels / codebook / "settings.json"
-    if made and path.exists() and json.loads(path.read_text(encoding="utf-8")).get("made") != made:
-        raise LabelsError(f"{path.parent}: labels of another codebook; run 02_kmeans again, with --force")
-    return path.parent
+def labelled(folder: Path, made: str, key: str = "made") -> Path:
+    """A client's ``folder`` of labels. Raises LabelsError where its settings have another ``key`` than ``made``, which
+    another study or an earlier codebook has left."""
+    path = folder / "settings.json"
+    if made and path.exists() and json.loads(path.read_text(encoding="utf-8")).get(key) != made:
+        raise LabelsError(f"{folder}: labels of another codebook; run the stage that makes them again, with --force")
+    return folder
 
 
 def model_config(p: params.Federation) -> hubert.HubertConfig:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import federation
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import distillation, federated, files, hubert, params, pooled, pretrained, recipes, seeds
 from fedhubert_lib.federated import handlers
@@ -187,6 +188,19 @@ def test_over_a_network_no_path_of_the_servers_is_followed(run, simulated):
     home = handlers.home(run, "client-000", "distill", "cpu", simulated)
     with contextlib.nullcontext() if simulated else pytest.raises(TeacherError, match="send_teacher: true"):
         assert distillation._teacher(home, config).model.config == TEACHER
+
+
+def test_labels_of_clusters_that_were_fitted_again_are_refused(run):
+    p = distill(objectives=["hubert"], teacher_clusters=5, soft_weight=0.0)
+    teacher = distillation.read_teacher(run, p)
+    with federated.connect(run) as clients:
+        targets.run(run, p, clients)
+    home = handlers.home(run, "client-000", "distill", "cpu", True)
+    assert distillation._labels(home, distillation.begin(run, p, teacher)[0].config, p).is_dir()
+    path = distillation.centroids(run, p, teacher)
+    save_file({"centroids": 2 * load_file(path)["centroids"]}, path)
+    with pytest.raises(recipes.LabelsError, match="labels of another codebook"):
+        distillation._labels(home, distillation.begin(run, p, teacher)[0].config, p)
 
 
 def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -27,6 +28,7 @@ from fedhubert_lib.federated import (
     robust,
     rounds,
     scaffold,
+    wire,
 )
 
 CLIENTS = [f"client-{number:03d}" for number in range(6)]
@@ -501,6 +503,24 @@ def test_a_client_may_not_answer_for_another(run, monkeypatch):
     assert not hasattr(answers["client-001"], "reason")
 
 
+def test_a_node_may_not_slip_in_the_answer_of_another(run, monkeypatch):
+    """Flower hands on what a registered node pushes by itself, whatever the server asked for."""
+
+    def pulled(identifiers):
+        records = {"client": {"id": "client-000"}, "metrics": {}, "arrays": flower.ArrayRecord({})}
+        yield Message(records)
+        yield from pull_messages(identifiers)
+
+    grid = InProcessGrid(run, CLIENTS, monkeypatch)
+    pull_messages = grid.pull_messages
+    monkeypatch.setattr(grid, "pull_messages", pulled)
+    clients = flower.GridClients(grid, CLIENTS)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.mark", lambda *_: ({}, {"mark": 1.0}))
+    assert [(answer.client, answer.metrics) for answer in clients.ask("toy.mark")] == [
+        (c, {"mark": 1.0}) for c in CLIENTS
+    ]
+
+
 def test_a_client_that_two_nodes_say_they_are_is_neither_and_ends_nothing(run, monkeypatch):
     grid = InProcessGrid(run, [*CLIENTS, CLIENTS[2]], monkeypatch)
     clients = flower.GridClients(grid, CLIENTS)
@@ -569,6 +589,17 @@ def test_bytes_that_are_no_array_are_their_clients_failure(data):
     records = {"client": {"id": "client-001"}, "metrics": {}, "arrays": flower.ArrayRecord({"a": array})}
     answer = flower.read_reply("client-001", Message(records))
     assert answer.client == "client-001" and "its answer is not understood: " in answer.reason
+
+
+def test_what_safetensors_does_not_hold_ends_no_stage(tmp_path):
+    records = {"client": {"id": "client-001"}, "metrics": {}}
+    arrays = {"__metadata__": torch.ones(2), "ordinary": torch.zeros(1)}
+    answer = flower.read_reply("client-001", Message(records | {"arrays": flower.ArrayRecord(arrays)}))
+    wire.write_answer(tmp_path / "answer", answer)
+    assert list(wire.read_answer(tmp_path / "answer").arrays) == list(arrays)
+    arrays = flower.ArrayRecord({"a": Array(np.ones(2, np.complex128))})
+    answer = flower.read_reply("client-001", Message(records | {"arrays": arrays}))
+    assert answer.reason == "its answer is not understood: ValueError: a is complex"
 
 
 def test_an_unknown_action_is_a_failure(run):

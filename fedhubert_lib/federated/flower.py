@@ -124,8 +124,8 @@ class GridClients(Clients):
         self._met |= new
         while self._asked:
             for message in self._pull(list(self._asked)):
-                node = self._asked.pop(message.metadata.reply_to_message_id)
-                if not message.has_error():
+                node = self._asked.pop(message.metadata.reply_to_message_id, None)  # a node may send what it likes
+                if node is not None and not message.has_error():
                     records: Mapping[str, Any] = message.content
                     self._names[node] = str(records.get("client", {}).get("id"))
             if new.isdisjoint(self._asked.values()) or time.monotonic() > deadline:
@@ -154,7 +154,8 @@ class GridClients(Clients):
         while True:  # ends: past a message's time to live Flower answers with an error
             late = time.monotonic() > deadline
             for message in self._pull([identifier]):
-                return read_reply(name, message)
+                if message.metadata.reply_to_message_id == identifier:  # not one that another node has slipped in
+                    return read_reply(name, message)
             if late:
                 self._late.append(identifier)
                 return Failure(name, "no answer before the deadline")
@@ -172,7 +173,7 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
     """The answer of client ``name``. An error of Flower's, an answer in another client's name, and one that does not
     hold what a reply holds are Failures."""
     if message.has_error():
-        return Failure(name, message.error.reason or f"Flower's error {message.error.code}")
+        return Failure(name, (message.error.reason or f"Flower's error {message.error.code}")[:LONGEST_REASON])
     records: Mapping[str, Any] = message.content
     record = records.get("client", {})
     if record.get("id") != name:
@@ -181,9 +182,12 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
         return Failure(name, str(record["failure"])[:LONGEST_REASON])
     try:
         metrics = {key: float(value) for key, value in records["metrics"].items()}
-        return Reply(name, records["arrays"].to_torch_state_dict(), metrics)
+        arrays = records["arrays"].to_torch_state_dict()
+        if complex_ones := [key for key, array in arrays.items() if array.is_complex()]:  # safetensors holds none
+            raise ValueError(f"{complex_ones[0]:.100} is complex")
+        return Reply(name, arrays, metrics)
     except Exception as error:  # bytes of others raise what they like: EOFError, BadZipFile, TokenError, MemoryError
-        return Failure(name, f"its answer is not understood: {type(error).__name__}: {error}")
+        return Failure(name, f"its answer is not understood: {type(error).__name__}: {error}"[:LONGEST_REASON])
 
 
 @server.main()

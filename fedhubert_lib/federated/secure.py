@@ -8,8 +8,8 @@ masked update to all keys.
 What it does not do. It is made for a server that is curious but honest: one that forges keys of peers can unmask a
 client, and Flower gives clients no way to learn each other's keys but through the server. If one client is lost between
 the two messages, the masks do not cancel and the round is repeated; recovering them takes two more messages, and Flower
-has that only in its older workflow API, which its Message API cannot call. Metrics travel in the clear, except under
-``privacy: client``, which sends none.
+has that only in its older workflow API, which its Message API cannot call. Two sums of one round, with and without a
+client, reveal its update. Metrics travel in the clear, except under ``privacy: client``, which sends none.
 """
 
 import math

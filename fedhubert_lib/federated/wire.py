@@ -62,14 +62,15 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -
     """Write ``header`` (JSON-like) and ``arrays`` (CPU) to a new file."""
     metadata = {"header": json.dumps(dict(header)), "names": json.dumps(list(arrays))}
     with files.naming(path):
-        save_file({name: tensor.detach().contiguous() for name, tensor in arrays.items()}, path, metadata)
+        # By number: a client gives names, and safetensors keeps one for itself.
+        save_file({str(i): tensor.detach().contiguous() for i, tensor in enumerate(arrays.values())}, path, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the arrays that ``write`` wrote, in the same order."""
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
-        arrays = {name: opened.get_tensor(name) for name in json.loads(metadata["names"])}
+        arrays = {name: opened.get_tensor(str(i)) for i, name in enumerate(json.loads(metadata["names"]))}
     return json.loads(metadata["header"]), arrays
 
 

@@ -26,6 +26,8 @@ LOCAL_LEAST = 16
 PROJECTED = 16
 """Dimensions of a random-projection codebook (Chiu et al. 2022, BEST-RQ, arXiv 2202.01855)."""
 
+LARGEST, MOST = 1e15, 2**30
+"""Numbers of an answer, whose squares must be float32; and what a client may count, frames of 6,000 hours."""
 COUNTS = {"count", "squares", "counts", "inertias", "runs", "labels", "contingency"}
 """Arrays of answers that nothing but noise makes negative."""
 
@@ -111,6 +113,9 @@ def _unusable(
     unusable += [name for name in metrics if not 0 <= reply.metrics.get(name, -1) < math.inf]
     if unusable:
         return f"its answer holds a NaN or an infinity, is complex, or lacks a figure ({', '.join(unusable)})"
+    counted = {name: arrays[name].double().sum() for name in {"counts", "runs", "contingency"} & arrays.keys()}
+    if large := [n for n, a in arrays.items() if (a.double().abs() > LARGEST).any() or counted.get(n, 0) > MOST]:
+        return f"its answer holds numbers that no speech gives ({', '.join(large)})"
     if config["noise_multiplier"]:  # under which counts may be negative, and nothing but counts and sums is looked at
         return ""
     counts = {name: arrays[name].double() for name in sorted(COUNTS & arrays.keys())}
