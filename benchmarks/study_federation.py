@@ -10,8 +10,8 @@
 clients' moments kept, reset and the cohort's; local steps per round (H) at equal updates. ``long``: 2.5 times as many
 updates. ``cohorts``: a part of the clients in each round. ``heads``: kinds of codebook with shared and personal heads
 (the base run needs kmeans.codebooks). ``bytes``: compressed updates. ``privacy``: clipped and noisy ones (the base run
-needs 16 clients); ``many``: the same with 500 (docs/federation.md, *not run*, makes their base). ``distill``: students,
-with and without the teacher (that of the base run, which needs 03_pretrain).
+needs 16 clients); ``many``: the same with 500 (docs/federation.md, *five hundred clients*, makes their base).
+``distill``: students, with and without the teacher (that of the base run, which needs 03_pretrain).
 A seed draws weights, cohorts and masks anew. Each arm writes a JSON file below --out when it is done, and is not run
 again; ``report`` prints the tables and draws curves.png.
 """
@@ -101,7 +101,7 @@ HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
 CLIPPED = {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
 PRIVATE = HALF | CLIPPED
 MANY = _steps(BEST["FedAvg"], 5) | {"cohort": 32, "weighting": "clients", "batch_seconds": 4.0}
-"""Of 500 clients with 13 seconds of synthetic speech each on average."""
+"""Of 500 clients with 15 s of synthetic speech each, 11 s of it for training."""
 LAYERS = ["soft-targets", "distilhubert"]
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher and labels": {"soft_weight": 0.7, "label_weight": 0.3},
@@ -276,13 +276,14 @@ def report(out: Path) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-*.json"))]
     path = out / "baselines.json"
     floors = json.loads(path.read_text(encoding="utf-8"))["baselines"] if path.exists() else []
+    of_parity = {_draw(r): r["new_voices"] for r in results if (r["study"], r["arm"]) == ("parity", "pooled")}
     for study, arms in ARMS.items():
         rows = {name: [r for r in results if (r["study"], r["arm"]) == (study, name)] for name in arms}
         rows = {name: of_arm for name, of_arm in rows.items() if of_arm}
         if not rows:
             continue
         print(f"\n{study}\n")
-        pooled: dict[tuple[Any, ...], dict[str, float]] = {}  # the best rate for a seed and cohort
+        pooled = dict(of_parity if study in ("rates", "bytes") else {})  # the best rate for a seed and cohort
         for result in (r for name, of_arm in rows.items() if name.startswith("pooled") for r in of_arm):
             if study == "distill":  # whose pooled arms learn different things
                 continue

@@ -209,7 +209,7 @@ class LocalTraining(Section):
     warmup_fraction: Fraction = Field(0.08, description="fraction of all steps over which the rate rises")
     weight_decay: NotNegative = Field(0.01, description="weight decay of the client's AdamW, on all parameters")
     clip_norm: Positive = Field(10.0, description="gradient norm above which gradients are scaled down")
-    mask_probability: Fraction = Field(0.8, description="expected fraction of masked frames, if spans did not overlap")
+    mask_probability: Fraction = Field(0.8, description="fraction of masked frames if no spans met; two spans at least")
     mask_length: Natural = Field(10, description="frames of a masked span")
     unmasked_weight: NotNegative = Field(1.0, description="initial weight of the loss on unmasked frames; published: 0")
     unmasked_decay: Fraction = Field(0.6, description="fraction of all steps over which it falls to 0; 0: it stays")
@@ -357,7 +357,9 @@ class Evaluate(Section):
     """05_evaluate: keywords and units, beside the baselines."""
 
     seeds: Natural = Field(3, description="evaluation seeds, each with its draw of training clips and its probe")
-    train_fraction: Part = Field(0.8, description="fraction of the training clips that each seed draws")
+    train_fraction: Part = Field(
+        0.8, description="fraction of the training clips that each seed draws (fine-tuning: all)"
+    )
     probe_steps: Natural = Field(100, description="steps of the keyword probe")
     probe_rate: Positive = Field(1e-2, description="learning rate of the keyword probe")
     standardise: bool = Field(True, description="scale features by the training clips; False: as they are (s3prl)")
