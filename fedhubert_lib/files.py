@@ -55,7 +55,7 @@ def atomic(path: Path) -> Iterator[Path]:
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 path.rename(old)
                 temporary.rename(path)
-                shutil.rmtree(old)
+                _remove(old)
             else:
                 temporary.replace(path)
             _flush(path.parent)
@@ -189,7 +189,7 @@ def _warn_of_no_locks(folder: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

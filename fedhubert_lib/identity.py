@@ -170,8 +170,6 @@ def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
 
     A copy or an export that somebody has put beside them is none.
     """
-    if "files" not in done:  # of an earlier version
-        return [] if outputs(folder) == done["outputs"] else ["."]
     now = _data(folder)
     return [name for name, value in done["files"].items() if now.get(name) != value and _is_made(name)]
 
@@ -179,8 +177,7 @@ def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
 def listings(p: params.Section) -> dict[str, list[str]]:
     """For each parameter that points to a file or folder, hashes of the files there.
 
-    Of a corpus it is that of names, sizes and times; of a checkpoint that of the content, which a copy has, too: of
-    weights and settings, and of all files, which earlier versions recorded.
+    Of a corpus it is that of names, sizes and times; of a checkpoint that of the content, which a copy has, too.
     """
     by_content = not isinstance(p, params.Corpus)
     return {name: _listing(Path(place), by_content) for name, place in params.places(p).items()}
@@ -287,8 +284,7 @@ def _listing(root: Path, by_content: bool) -> list[str]:
             lines.append((place.split(os.sep), f"{place} {state}\n"))
     lines.sort()
     kept = [line for line in lines if Path(line[0][-1]).suffix in _DATA | {".json"}] if by_content else []
-    parts = [kept, lines] if kept else [lines]
-    return [hashlib.sha256(b"".join(os.fsencode(line) for _, line in part)).hexdigest() for part in parts]
+    return [hashlib.sha256(b"".join(os.fsencode(line) for _, line in kept or lines)).hexdigest()]
 
 
 def _sha256(file: Path) -> str:

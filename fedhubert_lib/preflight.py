@@ -149,10 +149,7 @@ def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
 
 
 def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
-    """Whether this disk holds what clients keep between rounds: of base 757 MB a round for AdamW's moments alone.
-
-    A client keeps the last round that a resumed run can need, and those after it: see ``client_state.save``.
-    """
+    """Whether this disk holds what clients keep of two rounds or three (``client_state.save``): of base 757 MB each."""
     copies = 2 * (p.local_state == "keep") + (p.server == "scaffold") + (p.compression in ("int8", "top-k"))
     first, table = isinstance(p, params.Pretrain), run / "01_partition" / "clients.parquet"
     folder = run / ("03_pretrain" if first else "04_distill")
@@ -185,11 +182,11 @@ def _features(p: params.Kmeans, _: Path, study: studies.Study | None, __: Any) -
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
 
-def _teacher(p: params.Distill, run: Path, study: studies.Study | None, _: Any) -> None:
+def _teacher(p: params.Distill, run: Path, study: studies.Study | None, coming: Container[str]) -> None:
     """Whether the student can learn from its teacher; that of 03_pretrain to come is what the study describes."""
-    clusters = study.kmeans.clusters if study else None
+    clusters = study.kmeans.clusters if study and "kmeans" in coming else None
     with torch.device("meta"):
-        if p.teacher or study is None:
+        if p.teacher or study is None or "pretrain" not in coming:
             teacher = Teacher(*pretrained.load(distillation.teacher_folder(run, p), weights=False))
         else:
             model = _model(study.pretrain.initial) or hubert.Hubert(recipes.model_config(study.pretrain))

@@ -32,8 +32,7 @@ def provenance(run: Path, codebook: str) -> str:
 
 
 def labelled(folder: Path, made: str, key: str = "made") -> Path:
-    """A client's ``folder`` of labels. Raises LabelsError where its settings have another ``key`` than ``made``, which
-    another study or an earlier codebook has left."""
+    """A client's ``folder`` of labels. Raises LabelsError where another study or codebook left others than ``made``."""
     path = folder / "settings.json"
     if made and path.exists() and json.loads(path.read_text(encoding="utf-8")).get(key) != made:
         raise LabelsError(f"{folder}: labels of another codebook; run the stage that makes them again, with --force")

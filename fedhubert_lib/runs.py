@@ -139,7 +139,7 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
         if begun is None or identity.compare(begun["identity"], stage.identity).results:
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
-        now = identity.listings(stage.p)  # what has been downloaded or unpacked
+        now = identity.listings(stage.p) if stage.name == "corpus" else {}  # what has been downloaded or unpacked
         work["inputs"] |= {name: hashes[0] for name, hashes in now.items()}
         work["parts"] = work.get("parts", {}) | now
         files.write_json(folder / "begun.json", begun | {"identity": work})
@@ -318,17 +318,20 @@ def _has_results(folder: Path) -> bool:
 
 
 def lost_audio(run: Path) -> Path | None:
-    """The first utterance of a synthetic corpus, if it is not where the tables say: the run was moved.
+    """The first synthetic utterance or word that is not where the tables say: the run was moved.
 
     They name audio by absolute path; 00_corpus and 01_partition of a run that was moved write them again.
     """
-    manifest = run / "00_corpus" / "manifest.parquet"
-    if not manifest.is_file() or not (run / "00_corpus" / "synthetic").is_dir():
+    if not (run / "00_corpus" / "synthetic").is_dir():
         return None
     from pyarrow import parquet  # here: most commands do without
 
-    first = Path(next(parquet.ParquetFile(manifest).iter_batches(1, columns=["path"]))["path"][0].as_py())
-    return None if first.exists() or "synthetic" not in first.parts else first
+    for name in ("manifest.parquet", "keywords.parquet"):
+        if (table := run / "00_corpus" / name).is_file():
+            first = Path(next(parquet.ParquetFile(table).iter_batches(1, columns=["path"]))["path"][0].as_py())
+            if "synthetic" in first.parts and not first.exists():
+                return first
+    return None
 
 
 # ------------------------------------------------------------------------------------------ parameters of a notebook

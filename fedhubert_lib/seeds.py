@@ -2,6 +2,7 @@
 
 The keys say what the draw is for, usually (round, client, purpose). Drawing from a hash of them, instead of from one
 stream, makes a draw independent of the order in which others happened: of the engine, of the cohort, of a restart.
+The stage is no key: with one seed a student's rounds draw the clients, crops and masks of its teacher's.
 """
 
 import hashlib

@@ -64,7 +64,7 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
     def link(old: str, new: str) -> None:
         nonlocal copied
         if Path(old).suffix not in LINKED:
-            shutil.copy2(old, new)
+            shutil.copyfile(old, new)
             return
         try:
             os.link(old, new)
@@ -78,6 +78,8 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
         shutil.rmtree(left)
     with files.atomic(run / source.name) as folder:
         shutil.copytree(source, folder, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+        for place in filter(Path.is_dir, (folder, *folder.rglob("*"))):  # of a run that was made read-only
+            place.chmod(place.stat().st_mode | 0o700)
         done, begun = (records.read_json(folder / f"{record}.json") or {} for record in ("done", "begun"))
         if identity.damaged(folder, done):
             raise runs.RunError(f"{source}: {runs.DAMAGED}; run that stage there again, or do without --like")

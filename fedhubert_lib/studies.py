@@ -109,8 +109,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             if "run" in section:
                 errors.append(f"{places[stage, 'run']}: {stage}.run: one folder is one run; set run at the top level")
             if stage == "distill" and isinstance(pretrain, dict):
-                server = pretrain.get("server", Federation.model_fields["server"].default)
-                inherited = _INHERITED if section.get("server", server) == server else _INHERITED - SUITED.keys()
+                deciding = {n: pretrain.get(n, Federation.model_fields[n].default) for n in ("server", "local_state")}
+                same = all(section.get(name, value) == value for name, value in deciding.items())
+                inherited = _INHERITED if same else _INHERITED - SUITED.keys()
                 section = {name: pretrain[name] for name in pretrain.keys() & inherited} | section
             raw[stage] = {"seed": raw["seed"], **section, "run": raw["run"]}
 

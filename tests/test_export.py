@@ -211,6 +211,16 @@ def test_card_of_data_training_and_results(stage):
         card.export(stage, stage / "README.md")
 
 
+def test_there_is_no_card_of_a_student_of_an_older_teacher(stage):
+    """It would say what its present teacher has, such as privacy."""
+    for name, inputs in (("03_pretrain", {}), ("04_distill", {"03_pretrain": "older"})):
+        done = {"identity": {"inputs": inputs, "parameters": {}}, "outputs": "newer", "federated": "newer"}
+        for record in ("begun", "done"):
+            files.write_json(stage.parent / name / f"{record}.json", done)
+    with pytest.raises(formats.ExportError, match="04_distill is made from an older 03_pretrain; run it again"):
+        card.export(stage / "checkpoint", stage / "README.md")
+
+
 def test_card_of_the_privacy_of_updates(stage):
     """A student's are those of its teacher, too; no loss is told that the noise does not cover."""
     assert "updates: student: none" in written(stage)

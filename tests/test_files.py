@@ -34,6 +34,16 @@ def test_atomic_replaces_a_folder(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_atomic_replaces_a_link_to_a_folder_and_leaves_that(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    with files.atomic(tmp_path / "checkpoint") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert (tmp_path / "checkpoint/new").exists() and not (tmp_path / "checkpoint").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "elsewhere"]
+
+
 def test_write_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "value.json", {"a": float("nan")})

@@ -223,6 +223,18 @@ def test_lloyd_fills_empty_clusters():
     assert (counts > 0).all()
 
 
+def test_lloyd_goes_on_where_an_empty_cluster_begins_anew():
+    """In many dimensions half of another cluster has the greater inertia, which is not a standstill."""
+    generator = torch.Generator().manual_seed(1)
+    groups = 0.7 * torch.randn(10, 768, generator=generator)
+    frames = groups[torch.randint(10, (3_000,), generator=generator)] + torch.randn(3_000, 768, generator=generator)
+    settled = clustering.lloyd(frames, frames[:9].double(), np.random.default_rng(0))
+    start = torch.cat([settled, torch.full((1, 768), 1e3, dtype=torch.float64)])
+    centroids = clustering.lloyd(frames, start, np.random.default_rng(0))
+    further = clustering.lloyd(frames, centroids, np.random.default_rng(0))
+    assert clustering.inertia(frames, further) > 0.999 * clustering.inertia(frames, centroids)
+
+
 def test_fit_with_fewer_distinct_points_than_clusters():
     same = torch.ones(50, 13)
     centroids = clustering.fit(same, 4, np.random.default_rng(0))

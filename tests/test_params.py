@@ -102,6 +102,8 @@ def test_what_suits_a_server_is_resolved_where_a_study_says_nothing(tmp_path, ov
 def test_another_server_of_distillation_takes_over_no_rate_of_pretraining(tmp_path):
     loaded = studies.load(study(tmp_path, "pretrain: {server_rate: 2.0}\ndistill: {server: nesterov}\n"))
     assert (loaded.pretrain.server_rate, loaded.distill.server_rate) == (2.0, 0.7)
+    moments = "pretrain: {local_state: keep, server_rate: 1.5}\ndistill: {local_state: cohort}\n"
+    assert studies.load(study(tmp_path, moments)).distill.server_rate == 1.0
     for server in ("fedavg", "nesterov"):
         both = f"pretrain: {{server: {server}, server_rate: 2.0}}\ndistill: {{server: {server}}}\n"
         assert studies.load(study(tmp_path, both)).distill.server_rate == 2.0

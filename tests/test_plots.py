@@ -233,7 +233,7 @@ def test_along_tells_how_many_runs_a_line_has_and_keeps_the_colours():
     table = hours_table()
     alone = table[(table.run == table.run.iloc[0]) & table.hours.notna()].assign(system="centralised teacher")
     figure = plots.along(pd.concat([table, alone], ignore_index=True))
-    assert figure.get_supxlabel() == "line: mean of 1 to 2 training seeds, band: lowest to highest"
+    assert figure.get_supxlabel() == "line: mean of up to 2 training seeds, band: lowest to highest"
     colours = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
     untrained = next(line for line in plots.along(table).axes[0].lines if line.get_linestyle() == ":")
     assert untrained.get_color() == colours[untrained.get_label()]

@@ -79,6 +79,11 @@ def test_the_teacher_to_come_is_judged_by_the_parameters_of_pretraining(tmp_path
     assert told.startswith("distill.teacher: ") and "in the student and" in told
     same = [f"{stage}.{name}" for stage in ("pretrain", "distill") for name in ("hidden_size=96", "attention_heads=3")]
     assert not problems(tmp_path, "distill.initial=teacher", *same)
+    shape = hubert.preset("tiny", "logmel", hidden_size=96, num_attention_heads=3, intermediate_size=384)
+    pretrained.save(tmp_path / "03_pretrain/checkpoint", hubert.Hubert(shape))
+    others = ("pretrain.attention_heads=2", "distill.attention_heads=3", "distill.initial=teacher")
+    assert "heads" in problems(tmp_path, *same, *others)
+    assert not problems(tmp_path, *same, *others, first="distill"), "one that is there is judged as it is"
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):

@@ -518,19 +518,16 @@ def test_a_changed_file_behind_a_link_is_seen(tmp_path):
 
 
 def test_a_readme_in_a_checkpoint_is_no_other_checkpoint(tmp_path):
-    """What an earlier version recorded, the hash of all files, counts as well."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_text("weights")
     (folder / "config.json").write_text("{}")
     p = params.Pretrain(initial=str(folder))
-    (before, whole) = identity.listings(p)["initial"]
-    assert before == whole
+    (before,) = identity.listings(p)["initial"]
     (folder / "README.md").write_text("a card")
-    now, then = identity.listings(p)["initial"]
-    assert now == before != then
+    assert identity.listings(p)["initial"] == [before]
     (folder / "config.json").write_text("{ }")
-    assert before not in identity.listings(p)["initial"]
+    assert identity.listings(p)["initial"] != [before]
 
 
 def test_the_evaluation_does_without_a_student_of_an_older_teacher(outputs):
@@ -564,6 +561,21 @@ def test_a_download_is_no_change_of_inputs(tmp_path, outputs):
     runs.finish(stage, {})
     now = identity.of("corpus", stage.p, stage.run)
     assert runs.read_json(stage.folder / "done.json")["identity"] == now
+
+
+def test_a_teacher_that_is_replaced_while_its_student_learns_is_another(outputs, tmp_path):
+    for stage in ("corpus", "partition", "kmeans", "pretrain"):
+        do(stage)
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
+    begun = begin("distill", teacher=str(teacher))
+    with begun.working():
+        (begun.folder / "made.bin").touch()
+    (teacher / "config.json").write_text('{"other": 1}')
+    runs.finish(begun, {})
+    future = runs.outlook("distill", params.Distill(teacher=str(teacher)), outputs / "toy")
+    assert future.changes.results == "inputs changed: teacher"
 
 
 def test_results_that_rest_on_older_ones_are_stale_everywhere(outputs):
@@ -618,6 +630,9 @@ def test_a_run_that_was_moved_writes_its_tables_again_and_keeps_the_rest(outputs
     table = pd.DataFrame({"path": [str(outputs / "LibriSpeech" / "a.flac")]})
     table.to_parquet(run / "00_corpus/manifest.parquet")
     assert runs.lost_audio(run) is None, "a missing file of another corpus tells nothing of the run"
+    word = outputs / "toy/00_corpus/synthetic/yes.wav"
+    pd.DataFrame({"path": [str(word)]}).to_parquet(run / "00_corpus/keywords.parquet")
+    assert runs.lost_audio(run) == word, "of other speech, with built-in words"
 
 
 def test_git_is_the_projects_and_saved_outputs_are_no_change(tmp_path, monkeypatch):

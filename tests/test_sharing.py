@@ -120,6 +120,19 @@ def test_half_a_copy_of_a_killed_start_goes(other, capsys):
     assert not left.exists()
 
 
+def test_stages_of_a_run_that_was_made_read_only_can_be_written(other):
+    places = [path for path in (other, *other.rglob("*")) if path.is_dir() or path.suffix == ".json"]
+    for path in places:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        assert take(other.parent / "new", other) == list(STAGES)
+    finally:
+        for path in places:
+            path.chmod(0o755)
+    taken = [path for path in (other.parent / "new").rglob("*") if path.is_dir() or path.suffix == ".json"]
+    assert taken and all(path.stat().st_mode & 0o200 for path in taken)
+
+
 def test_a_baseline_is_added_to_a_stage_that_was_taken(outputs):
     for stage in STAGES[:4]:
         do(stage, "a", **({"centralised": False} if stage == "pretrain" else {}))

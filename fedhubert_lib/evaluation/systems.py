@@ -88,7 +88,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
     systems: list[System] = []
     absent: dict[str, str] = {}
     for name, (title, place) in CHECKPOINTS.items():
-        if reason := _unusable(run, place):
+        if reason := unusable(run, place):
             absent[name] = reason
         else:
             systems.append(_of_folder(name, title, run / place, device))
@@ -115,7 +115,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
     return systems, absent
 
 
-def _unusable(run: Path, place: str) -> str:
+def unusable(run: Path, place: str) -> str:
     """Why the checkpoint ``place`` of ``run`` cannot be evaluated; empty if it can."""
     stage = run / place.split("/")[0]
     if not (run / place / "config.json").is_file():
@@ -142,7 +142,7 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
         folder = run / place
         rows = files.rounds(folder.parent / "metrics.jsonl")
         heard = np.cumsum([row["audio_seconds"] for row in rows], dtype=float) / 3600
-        kept = () if _unusable(run, place) else folder.parent.glob("checkpoints/model-*")
+        kept = () if unusable(run, place) else folder.parent.glob("checkpoints/model-*")
         models = {int(path.name[6:]): path for path in kept if path.name[6:].isdecimal()}
         if models:
             models[rows[-1]["round"]] = folder

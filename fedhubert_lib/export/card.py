@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fedhubert_lib import files, params, pretrained, reference
-from fedhubert_lib.evaluation import cost, tables
+from fedhubert_lib.evaluation import cost, systems, tables
 from fedhubert_lib.export.formats import ExportError
 from fedhubert_lib.records import parameters, read_json, stale
 
@@ -76,7 +76,7 @@ also identify the speaker: see the speaker probe among the results.
 def export(checkpoint: Path, path: Path) -> dict[str, float]:
     """Write the card of ``checkpoint``, which lies in a run, to ``path``; returns its number of tables of results.
 
-    Raises ExportError when ``checkpoint`` is not RUN/03_pretrain/checkpoint or RUN/04_distill/checkpoint.
+    Raises ExportError when ``checkpoint`` is not RUN/03_pretrain/checkpoint or RUN/04_distill/checkpoint, or is stale.
     """
     stage = checkpoint.resolve().parent
     run = stage.parent
@@ -84,6 +84,8 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         raise ExportError(
             f"{checkpoint}: not the checkpoint of a run's 03_pretrain or 04_distill; a card needs the run"
         )
+    if why := systems.unusable(run, f"{stage.name}/checkpoint"):
+        raise ExportError(f"{checkpoint}: {why}")
     model, _ = pretrained.load(checkpoint, weights=False)
     train = pd.read_parquet(run / "00_corpus" / "manifest.parquet").query("split == 'train'")
     if (heldout := run / "01_partition" / "heldout.parquet").is_file():

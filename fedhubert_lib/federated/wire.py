@@ -59,10 +59,9 @@ def checked_name(key: str, value: Any) -> str:
 
 
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
-    """Write ``header`` (JSON-like) and ``arrays`` (CPU) to a new file."""
+    """Write ``header`` (JSON-like) and ``arrays`` (CPU), by number since their names are clients', to a new file."""
     metadata = {"header": json.dumps(dict(header)), "names": json.dumps(list(arrays))}
     with files.naming(path):
-        # By number: a client gives names, and safetensors keeps one for itself.
         save_file({str(i): tensor.detach().contiguous() for i, tensor in enumerate(arrays.values())}, path, metadata)
 
 

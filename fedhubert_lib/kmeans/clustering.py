@@ -170,9 +170,10 @@ def lloyd(
         sums, counts, inertias = statistics(points, nearest(points, centroids), centroids, weights)
         total = float(inertias.sum())
         centroids = update(sums, counts, inertias, centroids, rng)
-        if before is not None and before - total <= tolerance * before and bool((counts > 0).all()):
+        full = bool((counts > 0).all())
+        if before is not None and before - total <= tolerance * before and full:
             break
-        before = total
+        before = total if full else None  # an empty cluster that begins anew may raise the inertia
     return centroids
 
 

@@ -232,9 +232,7 @@ def along(table: pd.DataFrame) -> Figure:
     for panel in axes[len(measures) :]:
         panel.set_axis_off()
     if (runs := table.run.nunique()) > 1:
-        fewest = table[table.hours.notna()].groupby("system").run.nunique().min()
-        seeds = f"{fewest} to {runs}" if fewest < runs else runs
-        figure.supxlabel(f"line: mean of {seeds} training seeds, band: lowest to highest", fontsize=8)
+        figure.supxlabel(f"line: mean of up to {runs} training seeds, band: lowest to highest", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
     return figure
