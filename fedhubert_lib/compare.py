@@ -52,7 +52,7 @@ def states(groups: Groups) -> pd.DataFrame:
     """A row per run: study, commit, state, time."""
     return pd.DataFrame(
         {
-            name + folder.name.removeprefix(Path(name).name) * (len(folders) > 1): index.summary(folder)
+            name if len(folders) == 1 else f"{name}-{folder.name.rpartition('-')[2]}": index.summary(folder)
             for name, folders in groups.items()
             for folder in folders
         }

@@ -43,7 +43,8 @@ def _plateau(last: pd.Series, frequencies: np.ndarray | None) -> str:
     """The model says the commonest label everywhere, or each label as often as it occurs."""
     if frequencies is None or last.accuracy_masked > 1.25 * frequencies.max():
         return ""
-    if not abs(last.loss - (guessing := entropy(frequencies))) <= NEAR:  # what a model loses that hears nothing
+    guessing = entropy(frequencies)  # the loss of a model that hears nothing; NaN where no label is counted
+    if not abs(last.loss - guessing) <= NEAR:
         return ""
     return (
         f"plateau at the commonest label: masked accuracy {last.accuracy_masked:.3f} is about the fraction of the"

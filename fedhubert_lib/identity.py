@@ -75,12 +75,11 @@ def of(stage: str, p: params.Section, run: Path) -> dict[str, Any]:
             raise RunError(f"{run / folder}: {outdated[before]}; run notebook {folder} again")
         if done is not None and before not in outdated:  # the report says which models are left out
             parts[folder] = _read(stage, p, before, done)
-    parts |= listings(p)
     code = [cell[:2] for cell in cells(notebook(stage)) if "parameters" not in cell.tags]
     return {
         "stage": stage,
         "parameters": json.loads(json.dumps(p.model_dump(exclude={"run"}))),
-        "inputs": {name: hashes[0] for name, hashes in parts.items() if hashes},
+        "inputs": {name: hashes[0] for name, hashes in parts.items() if hashes} | listings(p),
         "parts": parts,
         "library": library(),
         "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
@@ -174,8 +173,8 @@ def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
     return [name for name, value in done["files"].items() if now.get(name) != value and _is_made(name)]
 
 
-def listings(p: params.Section) -> dict[str, list[str]]:
-    """For each parameter that points to a file or folder, hashes of the files there.
+def listings(p: params.Section) -> dict[str, str]:
+    """For each parameter that points to a file or folder, a hash of the files there.
 
     Of a corpus it is that of names, sizes and times; of a checkpoint that of the content, which a copy has, too.
     """
@@ -274,7 +273,7 @@ def _without_paths(table: Path) -> str:
     return hashlib.sha256(repr(list(rows.columns)).encode() + hashes.tobytes()).hexdigest()
 
 
-def _listing(root: Path, by_content: bool) -> list[str]:
+def _listing(root: Path, by_content: bool) -> str:
     # Not rglob: of a corpus of 280,000 files it would make as many Path objects, in six seconds.
     lines, start = [], len(os.path.join(root, ""))
     for file in [entry.path for entry in folders.walk(root)] if root.is_dir() else [str(root)]:
@@ -284,7 +283,7 @@ def _listing(root: Path, by_content: bool) -> list[str]:
             lines.append((place.split(os.sep), f"{place} {state}\n"))
     lines.sort()
     kept = [line for line in lines if Path(line[0][-1]).suffix in _DATA | {".json"}] if by_content else []
-    return [hashlib.sha256(b"".join(os.fsencode(line) for _, line in kept or lines)).hexdigest()]
+    return hashlib.sha256(b"".join(os.fsencode(line) for _, line in kept or lines)).hexdigest()
 
 
 def _sha256(file: Path) -> str:

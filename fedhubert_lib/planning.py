@@ -135,7 +135,7 @@ def _measure_here(threads: int, values: dict[str, Any], config: dict[str, Any], 
     """Child of ``measure_step``: prints [seconds, bytes]."""
     torch.set_num_threads(threads)
     before = psutil.Process().memory_info().rss
-    duration = _two_steps(Pretrain(**values), hubert.HubertConfig(**config), clusters, clips, "cpu")
+    duration = _two_steps(Pretrain.model_construct(**values), hubert.HubertConfig(**config), clusters, clips, "cpu")
     print(json.dumps([duration, max(resources.peak_memory() - before, 0)]))
 
 

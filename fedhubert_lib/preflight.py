@@ -202,7 +202,7 @@ def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> No
     teacher, done = records.parameters(folder).get("teacher"), records.read_json(folder / "done.json")
     if not (teacher and done and Path(teacher, "config.json").is_file()):
         return
-    if done["identity"]["inputs"].get("teacher") not in identity.listings(params.Distill(teacher=teacher))["teacher"]:
+    if done["identity"]["inputs"].get("teacher") != identity.listings(params.Distill(teacher=teacher))["teacher"]:
         raise ValueError(f"{teacher} has changed since it taught the student of 04; put it back, or distill anew")
 
 

@@ -139,9 +139,8 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
         if begun is None or identity.compare(begun["identity"], stage.identity).results:
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
-        now = identity.listings(stage.p) if stage.name == "corpus" else {}  # what has been downloaded or unpacked
-        work["inputs"] |= {name: hashes[0] for name, hashes in now.items()}
-        work["parts"] = work.get("parts", {}) | now
+        if stage.name == "corpus":  # what has been downloaded or unpacked
+            work["inputs"] |= identity.listings(stage.p)
         files.write_json(folder / "begun.json", begun | {"identity": work})
         peak = max(resources.peak_memory(), resources.peak_memory(children=True))  # the notebook's or a worker's
         seconds = round(time.time() - max(begun["started"], stage.began), 1)

@@ -243,7 +243,7 @@ def test_a_teacher_that_has_changed_since_is_not_measured_as_the_students(checkp
     run = tmp_path / "run"
     (run / "04_distill").mkdir(parents=True)
     (run / "04_distill/params.yaml").write_text(f"teacher: {checkpoint}\n")
-    (then, *_) = identity.listings(params.Distill(teacher=str(checkpoint)))["teacher"]
+    then = identity.listings(params.Distill(teacher=str(checkpoint)))["teacher"]
     files.write_json(run / "04_distill/done.json", {"identity": {"inputs": {"teacher": then}}})
     preflight.check("evaluate", params.Evaluate(), run)
     change(checkpoint, hidden_dropout=0.5)

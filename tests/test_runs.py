@@ -523,11 +523,11 @@ def test_a_readme_in_a_checkpoint_is_no_other_checkpoint(tmp_path):
     (folder / "model.safetensors").write_text("weights")
     (folder / "config.json").write_text("{}")
     p = params.Pretrain(initial=str(folder))
-    (before,) = identity.listings(p)["initial"]
+    before = identity.listings(p)["initial"]
     (folder / "README.md").write_text("a card")
-    assert identity.listings(p)["initial"] == [before]
+    assert identity.listings(p)["initial"] == before
     (folder / "config.json").write_text("{ }")
-    assert identity.listings(p)["initial"] != [before]
+    assert identity.listings(p)["initial"] != before
 
 
 def test_the_evaluation_does_without_a_student_of_an_older_teacher(outputs):

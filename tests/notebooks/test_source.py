@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from chapters import NOTEBOOKS, OWN
 
@@ -21,6 +22,15 @@ def read(path: Path) -> list[nbformat.NotebookNode]:
 @pytest.fixture(params=[*NOTEBOOKS.values(), OWN], ids=lambda path: path.stem)
 def cells(request: pytest.FixtureRequest) -> list[nbformat.NotebookNode]:
     return read(request.param)
+
+
+def test_the_ledger_leaves_out_what_clients_do_not_tell():
+    """With privacy: client, how long they took: a column of None, which is no zero."""
+    (cell,) = [cell.source for cell in read(NOTEBOOKS["pretrain"]) if "spent = " in cell.source]
+    told = pd.DataFrame({"bytes_up": [5, 6], "client_seconds": [None, None], "server_seconds": [0.125, 1.0]})
+    names = {"per_round": told}
+    exec("\n".join(line for line in cell.splitlines() if line.startswith(("sums = ", "spent = "))), names)
+    assert names["spent"] == {"bytes_up": 11.0, "server_seconds": 1.12}
 
 
 def test_begins_with_an_idea_and_its_parameters(cells):
