@@ -162,7 +162,12 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         for cohort in (16, 4, 2)
         for name, arm in BEST.items()
     }
-    | {"FedAvg, cohort's moments, 16 clients, H 5": _steps(BEST["FedAvg, cohort's moments"] | {"cohort": 16}, 5, 0.5)},
+    | {
+        f"FedAvg, cohort's moments, {n} clients, H {steps}": _steps(
+            BEST["FedAvg, cohort's moments"] | {"cohort": n}, steps, 8 / n
+        )
+        for n, steps in ((16, 2), (16, 5), (4, 40))
+    },
     "heads": {
         f"{kind}, {head}": BEST["FedAvg"] | {"codebook": kind, "head": head}
         for kind in KINDS

@@ -278,8 +278,6 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.hidden_size and self.hidden_size % 16:
             yield "hidden_size", f"{self.hidden_size}; positions are convolved in 16 groups: give a multiple of 16"
-        if self.hidden_size and self.attention_heads and self.hidden_size % self.attention_heads:
-            yield "attention_heads", f"{self.attention_heads}; it must divide hidden_size: {self.hidden_size}"
         if self.conv_width is not None and self.front_end != "waveform":
             yield "conv_width", f"{self.conv_width}, but front_end is logmel, which has no convolutions"
         if self.crop_seconds > self.batch_seconds:

@@ -159,10 +159,10 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     drawn = clients * (1 - (1 - min(1, p.cohort / clients)) ** p.rounds)  # in the mean
     try:
         initial = _model(p.initial if first and copies else "")
-    except (OSError, ValueError):  # the check of `initial` says so
+        with torch.device("meta"):
+            model = initial or hubert.Hubert(recipes.model_config(p))
+    except (OSError, ValueError):  # the checks of the model and of `initial` say so
         return
-    with torch.device("meta"):
-        model = initial or hubert.Hubert(recipes.model_config(p))
     rounds = min(p.rounds, 3 if p.cohort == clients else 2)
     size = 4 * copies * rounds * drawn * sum(weight.numel() for weight in model.parameters())
     size -= sum(file.stat().st_size for file in folder.glob("clients/*/session-*/*"))
@@ -240,6 +240,7 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Kmeans | params.Federation, "engine", _engine),
     (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
     (params.Kmeans, "features", _features),
+    (params.Federation, "attention_heads", lambda p, *_: recipes.model_config(p)),
     (params.Federation, "cohort", _cohort),
     (params.Federation, "codebook", _labels),
     (params.Federation, "local_state", _kept),

@@ -74,6 +74,13 @@ def test_a_layer_or_head_that_the_checkpoint_lacks_is_found(checkpoint, tmp_path
     assert "teacher_layer is 4" in problems(tmp_path, teacher, "distill.objectives=[hubert]", "distill.teacher_layer=4")
 
 
+def test_heads_that_do_not_divide_the_width_are_refused_before_any_stage(tmp_path):
+    for width in ((), ("pretrain.hidden_size=96",)):
+        told = problems(tmp_path, "pretrain.attention_heads=5", *width)
+        assert "pretrain.attention_heads: hidden_size" in told
+        assert "must be a multiple of num_attention_heads 5" in told
+
+
 def test_the_teacher_to_come_is_judged_by_the_parameters_of_pretraining(tmp_path):
     told = problems(tmp_path, "distill.initial=teacher")
     assert told.startswith("distill.teacher: ") and "in the student and" in told
