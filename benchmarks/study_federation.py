@@ -97,6 +97,8 @@ def _tried(name: str, arm: dict[str, Any], *rates: tuple[float, ...]) -> dict[st
 FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 YOGI = FEDADAM_COHORT | {"server_tau": 0.03}
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
+FEDADAM_KEEP = BEST["FedAdam"] | {"server_rate": 0.05, "local_state": "keep"}
+KEEP = {name: BEST[name] for name in ("FedAvg", "Nesterov")} | {"FedAdam, tau .03": FEDADAM_KEEP}
 HALF = BEST["FedAvg"] | {"cohort": 8, "weighting": "clients"}
 CLIPPED = {"privacy": "server", "privacy_seeded": True, "privacy_clip": 6.0, "privacy_quantile": 0.5}
 PRIVATE = HALF | CLIPPED
@@ -132,17 +134,15 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
             (0.004, 0.066, 0.2),
         ),
         **_tried("FedAdagrad, cohort's moments, H 5, tau .03", YOGI | {"server": "fedadagrad"}, (0.004, 0.066, 0.2)),
-        "FedAdam, tau .03, reset": {
-            "server": "fedadam",
-            "server_tau": 0.03,
-            "learning_rate": 0.004,
-            "server_rate": 0.05,
-            "server_momentum": 0.2,
-            "local_state": "reset",
-        },
+        **{f"FedAdam, tau .03, H {n}": _steps(FEDADAM_KEEP, n) for n in (40, 100)},
         **_tried("FedAvg, cohort's moments", COHORT, (0.004, 1.0), (0.006, 1.0), (0.004, 1.25)),
         **{f"{name}, H {n}": _steps(arm, n) for name, arm in FEDERATED.items() for n in (2, 5, 40, 100)},
-        **{f"{name}, reset": FEDERATED[name] | {"local_state": "reset"} for name in ("FedAvg", "Nesterov")},
+        **{f"{name}, reset": arm | {"local_state": "reset"} for name, arm in KEEP.items()},
+        **{
+            f"{name}, reset, H {n}": _steps(arm | {"local_state": "reset"}, n)
+            for name, arm in KEEP.items()
+            for n in (40, 100)
+        },
     },
     "parity": {
         **BEST,
