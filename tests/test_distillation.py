@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import federation
 import pytest
@@ -206,6 +207,21 @@ def test_labels_of_clusters_that_were_fitted_again_are_refused(run):
 def test_sent_and_public_teacher_give_the_same_student(run, made, tmp_path):
     other = shutil.copytree(made, tmp_path / "other")
     assert weights(distillation.run(run, distill())) == weights(distillation.run(other, distill(send_teacher=True)))
+    public, sent = (files.read_rows(folder / "04_distill/metrics.jsonl") for folder in (run, other))
+    assert not [row for row in public if row["kind"] == "sent"]
+    (before,) = (row for row in sent if row["kind"] == "sent")
+    teacher = distillation.read_teacher(run, distill()).modules
+    assert before["bytes_down"] == 3 * 4 * sum(weight.numel() for weight in teacher.parameters())
+    down = [[row["bytes_down"] for row in rounds_of(folder / "04_distill")] for folder in (run, other)]
+    assert down[0] == down[1], "of rounds alone"
+
+
+def test_no_client_goes_without_labels_because_the_disk_is_small(run, monkeypatch):
+    """Each client alone would find room, until it is used up; and the training would go without the others."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with federated.connect(run) as clients, pytest.raises(OSError, match="features take"):
+        targets.run(run, distill(objectives=["hubert"], teacher_clusters=5, centralised=False), clients)
+    assert not (run / "04_distill/clients").exists(), "before any work"
 
 
 def test_update_refuses_a_replaced_teacher(run):

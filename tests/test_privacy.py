@@ -209,26 +209,28 @@ def spent(folder: Path, p: params.Pretrain, asked: list[list[str]]) -> float | N
         round = SimpleNamespace(number=number, attempt=0, message={}, asked=cohort)
         hook.draw(round)
         hook.message(round)
-    return accounting.spent(folder / privacy.ACCOUNT, p.privacy_delta)
+    return accounting.spent([folder / privacy.ACCOUNT], p.privacy_delta)
 
 
 def test_a_trusted_servers_rounds_cost_what_the_sampled_gaussian_does(tmp_path):
     p = parameters(privacy_noise=2.0)
     assert spent(tmp_path, p, [["a"], [], ["b"]]) == accounting.epsilon([(16 / 64, 2.0, 3)], 1e-5)
+    twice = accounting.spent([tmp_path / privacy.ACCOUNT] * 2, 1e-5)  # as teacher and student
+    assert twice == accounting.epsilon([(16 / 64, 2.0, 6)], 1e-5)
     assert spent(tmp_path / "none", parameters(privacy_noise=0.0), [["a"]]) is None  # infinite
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_an_untrusted_server_knows_who_took_part_and_sees_each_update(tmp_path, quantile):
-    """Without secure aggregation a client has its own noise alone, a quarter of a cohort of 16's; with it, all of it.
-    The epsilon is that of the client that took part most often."""
+    """Without secure aggregation a client has its own noise alone, a quarter of a cohort of 16's; with it, that of all
+    but of the client that looks. The epsilon is that of the client that took part most often."""
     p = parameters(privacy="client", privacy_noise=8.0, privacy_quantile=quantile)
     asked = [["a", *(f"{number}-{other}" for other in range(11))] for number in range(3)]
     alone = spent(tmp_path / "alone", p, asked)
     assert alone == pytest.approx(accounting.epsilon([(1.0, 8.0 / 4, 3)], 1e-5))
     hidden = spent(tmp_path / "hidden", p.model_copy(update={"secure_aggregation": True}), asked)
     if quantile == 0:
-        assert hidden == pytest.approx(accounting.epsilon([(1.0, 8.0 * math.sqrt(12 / 16), 3)], 1e-5))
+        assert hidden == pytest.approx(accounting.epsilon([(1.0, 8.0 * math.sqrt(11 / 16), 3)], 1e-5))
     assert hidden < alone  # with a quantile each still sends a noisy bit by itself
 
 
@@ -239,9 +241,9 @@ def test_no_draw_is_forgotten_but_one_that_a_seed_repeats(tmp_path):
         for number in (1, 2, 1, 2):  # killed after round 2
             row = {"round": number, "attempt": 0, "probability": 16 / 64, "multiplier": 1.0}
             accounting.charge(path, row, repeatable)
-        assert accounting.spent(path, 1e-5) == accounting.epsilon([(16 / 64, 1.0, draws)], 1e-5)
+        assert accounting.spent([path], 1e-5) == accounting.epsilon([(16 / 64, 1.0, draws)], 1e-5)
         assert len(files.read_rows(path)) == draws
-        assert accounting.spent(path, 1e-5, until=(1, 0)) == accounting.epsilon([(16 / 64, 1.0, draws // 2)], 1e-5)
+        assert accounting.spent([path], 1e-5, until=(1, 0)) == accounting.epsilon([(16 / 64, 1.0, draws // 2)], 1e-5)
 
 
 @pytest.mark.parametrize(

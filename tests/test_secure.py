@@ -91,8 +91,9 @@ def test_an_update_is_clipped_before_it_is_masked(tmp_path):
     collector = secure.Sum(like, secure.scale(P, 1.0, 4))
     for client in CLIENTS:
         change = {"weight": like["weight"].clone()}
-        sent = SimpleNamespace(p=P, change=change, home=home(tmp_path, client), config=config(peers=peers))
+        sent = SimpleNamespace(p=P, change=change, home=home(tmp_path, client), config=config(peers=peers), measured={})
         list(secure.masked(sent))
+        assert sent.measured == {"update_norm": 6.0}, "before clipping"
         collector.add(sent.change, 1.0)
     torch.testing.assert_close(collector.result()["weight"], torch.full((4,), 0.5))
 
@@ -121,13 +122,15 @@ def final(run: Path, rows: list[dict], **changes) -> dict[str, torch.Tensor]:
 
 def test_rounds_give_the_weights_of_plain_sums(tmp_path, narrow):
     rows: list[dict] = []
-    plain = final(federation.make(tmp_path / "plain"), [])
+    of_plain: list[dict] = []
+    plain = final(federation.make(tmp_path / "plain"), of_plain)
     hidden = final(federation.make(tmp_path / "hidden"), rows, secure_aggregation=True)
     assert not [row for row in rows if row["kind"] == "failure"]
     for name, value in plain.items():
         assert torch.allclose(value, hidden[name], atol=2e-6), name
     assert any(not torch.equal(value, hidden[name]) for name, value in plain.items())
-    assert all("update_norm" not in row for row in rows if row["kind"] == "client")
+    norms, expected = ([r["update_norm"] for r in of if r["kind"] == "client"] for of in (rows, of_plain))
+    assert norms == pytest.approx(expected, rel=1e-4)
 
 
 def test_private_rounds_of_too_few_for_a_sum_are_rounds_of_noise(tmp_path):

@@ -11,6 +11,7 @@ import pandas as pd
 from fedhubert_lib import files, params, pretrained, reference
 from fedhubert_lib.evaluation import cost, systems, tables
 from fedhubert_lib.export.formats import ExportError
+from fedhubert_lib.federated import accounting, privacy
 from fedhubert_lib.records import parameters, read_json, stale
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
@@ -95,6 +96,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     codebooks = [parameters(one).get("codebook") for one in trained]
     begun = [parameters(one).get(name) for one in trained for name in ("initial", "teacher")]
     begun.append(parameters(run / "02_kmeans").get("features"))  # whose units are the targets
+    begun = list(dict.fromkeys(_shown(model) for model in begun if _outside(model)))
     report = None if "evaluate" in stale(run) else read_json(run / "05_evaluate" / "report.json")
     results = [tables.headline(report), *tables.below(report)] if report else []
     span = "mean and 95 % interval over evaluation seeds"
@@ -123,9 +125,9 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         # Neither how this machine ran it, nor folders on its disk.
         training=", ".join(f"{n} {_shown(v)}" for n, v in p.items() if n not in params.HOW and str(v)),
         speech="pooled to start the codebook" if "central" in codebooks else "never left their client",
-        updates="; ".join(f"{STAGES[one.name]}: {_updates(one)}" for one in trained),
+        updates="; ".join(f"{STAGES[one.name]}: {_updates(one)}" for one in trained) + _together(trained, begun),
         statistics="; ".join(dict.fromkeys(_statistics(run, parameters(one)) for one in trained)),
-        others="".join(f", and what {_shown(model)} had heard" for model in begun if _outside(model)),
+        others="".join(f", and what {model} had heard" for model in begun),
         results="\n\n".join(tables.markdown(table, span) for table in results) or "Not evaluated.",
         verdict=_verdict(run, stage.name[3:], bool(results), private),
     )
@@ -150,6 +152,17 @@ def _updates(stage: Path) -> str:
     if not rounds or "epsilon" not in rounds[-1]:
         return p.get("privacy", "unknown")
     return f"{rounds[-1]['privacy']}, {_epsilon(rounds[-1], p.get('privacy_delta'))}"
+
+
+def _together(trained: list[Path], begun: list[Any]) -> str:
+    """What all stages have spent together, and what is not known of models from elsewhere."""
+    accounts = [path for one in trained if (path := one / privacy.ACCOUNT).is_file()]
+    deltas = {parameters(account.parent).get("privacy_delta") for account in accounts}
+    words = [f"; what {model} has spent on the same clients is not in this" for model in begun if accounts]
+    if len(accounts) > 1 and len(deltas) == 1:
+        epsilon = accounting.spent(accounts, delta := deltas.pop())
+        words.insert(0, f"; together: epsilon {'infinite' if epsilon is None else f'{epsilon:.3g}'} at delta {delta}")
+    return "".join(words)
 
 
 def _statistics(run: Path, trained: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The privacy that a training run has spent: Renyi accounting of sampled Gaussians, and the file of its draws."""
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -58,9 +57,7 @@ def charge(path: Path, row: Mapping[str, Any], repeatable: bool) -> None:
     that took part and the ``multiplier`` for each. A ``repeatable`` draw (from a seed) is noted once.
     """
     if not (repeatable and any(place(row) == place(earlier) for earlier in files.read_rows(path))):
-        files.append_row(path, dict(row))
-        with path.open("rb") as stream:  # a model on disk must not outlive what it cost
-            os.fsync(stream.fileno())
+        files.append_row(path, dict(row), durable=True)  # a model on disk must not outlive what it cost
 
 
 def place(row: Mapping[str, Any]) -> tuple[int, int]:
@@ -68,12 +65,12 @@ def place(row: Mapping[str, Any]) -> tuple[int, int]:
     return row["round"], row["attempt"]
 
 
-def spent(path: Path, delta: float, until: tuple[int, int] | None = None) -> float | None:
-    """The epsilon of the draws in ``path``, by the client that spent most; None: infinite.
+def spent(paths: Iterable[Path], delta: float, until: tuple[int, int] | None = None) -> float | None:
+    """The epsilon of all draws in ``paths`` together, by the client that spent most; None: infinite.
 
     ``until`` is the place of the present draw where draws repeat: later ones were taken before a kill.
     """
-    rows = [row for row in files.read_rows(path) if until is None or place(row) <= until]
+    rows = [row for path in paths for row in files.read_rows(path) if until is None or place(row) <= until]
     draws = Counter((row["probability"], row["multiplier"]) for row in rows if "probability" in row)
     clients: defaultdict[str, float] = defaultdict(float)
     for row in rows:

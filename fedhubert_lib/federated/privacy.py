@@ -10,8 +10,8 @@ that of the sampled Gaussian, for adding or removing one client.
 
 ``privacy: client``: every client adds noise of z C / sqrt(cohort) itself and sends no metrics. The server knows who
 takes part, so that sampling hides nobody: epsilon is that of the client which took part most often, at a multiplier of
-z / sqrt(cohort). With secure aggregation, which shows sums alone, the noise of all k in a sum hides each: z sqrt(k /
-cohort).
+z / sqrt(cohort). With secure aggregation, which shows sums alone, the noise of all k in a sum hides each, but from
+another client, which knows its own: z sqrt((k - 1) / cohort).
 
 Noise and secret cohorts come from the system's entropy, or, with ``privacy_seeded``, from the seed: then a simulation
 repeats, and nobody is protected. docs/privacy.md says who is hidden from whom, and what epsilon does not cover.
@@ -101,18 +101,21 @@ def protected(update: Update) -> Iterator[None]:
 def protect(
     update: Mapping[str, Tensor], p: Federation, bound: float, home: ClientHome, number: int
 ) -> dict[str, float]:
-    """Make what a client sends in round ``number`` private, in place; return the metric that adaptive clipping needs.
+    """Make what a client sends in round ``number`` private, in place; return the metric that adaptive clipping needs
+    and, for a trusted server, the norm before clipping.
 
     Raises ValueError when a real server asks for noise from its seed.
     """
     if p.privacy_seeded and not home.simulated:
         raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
-    within = float(noise.clip(update, bound) <= bound) - 0.5
+    norm = noise.clip(update, bound)
+    within = float(norm <= bound) - 0.5
     if p.privacy == "client":
         part, normal = 1 / math.sqrt(p.cohort), noise.generator(_seed(p), number, home.client)
         _add_noise(update, update_multiplier(p) * bound * part, normal)
         within += count_std(p) * part * float(normal(1))
-    return {"within_bound": within} if p.privacy_quantile > 0 else {}
+    measured = {"update_norm": norm} if p.privacy == "server" else {}
+    return measured | ({"within_bound": within} if p.privacy_quantile > 0 else {})
 
 
 # -------------------------------------------------------------------------------------------------------- at the server
@@ -148,7 +151,7 @@ class Bounding(Hook):
         """Send the bound. A server that is not trusted sees who is asked, and each update, or their sum."""
         p, round.message["clip"] = self.p, self.server.state["clip"]
         if p.privacy == "client" and round.asked:
-            peers = len(round.asked) if p.secure_aggregation else 1
+            peers = len(round.asked) - 1 if p.secure_aggregation else 1  # each of whom can take its own noise off
             cost = p.cohort / peers * accounting.inverse_square(update_multiplier(p))
             if p.privacy_quantile > 0:  # a bit of sensitivity 1/2, which each client sends by itself
                 cost += p.cohort * accounting.inverse_square(2 * count_std(p))
@@ -172,7 +175,7 @@ class Bounding(Hook):
         """Add the noise; the ledger says what the run has spent."""
         state, p = self.server.state, self.p
         until = (round.number, round.attempt) if p.privacy_seeded else None
-        epsilon = accounting.spent(self._account, p.privacy_delta, until)
+        epsilon = accounting.spent([self._account], p.privacy_delta, until)
         round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": label(p)}
         state["clip"] = release(update, p, state["clip"], round.number, len(round.clients), round.sums["within_bound"])
 

@@ -8,6 +8,7 @@ client.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class Clients(ABC):
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids: Sequence[str] = sorted(ids)
         """Client ids, sorted."""
+        self.bytes = {"bytes_down": 0, "bytes_up": 0}
+        """Of all tensors that have travelled."""
         self._last: Answers = (answer for answer in list[Reply | Failure]())
 
     @abstractmethod
@@ -110,5 +113,16 @@ class Clients(ABC):
         self._last.close()
         tensors = {name: tensor.detach() for name, tensor in (arrays or {}).items()}
         asked = sorted(self.ids if clients is None else clients)
-        self._last = self.answers(Request(action, tensors, dict(config or {}), asked, timeout))
+        self._last = self._counted(Request(action, tensors, dict(config or {}), asked, timeout))
         return self._last
+
+    def _counted(self, request: Request) -> Answers:
+        self.bytes["bytes_down"] += size(request.arrays) * len(request.clients)
+        with closing(self.answers(request)) as answers:
+            for answer in answers:
+                self.bytes["bytes_up"] += size(answer.arrays) if isinstance(answer, Reply) else 0
+                yield answer
+
+    def since(self, before: Mapping[str, int]) -> dict[str, int]:
+        """``bytes`` that have travelled after they were ``before``."""
+        return {name: count - before.get(name, 0) for name, count in self.bytes.items()}

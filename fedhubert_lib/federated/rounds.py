@@ -24,7 +24,7 @@ import torch
 from fedhubert_lib import checkpoints, federated, files, seeds, threads
 from fedhubert_lib.audio import HOP, SAMPLE_RATE
 from fedhubert_lib.federated import handlers, hooks, optimisers
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
 from fedhubert_lib.meter import Meter
 from fedhubert_lib.params import Distill, Federation, Pretrain
 
@@ -142,6 +142,9 @@ class Server:
         self.ledger = checkpoints.Ledger(out, self.durable, self.plan, on_row)
         self.meter, self.writer = Meter(p.device, p.engine), ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.saving: Future[None] | None = None
+        self._counted: Mapping[str, int] = {}
+        if any((sent := self.sent()).values()):  # to the connected clients before: a teacher, clusters of its features
+            self.ledger.row("sent", sent)
 
     def rounds(self) -> Iterator["Round"]:
         """The rounds that are left.
@@ -184,6 +187,11 @@ class Server:
         logger.warning("round %d: %s left out: %s", number, client or "cohort", reason)
         self.ledger.row("failure", {"round": number, "client": client, "reason": reason, **more})
 
+    def sent(self) -> dict[str, int]:
+        """Bytes up and down since the last call."""
+        sent, self._counted = self.clients.since(self._counted), dict(self.clients.bytes)
+        return sent
+
     def save(self, number: int) -> None:
         """Start to write the checkpoint of round ``number``, in a second thread while the next round's clients work."""
         arguments = (self.out, number, self.weights, self.tensors, dict(self.state), self.task.documents)
@@ -204,7 +212,6 @@ class Round:
         self.server, self.p, self.number, self.began = server, server.p, number, began
         self.attempt = len(server.ledger.failed)
         """Attempts at this round that failed before, in earlier starts, too: no cohort is drawn twice."""
-        self.bytes_up = self.bytes_down = 0
         self.fewest = 1  # usable updates below which the round is no round, whatever the quorum
         self.clients: list[str] = []  # whose updates were usable
         self.norms: list[float] = []
@@ -230,7 +237,6 @@ class Round:
             hook.message(self)
         collectors = (hook.collector(self) for hook in self.server.hooks)
         self.collector = next(filter(None, collectors), None) or optimisers.Mean()
-        self.bytes_down += size(self.payload) * len(self.asked)
         return self.server.ask("update", self.message, self.asked, self.payload) if self.asked else iter(())
 
     def collect(self, replies: Iterator[Reply | Failure]) -> Arrays | None:
@@ -240,7 +246,7 @@ class Round:
             reply.arrays.clear()  # several loops still hold this reply while the next client works
         if len(self.clients) < self.quorum:
             reason = f"{len(self.clients)} of {len(self.cohort)} clients gave a usable update; {self.quorum} needed"
-            self.server.fail(self.number, "", reason, bytes_up=self.bytes_up, bytes_down=self.bytes_down)
+            self.server.fail(self.number, "", reason, **self.server.sent())
             return None
         return self.collector.result() or {name: torch.zeros_like(w) for name, w in self.server.weights.items()}
 
@@ -271,7 +277,6 @@ class Round:
                 self.server.fail(self.number, reply.client, reply.reason)
                 continue
             began = time.perf_counter()
-            self.bytes_up += size(reply.arrays)
             try:
                 update = reply.arrays
                 for hook in self.server.hooks:
@@ -320,6 +325,8 @@ class Round:
         row |= {name: metrics[name] for name in names if name in metrics}
         if "objective_count" in metrics:
             row["masked_frames"] = metrics["objective_count"]
+        if self.server.bounded:  # as the client sent it, if it says so
+            norm = metrics.get("update_norm", norm)
         if not math.isnan(norm):
             self.norms.append(norm)
             row["update_norm"] = norm
@@ -331,7 +338,6 @@ class Round:
         if not server.trusted or (number % self.p.validate_every and number != self.p.rounds):
             return {}
         clients, sums, count = panel(server.clients.ids, self.p), Counter[str](), 0
-        self.bytes_down += size(server.weights) * len(clients)
         for reply in server.ask("validate", server.message(number), clients, server.weights):
             try:
                 if isinstance(reply, Failure):
@@ -346,14 +352,13 @@ class Round:
         return {f"validation_{name}": value for name, value in averages.items()}
 
     def _cost(self) -> dict[str, Any]:
-        """Rates, bytes and times of the round; None where clients do not say."""
+        """Rates, times, and bytes, of validation and of attempts that failed, too; None where clients do not say."""
         seconds, sums = time.perf_counter() - self.began, self.sums if self.server.trusted else {}
         audio_seconds = sums.get("audio_seconds")
-        failed = self.server.ledger.failed  # attempts cost bytes, too
+        failed = self.server.ledger.failed
         return self.server.meter.used() | {
             "server_rate": optimisers.rate(self.p, self.number),
-            "bytes_up": self.bytes_up + sum(row.get("bytes_up", 0) for row in failed),
-            "bytes_down": self.bytes_down + sum(row.get("bytes_down", 0) for row in failed),
+            **{name: n + sum(row.get(name, 0) for row in failed) for name, n in self.server.sent().items()},
             "clients": len(self.clients),
             "server_seconds": self.server_seconds,
             "seconds": seconds,

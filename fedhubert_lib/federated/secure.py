@@ -53,7 +53,7 @@ def masked(update: Update) -> Iterator[None]:
     """Bound the update, if privacy has not done so, and mask it."""
     yield
     if update.p.privacy == "none":
-        noise.clip(update.change, update.config["clip"])
+        update.measured["update_norm"] = noise.clip(update.change, update.config["clip"])
     update.change = mask(update.change, update.home, update.config, update.p)
 
 
@@ -117,7 +117,7 @@ class Summing(Hook):
 
         With too few keys nobody is asked. In a private study that is a round like any other.
         """
-        round.message["clip"] = self.p.privacy_clip  # unless privacy has another one
+        round.message["clip"] = round.row["clip"] = self.p.privacy_clip  # unless privacy has another one
         peers = {}
         for reply in self.server.ask("keys", round.message, round.cohort):
             try:

@@ -172,9 +172,9 @@ def _counts(home: ClientHome, sequences: labels.Labels, config: Mapping[str, Any
     runs = sum(told[units.runs(sequences[utterance])].sum() for utterance in sequences.utterances)
     arrays = {"counts": torch.from_numpy(counts * told), "runs": torch.tensor(int(runs))}
     path = home.data / "phones.parquet"
-    if path.exists():
+    if path.exists() and not config["minimum_count"]:  # without rare pairs units would look far better than they are
         names, table = units.count_phones(pd.read_parquet(path), sequences, clusters)
         if names:
             arrays["phones"] = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
-            arrays["contingency"] = torch.from_numpy(table * (table >= config["minimum_count"]))
+            arrays["contingency"] = torch.from_numpy(table)
     return arrays

@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,21 @@ def _rounded(utterance: str, frames: Tensor, dtype: np.dtype) -> np.ndarray:
     if dtype.itemsize == 2 and len(values) and not np.abs(values).max() < np.finfo(np.float16).max:
         raise ValueError(f"{utterance}: the layer gives values beyond float16 (65,504), or NaN; choose another layer")
     return values.astype(dtype)
+
+
+def state_space(stage: Path, p: Any, log: Callable[[dict[str, Any]], None]) -> None:
+    """Report what features will take of this disk, and refuse where it does not hold those of all clients.
+
+    A client of a real federation looks at its own disk.
+    """
+    table = stage.parent / "01_partition" / "clients.parquet"
+    if p.engine == "deployment" or not table.exists():
+        return
+    frames = 3600 * float(pd.read_parquet(table, columns=["hours"]).hours.sum()) * audio.SAMPLE_RATE / audio.HOP
+    size = frames * (4 * features.MFCC_DIMENSION if p.features == "mfcc" else 2 * optional("hidden").width(p))
+    log({"kind": "disk", "feature_bytes": int(size)})
+    written = sum(path.stat().st_size for path in stage.glob("clients/*/features/features.bin"))
+    require_space(stage, size - written)
 
 
 def require_space(folder: Path, size: float) -> None:

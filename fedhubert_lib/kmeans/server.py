@@ -1,4 +1,4 @@
-"""What the server does for the codebooks: it sees sums, counts and centroids of clients, never a frame or a label."""
+"""What the server does for the codebooks: it sees clients' sums (of one frame: that frame), counts and centroids."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedhubert_lib import features, files, seeds
-from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply, size
+from fedhubert_lib.federated.protocol import Arrays, Clients, Failure, Reply
 from fedhubert_lib.kmeans import clustering
 
 if TYPE_CHECKING:
@@ -39,12 +39,11 @@ class KmeansError(RuntimeError):
 
 
 class Exchange:
-    """Asks clients; counts the bytes that travel; records clients that fail, and goes without ``missing`` of them."""
+    """Asks clients; records those that fail, and goes without ``missing`` of them."""
 
     def __init__(self, clients: Clients, log: Log, missing: int = 0, stage: str = "kmeans") -> None:
-        self._clients, self._log, self._missing, self._stage = clients, log, missing, stage
+        self.clients, self._log, self._missing, self._stage = clients, log, missing, stage
         self.ids = self.everybody = list(clients.ids)
-        self.bytes = {"bytes_down": 0, "bytes_up": 0}
 
     def ask(
         self,
@@ -61,15 +60,13 @@ class Exchange:
         Raises KmeansError, once all have been asked, when more than ``missing`` clients do not answer so, or none does.
         """
         asked = self.ids if clients is None else clients
-        self.bytes["bytes_down"] += size(arrays) * len(asked)
         reasons = []
-        for reply in self._clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
+        for reply in self.clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
             reason = reply.reason if isinstance(reply, Failure) else _unusable(reply, config, like, metrics)
             if reason:
                 self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reason})
                 reasons.append(f"{reply.client}: {reason}")
             else:
-                self.bytes["bytes_up"] += size(reply.arrays)
                 yield reply
         if len(reasons) > self._missing or len(reasons) == len(asked):
             more = f"\nand {len(reasons) - 5} more: see metrics.jsonl" if len(reasons) > 5 else ""
@@ -86,10 +83,6 @@ class Exchange:
                 f"{absent} of {len(self.everybody)} clients have no labels, and {self._missing} may be without (see"
                 " missing_clients, in 04_distill quorum). The same command asks those for what is missing."
             )
-
-    def since(self, before: Mapping[str, int]) -> dict[str, int]:
-        """``bytes`` that travelled after they were ``before``."""
-        return {name: count - before.get(name, 0) for name, count in self.bytes.items()}
 
 
 def _unusable(
@@ -177,7 +170,7 @@ def lloyd(
     Equal to Lloyd on the pooled frames. Stops when the inertia of the same number of clients changes by a smaller
     fraction than ``tolerance`` and no cluster is empty. Returns centroids float32 [K, D] and, of the last round, its
     number, frames and inertia per frame. ``progress``, a file, is written before each round and at the end, and rounds
-    in it are not done again; nor are bytes forgotten that travelled since ``exchange.bytes`` was ``before``. Of private
+    in it are not done again; nor are bytes forgotten that travelled since ``clients.bytes`` was ``before``. Of private
     rounds ``asked`` counts those that clients were asked for, repeated ones included.
     """
 
@@ -191,11 +184,11 @@ def lloyd(
         with safe_open(progress, "pt") as stored:
             centroids, stats = stored.get_tensor("centroids"), json.loads(stored.metadata()["stats"])
         for name, count in stats.pop("bytes", {}).items():
-            exchange.bytes[name] += count
+            exchange.clients.bytes[name] += count
     while stats["round"] < rounds and not stats.get("settled"):
-        number, last, travelled = stats["round"] + 1, stats, dict(exchange.bytes)
+        number, last, travelled = stats["round"] + 1, stats, dict(exchange.clients.bytes)
         stats = {**stats, "asked": stats["asked"] + 1}
-        save(bytes=exchange.since(before))
+        save(bytes=exchange.clients.since(before))
         like = {"sums": centroids.shape, "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
         message, totals, clients = {**config, "round": number}, dict.fromkeys(like, 0.0), 0
         for reply in exchange.ask("lloyd", {"centroids": centroids}, message, like=like):
@@ -217,7 +210,7 @@ def lloyd(
             stats |= {"asked": number, "inertia": total / frames}
             change = abs(last["inertia"] - stats["inertia"]) if last.get("clients") == clients else math.inf
             stats["settled"] = not stats["empty"] and change <= tolerance * stats["inertia"]
-        log({"kind": "lloyd", **stats, **exchange.since(travelled)})
+        log({"kind": "lloyd", **stats, **exchange.clients.since(travelled)})
     save()
     return centroids, stats
 

@@ -12,8 +12,7 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
-from fedhubert_lib import audio, files, resources, seeds, units
-from fedhubert_lib.features import MFCC_DIMENSION
+from fedhubert_lib import files, resources, seeds, units
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.protocol import Arrays, Clients, digest
 from fedhubert_lib.kmeans import client, clustering, public, reading, server
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from fedhubert_lib.params import Kmeans
 
 PROBE_FRAMES = 6000
-"""Public frames that agreement is measured on at most: two minutes."""
+"""Public frames that clients label with codebooks of their own, at most: two minutes."""
 AGREEMENT_CLIENTS = 40
 """Clients that agreement is measured between at most: pairs grow with the square."""
 
@@ -50,7 +49,7 @@ def run(
     exchange, started = Exchange(clients, log, p.missing_clients), time.perf_counter()
     device, finished = resources.resolve(p.device), folder / "quality.json"
     if not finished.exists():
-        _state_space(run, p, log)
+        reading.state_space(folder, p, log)
     config, weights = server.settings(p), {}
     if p.features != "mfcc":
         hidden = reading.optional("hidden")
@@ -62,9 +61,9 @@ def run(
             list(clients.ask("kmeans.forget"))  # a start that was killed here had nothing else to do
             return _table(stored["codebooks"])
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
-        _state_space(run, p, log)
+        reading.state_space(folder, p, log)
     exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]  # others are not asked
-    log({"kind": "features", **exchange.bytes, "seconds": time.perf_counter() - started})
+    log({"kind": "features", **exchange.clients.bytes, "seconds": time.perf_counter() - started})
     probe = _probe(run, weights, config, device)
     rows, matrices = {}, {}
     for kind in p.codebooks:
@@ -95,22 +94,6 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("codebook")
 
 
-def _state_space(run: Path, p: "Kmeans", log: Log) -> None:
-    """Report what features will take of this disk, and refuse where it does not hold those of all clients.
-
-    A client of a real federation looks at its own disk.
-    """
-    table = run / "01_partition" / "clients.parquet"
-    if p.engine == "deployment" or not table.exists():
-        return
-    frames = 3600 * float(pd.read_parquet(table, columns=["hours"]).hours.sum()) * audio.SAMPLE_RATE / audio.HOP
-    mfcc = p.features == "mfcc"
-    size = frames * (4 * MFCC_DIMENSION if mfcc else 2 * reading.optional("hidden").width(p))
-    log({"kind": "disk", "feature_bytes": int(size)})
-    written = sum(path.stat().st_size for path in run.glob("02_kmeans/clients/*/features/features.bin"))
-    reading.require_space(run / "02_kmeans", size - written)
-
-
 # ------------------------------------------------------------------------------------------------------------ codebooks
 
 
@@ -118,7 +101,7 @@ def _codebook(
     run: Path, p: "Kmeans", exchange: Exchange, config: dict[str, Any], log: Log
 ) -> tuple[Arrays, dict[str, Any]]:
     """What messages need to label with this codebook (no centroids, where they are the clients'), and what it cost."""
-    kind, started, before = config["kind"], time.perf_counter(), dict(exchange.bytes)
+    kind, started, before = config["kind"], time.perf_counter(), dict(exchange.clients.bytes)
     settings = {**config, "lloyd_rounds": p.lloyd_rounds, "tolerance": p.tolerance}
     folder = reading.folder_for(run / "02_kmeans" / "codebooks" / kind, settings)
     path = folder / "codebook.json"
@@ -127,7 +110,8 @@ def _codebook(
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
     codebook, cost = _fit(run, p, exchange, config, before, lambda row: log({**row, "codebook": kind}))
-    cost |= exchange.since(exchange.bytes if kind == "central" else before)  # what pools all data sends nothing
+    if kind != "central":  # whose cost would be that of pooling the data
+        cost |= exchange.clients.since(before)
     cost["fit_seconds"] = time.perf_counter() - started
     for name, array in codebook.items():
         with files.atomic(folder / f"{name}.npy") as temporary:
@@ -215,7 +199,7 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
 
     Usage and unit quality come from the clients' counts, over all of them and as the mean of each alone.
     """
-    started, before, labelled, row = time.perf_counter(), dict(exchange.bytes), [], {}
+    started, before, labelled, row = time.perf_counter(), dict(exchange.clients.bytes), [], {}
     folder = run / "02_kmeans" / "codebooks" / config["kind"]
     facts = json.loads((path := folder / "codebook.json").read_text(encoding="utf-8"))
     if "made" in facts:  # else labels of an earlier version stay as they are
@@ -248,7 +232,7 @@ def _label(run: Path, p: "Kmeans", exchange: Exchange, arrays: Arrays, config: d
         with files.atomic(folder / "phones.parquet") as temporary:
             pd.DataFrame(total[1], total[0]).rename(columns=str).to_parquet(temporary)
     files.write_json(path, facts | {"labelled": labelled})
-    row |= {f"label_{name}": count for name, count in exchange.since(before).items()}
+    row |= {f"label_{name}": count for name, count in exchange.clients.since(before).items()}
     return {**row, "clients": len(labelled), "label_seconds": time.perf_counter() - started}
 
 
@@ -270,15 +254,12 @@ def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
 
 
 def _probe(run: Path, weights: Arrays, config: dict[str, Any], device: str) -> tuple[Tensor, np.ndarray | None] | None:
-    """Public frames that all clients label, normalised, and their phones where known; None without public speech."""
-    (table, _), (chosen, phones) = (public.speech(run, config, frames) for frames in (public.FRAMES, PROBE_FRAMES))
-    if chosen.empty:
+    """Public frames, normalised, and their phones where known; None without public speech."""
+    table, phones = public.speech(run, config, public.FRAMES)
+    if table.empty:
         return None
     parts = [part[0].float() for part in public.extracted(weights, config, table, device)]
-    parts = public.normalised(parts, table.speaker, config)
-    counts = dict(zip(chosen.utterance, chosen.samples.map(audio.frame_count), strict=True))
-    taken = (part[: counts[name]] for name, part in zip(table.utterance, parts, strict=True) if name in counts)
-    return torch.cat(list(taken)), phones
+    return torch.cat(public.normalised(parts, table.speaker, config)), phones
 
 
 def _agreement(
@@ -291,6 +272,7 @@ def _agreement(
         labels = {asked[0]: client.assign(frames, codebook).numpy()}
         agreement = dict.fromkeys(("nmi", "match", "same"), pd.DataFrame(1.0, asked, asked))
     else:
+        frames, phones = frames[:PROBE_FRAMES], None if phones is None else phones[:PROBE_FRAMES]
         replies = exchange.ask("probe", {"probe": frames, **codebook}, config, asked, like={"labels": (len(frames),)})
         labels = {reply.client: reply.arrays["labels"].long().numpy() for reply in replies}
         agreement = units.agreement_matrices(labels)

@@ -14,7 +14,7 @@ from fedhubert_lib import distillation, files, params
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import ClientHome, Clients
-from fedhubert_lib.kmeans import client, hidden, server
+from fedhubert_lib.kmeans import client, hidden, reading, server
 
 ACTIONS = ("features", "local_centroids", "lloyd", "forget")
 """Handlers of k-means that work on the teacher's features as on others, in clients' parts of 04_distill."""
@@ -39,6 +39,7 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     path, depth = distillation.centroids(run, p, teacher), teacher.model.config.num_hidden_layers
     features = str(distillation.teacher_folder(run, p).resolve())
     kmeans = params.Kmeans(seed=p.seed, features=features, clusters=p.teacher_clusters, normalisation="none")
+    kmeans = kmeans.model_copy(update={"engine": p.engine})
     config, weights = hidden.describe(kmeans, p.teacher_layer or max(1, depth // 2))
     config |= {"kind": path.stem}
     log = functools.partial(files.append_row, run / distillation.STAGE / "clusters.jsonl")
@@ -46,6 +47,7 @@ def run(run: Path, p: params.Distill, clients: Clients) -> None:
     missing = len(clients.ids) - math.ceil(quorum * len(clients.ids) - 1e-9)
     exchange = server.Exchange(clients, log, missing, stage="targets")
     if not path.exists():
+        reading.state_space(run / distillation.STAGE, kmeans, log)
         exchange.ids = [reply.client for reply in exchange.ask("features", weights, config)]  # others are not asked
         start, _ = server.start(exchange, config)
         rounds, tolerance = kmeans.lloyd_rounds, kmeans.tolerance

@@ -139,7 +139,8 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Per round of metrics.jsonl: learning rate, norm of the aggregated update, speed, bytes moved so far, loss over
     these bytes, and peak memory."""
     rounds = _rows(rows, "round").set_index("round")
-    down, up = rounds.bytes_down.cumsum() / 1e6, rounds.bytes_up.cumsum() / 1e6
+    before = _rows(rows, "sent").reindex(columns=["bytes_down", "bytes_up"]).sum()
+    down, up = ((rounds[name].cumsum() + before[name]) / 1e6 for name in ("bytes_down", "bytes_up"))
     name = "validation_loss" if "validation_loss" in rounds else "loss"
     quality = rounds[name].dropna().rename(up + down)
     panels = (
