@@ -70,7 +70,7 @@ def write(
         pretrained.write(temporary, groups | {"server": server}, {**documents, "state.json": state_text})
     for earlier in rounds(out):
         if earlier < number:
-            shutil.rmtree(path(out, earlier))
+            shutil.rmtree(path(out, earlier), ignore_errors=True)  # NFS keeps open files; the next write tries again
 
 
 def save(folder: Path, weights: Arrays, documents: Mapping[str, str]) -> Path:
@@ -157,7 +157,7 @@ class Ledger:
     def row(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append one row."""
         row = {"kind": kind, **values, "time": time.time()}
-        files.append_row(self._path, row)
+        files.append_row(self._path, row, durable=kind == "round")  # before its checkpoint
         if kind == "round":
             self.failed = []
             if self._curve is not None:

@@ -96,11 +96,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append ``row`` to a JSON Lines file in one write, so that a reader never sees half of an earlier row.
-
-    What a kill has left of an unfinished row is cut off first. On a disk that is full nothing of ``row`` stays, and
-    OSError says so.
+def append_row(path: Path, row: dict[str, Any], durable: bool = False) -> None:
+    """Append ``row`` to a JSON Lines file in one write, so that a reader never sees half of an earlier row; if
+    ``durable`` it is on disk then, with all before it. What a kill has left of an unfinished row is cut off first. On a
+    disk that is full nothing of ``row`` stays, and OSError says so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
@@ -111,12 +110,17 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         if stream.write(line) != len(line):
             stream.truncate(size)
             raise explained(errno.ENOSPC, path)
+        if durable:
+            os.fsync(stream.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that may still be growing: an unfinished last line is left for the next read."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines if line]
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is no JSON ({error}), as after a crash of the disk; remove it") from error
 
 
 def rounds(path: Path) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ def live_curves(run: Path, stage: str, clusters: int | None = None) -> Iterator[
         nonlocal due
         if (start := time.monotonic()) >= due:
             draw()
-            due = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
+            due = time.monotonic() + max(1.0, 50 * (time.monotonic() - start))
 
     try:
         yield on_row

@@ -55,9 +55,14 @@ def resolve(device: str) -> str:
 
 
 def memory_limit() -> int:
-    """Bytes of memory of the machine, or of the smallest limit among this process' control groups if that is less."""
+    """Bytes of memory of the machine, or of the smallest limit of its control groups and of Slurm if that is less."""
     limits = [*_settings("", "memory.max"), *_settings("memory", "memory.limit_in_bytes")]
-    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdecimal())])
+    return min([psutil.virtual_memory().total, *_slurm(), *(int(limit) for limit in limits if limit.isdecimal())])
+
+
+def _slurm() -> list[int]:
+    """Slurm's limit of memory on this node in bytes, if it has set one: a cluster may not enforce it."""
+    return [mebibytes << 20] if (mebibytes := int(os.environ.get("SLURM_MEM_PER_NODE") or 0)) else []
 
 
 def free_memory(device: "torch.device") -> int:
@@ -67,7 +72,7 @@ def free_memory(device: "torch.device") -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = [psutil.virtual_memory().available]
+    free = [psutil.virtual_memory().available, *(limit - psutil.Process().memory_info().rss for limit in _slurm())]
     for controller, *names in (("", "max", "current", "stat"), ("memory", "limit_in_bytes", "usage_in_bytes", "stat")):
         groups = zip_longest(*(_settings(controller, f"memory.{name}") for name in names), fillvalue="")
         for limit, used, stat in groups:

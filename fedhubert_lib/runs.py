@@ -28,8 +28,8 @@ from fedhubert_lib.records import RunError, read_json
 
 PREVIOUS = ".previous"
 """The folder of a run that keeps what other work has replaced."""
-LOCK_SECONDS = 5.0
-"""Time to wait for a lock: the kernel of a runner that was killed takes a moment to notice."""
+LOCK_SECONDS = 120.0 if "SLURM_JOB_ID" in os.environ else 5.0
+"""Time to wait for a lock: the kernel of a runner that was killed takes a moment to notice, NFS 90 s for a node."""
 DAMAGED = "files that it made are missing or were changed"
 WAS_DONE = ".done.json"
 """A stage's done.json while it works again."""

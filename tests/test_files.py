@@ -58,6 +58,9 @@ def test_read_rows_skips_a_row_cut_short(tmp_path):
     assert files.read_rows(path) == [{"round": 1}]
     files.append_row(path, {"round": 2})
     assert files.read_rows(path) == [{"round": 1}, {"round": 2}]
+    path.write_bytes(b'{"round": 1}\n\0\0\0\n{"round": 2}\n')  # NFS, after a crash
+    with pytest.raises(ValueError, match=f"{path}: a line is no JSON"):
+        files.read_rows(path)
 
 
 FULL = """

@@ -95,6 +95,12 @@ def test_memory_by_limits_of_control_groups(machine, membership, files, limit, f
     assert resources.free_memory(torch.device("cpu")) == free << 30
 
 
+def test_memory_that_slurm_grants_counts_where_a_cluster_enforces_none(monkeypatch):
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")
+    assert resources.memory_limit() == 4 << 30
+    assert resources.free_memory(torch.device("cpu")) < (4 << 30) - (100 << 20), "less what this process holds"
+
+
 def test_hardware_and_meter_of_this_machine():
     facts = identity.hardware()
     assert facts["cores"] >= 1 and facts["memory_bytes"] > 2**28 and facts["gpus"] == []

@@ -152,10 +152,10 @@ def test_audio_is_decoded_once(corpus, monkeypatch):
     table, labels = corpus
     draw = partial(batching.batches, table, labels, cut(8.0, 2.0), KEYS, 20)
     monkeypatch.setattr(batching, "_decoded", {})
-    monkeypatch.setattr(batching, "_has_room", lambda: False)
+    monkeypatch.setattr(batching, "_has_room", lambda second: False)
     fresh = list(draw())
     assert not batching._decoded
-    monkeypatch.setattr(batching, "_has_room", lambda: True)
+    monkeypatch.setattr(batching, "_has_room", lambda second: True)
     first = list(draw())
     monkeypatch.setattr(audio, "read", None)
     for a, b, c in zip(fresh, first, draw(), strict=True):

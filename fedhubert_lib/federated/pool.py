@@ -9,6 +9,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -143,8 +144,12 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    folders: set[Path] = set()
+
     def end() -> None:
         parent.join()
+        for folder in folders:  # of messages, which a parent that was killed has left
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)  # in the middle of training: nobody waits for the answer
 
     threading.Thread(target=end, daemon=True).start()
@@ -154,6 +159,7 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
     wire.send(pipe, "up")
     while True:
         client, request_path, answer_path = wire.receive(pipe)
+        folders.add(Path(request_path).parent)
         request, arrays = read(Path(request_path))
         home = handlers.home(run, client, request["action"], device, simulated=True)
         answer = handlers.answer(home, request["action"], dict(arrays), copy.deepcopy(request["config"]))
