@@ -95,9 +95,9 @@ def acoustic_counts(
 def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray:
     """Jensen–Shannon distance (square root of the divergence in bits, 0 … 1) of clients' halves: [clients, clients].
 
-    Each client's utterances are dealt to two halves; element [i, j] compares the first half of i with the second of j.
-    So the diagonal is the distance of a client from itself, from as much speech as the others: the baseline. NaN where
-    a half holds nothing. ``counts`` [utterances, K], ``owner`` [utterances].
+    Each client's utterances are dealt to two halves; element [i, j] is the mean of the first half of i with the second
+    of j and the second of i with the first of j. So the diagonal is the distance of a client from itself, from as much
+    speech as the others: the baseline. NaN where a half is empty. ``counts`` [utterances, K], ``owner`` [utterances].
     """
     count = owner.max() + 1
     used = np.flatnonzero(counts.any(axis=1))
@@ -106,6 +106,7 @@ def distances(counts: np.ndarray, owner: np.ndarray, *, seed: int) -> np.ndarray
     half = 2 * owner[used] + turn % 2
     halves = sparse.csr_array((np.ones(len(used)), (half, used)), shape=(2 * count, len(counts))) @ counts
     distance = cdist(halves[0::2], halves[1::2], "jensenshannon") / np.sqrt(np.log(2))
+    distance = (distance + distance.T) / 2
     return np.where(np.isfinite(distance), distance, np.nan)  # of an empty half it is infinite
 
 

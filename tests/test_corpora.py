@@ -571,13 +571,12 @@ def test_pipes_in_the_place_of_texts_are_not_waited_at(tree, tmp_path):
 
 
 def test_read_json_of_the_montreal_aligner(tmp_path):
-    tiers = {
-        name: {"type": "interval", "entries": [[0, 0.4, "AA1"], [0.4, 1.0, "spn"]]} for name in ("words", "phones")
-    }
+    entries = [[0, 0.4, "AA1"], [0.4, 0.8, "sp"], [0.8, 1.0, "spn"]]
+    tiers = {name: {"type": "interval", "entries": entries} for name in ("words", "phones")}
     (tmp_path / "1-2-0000.json").write_text(json.dumps({"start": 0, "end": 1.0, "tiers": tiers}))
     (tmp_path / "1-2-0001.json").write_text(json.dumps({"end": 0.5, "tiers": {"words": tiers["words"]}}))
     phones, refused = alignments.read(tmp_path, MANIFEST)
-    assert phones.to_pandas().values.tolist() == [["1-2-0000", 0, 6_400, "AA"], ["1-2-0000", 6_400, 16_000, "sil"]]
+    assert phones.to_pandas().values.tolist() == [["1-2-0000", 0, 6_400, "AA"], ["1-2-0000", 6_400, 12_800, "sil"]]
     assert "with a tier phones" in refused.reason[0]
 
 

@@ -30,7 +30,9 @@ PHONES = pa.schema(
 SUFFIXES = (".textgrid", ".json")
 TONES = tuple("3456789")
 """Last digits that no stress has: where phones end so, digits are tones, or part of their names."""
-SILENCES = {"", "SIL", "SP", "SPN", "<EPS>", "<SIL>", "+SPN+", "NSN"}
+SILENCES = {"", "SIL", "SP", "<EPS>", "<SIL>", "NSN", "+NSN+"}
+UNKNOWN = {"SPN", "+SPN+"}
+"""Speech of no phone, such as a word that the aligner's lexicon lacks."""
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
 Montreal aligner drops the last frames). Audio after its end has no phone."""
@@ -74,7 +76,7 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
         code = utterances.setdefault(alignment.utterance, len(utterances))
         for begin, end, phone in alignment.phones:
             start, stop = round(begin * SAMPLE_RATE), min(round(end * SAMPLE_RATE), total)
-            if stop > start:
+            if stop > start and phone.strip().upper() not in UNKNOWN:
                 codes.append(code)
                 starts.append(start)
                 ends.append(stop)

@@ -82,8 +82,8 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
     """The systems of ``run`` and, for each that is absent, why; with the model folder ``checkpoint``, if one is named.
 
     A stage that is not done, or made from an older stage than is there now, has none. The random weights are of the
-    architecture of the first system. Raises FileNotFoundError when there is neither a teacher nor a ``checkpoint``:
-    the baselines alone are no evaluation.
+    architecture of the first system. Raises FileNotFoundError when there is no model: the baselines alone are no
+    evaluation.
     """
     systems: list[System] = []
     absent: dict[str, str] = {}
@@ -92,7 +92,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
             absent[name] = reason
         else:
             systems.append(_of_folder(name, title, run / place, device))
-    if "teacher" in absent and not checkpoint:
+    if not systems and not checkpoint:
         raise FileNotFoundError(
             f"{run / CHECKPOINTS['teacher'][1]}: {absent['teacher']}; run 03_pretrain first, or set evaluate.checkpoint"
         )

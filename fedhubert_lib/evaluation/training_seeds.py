@@ -55,12 +55,12 @@ def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
     """The headline of runs of one study: (system title, measure name) to a mean over their training seeds, or, of a
     single run, over its evaluation seeds.
 
-    What not every run has is left out. Raises DifferentRunsError where the words differ, or two runs hold the same
-    model.
+    What not every run has is left out. Raises DifferentRunsError where the speech differs that was measured on, or two
+    runs hold the same model.
     """
     first = reports[0]
-    if other := [run["run"] for run in reports if run["data"]["words"] != first["data"]["words"]]:
-        raise DifferentRunsError(f"{', '.join(other)}: measured on other words than {first['run']}")
+    if other := [run["run"] for run in reports if run["data"] != first["data"]]:
+        raise DifferentRunsError(f"{', '.join(other)}: measured on other speech than {first['run']}: see their data")
     for name in ("teacher", "centralised"):
         digests = [system["digest"] for run in reports for system in run["systems"] if system["system"] == name]
         if len(set(digests)) < len(digests):
