@@ -54,6 +54,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Factor = Annotated[float, Field(gt=1)]
+Trim = Annotated[float, Field(gt=0, lt=0.5)]
 SuitedDecay = Annotated[Decay, BeforeValidator(_suited)]
 SuitedPositive = Annotated[Positive, BeforeValidator(_suited)]
 NONE: Any = None  # whose type is that of a number to a type checker
@@ -136,7 +138,9 @@ class Partition(Section):
     alpha: Positive = Field(0.5, description="concentration of the Dirichlet scheme; smaller: clients differ more")
     power: Positive = Field(1.5, description="exponent of the quantity scheme's power law")
     validation_fraction: Fraction = Field(0.1, description="fraction of each client's utterances for validation")
-    heldout_speakers: Count = Field(1, description="speakers of no client: the global validation set")
+    heldout_speakers: Count = Field(
+        1, description="speakers of no client: the public speech of 02 (layer: auto) and, with the test subsets, of 05"
+    )
     minimum_minutes: NotNegative = Field(0.1, description="minutes of speech that every client has at least")
     small_clients: Literal["error", "merge"] = Field("error", description="action on clients below the minimum")
 
@@ -146,16 +150,14 @@ class Kmeans(Section):
 
     codebooks: list[Codebook] = Field(["federated", "client"], min_length=1, description="codebooks to fit and compare")
     features: Place = Field("mfcc", min_length=1, description="mfcc, or a checkpoint folder (the second iteration)")
-    layer: Natural | Literal["auto"] = Field(
-        "auto", description="layer of the checkpoint; auto: that of the best units on public speech"
-    )
+    layer: Natural | Literal["auto"] = Field("auto", description="layer of the checkpoint; auto: best on public speech")
     clusters: Clusters = Field(20, description="clusters per codebook, K")
     normalisation: Literal["none", "speaker"] = Field("speaker", description="of the features, per dimension")
     sample_fraction: Part = Field(1.0, description="fraction of utterances that codebooks are fitted on")
     lloyd_rounds: Natural = Field(10, description="federated Lloyd rounds at most")
     tolerance: NotNegative = Field(1e-4, description="relative change of the inertia below which Lloyd rounds stop")
     minimum_count: Count = Field(0, description="frames of a cluster below which a client does not report it (privacy)")
-    noise_multiplier: NotNegative = Field(0.0, description="standard deviation of Gaussian noise, in noise_clip")
+    noise_multiplier: NotNegative = Field(0.0, description="standard deviation of noise, as a multiple of noise_clip")
     noise_clip: Positive = Field(100.0, description="norm that a client's sums and counts are scaled down to (privacy)")
     noise_seeded: bool = Field(False, description="noise from the seed, for simulations that repeat: NOT private")
     missing_clients: Count = Field(0, description="clients that may fail and be left out of training; more: an error")
@@ -187,15 +189,11 @@ class Model(Section):
     front_end: Literal["waveform", "logmel"] = Field(
         "logmel", description="waveform: convolutions as published; logmel: cheaper, same 20 ms frames"
     )
-    layers: Natural | None = Field(None, description="transformer layers; none: the preset's")
-    hidden_size: Natural | None = Field(None, description="size of the transformer's frames; none: the preset's")
-    attention_heads: Natural | None = Field(
-        None, description="attention heads; none: the preset's, or fewer that divide hidden_size"
-    )
-    feed_forward_size: Natural | None = Field(
-        None, description="hidden units of a feed-forward block; none: the preset's, or four times hidden_size"
-    )
-    conv_width: Natural | None = Field(None, description="channels of the convolutions (waveform); none: the preset's")
+    layers: Natural | None = Field(None, description="transformer layers; null: the preset's")
+    hidden_size: Natural | None = Field(None, description="size of the transformer's frames; null: the preset's")
+    attention_heads: Natural | None = Field(None, description="null: the preset's, or fewer that divide hidden_size")
+    feed_forward_size: Natural | None = Field(None, description="null: the preset's, or four times hidden_size")
+    conv_width: Natural | None = Field(None, description="channels of the convolutions (waveform); null: the preset's")
 
 
 class LocalTraining(Section):
@@ -209,13 +207,15 @@ class LocalTraining(Section):
     warmup_fraction: Fraction = Field(0.08, description="fraction of all steps over which the rate rises")
     weight_decay: NotNegative = Field(0.01, description="weight decay of the client's AdamW, on all parameters")
     clip_norm: Positive = Field(10.0, description="gradient norm above which gradients are scaled down")
-    mask_probability: Fraction = Field(0.8, description="fraction of masked frames if no spans met; two spans at least")
+    mask_probability: Fraction = Field(
+        0.8, description="fraction of frames in spans, overlap counted twice (0.8 masks about 57 %); at least two spans"
+    )
     mask_length: Natural = Field(10, description="frames of a masked span")
     unmasked_weight: NotNegative = Field(1.0, description="initial weight of the loss on unmasked frames; published: 0")
     unmasked_decay: Fraction = Field(0.6, description="fraction of all steps over which it falls to 0; 0: it stays")
     proximal: NotNegative = Field(0.0, description="FedProx: weight of the squared distance to the global model")
     local_state: Literal["reset", "keep", "cohort"] = Field(
-        "keep", description="AdamW moments of a client from round to round; cohort: they travel, and are the cohort's"
+        "keep", description="AdamW moments of a client; cohort: sent with the weights and averaged by the server"
     )
 
 
@@ -225,18 +225,22 @@ class Server(Section):
     rounds: Natural = Field(2, description="federated rounds")
     cohort: Natural = Field(3, description="clients per round, drawn by (seed, round)")
     server: Optimiser = Field("fedavg", description="server optimiser")
-    server_rate: SuitedPositive = Field(NONE, description="learning rate of the server optimiser; none: what suits it")
+    server_rate: SuitedPositive = Field(
+        NONE,
+        description="learning rate of the server; null: 1.5 (with local_state: cohort 1); fedavgm and nesterov 0.7;"
+        " fedadam 0.05 (cohort 0.033), fedyogi and fedadagrad twice that",
+    )
     server_schedule: Literal["constant", "clients"] = Field(
         "constant", description="server_rate over the rounds; clients: it rises and falls as their learning rate"
     )
-    server_momentum: SuitedDecay = Field(NONE, description="momentum; of adaptive ones beta 1; none: what suits it")
+    server_momentum: SuitedDecay = Field(NONE, description="momentum; of adaptive ones beta 1; null: what suits it")
     server_beta2: Decay = Field(0.99, description="beta 2 of the adaptive optimisers")
-    server_tau: SuitedPositive = Field(NONE, description="adaptivity tau of adaptive ones; none: what suits it")
-    server_trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="fraction cut per end by trimmed-mean")
+    server_tau: SuitedPositive = Field(NONE, description="adaptivity tau of adaptive ones; null: what suits it")
+    server_trim: Trim = Field(0.1, description="trimmed-mean: fraction of the values left out at each end")
     weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="what updates are weighted by")
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")
     deadline_seconds: NotNegative = Field(0.0, description="seconds after which an answer is left out; 0: wait")
-    outlier: Annotated[float, Field(gt=1)] = Field(100.0, description="multiple of an update's norm that leaves it out")
+    outlier: Factor = Field(100.0, description="an update this many times as long as last round's median is left out")
     validate_every: Natural = Field(1, description="rounds from one validation to the next")
     centralised: bool = Field(True, description="also train the baseline: pooled data, as many updates")
 
@@ -317,26 +321,24 @@ class Pretrain(Federation):
     """03_pretrain: masked prediction of the targets."""
 
     codebook: Codebook = Field("federated", description="codebook whose labels are predicted")
-    head: Literal["shared", "personal"] = Field(
-        "shared", description="personal: projection and label embeddings stay with the client"
-    )
+    head: Literal["shared", "personal"] = Field("shared", description="personal: each client keeps its own")
     initial: Place = Field("", description="checkpoint folder to start from; empty: random weights")
 
 
 class Distill(Federation):
-    """04_distill: a smaller student learns from the teacher; but for its shape, unset values are pretrain's."""
+    """04_distill: a smaller student; what is not set here is taken from pretrain, except the model's sizes."""
 
     teacher: Place = Field("", description="checkpoint folder of the teacher, of the same codebook; empty: 03_pretrain")
-    layers: Natural | None = Field(2, description="transformer layers of the student; none: the preset's")
-    hidden_size: Natural | None = Field(96, description="size of the student's frames; none: the preset's")
-    initial: Literal["random", "teacher"] = Field("random", description="teacher: its front end and first layers")
+    layers: Natural | None = Field(2, description="transformer layers of the student; null: the preset's")
+    hidden_size: Natural | None = Field(96, description="size of the student's frames; null: the preset's")
+    initial: Literal["random", "teacher"] = Field("random", description="teacher: start as its front end, first layers")
     send_teacher: bool = Field(False, description="send the teacher to clients once; False: they read its folder")
     objectives: list[Objective] = Field(["soft-targets", "distilhubert"], min_length=1, description="losses, summed")
     codebook: Codebook = Field("federated", description="codebook whose labels the k-means loss predicts")
     temperature: Positive = Field(4.0, description="temperature that softens teacher's and student's predictions")
     soft_weight: Fraction = Field(0.0, description="alpha: weight of the teacher's predictions in soft-targets")
     label_weight: Fraction = Field(1.0, description="beta: weight of the k-means labels in soft-targets")
-    teacher_layer: Natural | None = Field(None, description="layer of hubert's clusters; none: half the depth")
+    teacher_layer: Natural | None = Field(None, description="layer of hubert's clusters; null: half the depth")
     teacher_clusters: Clusters = Field(20, description="clusters of that layer, K")
     regression_weight: Positive = Field(1.0, description="weight of distilhubert in the sum")
     hubert_weight: Positive = Field(1.0, description="weight of hubert in the sum")
@@ -355,9 +357,7 @@ class Evaluate(Section):
     """05_evaluate: keywords and units, beside the baselines."""
 
     seeds: Natural = Field(3, description="evaluation seeds, each with its draw of training clips and its probe")
-    train_fraction: Part = Field(
-        0.8, description="fraction of the training clips that each seed draws (fine-tuning: all)"
-    )
+    train_fraction: Part = Field(0.8, description="fraction of training clips that each seed draws (fine-tuning: all)")
     probe_steps: Natural = Field(100, description="steps of the keyword probe")
     probe_rate: Positive = Field(1e-2, description="learning rate of the keyword probe")
     standardise: bool = Field(True, description="scale features by the training clips; False: as they are (s3prl)")

@@ -115,7 +115,7 @@ def client_names(count: int) -> list[str]:
 
 
 def heldout_speakers(manifest: pd.DataFrame, p: params.Partition) -> list[str]:
-    """``p.heldout_speakers`` speakers drawn from the seed, the sexes in turn, for the global validation set."""
+    """``p.heldout_speakers`` speakers drawn from the seed, the sexes in turn: the public speech of the study."""
     speakers = manifest.groupby("speaker")["sex"].first()
     if p.heldout_speakers >= len(speakers):
         raise PartitionError(

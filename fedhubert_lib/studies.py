@@ -182,10 +182,10 @@ def _range(schema: Mapping[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list of {_range(schema['items'])}"
     words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
-    word = ", ".join(schema.get("enum", ())) or schema.get("const") or words.get(schema["type"], "none")
-    none = " or none" if schema.get("default", 0) is None else ""
+    word = ", ".join(schema.get("enum", ())) or schema.get("const") or words.get(schema["type"], "null")
+    null = " or null" if schema.get("default", 0) is None else ""
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    return f"{word} {' and '.join(f'{signs[key]} {schema[key]:g}' for key in signs if key in schema)}".strip() + none
+    return f"{word} {' and '.join(f'{signs[key]} {schema[key]:g}' for key in signs if key in schema)}".strip() + null
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
