@@ -15,6 +15,7 @@ from transformers import AutoFeatureExtractor, AutoModel, dynamic_module_utils
 from fedhubert_lib import files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import cost
 from fedhubert_lib.export import card, formats, onnx, s3prl
+from fedhubert_lib.federated import accounting, privacy
 
 PRESETS = {
     "post-norm": ("tiny", "waveform", {**SMALL, "conv_dim": (16,) * 7}),
@@ -236,6 +237,25 @@ def test_card_of_the_privacy_of_updates(stage):
     (stage.parent / "03_pretrain" / "params.yaml").write_text("privacy: none\ncodebook: central\n")
     assert "updates: teacher: none; student: not private" in written(stage)
     assert "audio, features and labels: pooled to start the codebook\n" in written(stage)
+
+
+def test_card_adds_up_what_teacher_and_student_have_spent(stage):
+    """Less than the sum of their epsilons; and says of whose training it knows nothing."""
+    (stage.parent / "03_pretrain").mkdir()
+    for name, label, count in (("03_pretrain", "server", 40), ("04_distill", "not private: seeded", 20)):
+        folder = stage.parent / name
+        (folder / "params.yaml").write_text("privacy: server\nprivacy_delta: 1.0e-05\n")
+        for number in range(count):
+            row = {"round": number, "attempt": 0, "probability": 0.1, "multiplier": 1.25}
+            accounting.charge(folder / privacy.ACCOUNT, row, False)
+        row = {"kind": "round", "round": count, "loss": 2.5, "epsilon": 3.0, "privacy": label}
+        files.append_row(folder / "metrics.jsonl", row)
+    epsilon = accounting.epsilon([(0.1, 1.25, 60)], 1e-5)
+    assert f"; together: epsilon {epsilon:.3g}, had the noise been secret, at delta 1e-05\n" in written(stage)
+    with (stage / "params.yaml").open("a") as stream:
+        stream.write("teacher: /other/03_pretrain/checkpoint\n")
+    text = written(stage)
+    assert "; what other/03_pretrain has spent on the same clients is not in this\n" in text and "together" not in text
 
 
 def test_card_of_the_privacy_of_cluster_statistics(stage):

@@ -157,11 +157,12 @@ def _updates(stage: Path) -> str:
 def _together(trained: list[Path], begun: list[Any]) -> str:
     """What all stages have spent together, and what is not known of models from elsewhere."""
     accounts = [path for one in trained if (path := one / privacy.ACCOUNT).is_file()]
-    deltas = {parameters(account.parent).get("privacy_delta") for account in accounts}
     words = [f"; what {model} has spent on the same clients is not in this" for model in begun if accounts]
-    if len(accounts) > 1 and len(deltas) == 1:
-        epsilon = accounting.spent(accounts, delta := deltas.pop())
-        words.insert(0, f"; together: epsilon {'infinite' if epsilon is None else f'{epsilon:.3g}'} at delta {delta}")
+    if len(accounts) > 1 and len(deltas := {parameters(one.parent).get("privacy_delta") for one in accounts}) == 1:
+        labels = [files.rounds(account.with_name("metrics.jsonl"))[-1]["privacy"] for account in accounts]
+        label = max(labels, key=lambda label: label.startswith("not private"))
+        spent = {"epsilon": accounting.spent(accounts, delta := deltas.pop()), "privacy": label}
+        words.insert(0, f"; together: {_epsilon(spent, delta)}")
     return "".join(words)
 
 
