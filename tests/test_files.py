@@ -239,3 +239,8 @@ def test_text_files_are_utf8_whatever_the_locale():
             if name in ("read_text", "write_text", "open") and not binary and "encoding" not in text:
                 unnamed.append(f"{path.name}:{node.lineno}: {text}")
     assert not unnamed
+
+
+def test_a_row_with_nan_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.append_row(tmp_path / "metrics.jsonl", {"loss": float("nan")})

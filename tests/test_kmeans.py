@@ -1012,3 +1012,42 @@ def test_pretraining_takes_the_targets_of_a_second_iteration(run):
     kmeans.run(run, p, Direct(run))
     _, head = pretrained.load(pretraining.run(run, pretrain(**SHORT)))
     assert len(head.label_embeddings) == 12
+
+
+def test_codes_of_a_random_projection_lie_on_the_sphere_and_follow_the_seed():
+    config = {"seed": 0, "width": 39, "clusters": 8}
+    one, other = server.random_projection(config), server.random_projection(config | {"seed": 1})
+    torch.testing.assert_close(one["centroids"].norm(dim=1), torch.ones(8))
+    assert one["projection"].abs().max() <= (6 / 55) ** 0.5, "Xavier's range, as in BEST-RQ"
+    assert not torch.equal(one["projection"], other["projection"])
+
+
+def test_seeding_is_weighted_and_followed_by_passes_over_all_frames(monkeypatch):
+    points = torch.tensor([[0.0], [1.0], [2.0]])
+    for seed in range(5):
+        weights = torch.tensor([0.0, 1.0, 0.0])
+        assert clustering.plus_plus(points, 1, np.random.default_rng(seed), weights).item() == 1
+    frames = blobs(3_000)
+    monkeypatch.setattr(clustering, "SEEDING_POINTS", 100)
+    fitted = clustering.fit(frames, 20, np.random.default_rng(0))
+    further = clustering.lloyd(frames, fitted, np.random.default_rng(0))
+    assert clustering.inertia(frames, further) > 0.99 * clustering.inertia(frames, fitted)
+
+
+def test_private_clusters_within_the_noise_count_as_empty():
+    def ask(*_, **__):
+        sums, counts = torch.tensor([[100.0], [7.0]]).double(), torch.tensor([10.0, 0.7]).double()
+        return [Reply(one, {"sums": sums, "counts": counts, "inertias": torch.zeros(2).double()}) for one in "abcd"]
+
+    clients = SimpleNamespace(bytes={}, since=lambda before: {})
+    exchange = SimpleNamespace(ids=list("abcd"), ask=ask, clients=clients)
+    config = {"seed": 0, "noise_multiplier": 1.0, "noise_clip": 2.0, "minimum_count": 0}
+    _, stats = server.lloyd(exchange, config, torch.tensor([[9.0], [50.0]]), rounds=1, tolerance=0)
+    assert stats["empty"] == 1, "2.8 frames, with noise of 2 sqrt(4)"
+
+
+def test_not_all_clients_may_be_missing():
+    clients = SimpleNamespace(ids=["a", "b"], ask=lambda *_, clients, **__: [Failure(one, "away") for one in clients])
+    exchange = server.Exchange(clients, lambda row: None, missing=5)
+    with pytest.raises(server.KmeansError, match="2 of 2 clients failed"):
+        list(exchange.ask("lloyd", {"a": torch.zeros(3)}, {}))

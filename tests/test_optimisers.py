@@ -157,3 +157,17 @@ def test_an_update_that_does_not_fit_is_named(spoil, message):
     spoil(update)
     with pytest.raises(optimisers.UpdateError, match=message):
         optimisers.checked_norm(update, like)
+
+
+def test_fedadagrad_with_momentum_adds_squares_up():
+    steps = updates(6)
+    p = pretrain(server="fedadagrad", server_rate=0.5, server_momentum=0.9, server_tau=1e-3)
+    weights, _ = trajectory(p, steps)
+    for name, end in weights.items():
+        x = np.ones(end.shape)
+        first, second = np.zeros_like(x), np.full_like(x, 1e-6)
+        for update in steps:
+            change = update[name].double().numpy()
+            first, second = 0.9 * first + 0.1 * change, second + change**2
+            x = x + 0.5 * first / (np.sqrt(second) + 1e-3)
+        np.testing.assert_allclose(end.numpy(), x, rtol=1e-5, atol=1e-6)

@@ -240,3 +240,24 @@ def test_export_client_is_atomic(spoken, tmp_path):
     (tmp_path / "node").mkdir()
     with pytest.raises(partition.PartitionError, match="already exists"):
         partition.export_client(spoken, "client-000", tmp_path / "node")
+
+
+def test_dirichlet_draws_for_each_subset_and_sex(table):
+    owner = partition.owners(table, parameters("dirichlet", table, alpha=0.5, small_clients="merge"))
+    groups = table.subset + table.sex
+    dealt = pd.crosstab(groups, owner, table.samples, aggfunc="sum", normalize="index").fillna(0).to_numpy()
+    assert abs(np.corrcoef(dealt)[np.triu_indices(len(dealt), 1)]).mean() < 0.7
+
+
+def test_other_seeds_hold_out_other_speakers_and_utterances(table):
+    one, other = (params.Partition(heldout_speakers=4, seed=seed) for seed in (0, 1))
+    assert partition.heldout_speakers(table, one) != partition.heldout_speakers(table, other)
+    masks = [partition.validation_mask(np.zeros(99, int), np.full(99, 16_000), p) for p in (one, other)]
+    assert (masks[0] != masks[1]).any()
+
+
+def test_sexes_have_clients_by_their_hours():
+    speakers = [f"{number:02}" for number in range(40)]
+    table = pd.DataFrame({"speaker": speakers, "samples": 960_000, "sex": ["F"] * 30 + ["M"] * 10})
+    owner = partition.owners(table, params.Partition(scheme="sex", clients=8, minimum_minutes=0))
+    assert (len(set(owner[:30])), len(set(owner[30:]))) == (6, 2)

@@ -20,6 +20,7 @@ from grid import InProcessGrid
 from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import (
+    batching,
     checkpoints,
     distillation,
     federated,
@@ -672,3 +673,31 @@ def test_panel_and_cohort_are_draws_of_their_own():
 def test_a_pooled_step_has_the_cohorts_audio_in_fewer_batches(cohort, batch_seconds, batches):
     merged = pooled.merged(pretrain(cohort=cohort, batch_seconds=batch_seconds, crop_seconds=1.0))
     assert (merged.cohort, merged.batch_seconds) == batches
+
+
+@pytest.mark.usefixtures("narrow")
+def test_draws_of_batches_and_steps_come_from_seed_round_and_client(tmp_path, monkeypatch):
+    run, keys, drawn, original, update = make(tmp_path), [], [], batching.batches, training.local_update
+    monkeypatch.setattr(batching, "batches", lambda *a, **o: keys.append(a[3]) or original(*a, **o))
+    monkeypatch.setattr(training, "local_update", lambda *a, **o: drawn.append(o["seed"]) or update(*a, **o))
+    pretraining.run(run, pretrain(rounds=2, local_steps=1, seed=3))
+    asked = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "client"]
+    assert [key for key in keys if key[1]] == [(3, row["round"], row["client"]) for row in asked]
+    assert len({key[2] for key in keys if not key[1]}) > 1, "each client validates on batches of its own"
+    assert len(set(drawn)) == len(asked), "dropout"
+
+
+def test_a_cohorts_second_moment_is_that_of_one_large_batch(tmp_path):
+    """g² + s² / M, under the bias of AdamW's few steps; it is what the server sends."""
+    first, second = training.BETAS
+    step, mean, noise, clients = 3, 2.0, 5.0, 4
+    biased = {"exp_avg": mean * (1 - first**step), "exp_avg_sq": (mean**2 + noise) * (1 - second**step), "step": step}
+    shared = {f"moments/w/{name}": torch.full((3,), float(value)) for name, value in biased.items()}
+    shared["moments/w/step"] = torch.tensor(float(step))
+    expected = torch.full((3,), (mean**2 + noise / clients) * (1 - second**step))
+    torch.testing.assert_close(moments.pooled(shared, clients)["moments/w/exp_avg_sq"], expected)
+    hook, round = sharing(pretrain(local_state="cohort")), SimpleNamespace(asked=list("abcd"), payload={})
+    for name, value in shared.items():
+        hook.moments[name].copy_(value)
+    hook.message(round)
+    torch.testing.assert_close(round.payload["moments/w/exp_avg_sq"], expected)

@@ -258,3 +258,32 @@ def test_no_draw_is_forgotten_but_one_that_a_seed_repeats(tmp_path):
 def test_combinations_without_a_guarantee_are_refused(changes, named):
     p = params.Pretrain.model_construct(**{**parameters().model_dump(), **changes})
     assert named in dict(p.conflicts())
+
+
+def test_the_norm_that_is_followed_is_the_one_that_clips(tmp_path, monkeypatch):
+    p = parameters(privacy_quantile=0.5)
+    clients = SimpleNamespace(ids=list("abcd"))
+    hook = privacy.Bounding(SimpleNamespace(p=p, out=tmp_path, state={}, plan={}, clients=clients, metrics={}))
+    hook.server.state["clip"] = 0.25
+    received = hook.received(SimpleNamespace(payload={"a": torch.zeros(9)}), {"a": torch.ones(9)})
+    assert received["a"].norm() == pytest.approx(0.25, rel=1e-5)
+    round = SimpleNamespace(message={}, asked=["a"], number=1, attempt=0, clients=["a"], row={})
+    round.sums = {"within_bound": 0.5}
+    hook.message(round)
+    assert round.message["clip"] == 0.25
+    bounds: list[float] = []
+    monkeypatch.setattr(privacy, "release", lambda update, p, bound, *more: bounds.append(bound) or 0.125)
+    hook.step(round, {})
+    assert bounds == [0.25] and hook.server.state["clip"] == 0.125
+
+
+def test_what_was_beyond_the_bound_says_so_after_clipping():
+    measured = privacy.protect({"a": torch.full((9,), 3.0)}, parameters(privacy_quantile=0.5), 0.5, home(), 1)
+    assert measured == {"within_bound": -0.5, "update_norm": 9.0}
+
+
+def test_each_attempt_at_a_round_is_charged(tmp_path):
+    for attempt in (0, 1, 0):
+        row = {"round": 1, "attempt": attempt, "probability": 0.25, "multiplier": 1.0}
+        accounting.charge(tmp_path / "account", row, True)
+    assert len(files.read_rows(tmp_path / "account")) == 2

@@ -135,3 +135,31 @@ def test_warping_is_that_of_a_plain_implementation():
     # A sequence played slower is no further away.
     slow = unit[0].repeat_interleave(2, 0)[:6]
     assert probes._warped(unit[0][:3], slow[None])[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_every_measure_draws_by_its_seed():
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(200, 8)).astype(np.float32), rng.integers(4, size=200)
+    speakers = rng.integers(20, size=200).astype(str)
+    assert len({probes.leave_speakers_out(rows, labels, speakers, seed=seed)[0] for seed in range(4)}) > 1
+    assert len({probes.speaker_accuracy(rows, speakers, seed=seed)[0] for seed in range(4)}) > 1
+    assert len({layers.unit_quality(rows, labels, clusters=100, seed=seed)["pnmi"] for seed in range(3)}) > 1
+
+
+def test_neighbours_are_near_by_angle():
+    angle = np.radians([0, 1, 10, 11, 12, 2])
+    rows = np.stack([np.cos(angle), np.sin(angle)], 1) * np.array([9, 9, 1, 1, 1, 1])[:, None]
+    labels = np.array([0, 0, 1, 1, 1, 1])
+    assert probes.nearest(rows.astype(np.float32), labels, np.arange(5), np.array([5]), neighbours=4) == 0
+
+
+def test_ridge_is_that_of_the_normal_equations():
+    rows, labels, _ = clips(noise=2.0)
+    order = np.random.default_rng(0).permutation(len(rows))
+    train, test = order[:120], order[120:]
+    mean, std = rows[train].mean(0), rows[train].std(0)
+    x, targets = (rows[train].astype(float) - mean) / std, np.eye(5)[labels[train]]
+    weights = np.linalg.solve(x.T @ x + 1e-2 * len(train) * np.eye(x.shape[1]), x.T @ (targets - targets.mean(0)))
+    scores = (rows[test] - mean) / std @ weights + targets.mean(0)
+    found = probes.ridge(rows[train], labels[train]).decision_function(rows[test])
+    np.testing.assert_allclose(found, 2 * scores - 1, atol=1e-4)

@@ -479,3 +479,41 @@ def test_frames_are_those_of_each_utterance_alone(run, tmp_path):
     counts = layers.frame_counts(table)
     assert rows.shape == (counts.sum(), 2, 48)
     assert (rows[counts[0] : counts[0] + counts[1]] == alone).all()
+
+
+def test_same_centralised_teachers_and_a_given_teacher_that_is_gone():
+    def one(name, teacher):
+        digests = {"teacher": teacher, "centralised": "same"}
+        systems = [{"system": system, "digest": digest, "title": system} for system, digest in digests.items()]
+        return {"run": name, "data": {"words": []}, "figures": [], "systems": systems}
+
+    with pytest.raises(training_seeds.DifferentRunsError, match="the same centralised"):
+        training_seeds.means([one("a", "1"), one("b", "2")])
+    figure = {"measure": "pnmi", "value": 0.5, "layer": 0, "seeds": 1}
+    figures = [figure | {"system": system} for system in ("student", "teacher")]
+    assert tables.student({"figures": figures, "absent": {"given-teacher": "gone"}}).empty
+    assert tables._text({"measure": "parameters", "value": 23_500_000.0}) == f"23.50{tables.NO_BREAK}M"
+
+
+def test_units_and_phones_take_each_seed_and_their_own_baseline(monkeypatch, tmp_path):
+    seen: dict[str, list[int]] = {"units": [], "phones": []}
+    quality = {"pnmi": 0.5, "shuffled_pnmi": 0.1, "phone_purity": 0.7, "cluster_purity": 0.3}
+    monkeypatch.setattr(layers, "unit_quality", lambda *_, clusters, seed: seen["units"].append(seed) or quality)
+    monkeypatch.setattr(
+        measures.probes, "leave_speakers_out", lambda *_, seed, folds: seen["phones"].append(seed) or (0.5, 0.1)
+    )
+    speakers = np.array(list("abcdabcd"))
+    speech = measures.Speech(pd.DataFrame(), None, tmp_path, pd.DataFrame(), np.arange(8) % 2, speakers)
+    result, p = measures.Result("a"), params.Evaluate(run="r", seed=5, seeds=3, clusters=2)
+    measures._units(result, np.zeros((8, 1, 3), np.float32), speech, p)
+    measures._phones(result, np.zeros((8, 1, 3), np.float32), speech, p)
+    assert (sorted(seen["units"]), sorted(seen["phones"])) == ([5, 6, 7], [5, 6, 7])
+    shown = {figure["measure"]: (figure["value"], figure["baseline"]) for figure in result.figures}
+    assert shown["pnmi"] == (0.5, pytest.approx(0.1)) and shown["phone-purity"][1] is None
+
+
+def test_features_are_kept_by_clips_not_by_words(tmp_path):
+    clips = pd.DataFrame({"clip": ["a", "b"], "word": ["x", "y"], "path": ["p", "q"]})
+    speech, system = measures.Speech(clips, None, tmp_path), systems.System("s", "s", None, "digest")
+    place = speech.features(system, clips)
+    assert place == speech.features(system, clips.assign(word="z")) != speech.features(system, clips.assign(path="p"))

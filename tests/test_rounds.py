@@ -708,3 +708,31 @@ def test_the_ledger_adds_up(run):
     assert last["client_seconds"] == pytest.approx(0.03)
     assert last["loss"] == 2.0
     assert last["validation_loss"] == 5.0
+
+
+def test_a_server_takes_the_median_where_it_says_so(run):
+    ends = {name: train(run, name, server=name, server_rate=1.0, cohort=6, rounds=1) for name in SERVERS[-2:]}
+    pulls: list[list[np.ndarray]] = [[], []]
+    for client in CLIENTS:
+        generator = seeds.torch_generator(0, client, 1)
+        for kept, tensor in zip(pulls, initial().values(), strict=True):
+            kept.append(0.1 * (torch.randn(tensor.shape, generator=generator) - tensor).numpy())
+    for kept, (name, tensor) in zip(pulls, initial().items(), strict=True):
+        expected = tensor.numpy() + np.median(kept, 0)
+        np.testing.assert_allclose(ends["median"][name], expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(ends["median"][name], ends["trimmed-mean"][name])
+
+
+def test_a_run_of_another_seed_does_not_resume(run):
+    train(run, rounds=2)
+    with pytest.raises(checkpoints.CheckpointError, match="seed: 0 -> 1"):
+        train(run, rounds=2, seed=1)
+
+
+def test_checkpoints_of_other_shapes_kinds_or_names_are_refused(tmp_path):
+    weights, server = {"model.a": torch.ones(3)}, {"m": torch.ones(2)}
+    checkpoints.write(tmp_path, 1, weights, server, {"round": 1, "settings": {}}, {})
+    wrong = [({"model.a": torch.ones(1)}, server), (weights, server | {"n": torch.ones(1)})]
+    for others in (*wrong, (weights, {"m": torch.ones(2, dtype=torch.float64)})):
+        with pytest.raises(checkpoints.CheckpointError, match="does not hold this model's tensors"):
+            checkpoints.resume(tmp_path, {}, *others)

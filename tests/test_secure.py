@@ -11,7 +11,7 @@ import torch
 from fedhubert_lib import params, pretrained, pretraining, seeds
 from fedhubert_lib.federated import accounting, client_ids, handlers, privacy, secure
 from fedhubert_lib.federated.optimisers import UpdateError
-from fedhubert_lib.federated.protocol import ClientHome, Failure
+from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
 
 CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
 P = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4)
@@ -166,3 +166,35 @@ def test_a_client_lost_after_its_key_costs_the_attempt_not_the_round(tmp_path, m
     assert failures == [lost[0], ""]  # the client, then its cohort
     undisturbed = final(federation.make(tmp_path / "undisturbed"), [], secure_aggregation=True)
     assert all(torch.equal(value, undisturbed[name]) for name, value in weights.items())
+
+
+def test_values_whose_sum_would_overflow_are_refused(tmp_path):
+    peers = public_keys(tmp_path)
+    with pytest.raises(ValueError, match="beyond the range"):
+        secure.mask({"weight": torch.full((1,), 1.5)}, home(tmp_path, "client-0"), config(peers=peers), P)
+
+
+def test_no_two_tensors_share_a_mask(tmp_path):
+    tensors = {"a": torch.zeros(9), "b": torch.zeros(9)}
+    sent = secure.mask(tensors, home(tmp_path, "client-0"), config(peers=public_keys(tmp_path)), P)
+    assert not torch.equal(sent["a"], sent["b"])
+
+
+def test_the_noise_of_clients_has_room():
+    private = {"privacy": "client", "privacy_noise": 2.0}
+    p = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4, **private)
+    assert secure.scale(p, 1.0, 4) == pytest.approx(secure.scale(P, 1.0, 4) / (1 + 10 * 2.0 / 2))
+
+
+@pytest.mark.parametrize("answering", ["ab", "abc"])
+def test_two_keys_are_no_round_and_three_are_scaled_by_the_clip_of_the_message(answering):
+    p = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4)
+    key = {"public": torch.zeros(32, dtype=torch.uint8)}
+    server = SimpleNamespace(p=p, weights={"w": torch.zeros(2)}, ask=lambda *_: [Reply(one, key) for one in answering])
+    hook, round = secure.Summing(server), SimpleNamespace(message={}, row={}, cohort=list("abc"), quorum=2, number=1)
+    hook.message(round)
+    round.message["clip"] = 0.25
+    if answering == "ab":
+        assert (round.asked, round.quorum, hook.collector(round)) == ([], 3, None), "repeated"
+    else:
+        assert hook.collector(round)._factor == secure.scale(p, 0.25, 3) != secure.scale(p, p.privacy_clip, 3)

@@ -100,3 +100,15 @@ def test_clients_table():
     assert held.female[0] == 0.5 and np.isnan(held.female[1])
     assert held["median"].tolist() == [3, 2] and held.longest[0] == 3
     assert held.words_per_minute[0] == pytest.approx(7 / 8 * 60) and np.isnan(held.words_per_minute[1])
+
+
+def test_imbalance_is_the_standard_deviation_of_hours_over_their_mean():
+    table = manifests.librispeech960(utterances=40, speakers=4).assign(samples=16_000)
+    row = skew.summary(table, np.repeat([0, 1], [30, 10]), np.ones((40, 3), int), seed=0)
+    assert row["imbalance"] == pytest.approx(0.5)
+
+
+def test_distances_are_the_same_from_both_sides():
+    counts = np.random.default_rng(0).integers(5, size=(40, 6))
+    distance = skew.distances(counts, np.repeat([0, 1, 2, 3], 10), seed=0)
+    np.testing.assert_array_equal(distance, distance.T)

@@ -1,11 +1,13 @@
 """Each objective of distillation against its definition; a teacher that never moves; students that start right."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from federation import pretrain
 
-from fedhubert_lib import distillation, hubert, masking, params, seeds, teaching, training
+from fedhubert_lib import audio, distillation, hubert, masking, params, seeds, teaching, training
 from fedhubert_lib.batching import Batch
 from fedhubert_lib.objectives import masked_prediction
 
@@ -190,3 +192,49 @@ def test_objectives_bring_a_student_nearer_to_its_teacher(teacher, name):
     training.local_update(module, [batch()] * 40, objective, p, first_step=0, total_steps=40, seed=0)
     last = objective(batch())
     assert last.loss / last.count < 0.8 * (first.loss / first.count)
+
+
+def test_unmasked_frames_count_with_their_weight(teacher):
+    student, head = build(STUDENT, 1)
+    student.eval()
+    one = batch()
+    sums = teaching.soft_targets(student, head, teacher, one, **WEIGHTS, unmasked_weight=0.5)
+    with torch.no_grad():
+        theirs, ours = teacher.head(teacher.model(one.waveforms).last), head(student(one.waveforms, one.mask).last)
+    soft, whole = [], []
+    for mask in (one.mask, ~one.mask):
+        targets = F.softmax(theirs[mask] / 4, -1)
+        soft.append(F.kl_div(F.log_softmax(ours[mask] / 4, -1), targets, reduction="sum") * 16)
+        whole.append(0.7 * soft[-1] + 0.3 * F.cross_entropy(ours[mask], one.labels[mask], reduction="sum"))
+    torch.testing.assert_close(sums.loss, whole[0] + 0.5 * whole[1])
+    torch.testing.assert_close(sums.measured["soft_loss_sum"], soft[0])
+
+
+def test_waveforms_that_are_normalised_already_are_not_normalised_again(teacher):
+    raw, config = batch(), replace(TEACHER, hidden_dropout=0.0, layerdrop=0.0)
+    scaled = torch.stack([audio.normalise(waveform) for waveform in raw.waveforms])
+    one = replace(raw, waveforms=scaled, normalised=True)
+    (model, head), (plain, _) = build(replace(config, do_normalize=True)), build(config)
+    heard, other = (teaching.Teacher(module, head) for module in (model, plain))
+    assert torch.equal(heard.probabilities(one, 4.0), other.probabilities(one, 4.0))
+    assert torch.equal(heard.layers(one), other.layers(one))
+    regressors = teaching.Regressors(64, 64, 3)
+    losses = [
+        lambda module: masked_prediction(module, head, one),
+        lambda module: teaching.soft_targets(module, head, other, one, soft_weight=1, label_weight=0),
+        lambda module: teaching.layer_regression(module, regressors, other, one),
+    ]
+    for loss in losses:
+        assert torch.equal(loss(model).loss, loss(plain).loss)
+
+
+def test_cosine_is_that_of_all_frames_and_a_sum_counts_masked_ones(teacher):
+    student, head = build(STUDENT, 1)
+    student.eval()
+    regressors, one = teaching.Regressors(32, 64, 3), batch()
+    soft = teaching.soft_targets(student, head, teacher, one, **WEIGHTS)
+    regression = teaching.layer_regression(student, regressors, teacher, one)
+    assert teaching.summed([(0.5, soft), (2.0, regression)]).measured["masked_frames"] == soft.count
+    predicted = regressors(student(one.waveforms).last)
+    cosine = F.cosine_similarity(predicted, teacher.layers(one), dim=-1).mean()
+    assert teaching.averages(regression.measured)["cosine"] == pytest.approx(cosine.item(), rel=1e-5)

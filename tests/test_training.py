@@ -539,3 +539,51 @@ def test_batches_of_steps_whose_norms_were_not_fetched_are_let_go():
     assert kept() is None
     with pytest.raises(training.DivergedError, match="step 1, batch .*u1"):
         tally.result()
+
+
+def test_steps_mask_differently(corpus):
+    table, labels = corpus
+    recipe = cut(8.0, 1.0).model_copy(update={"mask_probability": 0.3, "mask_length": 5})
+    masks = np.concatenate([batch.mask.numpy() for batch in batching.batches(table, labels, recipe, KEYS, 2)])
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+
+
+def test_spans_are_two_at_least_start_once_and_keep_their_expectation():
+    draws = [seeds.numpy_generator(0, number) for number in range(2000)]
+    assert min(masking.spans(12, draw, 0.1, 5).sum() for draw in draws[:50]) > 5
+    assert all(masking.spans(12, draw, 6.0, 5).all() for draw in draws[:20]), "8 starts of 8"
+    spans = np.mean([masking.spans(400, draw, 0.02, 10, minimum=0).sum() / 10 for draw in draws])
+    assert spans == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_long_recording_gives_as_many_crops_as_it_has_parts_each_normalised_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, "LONG", 32_000)
+    recipe, samples = cut(8.0, 1.0), np.array([16_000, 100_000])
+    steps = batching.steps_of(samples, 1, recipe, KEYS)
+    plans = itertools.islice(batching.plans(samples, recipe, KEYS), steps)
+    assert np.bincount(np.concatenate([plan.rows for plan in plans])).tolist() == [1, 4]
+    noise = np.random.default_rng(0).normal(0, 0.1, 100_000) * np.linspace(0.1, 1, 100_000)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise, 16_000, subtype="FLOAT")
+    table = pd.DataFrame({"utterance": ["a"], "path": [str(path)], "samples": [100_000]})
+    labels, whole = {"a": np.arange(audio.frame_count(100_000))}, audio.read(path)
+    for batch in batching.batches(table, labels, recipe, KEYS, 3, normalise=True):
+        for crop, first in zip(batch.waveforms, batch.labels[:, 0].tolist(), strict=True):
+            begin = max(0, min(320 * first, 100_000 - 32_000))
+            part = audio.normalise(whole[begin : begin + 32_000])
+            torch.testing.assert_close(crop, part[320 * first - begin :][: len(crop)])
+
+
+def test_labels_of_a_longer_utterance_are_refused():
+    with pytest.raises(ValueError, match="run 02_kmeans again"):
+        batching._crop_labels({"u": np.zeros(99)}, "u", 16_000, 0, 10)
+
+
+def test_loss_is_that_of_masked_frames_and_accuracies_are_of_their_own():
+    batch = random_batch(2)
+    named = torch.where(batch.mask, (batch.labels + 1) % 250, batch.labels)  # right where nothing is masked
+    one_hot = torch.nn.functional.one_hot(named, 250).float()
+    sums = objectives.label_sums(one_hot, torch.ones(batch.mask.shape), batch)
+    sums |= {"objective": torch.tensor(99.0), "penalty_sum": 2.0 * batch.mask.sum()}
+    row = objectives.averages({name: float(value) for name, value in sums.items()})
+    assert row == {"loss": 1, "feature_penalty": 2, "accuracy_masked": 0, "accuracy_unmasked": 1}

@@ -135,3 +135,18 @@ def test_mfcc_clusters_of_real_speech_are_as_good_as_published(real_speech, fold
     assert quality["shuffled_pnmi"] < 0.02
     late = {name: np.roll(x, 2) for name, x in labels.items()}
     assert units.quality_of_counts(units.count_phones(phones, late, 100)[1])["pnmi"] < 0.9 * quality["pnmi"]
+
+
+def test_runs_begin_with_the_first_frame_whatever_its_label():
+    assert units.runs(np.array([0, 0, 1], np.uint16)).tolist() == [0, 1]
+
+
+def test_labels_that_nobody_uses_change_no_quality():
+    counts = np.array([[5, 1], [0, 7]])
+    assert units.quality_of_counts(np.insert(counts, 1, 0, axis=1)) == units.quality_of_counts(counts)
+
+
+def test_a_frame_has_the_phone_at_its_middle():
+    rows = [("a", 0, 520, "S"), ("a", 520, 840, "T")]
+    phones = pandas.DataFrame(rows, columns=["utterance", "start_sample", "end_sample", "phone"])
+    assert units.frame_phones(phones, {"a": 3}).tolist() == ["S", "T", ""]
