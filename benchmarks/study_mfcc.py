@@ -23,12 +23,10 @@ SEEDS = range(3)
 
 def normalised(parts: Sequence[Tensor], speakers: Sequence[str], by: str) -> list[Tensor]:
     """``parts`` [frames, D], scaled ``by`` nothing, the speaker or the utterance."""
-    names = {"nothing": [], "speaker": speakers, "utterance": [str(number) for number in range(len(parts))]}[by]
-    return (
-        reading.normalised(parts, names, reading.speaker_statistics(zip(names, parts, strict=True)))
-        if len(names)
-        else list(parts)
-    )
+    if by == "nothing":
+        return list(parts)
+    names = speakers if by == "speaker" else [str(number) for number in range(len(parts))]
+    return reading.normalised(parts, names, reading.speaker_statistics(zip(names, parts, strict=True)))
 
 
 def mfcc(waveforms: Sequence[Tensor]) -> list[Tensor]:

@@ -135,7 +135,7 @@ def resume(out: Path, settings: Mapping[str, Any], weights: Arrays, server: Arra
 
 
 class Ledger:
-    """metrics.jsonl: a row for each round, client and failure; ``on_row`` sees them as they are written."""
+    """metrics.jsonl: rows of rounds, clients, failures, what was sent before; ``on_row`` sees them as they come."""
 
     def __init__(self, out: Path, done: int, plan: Mapping[str, Any], on_row: OnRow | None) -> None:
         """Begin with the row ``plan``, or resume after round ``done``: rows of later rounds go, but for the failures of

@@ -120,7 +120,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines if line]
     except ValueError as error:
-        raise ValueError(f"{path}: a line is no JSON ({error}), as after a crash of the disk; remove it") from error
+        raise ValueError(f"{path}: a line is no JSON ({error}), as a crash may leave; remove that line") from error
 
 
 def rounds(path: Path) -> list[dict[str, Any]]:

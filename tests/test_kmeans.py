@@ -1051,3 +1051,29 @@ def test_not_all_clients_may_be_missing():
     exchange = server.Exchange(clients, lambda row: None, missing=5)
     with pytest.raises(server.KmeansError, match="2 of 2 clients failed"):
         list(exchange.ask("lloyd", {"a": torch.zeros(3)}, {}))
+
+
+def test_seeded_noise_differs_by_client_and_round_and_a_random_start_by_seed():
+    config = {"noise_seeded": True, "seed": 0, "round": 1, "noise_clip": 1.0, "noise_multiplier": 1.0}
+
+    def sums(client_id, **changes):
+        home = ClientHome(client_id, Path(), Path(), Path(), simulated=True)
+        return private.released(home, config | changes, torch.zeros(2, 3).double(), torch.zeros(2).double())[0]
+
+    assert not torch.equal(sums("a"), sums("b")) and not torch.equal(sums("a"), sums("a", round=2))
+    starts = [private.random_start({"seed": seed, "clusters": 2, "width": 3}) for seed in (0, 1)]
+    assert not torch.equal(*starts)
+
+
+def test_a_layer_is_chosen_among_all_but_the_input_normalised_and_for_one_checkpoint(monkeypatch, tmp_path):
+    asked, scaled, frames = [], [], [torch.randn(3, 60, 4)]
+    described = {"model": {"num_hidden_layers": 3}, "checkpoint": "first", "normalisation": "none"}
+    monkeypatch.setattr(hidden, "describe", lambda p, layer: (described, {}))
+    monkeypatch.setattr(hidden.public, "speech", lambda *_: (pandas.DataFrame({"speaker": ["s"]}), None))
+    monkeypatch.setattr(hidden.public, "extracted", lambda *_: asked.append(list(_[-1])) or frames)
+    monkeypatch.setattr(hidden.public, "normalised", lambda parts, *_: scaled.append(1) or list(parts))
+    p = params.Kmeans(features="x", layer="auto", clusters=4)
+    for checkpoint in ("first", "first", "second"):
+        described["checkpoint"] = checkpoint
+        hidden.choose(tmp_path, p, "cpu", lambda row: None)
+    assert asked == [[1, 2, 3]] * 2 and len(scaled) == 6

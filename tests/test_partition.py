@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import params, partition
+from fedhubert_lib import params, partition, seeds
 from fedhubert_lib.corpora import librispeech, scan
 
 SCHEMES = ["speakers", "speaker", "sex", "chapter", "subset", "dirichlet", "quantity", "iid"]
@@ -261,3 +261,8 @@ def test_sexes_have_clients_by_their_hours():
     table = pd.DataFrame({"speaker": speakers, "samples": 960_000, "sex": ["F"] * 30 + ["M"] * 10})
     owner = partition.owners(table, params.Partition(scheme="sex", clients=8, minimum_minutes=0))
     assert (len(set(owner[:30])), len(set(owner[30:]))) == (6, 2)
+
+
+def test_draws_of_seeds_differ_by_every_key():
+    assert seeds.derive(0, 1, 11) != seeds.derive(0, 11, 1)
+    assert seeds.derive(0, "1") != seeds.derive(0, 1)

@@ -701,3 +701,14 @@ def test_a_cohorts_second_moment_is_that_of_one_large_batch(tmp_path):
         hook.moments[name].copy_(value)
     hook.message(round)
     torch.testing.assert_close(round.payload["moments/w/exp_avg_sq"], expected)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_personal_head_keeps_its_moments_where_the_others_are_the_cohorts(tmp_path, monkeypatch):
+    run = make(tmp_path, clients=1)
+    monkeypatch.setitem(handlers.HANDLERS, "pretrain.forget", lambda *_: ({}, {}))
+    pretraining.run(run, pretrain(cohort=1, local_state="cohort", head="personal", rounds=3, local_steps=2))
+    (path,) = (run / "03_pretrain/clients").glob("*/session-*/moments-000003.safetensors")
+    kept = load_file(path)
+    assert {name.split(".")[0] for name in kept} == {"head"}
+    assert {int(value) for name, value in kept.items() if name.endswith("/step")} == {6}

@@ -161,5 +161,5 @@ def test_ridge_is_that_of_the_normal_equations():
     x, targets = (rows[train].astype(float) - mean) / std, np.eye(5)[labels[train]]
     weights = np.linalg.solve(x.T @ x + 1e-2 * len(train) * np.eye(x.shape[1]), x.T @ (targets - targets.mean(0)))
     scores = (rows[test] - mean) / std @ weights + targets.mean(0)
-    found = probes.ridge(rows[train], labels[train]).decision_function(rows[test])
-    np.testing.assert_allclose(found, 2 * scores - 1, atol=1e-4)
+    fitted = probes.ridge(rows[train], labels[train])
+    np.testing.assert_allclose(fitted.decision_function(rows[test]), 2 * scores - 1, atol=1e-4)

@@ -509,6 +509,7 @@ def test_units_and_phones_take_each_seed_and_their_own_baseline(monkeypatch, tmp
     measures._phones(result, np.zeros((8, 1, 3), np.float32), speech, p)
     assert (sorted(seen["units"]), sorted(seen["phones"])) == ([5, 6, 7], [5, 6, 7])
     shown = {figure["measure"]: (figure["value"], figure["baseline"]) for figure in result.figures}
+    assert measures._of_seeds(lambda seed: seed, p) == [5, 6, 7], "words, too"
     assert shown["pnmi"] == (0.5, pytest.approx(0.1)) and shown["phone-purity"][1] is None
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedhubert_lib import params, pretrained, pretraining, seeds
-from fedhubert_lib.federated import accounting, client_ids, handlers, privacy, secure
+from fedhubert_lib.federated import accounting, client_ids, client_state, handlers, privacy, secure
 from fedhubert_lib.federated.optimisers import UpdateError
 from fedhubert_lib.federated.protocol import ClientHome, Failure, Reply
 
@@ -198,3 +198,12 @@ def test_two_keys_are_no_round_and_three_are_scaled_by_the_clip_of_the_message(a
         assert (round.asked, round.quorum, hook.collector(round)) == ([], 3, None), "repeated"
     else:
         assert hook.collector(round)._factor == secure.scale(p, 0.25, 3) != secure.scale(p, p.privacy_clip, 3)
+
+
+def test_clients_keep_state_of_rounds_that_the_server_may_go_back_to(tmp_path):
+    kept = home(tmp_path, "client-0")
+    for number in (1, 2, 3):
+        place = {"session": "s", "round": number, "durable": 1}
+        client_state.save(kept, place, "moments", {"a": torch.full((1,), float(number))})
+    assert set(client_state.saved(kept, {"session": "s"}, "moments")) == {1, 2, 3}
+    assert client_state.load(kept, {"session": "s", "round": 2}, "moments")["a"] == 1

@@ -76,11 +76,11 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
         code = utterances.setdefault(alignment.utterance, len(utterances))
         for begin, end, phone in alignment.phones:
             start, stop = round(begin * SAMPLE_RATE), min(round(end * SAMPLE_RATE), total)
-            if stop > start and phone.strip().upper() not in UNKNOWN:
+            if stop > start and (name := phone.strip().upper()) not in UNKNOWN:
                 codes.append(code)
                 starts.append(start)
                 ends.append(stop)
-                names.append(phones.setdefault(phone.strip().upper(), len(phones)))
+                names.append(phones.setdefault(name, len(phones)))
     if not codes:
         example = f"; {len(refused)} are unusable, such as {refused[0][0]}: {refused[0][1]}" if refused else ""
         raise CorpusError(

@@ -99,14 +99,15 @@ def _text(figure: dict[str, Any]) -> str:
 def student(report: Report) -> pd.DataFrame:
     """Quality over random weights and cost of a student as fractions of its teacher's, for ``plots.bars``."""
     chosen = best(report["figures"])
-    least = {name: figure["value"] for name, figure in chosen.get("random", {}).items() if name in QUALITY}
+    zeros = {name: figure["value"] for name, figure in chosen.get("random", {}).items()} | dict.fromkeys(COST, 0.0)
     of_student, of_teacher = chosen.get("student", {}), chosen.get(GIVEN_TEACHER) or chosen.get("teacher", {})
     of_teacher = {} if GIVEN_TEACHER in report["absent"] else of_teacher
     rows = [
-        (TITLES[name], f"{kind}: fraction of the teacher's", (of_student[name]["value"] - zero) / gain, 1.0)
+        (TITLES[name], f"{kind}: fraction of the teacher's", (of_student[name]["value"] - zeros[name]) / gain, 1.0)
         for kind, names in (("quality over random weights", QUALITY), ("cost", COST))
-        for name, zero in ((name, least.get(name, 0.0)) for name in names if name in of_student and name in of_teacher)
-        if (gain := of_teacher[name]["value"] - zero) > 0  # of nothing there is no fraction
+        for name in names
+        if name in of_student and name in of_teacher and name in zeros
+        if (gain := of_teacher[name]["value"] - zeros[name]) > 0  # of nothing there is no fraction
     ]
     return pd.DataFrame(rows, columns=["system", "measure", "value", "baseline"])
 

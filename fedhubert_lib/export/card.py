@@ -154,7 +154,7 @@ def _updates(stage: Path) -> str:
     return f"{rounds[-1]['privacy']}, {_epsilon(rounds[-1], p.get('privacy_delta'))}"
 
 
-def _together(trained: list[Path], begun: list[Any]) -> str:
+def _together(trained: list[Path], begun: list[str]) -> str:
     """What all stages have spent together, and what is not known of models from elsewhere."""
     accounts = [path for one in trained if (path := one / privacy.ACCOUNT).is_file()]
     words = [f"; what {model} has spent on the same clients is not in this" for model in begun if accounts]

@@ -143,7 +143,6 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
     """A worker's main: answer requests until the process that started it is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-
     folders: set[Path] = set()
 
     def end() -> None:
