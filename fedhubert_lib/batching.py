@@ -212,8 +212,7 @@ _decoded: dict[tuple[str, int, int], Tensor] = {}
 
 @lru_cache(maxsize=1)
 def _has_room(second: int) -> bool:
-    """Half of the memory is free: the rest is for training, and for other workers, which keep what they decode, too.
-    Looked at once a ``second``: it takes half as long as to decode a clip."""
+    """Half of the memory is free: the rest is for training and other workers. Asked once a ``second``, as it costs."""
     return resources.free_memory(torch.device("cpu")) > resources.memory_limit() // 2
 
 

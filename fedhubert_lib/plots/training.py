@@ -67,7 +67,8 @@ def curves(
         if not heard:
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.autoscale_view()
-    axes[0].legend()
+    known = dict(pair for panel in axes for pair in zip(*panel.get_legend_handles_labels()[::-1], strict=True))
+    axes[0].legend(list(known.values()), list(known))  # a student's loss has no band, its accuracies may have one
     return figure
 
 
