@@ -334,9 +334,9 @@ def _row(results: list[dict[str, Any]], pooled: dict[tuple[Any, ...], dict[str, 
             if (best := pooled.get(_draw(result))) is not None:
                 gained, whole = heard["unigram_loss"] - heard["loss"], best["unigram_loss"] - best["loss"]
                 values["fraction of the pooled gain"].append(gained / whole)
-        for measure in measures.ESSENTIALS:
+        for measure in tables.ESSENTIALS:
             if (figure := _best(result, measure)) is not None:
-                values.setdefault(measures.MEASURES[measure][0], []).append(figure)
+                values.setdefault(tables.MEASURES[measure][0], []).append(figure)
     row = {"seeds": str(len(results))}
     for name, of_seeds in values.items():  # a seed without pooled training of its own has no fraction
         fewer = f" ({len(of_seeds)} seeds)" if 0 < len(of_seeds) < len(results) else ""
@@ -361,7 +361,7 @@ def cost(points: dict[float, dict[str, Any]], plain: dict[str, Any], floor: dict
     for measure in ("phone-accuracy", "keyword-accuracy"):
         low, high, *values = (_best(result, measure) for result in (floor, plain, *points.values()))
         if low is not None and high is not None:
-            lines[measures.MEASURES[measure][0]] = [(v - low) / (high - low) for v in values if v is not None]
+            lines[tables.MEASURES[measure][0]] = [(v - low) / (high - low) for v in values if v is not None]
     for name, fractions in lines.items():
         axes.plot(list(points), fractions, marker="o", label=name)
     axes.set_xscale("symlog", linthresh=min((x for x in points if x > 0), default=1))

@@ -49,7 +49,7 @@ def student(base: Path, folder: Path, distill: params.Distill, evaluate: params.
         pooled.train(folder, distill)
     if not (folder / "05_evaluate" / "report.json").exists():
         report.run(folder, evaluate)
-    return report.read(folder)
+    return tables.read(folder)
 
 
 def best(report: dict[str, Any]) -> pd.Series:

@@ -181,11 +181,11 @@ def _units(options: argparse.Namespace) -> None:
 
 
 def _s3prl(options: argparse.Namespace) -> None:
-    from fedhubert_lib.evaluation import report
+    from fedhubert_lib.evaluation import tables
     from fedhubert_lib.export import s3prl
 
     chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
-    report.read(options.run)  # says what to do where there is none, before a lock is asked of a folder that is no run
+    tables.read(options.run)  # says what to do where there is none, before a lock is asked of a folder that is no run
     try:
         with runs.holding(options.run / ".lock", "fedhubert s3prl"):
             results = s3prl.of_run(options.run, options.system, **chosen)

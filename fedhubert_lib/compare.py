@@ -13,7 +13,7 @@ import nbformat
 import pandas as pd
 
 from fedhubert_lib import files, index, params, plots, records, runner, runs
-from fedhubert_lib.evaluation import report, tables, training_seeds
+from fedhubert_lib.evaluation import tables, training_seeds
 
 Groups = Mapping[str, Sequence[Path]]
 """Name to the folders of its runs."""
@@ -91,7 +91,7 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
     spans: dict[str, list[str]] = {}
     measured_on: dict[str, str] = {}
     for name, folders in groups.items():
-        written = [folder for folder in folders if (folder / report.STAGE / "report.json").is_file()]
+        written = [folder for folder in folders if (folder / tables.STAGE / "report.json").is_file()]
         done = [folder for folder in written if "evaluate" not in records.stale(folder)]
         if len(done) < len(folders):
             notes.append(f"{name}: {f'{len(done)} of {len(folders)} runs' if done else 'not'} evaluated so far.")
@@ -112,6 +112,9 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
 
 def write(groups: Groups, folder: Path) -> str:
     """Compare ``groups``: compare.html, compare.ipynb and curves.png in ``folder``; returns the tables as text."""
+    for folders in groups.values():
+        if len(folders) > 1:  # their lines become a mean
+            training_seeds.check_one_study(folders)
     text, cells = [], [f"# {', '.join(groups)}, compared"]
     compared, notes = figures(groups)
     for title, table, remark in (

@@ -24,7 +24,7 @@ FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_pos_batc
 """Settings of transformers' ``HubertConfig`` that have one supported value."""
 LARGEST = 100_000
 """Beyond any size, kernel or number of layers of a model."""
-LEFT_OUT = ("lm_head.", "projector.", "classifier.", "layer_weights", "log_mel.")
+LEFT_OUT = ("lm_head.", "projector.", "classifier.", "final_proj.", "layer_weights", "log_mel.")
 """Tensors that are not read: task heads of fine-tuned models, and the constants of an export's log-mel front end."""
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
-from fedhubert_lib import diagnosis, files, params, records
-from fedhubert_lib.evaluation import report, tables, training_seeds
+from fedhubert_lib import files, params, records
+from fedhubert_lib.evaluation import tables, training_seeds
 
 FOLDER = params.ROOT / "params" / "reference"
 MEASURES = {
@@ -40,7 +40,7 @@ _LEARNED = [f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "
 _LEARNED += [f"kmeans.{name}" for name in ("features", "layer", "clusters", "normalisation")]
 _SHAPE = params.Model.model_fields.keys() - params.Section.model_fields.keys()
 _LEARNED += [f"pretrain.{name}" for name in sorted(_SHAPE)]
-_IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature")
+_IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature", "teacher_layer", "teacher_clusters")
 _HEARD = [f"corpus.test_{name}" for name in ("subsets", "speakers", "minutes")]
 _IMITATED += tuple(f"{name}_weight" for name in ("soft", "label", "regression", "hubert"))
 TASK = {
@@ -86,7 +86,7 @@ def curves(run: Path, stage: str) -> Curves:
 
 
 def _quality(run: Path) -> Curves:
-    evaluated, heard = report.read(run), curves(run, "pretrain").get("loss")
+    evaluated, heard = tables.read(run), curves(run, "pretrain").get("loss")
     chosen = tables.best(evaluated["figures"]).get("teacher", {})
     result = {}
     for name in MEASURES.keys() & chosen.keys():
@@ -107,6 +107,8 @@ def make(runs: Sequence[Path]) -> Reference:
     for run in runs:
         if not (run / "03_pretrain" / "done.json").exists():
             raise records.RunError(f"{run}: 03_pretrain is not done; a reference is made from runs that have trained")
+        for stage in records.stale(run).keys() & {"pretrain", "distill"}:
+            raise records.RunError(f"{run}: {stage} is {records.stale(run)[stage]}; run it again")
     training_seeds.check_one_study(runs)
     recorded = [_parameters(run) for run in runs]
     trained = [values["pretrain.seed"] for values in recorded]
@@ -130,7 +132,7 @@ def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
     of_seeds = [curve[-1:] if points == 1 else curve[:points] for curve in of_seeds]
     hours, values = (np.array([curve[column] for curve in of_seeds]) for column in ("hours", "value"))
     variance = pd.Series(values.var(0, ddof=1)).rolling(max(3, points // 10), center=True, min_periods=1).mean()
-    factor = stats.t.ppf(0.975, count - 1) * np.sqrt(1 + 1 / count)
+    factor = scipy.stats.t.ppf(0.975, count - 1) * np.sqrt(1 + 1 / count)
     return pd.DataFrame({"hours": hours.mean(0), "mean": values.mean(0), "band": factor * np.sqrt(variance)})
 
 
@@ -233,8 +235,8 @@ def positions(run: Curves, reference: Curves) -> Iterator[Position]:
             continue
         median = run[name].value.rolling(max(1, len(run[name]) // 10), min_periods=1).median()
         curve = run[name].assign(value=median)
-        curve = curve[curve.hours <= band.hours.iloc[-1] * 1.05]
-        if curve.empty or curve.hours.iloc[-1] < band.hours.iloc[0] * 0.95:
+        curve = curve[curve.hours.between(band.hours.iloc[0] * 0.95, band.hours.iloc[-1] * 1.05)]
+        if curve.empty:
             continue
         mean, half = (np.interp(curve.hours, band.hours, band[column]) for column in ("mean", "band"))
         side = np.sign(curve.value - mean) * (abs(curve.value - mean) > half)
@@ -258,6 +260,8 @@ def verdict(run: Path, stage: str, folder: Path = FOLDER) -> str:
     elif reference is not None:
         lines.append("nothing was measured in both: no verdict")
     if worse or reference is None:
+        from fedhubert_lib import diagnosis  # here: it needs k-means, and every notebook imports this module
+
         causes = diagnosis.causes(run)
         lines += [f"{number}. {cause}" for number, cause in enumerate(causes, 1)]
         if worse and not causes:

@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import entropy, random_table
-from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
+import scipy
 
 from fedhubert_lib import seeds
 from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD
@@ -35,17 +33,19 @@ def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
 
     ``pnmi`` is I(phone; label) / H(phone); ``phone_purity`` the fraction of frames whose phone is the most frequent one
     of their label; ``cluster_purity`` the fraction whose label is the most frequent one of their phone.
-    ``shuffled_pnmi`` is that of the same labels in random order, ``bias`` its expected value (P - 1)(K - 1) / (2 N H),
-    with P phones and K labels that occur. Raises ValueError when no frame has a phone, or all have the same.
+    ``shuffled_pnmi`` is that of the same labels in random order, about (P - 1)(K - 1) / (2 N H), of P phones and K
+    labels that occur. Raises ValueError when no frame has a phone, or all have the same.
     """
+    from sklearn.metrics import mutual_info_score  # here, since what only checks a study imports this module, too
+
     counts = np.asarray(counts, np.int64)
     counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
     frames = int(counts.sum())
     if counts.shape[0] < 2:
         raise ValueError(f"{frames} frames of {counts.shape[0]} phones; unit quality needs at least two phones")
-    phone_entropy = float(entropy(counts.sum(1)))
+    phone_entropy = float(scipy.stats.entropy(counts.sum(1)))
     rng = seeds.numpy_generator(seed, "shuffled-units")
-    shuffled = random_table(counts.sum(1), counts.sum(0), seed=rng).rvs(method="patefield")
+    shuffled = scipy.stats.random_table(counts.sum(1), counts.sum(0), seed=rng).rvs(method="patefield")
     return {
         "frames": frames,
         "phones": counts.shape[0],
@@ -53,7 +53,6 @@ def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
         "phone_purity": float(counts.max(0).sum() / frames),
         "cluster_purity": float(counts.max(1).sum() / frames),
         "shuffled_pnmi": float(mutual_info_score(None, None, contingency=shuffled)) / phone_entropy,
-        "bias": (counts.shape[0] - 1) * (counts.shape[1] - 1) / (2 * frames * phone_entropy),
     }
 
 
@@ -109,8 +108,10 @@ def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     ``nmi`` is 2 I / (H1 + H2), blind to names; ``match`` the fraction of frames with the same label once the second's
     are renamed in the best way (Hungarian); ``same`` the fraction with the same label as they are.
     """
+    from sklearn.metrics import normalized_mutual_info_score
+
     counts = contingency(first, second, int(first.max()) + 1, int(second.max()) + 1)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
+    rows, columns = scipy.optimize.linear_sum_assignment(counts, maximize=True)
     return {
         "nmi": float(normalized_mutual_info_score(first, second)),
         "match": float(counts[rows, columns].sum() / len(first)),

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from fedhubert_lib import files
-from fedhubert_lib.evaluation import report, tables
+from fedhubert_lib.evaluation import tables
 
 GOLDEN = Path(__file__).with_name("golden.json")
 MEASURES = ("pnmi", "phone-accuracy", "keyword-accuracy")
@@ -27,7 +27,7 @@ def figures(run: Path) -> dict[str, dict[str, float]]:
         rows = [row for row in files.read_rows(run / folder / "metrics.jsonl") if row["kind"] == "round"]
         losses |= {f"{folder}, round {row['round']}": row["loss"] for row in (rows[0], rows[-1])}
     result = {"loss": losses}
-    best = tables.best(report.read(run)["figures"])
+    best = tables.best(tables.read(run)["figures"])
     for measure in MEASURES:
         result[measure] = {system: figures[measure]["value"] for system, figures in best.items() if measure in figures}
     return result

@@ -76,6 +76,13 @@ def test_parameters_that_differ_are_listed_and_seeds_of_a_group_together(outputs
     }
 
 
+def test_runs_that_are_no_seeds_of_one_study_are_no_mean(outputs):
+    make(outputs, "base-0", accuracy=None, seed=0)
+    make(outputs, "base-1", accuracy=None, seed=1, learning_rate=0.01)
+    with pytest.raises(records.RunError, match="pretrain.learning_rate"):
+        compare.write(compare.groups(["base"]), outputs / "beside")
+
+
 def test_a_training_whose_clients_do_not_say_how_much_they_heard_has_no_curve_and_hides_none(outputs):
     for number in (1, 2):  # with privacy: client
         row = {"kind": "round", "round": number, "audio_seconds": None, "loss": None}

@@ -89,7 +89,10 @@ def test_hidden_layers_frame_by_frame(front_end, monkeypatch):
     for computed, layer in zip(last, (1, 3), strict=True):
         torch.testing.assert_close(computed, expected[layer][0].float(), atol=0.05, rtol=0.05)  # in bfloat16
     monkeypatch.setattr(hidden, "FORWARD_SAMPLES", 320 * 20)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
     assert [states.shape[1] for states in hidden.states(model, waveforms, [1])] == [62, 0, 38]
+    assert min(seen) > 320 * 12, "62 frames are four pieces of 15 or 16, not three of 20 and a rest of two"
 
 
 def test_hidden_layers_of_a_sent_model_are_those_of_evaluation():

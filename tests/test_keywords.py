@@ -281,6 +281,15 @@ def test_superb_has_twelve_classes_of_equal_size(commands):
     assert keywords.superb(commands, 0).equals(clips) and not keywords.superb(commands, 1).equals(clips)
 
 
+def test_noise_files_as_published_give_each_split_its_silence(tmp_path, monkeypatch):
+    """Six of 60 to 95 s, of which a split of 11,005 test clips of 35 words needs 407 seconds."""
+    lengths = {tmp_path / f"{n}.wav": 16_000 * seconds for n, seconds in enumerate((95, 62, 60, 61, 61, 60))}
+    monkeypatch.setattr(keywords, "noise", lambda root: lengths)
+    clips = keywords._silence(tmp_path)
+    counts = clips.split.value_counts()
+    assert counts["train"] > 3_077 and counts["validation"] > 370 and counts["test"] > 407
+
+
 def test_superb_cuts_the_silence_of_each_split_from_other_noise(commands):
     clips = keywords.superb(commands, 0)
     silence = clips[clips.word == "_silence_"]
@@ -304,6 +313,8 @@ def test_voices_of_superb_are_those_of_people(commands, tmp_path, monkeypatch):
     for rows, *_, speakers in heard.values():
         assert len(rows) == len(speakers) == (clips.word != "_silence_").sum()
         assert set(speakers) == set("012345")
+    (unseen,) = [figure for figure in result.figures if figure["measure"] == "unseen-speaker-accuracy"]
+    assert unseen["baseline"] == 1 / 11, "silence is nobody's word"
 
 
 def test_abx_of_superb_compares_single_words(commands):

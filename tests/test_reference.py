@@ -1,6 +1,7 @@
 """Reference curves and verdicts: which reference belongs to a run, where a curve lies, and the usual causes put in."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,23 @@ def test_what_is_learned_decides_which_reference_belongs(tmp_path, folder, chang
     assert word in words if word else "differs" not in words
 
 
+def test_a_copy_of_a_stage_is_no_stage(tmp_path, folder):
+    run = make(tmp_path / "run", LOSS, "corpus.kind=librispeech", "corpus.root=/data")
+    shutil.copytree(run / "00_corpus", run / "00_corpus-old")
+    assert "corpus.kind" in reference.of(run, "pretrain", folder)[1]
+
+
+def test_clusters_of_a_teachers_layer_are_what_a_student_has_learned():
+    assert {"distill.teacher_layer", "distill.teacher_clusters"} <= set(reference.TASK["distill"])
+
+
+def test_a_reference_of_one_point_is_compared_with_the_end_of_a_curve():
+    one = {"pnmi": pd.DataFrame({"hours": [4.0], "mean": [0.5], "band": [0.05]})}
+    curve = {"pnmi": pd.DataFrame({"hours": [1.0, 2.0, 4.0], "value": [0.2, 0.3, 0.4]})}
+    (place,) = reference.positions(curve, one)
+    assert (place.place, place.since) == ("below", 4.0)
+
+
 def test_a_reference_of_a_plain_folder_is_of_its_recordings(tmp_path):
     """No parameter tells one folder from another, nor one checkpoint whose layers are clustered."""
 
@@ -141,6 +159,11 @@ def test_only_seeds_of_one_study_make_a_reference(tmp_path):
     other = make(tmp_path / "other", LOSS, "pretrain.seed=1", "pretrain.rounds=5")
     none = tmp_path / "none"
     wrong = {"two runs": [one], "pretrain.seed": [one, same], "pretrain.rounds": [one, other], "not done": [one, none]}
+    stale = make(tmp_path / "stale", LOSS, "pretrain.seed=1")
+    done = {"identity": {"inputs": {"02_kmeans": "an older one"}}, "outputs": "trained"}
+    files.write_json(stale / "03_pretrain/done.json", done)
+    files.write_json(stale / "02_kmeans/done.json", {"identity": {"inputs": {}}, "outputs": "a newer one"})
+    wrong["pretrain is made from an older 02_kmeans"] = [one, stale]
     for word, runs in wrong.items():
         with pytest.raises(records.RunError, match=word):
             reference.make(runs)

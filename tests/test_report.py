@@ -100,7 +100,7 @@ def names(run, checkpoint=""):
 
 
 def s3prl_figures(run):
-    return [figure for figure in report.read(run)["figures"] if figure["measure"].startswith("s3prl-")]
+    return [figure for figure in tables.read(run)["figures"] if figure["measure"].startswith("s3prl-")]
 
 
 def test_report_has_every_system_beside_its_baselines(evaluated):
@@ -125,11 +125,11 @@ def test_report_has_every_system_beside_its_baselines(evaluated):
 
 def test_report_is_documented_plain_json(evaluated):
     run, written, _ = evaluated
-    assert json.loads((run / "05_evaluate" / "report.json").read_text()) == written == report.read(run)
+    assert json.loads((run / "05_evaluate" / "report.json").read_text()) == written == tables.read(run)
     assert written["format"] == "fedhubert-report" and written["version"] == 2
     keys = {"system", "measure", "layer", "value", "low", "high", "baseline", "seeds", "values"}
     assert all(set(figure) == keys for figure in written["figures"])
-    assert {figure["measure"] for figure in written["figures"]} == set(measures.MEASURES)
+    assert {figure["measure"] for figure in written["figures"]} == set(tables.MEASURES)
     documented = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in documented for key in {*written, *keys} - {"format", "version"})
     assert written["absent"] == {
@@ -266,12 +266,12 @@ def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tm
     keys = ["system", "round", "hours", "measure", "layer", "value", "low", "high", "values"]
     assert all(list(row) == keys for row in written["along"])
     assert [(row["round"], row["hours"]) for row in written["along"][::4]] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    assert {row["measure"] for row in written["along"]} == set(measures.ESSENTIALS)
+    assert {row["measure"] for row in written["along"]} == set(tables.ESSENTIALS)
     # The end of the way is the teacher of the table, and its start another model.
     best = tables.best(written["figures"])["teacher"]
     values = {(row["round"], row["measure"]): row["value"] for row in written["along"]}
-    assert all(values[3, name] == best[name]["value"] for name in measures.ESSENTIALS)
-    assert any(values[1, name] != best[name]["value"] for name in measures.ESSENTIALS)
+    assert all(values[3, name] == best[name]["value"] for name in tables.ESSENTIALS)
+    assert any(values[1, name] != best[name]["value"] for name in tables.ESSENTIALS)
     drawn = tables.along([written, written | {"run": "other"}])
     assert set(drawn[drawn.hours.isna()].system) == {"random weights", "MFCC"}
     assert len(drawn) == 2 * (3 * 4 + 2 * 4)
@@ -328,12 +328,12 @@ def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_p
 
 def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evaluated, tmp_path):
     run = shutil.copytree(evaluated[0], tmp_path / "run")
-    before = report.read(run)
+    before = tables.read(run)
     fine_tuned, figure = s3prl_figures(run)
     assert fine_tuned["measure"] == "s3prl-fine-tuned-accuracy"
     assert (figure["system"], figure["values"], figure["baseline"]) == ("teacher", [0.5, 0.7], 1 / 11)
     report.add_s3prl(run)
-    assert report.read(run) == before
+    assert tables.read(run) == before
     assert tables.below(before)[0].loc["federated teacher", "keyword accuracy, s3prl"].startswith("0.600")
 
     leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
@@ -346,13 +346,13 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evalua
     done = {"identity": {"inputs": {}}, "outputs": "tables", "speech": "other words"}
     files.write_json(run / "00_corpus" / "done.json", done)
     report.add_s3prl(run)
-    assert not s3prl_figures(run) and any("words have changed" in note for note in report.read(run)["notes"])
+    assert not s3prl_figures(run) and any("words have changed" in note for note in tables.read(run)["notes"])
     leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
     report.add_s3prl(run)
     assert s3prl_figures(run)
     leave_s3prl_results(run, "of other weights", (0.9,))
     report.add_s3prl(run)
-    assert not s3prl_figures(run) and any("teacher or its words" in note for note in report.read(run)["notes"])
+    assert not s3prl_figures(run) and any("teacher or its words" in note for note in tables.read(run)["notes"])
 
 
 def test_given_teacher_stands_beside_its_student(run):

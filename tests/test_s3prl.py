@@ -15,7 +15,7 @@ from conftest import SMALL
 from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import cli, files, hubert, pretrained, seeds
-from fedhubert_lib.evaluation import keywords, report, systems
+from fedhubert_lib.evaluation import keywords, systems, tables
 from fedhubert_lib.export import formats, s3prl
 
 OPTIONS = {"steps": 60, "rate": 1e-2, "seed": s3prl.FIRST_SEED, "device": "cpu"}
@@ -63,7 +63,7 @@ def evaluated(clips, tmp_path):
     written = {"run": "run", "seed": 0, "parameters": {"seeds": 2}, "figures": []}
     written |= {"absent": {}, "notes": [], "data": {"clips": {"test": 9}, "words": ["yes"], "speakers": {"test": 3}}}
     written["measures"] = [
-        {"measure": n, "title": t, "better": b, "what": w} for n, (t, b, w) in report.MEASURES.items()
+        {"measure": n, "title": t, "better": b, "what": w} for n, (t, b, w) in tables.MEASURES.items()
     ]
     written["systems"] = [
         {"system": system.name, "title": system.title, "digest": system.digest} for system in compared
@@ -81,7 +81,7 @@ def environment():
 def test_lay_out_makes_the_folders_of_s3prl(clips, tmp_path):
     out = s3prl.lay_out(clips, tmp_path / "data", 0)
     test = {path.name: len(list(path.iterdir())) for path in (out / "test").iterdir()}
-    assert test == {**dict.fromkeys(keywords.COMMANDS, 9), "_unknown_": 9, "_silence_": 3}
+    assert test == {**dict.fromkeys(keywords.COMMANDS, 9), "_unknown_": 9, "_silence_": 9}
     assert {path.name for path in (out / "train").iterdir()} == {*clips.word, "_background_noise_"}
     heard = {path.resolve() for path in (out / "train").glob("*/*.wav")}
     assert not heard & {path.resolve() for path in (out / "test").glob("*/*.wav")}
@@ -136,7 +136,7 @@ def test_results_are_kept_and_move_aside_for_other_settings(evaluated, monkeypat
     options = {"fine_tune": False, "steps": 20, "device": "cpu"}
     for number, rate in ((2, 0.5), (3, 0.5), (1, 0.25)):  # the second would fail if it measured the first two again
         s3prl.of_run(evaluated, "teacher", seeds=number, rate=rate, **options)
-    assert [figure["values"] for figure in report.read(evaluated)["figures"]] == [[0.25]]
+    assert [figure["values"] for figure in tables.read(evaluated)["figures"]] == [[0.25]]
     previous = evaluated / "s3prl" / "previous"
     assert len(list(previous.glob("teacher-frozen-seed-*/result.json"))) == 3
     done = {"speech": "other words", "outputs": "other", "identity": {"inputs": {}}}
@@ -236,7 +236,7 @@ def test_command_puts_s3prls_accuracy_into_the_report(environment, evaluated, ca
         options = ["--system", system, "--steps", "20", "--rate", "0.01"]
         assert cli.main(["s3prl", str(evaluated), *options]) == 0
         assert "seed 1337: dev" in capsys.readouterr().out
-        figures = [figure for figure in report.read(evaluated)["figures"] if figure["system"] == system]
+        figures = [figure for figure in tables.read(evaluated)["figures"] if figure["system"] == system]
         said = (evaluated / "s3prl" / f"{system}-frozen" / "seed-1337" / "evaluate.log").read_text()
         accuracy = float(re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)[-1])
         assert [(figure["measure"], figure["values"]) for figure in figures] == [("s3prl-accuracy", [accuracy])]

@@ -18,8 +18,8 @@ from subprocess import PIPE
 
 import numpy as np
 import pandas as pd
+import scipy
 import soundfile
-from scipy.signal import resample_poly
 
 from fedhubert_lib import files, params, seeds, threads
 from fedhubert_lib.audio import SAMPLE_RATE
@@ -222,7 +222,7 @@ def _say(process: subprocess.Popen, text: str, words_per_minute: int) -> tuple[n
     samples = np.frombuffer(process.stdout.read(2 * count), dtype=np.int16)
     if len(samples) < count:
         raise RuntimeError(f"the speech synthesiser ended while it spoke (exit status {process.wait()})")
-    return resample_poly(samples / 32_768, 320, 441), phones
+    return scipy.signal.resample_poly(samples / 32_768, 320, 441), phones
 
 
 def _spans(phones: list[tuple[int, str]], total: int) -> list[Span]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 class Interval(NamedTuple):
@@ -37,5 +37,5 @@ def measure(values: Sequence[float]) -> Interval:
     mean = float(array.mean())
     if array.size == 1:
         return Interval(mean, None, None, array.tolist())
-    half = float(stats.t.ppf(0.975, array.size - 1) * stats.sem(array))
+    half = float(scipy.stats.t.ppf(0.975, array.size - 1) * scipy.stats.sem(array))
     return Interval(mean, mean - half, mean + half, array.tolist())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.cluster import KMeans
 
 from fedhubert_lib import audio, seeds, units
 
@@ -77,6 +76,8 @@ def unit_quality(rows: np.ndarray, phones: np.ndarray, *, clusters: int, seed: i
     >>> round(unit_quality(np.eye(3)[[0, 0, 1, 2]], np.array([5, 5, 6, -1]), clusters=3, seed=0)["pnmi"], 3)
     1.0
     """
+    from sklearn.cluster import KMeans  # here, since what only checks a study imports this module, too
+
     scale = rows.std(0)
     scale[scale == 0] = 1
     model = KMeans(clusters, n_init=-(-100 // clusters), max_iter=30, random_state=seeds.derive(seed, "units") % 2**32)

@@ -21,31 +21,6 @@ if TYPE_CHECKING:
 
 ABX_CLIPS = 400
 
-MEASURES = {
-    "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen"),
-    "fine-tuned-accuracy": ("keyword accuracy, fine-tuned", "higher", "the whole model trained on the words"),
-    "moments-accuracy": ("keyword accuracy, mean and standard deviation", "higher", "of the best layer, least squares"),
-    "s3prl-accuracy": ("keyword accuracy, s3prl", "higher", "s3prl's speech_commands on frozen layers"),
-    "s3prl-fine-tuned-accuracy": ("keyword accuracy, s3prl fine-tuned", "higher", "the same, the whole model trained"),
-    "layer-accuracy": ("keyword accuracy, one layer", "higher", "linear least squares on one layer"),
-    "layer-weight": ("weight of the layer", "neither", "in the keyword probe's weighted sum"),
-    "nearest-accuracy": ("10 nearest neighbours", "higher", "keywords by cosine on the best layer"),
-    "unseen-speaker-accuracy": ("speakers left out", "higher", "linear probe over folds of speakers, best layer"),
-    "abx-error": ("ABX error across speakers", "lower", "ON word ACROSS speaker, as fastabx; angles, DTW; best layer"),
-    "speaker-accuracy": ("speaker identified", "lower", "by a linear probe on the best layer"),
-    "pnmi": ("PNMI of units", "higher", "phones known from clusters of the scaled layer; baseline: shuffled labels"),
-    "phone-accuracy": ("phone probe", "higher", "frames, least squares, new speakers; baseline: commonest phone"),
-    "phone-purity": ("phone purity of units", "higher", "fraction of frames with the main phone of their cluster"),
-    "cluster-purity": ("cluster purity of units", "higher", "fraction of frames in the main cluster of their phone"),
-    "parameters": ("parameters", "lower", "of the encoder"),
-    "macs": ("MACs per second of audio", "lower", "multiply-accumulates for one second"),
-    "bytes": ("bytes on disk", "lower", "of the encoder's weights"),
-}
-"""Stable name to title, which way is better, and what it is; where no other baseline is named, it is chance."""
-
-ESSENTIALS = ("keyword-accuracy", "phone-accuracy", "pnmi", "abx-error")
-"""Measures of checkpoints along a training."""
-
 Value = TypeVar("Value")
 
 
@@ -106,7 +81,7 @@ class Result:
 def of_system(
     system: System, speech: Speech, p: "Evaluate", on_progress: OnProgress = lambda *_: None, essentials: bool = False
 ) -> Result:
-    """All ``MEASURES`` of ``system`` but s3prl's; or ``ESSENTIALS`` and what comes with them."""
+    """All ``tables.MEASURES`` of ``system`` but s3prl's; or ``tables.ESSENTIALS`` and what comes with them."""
     result = Result(system.name)
     normalise = system.model is not None and system.model.config.do_normalize
     path, whole = speech.features(system, speech.clips), speech.abx_clips if system.frames else ()
@@ -219,7 +194,8 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
     result.add("nearest-accuracy", [nearest], layer=layer, baseline=chance)
     with result.noting("unseen"):
         unseen = _of_seeds(lambda seed: probes.leave_speakers_out(spoken, words, speakers, seed=seed), p, memory)
-        result.add("unseen-speaker-accuracy", [accuracy for accuracy, _ in unseen], layer=layer, baseline=chance)
+        accuracies, chance = [accuracy for accuracy, _ in unseen], 1 / len(np.unique(words))  # without silence
+        result.add("unseen-speaker-accuracy", accuracies, layer=layer, baseline=chance)
     with result.noting("voice"):
         voice = _of_seeds(lambda seed: probes.speaker_accuracy(spoken, speakers, seed=seed), p, memory)
         result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], layer=layer, baseline=voice[0][1])

@@ -138,19 +138,13 @@ def _warped(one: Tensor, many: Tensor) -> np.ndarray:
     cosines = (one @ many.transpose(0, 1).flatten(0, 1).T).clamp_(-1, 1)  # rounding leaves them a little beyond 1
     angle = cosines.arccos_().div_(np.pi).view(rows, columns, pairs).numpy()
     # One antidiagonal at a time: cell i of diagonal d is (i, d - i); its neighbours lie on the two diagonals before.
-    costs, steps = [np.full((rows + 1, pairs), np.inf, np.float32) for _ in range(2)], [np.zeros((rows + 1, pairs))] * 2
-    costs[0][0] = 0  # the corner before both sequences
+    paths = [np.full((2, rows + 1, pairs), np.inf, np.float32) for _ in range(2)]  # cost and steps of each cell
+    paths[0][:, 0] = 0  # the corner before both sequences
     for diagonal in range(rows + columns - 1):
         first, last = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
-        cost, step = costs[0][first:last], steps[0][first:last]
-        for later in (1, 0):
-            neighbour = slice(first + later, last + later)
-            shorter = costs[1][neighbour] < cost
-            cost = np.where(shorter, costs[1][neighbour], cost)
-            step = np.where(shorter, steps[1][neighbour], step)
-        costs = [costs[1], np.full((rows + 1, pairs), np.inf, np.float32)]
-        steps = [steps[1], np.zeros((rows + 1, pairs), np.float32)]
+        ways = np.stack([paths[0][:, first:last], paths[1][:, first + 1 : last + 1], paths[1][:, first:last]])
+        cost, steps = np.take_along_axis(ways, ways[:, :1].argmin(0)[None], 0)[0]
         i = np.arange(first, last)
-        costs[1][first + 1 : last + 1] = cost + angle[i, diagonal - i]
-        steps[1][first + 1 : last + 1] = step + 1
-    return costs[1][-1] / steps[1][-1]
+        paths = [paths[1], np.full_like(paths[1], np.inf)]
+        paths[1][:, first + 1 : last + 1] = cost + angle[i, diagonal - i], steps + 1
+    return np.divide(*paths[1][:, -1])

@@ -16,12 +16,11 @@ from sklearn.metrics import confusion_matrix
 
 from fedhubert_lib import audio, files, records, resources
 from fedhubert_lib.evaluation import cost, keywords, layers, measures, systems, tables
-from fedhubert_lib.evaluation.measures import MEASURES, Result, Speech
+from fedhubert_lib.evaluation.measures import Result, Speech
 
 if TYPE_CHECKING:
     from fedhubert_lib.params import Evaluate
 
-STAGE = "05_evaluate"
 ON_THE_WAY = ("measure", "layer", "value", "low", "high", "values")
 """What ``along`` has of a figure, beside system, round and hours."""
 
@@ -49,7 +48,7 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
         "absent": absent,
         "measures": [
             {"measure": name, "title": title, "better": better, "what": what, "headline": name in tables.HEADLINE}
-            for name, (title, better, what) in MEASURES.items()
+            for name, (title, better, what) in tables.MEASURES.items()
         ],
         "figures": [],
         "along": [],
@@ -71,15 +70,15 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
                 result = measures.of_system(system, speech, p, progress, essentials=True)
                 figures = tables.best(result.figures)[system.name]
             place = {"system": system.name, "round": number, "hours": hours}
-            best = [figures[name] for name in measures.ESSENTIALS if name in figures]
+            best = [figures[name] for name in tables.ESSENTIALS if name in figures]
             report["along"] += [place | {key: figure[key] for key in ON_THE_WAY} for figure in best]
         if not report["along"]:
             report["notes"].append("along: 03_pretrain has kept no checkpoint on the way whose hours are known")
     _add_s3prl(report, run)
-    files.write_json(run / STAGE / "speed.json", {system.name: cost.speed(system.encoder) for system in compared})
+    files.write_json(run / tables.STAGE / "speed.json", {one.name: cost.speed(one.encoder) for one in compared})
     _write(run, report)
     if (events := files.events()) is not None:
-        events.figures(run / STAGE, tables.best(report["figures"]), report["along"])
+        events.figures(run / tables.STAGE, tables.best(report["figures"]), report["along"])
     return report
 
 
@@ -90,7 +89,7 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
         clips = keywords.superb(clips, p.seed)
     task, voices = keywords.task(clips), clips[clips.word != keywords.SILENCE].groupby("split").speaker.nunique()
     data = {"words": task.words, "clips": clips.groupby("split").size().to_dict(), "speakers": voices.to_dict()}
-    cache = run / STAGE / "features"
+    cache = run / tables.STAGE / "features"
     try:
         utterances, phones = layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
     except layers.NoPhonesError as error:
@@ -105,15 +104,6 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
     return Speech(clips, task, cache, utterances, labels, speakers), data, []
 
 
-def read(run: Path) -> dict[str, Any]:
-    """The report.json of ``run``. Raises FileNotFoundError where there is none of the models that it holds now."""
-    path = run / STAGE / "report.json"
-    report = records.read_json(path) or {}
-    if why := records.stale(run).get("evaluate") if report else "not there":
-        raise FileNotFoundError(f"{path}: {why}; run 05_evaluate first")
-    return report
-
-
 def words(run: Path, seed: int) -> str:
     """What an accuracy of s3prl holds for beside the weights: the corpus of ``run``, and the draw of unknown words."""
     return f"{(records.read_json(run / '00_corpus' / 'done.json') or {}).get('speech')}-{seed}"
@@ -121,13 +111,13 @@ def words(run: Path, seed: int) -> str:
 
 def add_s3prl(run: Path) -> None:
     """Put what s3prl has measured since into the report of ``run`` and write it anew."""
-    _add_s3prl(report := read(run), run)
+    _add_s3prl(report := tables.read(run), run)
     _write(run, report)
 
 
 def _write(run: Path, report: dict[str, Any]) -> None:
-    files.write_json(run / STAGE / "report.json", report)
-    with files.atomic(run / STAGE / "report.csv") as temporary:
+    files.write_json(run / tables.STAGE / "report.json", report)
+    with files.atomic(run / tables.STAGE / "report.csv") as temporary:
         tables.figures(report).to_csv(temporary, index=False)
 
 

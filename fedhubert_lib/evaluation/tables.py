@@ -1,14 +1,41 @@
 """Tables out of reports: the headline and the rest, the student beside its teacher, hours heard."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from fedhubert_lib import records
 from fedhubert_lib.evaluation.intervals import Interval
-from fedhubert_lib.evaluation.measures import ESSENTIALS, MEASURES
 from fedhubert_lib.evaluation.systems import GIVEN_TEACHER
+
+STAGE = "05_evaluate"
+MEASURES = {
+    "keyword-accuracy": ("keyword accuracy", "higher", "s3prl's probe on all layers, test speakers unseen"),
+    "fine-tuned-accuracy": ("keyword accuracy, fine-tuned", "higher", "the whole model trained on the words"),
+    "moments-accuracy": ("keyword accuracy, mean and standard deviation", "higher", "of the best layer, least squares"),
+    "s3prl-accuracy": ("keyword accuracy, s3prl", "higher", "s3prl's speech_commands on frozen layers"),
+    "s3prl-fine-tuned-accuracy": ("keyword accuracy, s3prl fine-tuned", "higher", "the same, the whole model trained"),
+    "layer-accuracy": ("keyword accuracy, one layer", "higher", "linear least squares on one layer"),
+    "layer-weight": ("weight of the layer", "neither", "in the keyword probe's weighted sum"),
+    "nearest-accuracy": ("10 nearest neighbours", "higher", "keywords by cosine on the best layer"),
+    "unseen-speaker-accuracy": ("speakers left out", "higher", "linear probe over folds of speakers, best layer"),
+    "abx-error": ("ABX error across speakers", "lower", "ON word ACROSS speaker, as fastabx; angles, DTW; best layer"),
+    "speaker-accuracy": ("speaker identified", "lower", "by a linear probe on the best layer"),
+    "pnmi": ("PNMI of units", "higher", "phones known from clusters of the scaled layer; baseline: shuffled labels"),
+    "phone-accuracy": ("phone probe", "higher", "frames, least squares, new speakers; baseline: commonest phone"),
+    "phone-purity": ("phone purity of units", "higher", "fraction of frames with the main phone of their cluster"),
+    "cluster-purity": ("cluster purity of units", "higher", "fraction of frames in the main cluster of their phone"),
+    "parameters": ("parameters", "lower", "of the encoder"),
+    "macs": ("MACs per second of audio", "lower", "multiply-accumulates for one second"),
+    "bytes": ("bytes on disk", "lower", "of the encoder's weights"),
+}
+"""Stable name to title, which way is better, and what it is; where no other baseline is named, it is chance."""
+
+ESSENTIALS = ("keyword-accuracy", "phone-accuracy", "pnmi", "abx-error")
+"""Measures of checkpoints along a training."""
 
 HEADLINE = ("keyword-accuracy", "moments-accuracy", "phone-accuracy", "pnmi", "abx-error")
 COST = ("parameters", "macs", "bytes")
@@ -25,6 +52,15 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 Report = dict[str, Any]
 Best = dict[str, dict[str, dict[str, Any]]]
 """System and measure to a figure of report.json."""
+
+
+def read(run: Path) -> dict[str, Any]:
+    """The report.json of ``run``. Raises FileNotFoundError where there is none of the models that it holds now."""
+    path = run / STAGE / "report.json"
+    report = records.read_json(path) or {}
+    if why := records.stale(run).get("evaluate") if report else "not there":
+        raise FileNotFoundError(f"{path}: {why}; run 05_evaluate first")
+    return report
 
 
 def best(figures: Sequence[dict[str, Any]]) -> Best:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedhubert_lib import files, params, plots, records
-from fedhubert_lib.evaluation import report, tables
+from fedhubert_lib.evaluation import tables
 from fedhubert_lib.evaluation.intervals import Interval, measure
 from fedhubert_lib.evaluation.tables import HEADLINE, TITLES, Report
 
@@ -20,7 +20,7 @@ class DifferentRunsError(records.RunError):
 
 def reports(runs: Sequence[Path]) -> list[Report]:
     """The reports of ``runs``. Raises DifferentRunsError unless they are of one study and of different seeds."""
-    evaluated = [report.read(run) for run in runs]
+    evaluated = [tables.read(run) for run in runs]
     check_one_study(runs)
     means(evaluated)
     return evaluated

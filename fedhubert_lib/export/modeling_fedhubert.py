@@ -62,6 +62,6 @@ class FedHubertModel(HubertModel):
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Waveforms [B, S] at 16 kHz, S >= 400, to what ``HubertModel`` returns; ``options`` are its own."""
         if self.config.front_end == "logmel":
-            mask = torch.ones_like(input_values) if attention_mask is None else attention_mask
+            mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
             input_values = self.log_mel(input_values, mask.sum(-1).long())
         return super().forward(input_values, attention_mask=attention_mask, **options)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhubert_lib import audio, files, params, pretrained, records
-from fedhubert_lib.evaluation import keywords, report, systems
+from fedhubert_lib.evaluation import keywords, report, systems, tables
 from fedhubert_lib.export import formats
 from fedhubert_lib.hubert import Head, Hubert
 
@@ -178,7 +178,7 @@ def of_run(
     and settings is kept, other results move to RUN/s3prl/previous. The test accuracies go into the run's report. Raises
     ExportError for a system that has changed since the report was written, or that s3prl has no use for (MFCC).
     """
-    evaluated = report.read(run)
+    evaluated = tables.read(run)
     checkpoint = evaluated["parameters"].get("checkpoint", "")
     present, absent = systems.of_run(run, evaluated["seed"], torch.device("cpu"), checkpoint)
     models = {system.name: system for system in present if system.model is not None}

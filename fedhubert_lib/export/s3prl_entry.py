@@ -29,8 +29,8 @@ NAME = "fedhubert"
 class Upstream(nn.Module):
     """s3prl's upstream interface over a checkpoint folder: all N + 1 hidden states, 50 frames a second.
 
-    Clips pass in groups of equal length and are never padded, so that no clip's features depend on its batch; shorter
-    ones are filled up with zeros after encoding, which s3prl cuts off again.
+    Clips pass in groups of equal length and are never padded, so that no clip's features depend on its batch. Shorter
+    ones are filled up after encoding, with their last frame: s3prl may keep one more than they have.
     """
 
     def __init__(self, ckpt: str, model_config: str | None = None, refresh: bool = False, **options: object) -> None:
@@ -50,7 +50,9 @@ class Upstream(nn.Module):
             states = self.model(torch.stack([wavs[index] for index in indices]), hidden_states=True).hidden
             encoded |= dict(zip(indices, torch.stack(states, dim=1), strict=True))
         frames_first = [encoded[index].transpose(0, 1) for index in range(len(wavs))]
-        hidden = nn.utils.rnn.pad_sequence(frames_first, batch_first=True).unbind(2)
+        most = max(map(len, frames_first))
+        filled = [torch.cat([frames, frames[-1:].expand(most - len(frames), -1, -1)]) for frames in frames_first]
+        hidden = torch.stack(filled).unbind(2)
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}
 
 

@@ -105,16 +105,18 @@ def states(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
 
     In bfloat16 where the device is faster with it. Utterances pass one by one, without padding, which a group-norm
     front end would take for speech; on a CPU one on each core, so that neither company nor cores change a bit. One
-    longer than 100 s passes in pieces of 5,000 frames; its frames are as many as in one pass. As in fairseq's feature
-    dump it is normalised as a whole before, where the model asks for it.
+    longer than 100 s passes in equal pieces of at most 5,000 frames; its frames are as many as in one pass. As in
+    fairseq's feature dump it is normalised as a whole before, where the model asks for it.
     """
 
     def of(waveform: Tensor) -> Tensor:
         waveform = audio.normalise(waveform) if model.config.do_normalize else waveform
-        pieces = [torch.zeros(len(layers), 0, model.config.hidden_size)]
+        pieces, frames = [torch.zeros(len(layers), 0, model.config.hidden_size)], audio.frame_count(len(waveform))
+        count = max(1, -(-frames * audio.HOP // FORWARD_SAMPLES))
+        step = -(-frames // count) * audio.HOP or 1  # equal ones: a rest of a few frames is no speech to a model
         with torch.inference_mode(), resources.autocast(device, "auto"):
-            for start in range(0, audio.frame_count(len(waveform)) * audio.HOP, FORWARD_SAMPLES):
-                piece = waveform[start : start + FORWARD_SAMPLES + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
+            for start in range(0, frames * audio.HOP, step):
+                piece = waveform[start : start + step + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
                 hidden = model(piece[None], hidden_states=True, normalised=True).hidden
                 pieces.append(torch.stack([hidden[layer][0].float() for layer in layers]).cpu())
         return torch.cat(pieces, dim=1)
