@@ -40,15 +40,17 @@ class Plan:
     parameters: int
     steps: int
     """Optimiser steps, over all clients."""
+    turns: int
+    """Of these as many as follow one another: a round waits for the worker that has most of its clients."""
     pooled: float
     """Seconds of as many steps on the pooled data, in one process; 0: none."""
     workers: int
-    """Processes of engine ``pool``, each on its own device or cores, that share the clients' steps; else 1."""
+    """Processes of engine ``pool``, each on its own device or cores, that share a cohort's clients; else 1."""
 
     @property
     def seconds(self) -> float:
         """Expected duration of the training steps."""
-        return self.steps * self.step.seconds / self.workers + self.pooled
+        return self.turns * self.step.seconds + self.pooled
 
     def __str__(self) -> str:
         step, speed = self.step, self.step.audio_seconds / self.step.seconds
@@ -80,7 +82,9 @@ def plan(run: Path, p: Pretrain) -> Plan:
             raise MemoryError(f"{error}; or centralised: false, whose batches are {large.batch_seconds:g} s") from None
     with torch.device("meta"):
         parameters = sum(tensor.numel() for tensor in hubert.Hubert(config).parameters())
-    return Plan(device, step, parameters, p.rounds * p.cohort * p.local_steps, seconds, workers)
+    steps = p.rounds * p.local_steps
+    turns = steps * math.ceil(p.cohort / workers)
+    return Plan(device, step, parameters, steps * p.cohort, turns, seconds, workers)
 
 
 def fitting_step(p: Pretrain, config: hubert.HubertConfig, clusters: int, device: str, workers: int = 1) -> Step:

@@ -40,7 +40,7 @@ def parameters(stage: Path) -> dict[str, Any]:
 def all_parameters(run: Path) -> dict[str, Any]:
     """The parameters of all stages of a run that were begun, as ``stage.name``; of a plain folder ``corpus.speech``,
     too, a name for its speech, which no parameter tells from another's."""
-    stages = [path.parent for path in sorted(run.glob("[0-9][0-9]_*/params.yaml"))]
+    stages = [path.parent for path in sorted(run.glob("[0-9][0-9]_*/params.yaml")) if path.parent.name[3:].isalpha()]
     values = {f"{stage.name[3:]}.{name}": value for stage in stages for name, value in parameters(stage).items()}
     if values.get("corpus.kind") == "folder":
         values["corpus.speech"] = (read_json(run / "00_corpus" / "done.json") or {}).get("lists", "unknown")[:16]
@@ -58,6 +58,8 @@ def stale(run: Path) -> dict[str, str]:
         inputs = [(name, hash) for name, hash in done["identity"]["inputs"].items() if name[:2].isdigit()]  # of stages
         if outdated := [name for name, hash in inputs if hash not in states.get(name, ())]:
             reasons[folder[3:]] = f"made from an older {outdated[0]}"
+        elif models := [name for name, _ in inputs if name >= "03" and name[3:] in reasons]:  # 02 was made anew
+            reasons[folder[3:]] = f"of {models[0]}, which is {reasons[models[0][3:]]}"
         parts = {done.get(name) for name in ("outputs", "speech", "heard", "training", "lists", "federated")}
         states[folder] = parts.union(*(done.get(name, {}).values() for name in ("codebooks", "targets")))
     return reasons

@@ -99,7 +99,7 @@ def needed(future: runs.Outlook, executed: Path) -> tuple[bool, str]:
     """Whether a stage with this outlook and ``executed`` notebook has to be run, and why, or why not, in words."""
     if future.kind != "done":
         return True, future.words or "not run yet"
-    if future.changes.code and not (future.changes.additions or future.changes.notebook):
+    if future.changes.code and not future.changes.additions:
         return False, f"{future.words}, skipped; --force makes them anew"
     if any(future.changes):
         return True, future.words

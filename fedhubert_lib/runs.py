@@ -140,7 +140,8 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
         if stage.name == "corpus":  # what has been downloaded or unpacked
-            work["inputs"] |= identity.listings(stage.p)
+            listed = identity.listings(stage.p)
+            work["inputs"] |= listed if stage.p.kind != "folder" else {**listed, "root": work["inputs"]["root"]}
         files.write_json(folder / "begun.json", begun | {"identity": work})
         peak = max(resources.peak_memory(), resources.peak_memory(children=True))  # the notebook's or a worker's
         seconds = round(time.time() - max(begun["started"], stage.began), 1)
@@ -164,6 +165,11 @@ def _begin(stage: Stage, future: "Outlook") -> None:
         take_back(run, stage.name, future.source)
     elif future.kind == "anew":
         replaced = clear(run, stage.name)
+    elif future.kind == "done" and future.changes.code and stage.name not in ("pretrain", "distill"):
+        aside = _aside(run, stage.name)  # other code may give other results in their place; a training has none left
+        with files.atomic(aside) as copy:
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".*", "checkpoints", "features", "synthetic"))
+        print(f"copied: {folder} -> {aside}", flush=True)
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)

@@ -141,7 +141,7 @@ def check(stage: str, namespace: Mapping[str, Any]) -> Section:
     schema, where = SECTIONS[stage], f"parameters of {FOLDERS[stage]}"
     plain = {
         # papermill reads YAML 1.1, to which 1e-3 is text
-        name: _value(schema, name, value) if isinstance(value, str) else value
+        name: _value(schema, name, value) if isinstance(value, str) and name in schema.model_fields else value
         for name, value in namespace.items()
         if (
             isinstance(value, bool | int | float | str | list | tuple | set | dict | None)

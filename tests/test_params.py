@@ -323,6 +323,7 @@ def test_check_takes_the_variables_of_a_notebook():
     ("changed", "expected"),
     [
         ({"clustrs": 30}, "parameters of 02_kmeans: kmeans.clustrs: .*did you mean clusters"),
+        ({"clustrs": "a: b: c"}, "kmeans.clustrs: .*did you mean clusters"),
         ({"clusters": 30.0}, "kmeans.clusters: "),
         ({"clusters": True}, "kmeans.clusters: "),
         ({"tolerance": float("inf")}, "kmeans.tolerance: "),

@@ -21,8 +21,8 @@ def test_measure_step_needs_more_memory_for_a_larger_batch():
 
 @pytest.mark.parametrize("pooled", [0.0, 20.0])
 def test_workers_share_the_clients_steps_and_no_pooled_ones(pooled):
-    plan = planning.Plan("cpu", planning.Step(16.0, 0.5, GIB), 1_500_000, 50, pooled, workers=2)
-    assert plan.seconds == pytest.approx(50 * 0.5 / 2 + pooled)
+    plan = planning.Plan("cpu", planning.Step(16.0, 0.5, GIB), 1_500_000, 50, 30, pooled, workers=2)
+    assert plan.seconds == pytest.approx(30 * 0.5 + pooled), "rounds of 5 clients are three turns of 2 workers"
     assert "1.5 M parameters on cpu" in str(plan) and "50 steps, by 2 workers" in str(plan)
     assert ("as many in one process on pooled data" in str(plan)) == bool(pooled)
 

@@ -252,6 +252,12 @@ def test_the_whole_chain_and_what_each_change_runs_again(project):
     result = project("--from", "evaluate", "--set", "distill.seed=3")
     assert lines(result) == ["05_evaluate: notebook changed: its results are kept"]
     assert (project.folder("evaluate") / "kept").exists()
+    # With code that changed, too, what is there could be overwritten with something else.
+    project.library("RESULT = 1  # other\n")
+    project.notebook("evaluate", "# another remark\n" + WORK)
+    (line,) = lines(project("--from", "evaluate", "--set", "distill.seed=3"))
+    assert "library changed: work.py" in line and "skipped" in line
+    project.library("RESULT = 1\n")
     result = project("--from", "evaluate", "--force", "--set", "distill.seed=3")
     assert lines(result) == ["05_evaluate: forced: starts anew"]
     assert (project.run / ".previous/05_evaluate-2/kept").exists()
@@ -364,6 +370,8 @@ def test_a_line_says_how_far_a_training_is_and_who_is_at_work():
     assert progress.at_work(rows) == ""
     assert progress.last_round(rows) == "round 1 of 9, loss 2.5, 80 audio s/s, 0:08:00 left"
     assert progress.last_round(rows, since=3.5) == ""
+    rows.append({"kind": "answers", "action": "features", "clients": 2, "of": 9, "time": 4.0})
+    assert progress.at_work(rows, since=3.5) == "features: 2 of 9 clients done" and not progress.at_work(rows, since=5)
 
 
 @pytest.mark.slow

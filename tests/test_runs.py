@@ -451,7 +451,10 @@ def test_a_codebook_that_is_added_leaves_a_teacher_of_another_as_it_is(outputs):
         p = params.SECTIONS[name]()
         assert runs.outlook(name, p, outputs / "toy").kind == "done"
     do("kmeans", "other", "clients/c/federated/labels.bin", codebooks=["federated", "client"])
-    assert records.stale(outputs / "toy") == dict.fromkeys(("pretrain", "distill"), "made from an older 02_kmeans")
+    older = dict.fromkeys(("pretrain", "distill"), "made from an older 02_kmeans")
+    assert records.stale(outputs / "toy") == older | {
+        "evaluate": "of 03_pretrain, which is made from an older 02_kmeans"
+    }
     with begin("pretrain").working():
         assert not (teacher / "made.bin").exists()
 
@@ -504,6 +507,9 @@ def test_code_and_versions_are_shown_and_results_kept(monkeypatch, outputs, caps
     runs.finish(stage, {})
     (note,) = json.loads((folder / "done.json").read_text())["resumed"]
     assert "federated/keys.py" in note["changes"] and "torch" in note["changes"]
+    assert (
+        f"copied: {folder}" in capsys.readouterr().out and (outputs / "toy/.previous/00_corpus-1/made.bin").exists()
+    ), "as it was before"
 
 
 def test_a_changed_file_behind_a_link_is_seen(tmp_path):
@@ -563,6 +569,16 @@ def test_a_download_is_no_change_of_inputs(tmp_path, outputs):
     assert runs.read_json(stage.folder / "done.json")["identity"] == now
 
 
+def test_recordings_that_arrive_while_a_folder_is_read_are_another_input(tmp_path, outputs):
+    place = tmp_path / "recordings"
+    place.mkdir()
+    stage = begin(kind="folder", root=str(place))
+    with stage.working():
+        (place / "late.wav").touch()
+    runs.finish(stage, {})
+    assert runs.outlook("corpus", stage.p, stage.run).kind == "anew"
+
+
 def test_a_teacher_that_is_replaced_while_its_student_learns_is_another(outputs, tmp_path):
     for stage in ("corpus", "partition", "kmeans", "pretrain"):
         do(stage)
@@ -586,6 +602,7 @@ def test_results_that_rest_on_older_ones_are_stale_everywhere(outputs):
     assert records.stale(outputs / "toy") == dict.fromkeys(("distill", "evaluate"), "made from an older 03_pretrain")
     shutil.copytree(outputs / "toy/04_distill", outputs / "toy/04_distill-old")
     assert "1.0 (stale)" in (text := index.listing(outputs)) and "04_distill stale; 05_evaluate stale" in text
+    assert not [key for key in records.all_parameters(outputs / "toy") if "-old" in key], "a copy is no stage"
 
 
 def test_the_evaluation_runs_without_a_student_and_sees_one_that_comes(outputs):

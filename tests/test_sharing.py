@@ -113,6 +113,17 @@ def test_a_stage_that_differs_moves_aside_what_the_run_holds(other, capsys):
     assert "03_pretrain: differs from a (inputs changed: 02_kmeans)" in out and "03_pretrain: not done in b" in out
 
 
+def test_lists_that_name_another_copy_of_the_speech_are_not_taken(outputs, tmp_path):
+    for name in ("slow", "fast"):
+        (tmp_path / name).mkdir()
+    of_run = {"a": str(tmp_path / "slow"), "b": str(tmp_path / "fast")}
+    for run, root in of_run.items():
+        do("corpus", run, kind="librispeech", root=root)
+    do("partition", "a")
+    run, p = outputs / "b", params.Partition(run="b")
+    assert not sharing.take("partition", p, run, [outputs / "a"], runs.outlook("partition", p, run).identity)
+
+
 def test_half_a_copy_of_a_killed_start_goes(other, capsys):
     left = other.parent / "new/.00_corpus.4242.partial"
     left.mkdir(parents=True)
