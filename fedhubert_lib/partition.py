@@ -186,7 +186,7 @@ def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: n
 
 
 def _by_dirichlet(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    group = table["subset"] + " " + table["sex"]
+    group = table.groupby("speaker")["subset"].transform("first") + " " + table["sex"]  # whole, if in two subsets
     if group.nunique() < 2:
         raise PartitionError(
             f"partition.scheme: dirichlet needs two groups of subset and sex; there is {group.iloc[0]!r}"

@@ -92,7 +92,7 @@ def _speech(p: params.Corpus, *_: Any) -> None:
         subsets = p.train_subsets + p.test_subsets
         librispeech.home(Path(p.root), [name for name in subsets if not Path(p.root, f"{name}.tar.gz").is_file()])
     if p.kind == "folder":
-        folder.speakers(Path(p.root))
+        folder.speakers(Path(p.root), p.train_subsets + p.test_subsets)
 
 
 def _speakers(p: params.Partition, run: Path, study: studies.Study | None, _: Any) -> None:

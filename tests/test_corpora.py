@@ -504,7 +504,11 @@ def test_read_excludes_json_that_holds_no_phones_or_times(phone, seconds, tmp_pa
 
 @pytest.mark.parametrize(
     ("spoken", "expected"),
-    [(["AH0", "ah1", "sp", "T"], ["AH", "AH", "sil", "T"]), (["a1", "a2", "a3", "sp"], ["A1", "A2", "A3", "sil"])],
+    [
+        (["AH0", "ah1", "sp", "T"], ["AH", "AH", "sil", "T"]),
+        (["a1", "a2", "a3", "sp"], ["A1", "A2", "A3", "sil"]),
+        (["s", "S", "sp", "a"], ["s", "S", "sil", "a"]),  # SAMPA
+    ],
 )
 def test_stress_goes_and_tones_stay(spoken, expected, tmp_path):
     spans = [(0.2 * i, 0.2 * (i + 1), phone) for i, phone in enumerate(spoken)]
@@ -578,6 +582,18 @@ def test_read_json_of_the_montreal_aligner(tmp_path):
     phones, refused = alignments.read(tmp_path, MANIFEST)
     assert phones.to_pandas().values.tolist() == [["1-2-0000", 0, 6_400, "AA"], ["1-2-0000", 6_400, 12_800, "sil"]]
     assert "with a tier phones" in refused.reason[0]
+
+
+def test_silences_of_an_alignment_are_the_same_in_both_formats_of_the_montreal_aligner(tmp_path):
+    """It writes an empty interval for each in TextGrids, and leaves them out of JSON."""
+    phones, silences = [(0.2, 0.4, "AA1"), (0.6, 0.8, "T")], [(0.0, 0.2, ""), (0.4, 0.6, ""), (0.8, 1.0, "")]
+    for kind in ("grid", "json"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "grid" / "1-2-0000.TextGrid").write_text(textgrid(1.0, sorted(phones + silences)))
+    whole = {"start": 0, "end": 1.0, "tiers": {"phones": {"type": "interval", "entries": phones}}}
+    (tmp_path / "json" / "1-2-0000.json").write_text(json.dumps(whole))
+    grid, other = (alignments.read(tmp_path / kind, MANIFEST)[0].to_pylist() for kind in ("grid", "json"))
+    assert grid == other and [row["phone"] for row in grid] == ["sil", "AA", "sil", "T", "sil"]
 
 
 def test_read_one_json_file_for_all(tmp_path):

@@ -1,5 +1,6 @@
 """A plain folder of speakers as the corpus: nothing lost, nothing doubled; and recordings of any length."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from test_corpora import BROKEN, keyword_tree, write
 
 from fedhubert_lib import audio, batching, corpora, params, partition, preflight, runs, studies
-from fedhubert_lib.corpora import scan
+from fedhubert_lib.corpora import alignments, scan
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.kmeans import reading
 
@@ -56,6 +57,8 @@ def test_every_other_file_is_left_out_with_its_reason(tree, tmp_path):
     copy.write_bytes((tree / "ben" / "monday" / "a" / "1.wav").read_bytes())
     write(twin, 8_000)
     write(tree / "alone.wav")
+    samples, rate = soundfile.read(tree / "ben" / "tuesday" / "1.wav", dtype="int16")
+    soundfile.write(tree / "ben" / "z.flac", samples, rate)
     for hidden in (".trash/1.wav", "ana/.2.wav", "ana/.trash/1.wav"):
         write(tree / hidden)
     manifest, excluded = prepare(tmp_path / "run", tree)
@@ -64,6 +67,7 @@ def test_every_other_file_is_left_out_with_its_reason(tree, tmp_path):
     assert reasons[str(tree / "alone.wav")].startswith("lies in no speaker's folder")
     assert reasons.str.startswith("hidden").sum() == 3
     assert reasons[str(tree / "ben" / "monday" / "a" / "1.wav")] == f"same audio as {copy}"
+    assert reasons[str(tree / "ben" / "z.flac")] == f"same audio as {tree / 'ben' / 'tuesday' / '1.wav'}"
     assert reasons[str(tree / "ana" / "1.wav")] == f"its utterance is already there: {twin}"
     everything = {str(path) for path in tree.rglob("*") if not path.is_dir()}
     assert set(manifest.path) | set(excluded.path) == everything
@@ -85,6 +89,7 @@ def test_a_folder_of_which_nothing_can_be_used_is_refused(tmp_path):
     ("more", "problem"),
     [
         (["corpus.root=nowhere"], "corpus.root: .*nowhere: no such file or folder"),
+        (["corpus.test_subsets=[ben]"], "corpus.root: of kind folder .* a speaker to train on, ben too, which"),
         (["partition.clients=3"], "partition.clients: .* has 3 speakers, and 3 clients and 1 held-out"),
         (["partition.heldout_speakers=3", "partition.scheme=iid"], "partition.clients: .*1 clients and 3 held-out"),
     ],
@@ -93,6 +98,17 @@ def test_what_a_folder_lacks_is_found_before_it_is_read(tree, tmp_path, more, pr
     with pytest.raises(runs.RunError, match=problem):
         preflight.study(study(tree, *more), ["corpus", "partition"], tmp_path / "run")
     preflight.study(study(tree, "partition.clients=2", "pretrain.cohort=2"), ["corpus", "partition"], tmp_path / "run")
+
+
+def test_phones_lie_where_the_montreal_aligner_puts_those_of_a_folder(tree, tmp_path):
+    for name in ("ana/1.json", "ben/monday/a/1.json"):
+        whole = {"end": 0.5, "tiers": {"phones": {"entries": [[0.0, 0.5, "AA1"]]}}}
+        (tmp_path / "times" / name).parent.mkdir(parents=True)
+        (tmp_path / "times" / name).write_text(json.dumps(whole))
+    samples = dict.fromkeys(("ana/1", "ben/monday/a/1", "ben/2"), 8_000)
+    manifest = pd.DataFrame({"utterance": list(samples), "samples": list(samples.values())})
+    phones, refused = alignments.read(tmp_path / "times", manifest)
+    assert phones["utterance"].to_pylist() == ["ana/1", "ben/monday/a/1"] and refused.empty
 
 
 def test_folders_of_sessions_are_chapters_and_audio_goes_to_its_client(tree, tmp_path):

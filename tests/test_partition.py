@@ -36,6 +36,9 @@ def test_owners_follow_from_the_seed(scheme, table):
 
 @pytest.mark.parametrize("scheme", ["speakers", "speaker", "sex", "subset", "dirichlet"])
 def test_owners_keep_speakers_whole(scheme, table):
+    if scheme != "subset":  # such as train-clean-5, which is a part of train-clean-100
+        elsewhere = (table.speaker == table.speaker[0]) & (table.index % 2 == 0)
+        table = table.assign(subset=table.subset.mask(elsewhere, "train-clean-5"))
     owner = partition.owners(table, parameters(scheme, table))
     assert (pd.Series(owner).groupby(table.speaker.to_numpy()).nunique() == 1).all()
 

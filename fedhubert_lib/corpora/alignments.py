@@ -76,7 +76,7 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
         code = utterances.setdefault(alignment.utterance, len(utterances))
         for begin, end, phone in alignment.phones:
             start, stop = round(begin * SAMPLE_RATE), min(round(end * SAMPLE_RATE), total)
-            if stop > start and (name := phone.strip().upper()) not in UNKNOWN:
+            if stop > start and (name := phone.strip()).upper() not in UNKNOWN:
                 codes.append(code)
                 starts.append(start)
                 ends.append(stop)
@@ -88,7 +88,9 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
             f".TextGrid or UTTERANCE.json, or one JSON file for all){example}"
         )
     tones = any(name[1:].endswith(TONES) for name in phones)
-    folded = {phone: fold(phone, tones) for phone in phones}
+    spoken = [name for name in phones if name.upper() not in SILENCES]
+    cased = len({name.upper() for name in spoken}) < len(spoken)
+    folded = {phone: fold(phone, tones, cased) for phone in phones}
     kinds = {phone: number for number, phone in enumerate(dict.fromkeys(folded.values()))}
     kind_of = np.array([kinds[phone] for phone in folded.values()], np.int32)
     columns = [
@@ -100,11 +102,14 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
     return pa.table(columns, names=PHONES.names), pd.DataFrame(refused, columns=["path", "reason"])
 
 
-def fold(phone: str, tones: bool = False) -> str:
-    """A phone without stress digit, in upper case; every kind of silence or noise is ``sil``. Where ``tones`` have
-    digits, 3 and above among them, all digits stay."""
-    phone = phone.strip().upper()
-    return "sil" if phone in SILENCES else phone if tones else phone.rstrip("012") or phone  # a number may be its name
+def fold(phone: str, tones: bool = False, cased: bool = False) -> str:
+    """A phone without stress digit, in upper case unless ``cased`` (SAMPA: s is not S); every kind of silence or noise
+    is ``sil``. Where ``tones`` have digits, 3 and above among them, all digits stay."""
+    phone = phone.strip()
+    if phone.upper() in SILENCES:
+        return "sil"
+    phone = phone if cased else phone.upper()
+    return phone if tones else phone.rstrip("012") or phone  # a number may be its name
 
 
 def _reason(alignment: Alignment, samples: int) -> str:
@@ -122,10 +127,13 @@ def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> I
     """The alignments of the utterances of ``samples``, in order of path."""
     if root.is_dir():
         paths = sorted(Path(entry.path) for entry in folders.walk(root) if entry.name.lower().endswith(SUFFIXES))
-        paths = [path for path in paths if path.stem in samples]
-        for done, path in enumerate(paths, start=1):
-            yield _textgrid(path) if path.suffix.lower() == ".textgrid" else _montreal_json(path)
-            on_progress("read alignments", done, len(paths))
+        # Named as the utterance, or, of a plain folder, at its place below the root, as the Montreal aligner lays out.
+        names = [path.stem if path.stem in samples else str(path.relative_to(root).with_suffix("")) for path in paths]
+        known = [(path, name) for path, name in zip(paths, names, strict=True) if name in samples]
+        for done, (path, name) in enumerate(known, start=1):
+            alignment = _textgrid(path) if path.suffix.lower() == ".textgrid" else _montreal_json(path)
+            yield alignment._replace(utterance=name)
+            on_progress("read alignments", done, len(known))
     elif root.is_file():
         yield from _json(root, samples)
     else:
@@ -159,8 +167,15 @@ def _montreal_json(path: Path) -> Alignment:
     """One utterance as the Montreal Forced Aligner writes it with ``--output_format json``."""
     try:
         whole = json.loads(files.read_text(path))
-        spans = [_span(*span) for span in whole["tiers"]["phones"]["entries"]]
-        return Alignment(path.stem, path, float(whole["end"]), spans)
+        seconds, spans, last = float(whole["end"]), [], 0.0
+        for begin, end, phone in (_span(*span) for span in whole["tiers"]["phones"]["entries"]):
+            if begin > last + 1e-3:  # the aligner leaves silences out of JSON; in TextGrids they are empty intervals
+                spans.append((last, begin, ""))
+            spans.append((begin, end, phone))
+            last = end
+        if spans and seconds > last + 1e-3:
+            spans.append((last, seconds, ""))
+        return Alignment(path.stem, path, seconds, spans)
     except _WRONG as error:
         what = f"not JSON of the Montreal Aligner with a tier phones ({type(error).__name__}: {error})"
         return Alignment(path.stem, path, reason=what)

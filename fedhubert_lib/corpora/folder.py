@@ -4,6 +4,7 @@ The first folder below the root is the speaker; files lie in it at any depth. Al
 to validate on are held out by 01_partition.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +15,22 @@ from fedhubert_lib.corpora.librispeech import COLUMNS, CorpusError, without_copi
 SUFFIXES = (".flac", ".wav")
 
 
-def speakers(root: Path) -> list[str]:
-    """The folders of ``root`` with a .wav or .flac in them, by names alone. Raises CorpusError where there is none."""
+def speakers(root: Path, subsets: Sequence[str] = ()) -> list[str]:
+    """The folders of ``root`` with a .wav or .flac in them, by names alone.
+
+    Raises CorpusError where there is none, or where one has the name of a subset: that is another kind of corpus.
+    """
     below = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     names = [path.name for path in below if any(entry.name.lower().endswith(SUFFIXES) for entry in folders.walk(path))]
     if not names:
         raise CorpusError(
             f"corpus.root: {root} has no folder of a speaker with a .wav or .flac in it; lay the files out as "
             f"{root / 'SPEAKER' / 'FILE.wav'}"
+        )
+    if subset := sorted(set(names) & set(subsets)):
+        raise CorpusError(
+            f"corpus.root: of kind folder each folder of {root} is a speaker to train on, {', '.join(subset)} too,"
+            " which train_subsets or test_subsets names; give kind: librispeech, or rename it (01 keeps speakers out)"
         )
     return names
 
