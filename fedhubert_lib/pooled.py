@@ -1,7 +1,8 @@
 """The baseline of every federated figure: one trainer with everybody's data, for pretraining and for distillation.
 
-As many optimiser steps as the federation makes, each on as much audio as a cohort has; the same start, schedule and
-masking. It exists in simulation only, where one machine can read all clients' folders.
+As many optimiser steps as the federation makes, each on as much audio as a cohort has at most (where clients' speech
+does not fill their batches, on more: everybody's does); the same start, schedule and masking. It exists in simulation
+only, where one machine can read all clients' folders.
 """
 
 import time
@@ -96,7 +97,9 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
 
 def merged(p: F) -> F:
     """``p`` with a step's audio in fewer and larger batches of at most 32 s: what cores need to be busy with."""
-    count = max(n for n in range(1, p.cohort + 1) if p.cohort % n == 0 and (n == 1 or n * p.batch_seconds <= 32))
+    crops = [int(n * p.batch_seconds / p.crop_seconds) for n in range(p.cohort + 1)]  # that a batch of n batches holds
+    counts = [n for n in range(2, p.cohort + 1) if p.cohort % n == 0 and n * p.batch_seconds <= 32]
+    count = max((n for n in counts if crops[n] == n * crops[1]), default=1)
     return p.model_copy(update={"cohort": p.cohort // count, "batch_seconds": count * p.batch_seconds})
 
 

@@ -29,10 +29,13 @@ def last_round(rows: Rows, since: float = 0.0) -> str:
 
 
 def at_work(rows: Rows, since: float = 0.0) -> str:
-    """Which client of the cohort that was asked last is at work, and how many of it are done; empty between rounds.
+    """Which client of the cohort that was asked last is at work, and how many of it are done; empty between rounds. Of
+    02 how many clients have answered, where answers take long.
 
     Answers come in the order of client ids: engines with several workers are ahead of this.
     """
+    if rows and rows[-1]["kind"] == "answers" and rows[-1]["time"] >= since:
+        return "{action}: {clients} of {of} clients done".format_map(rows[-1])
     begun = max((place for place, row in enumerate(rows) if row["kind"] == "cohort"), default=None)
     if begun is None or rows[begun]["time"] < since or any(row["kind"] == "round" for row in rows[begun:]):
         return ""

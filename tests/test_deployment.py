@@ -6,6 +6,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -108,6 +109,27 @@ def test_keys_that_an_interrupt_left_unfinished_are_made_anew(tmp_path, monkeypa
     deployment.add_client(tmp_path, CLIENTS[1])
     assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == CLIENTS
     assert handshake(tmp_path, tmp_path / "nodes" / CLIENTS[1] / "server.pem") == "TLSv1.3"
+
+
+@pytest.mark.parametrize("host", ["::1", "fl.example.org:9092", "https://fl.example.org"])
+def test_a_host_that_no_address_can_be_made_of_is_refused(tmp_path, host):
+    with pytest.raises(ValueError, match="give a name or an IPv4 address"):
+        deployment.prepare(tmp_path / "f", CLIENTS, host)
+    assert not (tmp_path / "f").exists()
+
+
+def test_no_port_is_given_twice():
+    assert len({deployment.free_port() for _ in range(300)}) == 300
+
+
+def test_a_server_that_cannot_find_itself_says_so(tmp_path, monkeypatch):
+    deployment.prepare(tmp_path / "f", CLIENTS, "no-such-host.invalid")
+    monkeypatch.setattr(deployment, "START_SECONDS", 0.5)
+    monkeypatch.setattr(
+        deployment, "superlink_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    with pytest.raises(deployment.DeploymentError, match=r"is not reached at no-such-host\.invalid: .*/etc/hosts"):
+        deployment.serve(tmp_path / "f")
 
 
 def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):

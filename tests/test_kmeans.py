@@ -1053,6 +1053,14 @@ def test_not_all_clients_may_be_missing():
         list(exchange.ask("lloyd", {"a": torch.zeros(3)}, {}))
 
 
+def test_long_asks_say_how_many_clients_have_answered(monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", -1.0)
+    rows, clients = [], SimpleNamespace(ids=["a", "b"], ask=lambda *_, clients, **__: map(Reply, clients))
+    config = {"clusters": 2, "noise_multiplier": 0.0}
+    assert len(list(server.Exchange(clients, rows.append).ask("features", {}, config))) == 2
+    assert rows == [{"kind": "answers", "action": "features", "clients": n, "of": 2} for n in (1, 2)]
+
+
 def test_seeded_noise_differs_by_client_and_round_and_a_random_start_by_seed():
     config = {"noise_seeded": True, "seed": 0, "round": 1, "noise_clip": 1.0, "noise_multiplier": 1.0}
 

@@ -675,6 +675,16 @@ def test_a_pooled_step_has_the_cohorts_audio_in_fewer_batches(cohort, batch_seco
     assert (merged.cohort, merged.batch_seconds) == batches
 
 
+@pytest.mark.parametrize(
+    ("batch_seconds", "crop_seconds"), [(8.0, 5.0), (16.0, 9.0), (8.0, 4.0), (4.0, 3.0), (6.0, 4.0)]
+)
+def test_a_pooled_step_has_as_many_crops_as_the_cohorts_steps(batch_seconds, crop_seconds):
+    """8 s hold one crop of 5 s, and 32 s six."""
+    p = pretrain(cohort=8, batch_seconds=batch_seconds, crop_seconds=crop_seconds)
+    large = pooled.merged(p)
+    assert large.cohort * (large.batch_seconds // crop_seconds) == 8 * (batch_seconds // crop_seconds)
+
+
 @pytest.mark.usefixtures("narrow")
 def test_draws_of_batches_and_steps_come_from_seed_round_and_client(tmp_path, monkeypatch):
     run, keys, drawn, original, update = make(tmp_path), [], [], batching.batches, training.local_update

@@ -37,6 +37,7 @@ def load(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | Non
 def save(home: ClientHome, config: Mapping[str, Any], name: str, arrays: Mapping[str, Tensor]) -> None:
     """Keep ``arrays`` as ``name`` of this round, and drop what no repeated round can need: all of this session before
     the newest durable one."""
+    files.sweep(_session(home, config))  # what a client that was killed while it wrote has left
     with files.atomic(_session(home, config) / f"{name}-{config['round']:06d}.safetensors") as temporary:
         save_file(dict(arrays), temporary)
         temporary.chmod(0o600)  # keys of secure aggregation are among them

@@ -89,9 +89,11 @@ class DeploymentError(ChildProcessError):
 def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port: int = PORT) -> None:
     """Write keys, certificates, configuration and app for ``clients`` and a server that they reach at ``host``.
 
-    ``host`` is a name or an IP address. What an interrupt has left is made anew. Raises FileExistsError where a
+    ``host`` is a name or an IPv4 address. What an interrupt has left is made anew. Raises FileExistsError where a
     federation was prepared before: new keys would lock its nodes out.
     """
+    if {":", "/"} & set(host):
+        raise ValueError(f"--host {host}: give a name or an IPv4 address, and its port with --port")
     folder = folder.resolve()
     if (folder / "federation.json").exists():
         raise FileExistsError(f"{folder}: has keys already; add a client with `deploy register`, or delete the folder")
@@ -235,7 +237,10 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
         deadline = time.monotonic() + START_SECONDS
         while not _listens(folder):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise DeploymentError(f"the SuperLink did not start.{_tail(log)}")
+                host, why = _address(folder)["host"], "did not start"
+                if process.poll() is None:
+                    why = f"is not reached at {host}: this machine has to reach it so, too (a line in /etc/hosts)"
+                raise DeploymentError(f"the SuperLink {why}.{_tail(log)}")
             time.sleep(0.2)
         register(folder)
         yield process
@@ -271,11 +276,18 @@ def environment(home: Path) -> dict[str, str]:
     return os.environ | QUIET | proxies | {"FLWR_HOME": str((home / "flower").resolve()), "PATH": path}
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nobody listens on and that was not given before: who gets it binds it later."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port not in _GIVEN:
+            _GIVEN.add(port)
+            return port
 
 
 def register(folder: Path) -> list[str]:

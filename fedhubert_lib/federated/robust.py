@@ -27,7 +27,7 @@ class Sorted(Collector):
         """The trimmed mean or median of all, a tensor at a time."""
         count = len(self._updates)
         middle = (count - 1) // 2
-        lowest = middle if self._trim == 0.5 else min(max(int(self._trim * count), 1), middle)
+        lowest = middle if self._trim == 0.5 else min(max(int(self._trim * count + 1e-9), 1), middle)
         stacks = (
             (name, torch.stack([update.pop(name) for update in self._updates])) for name in sorted(self._updates[0])
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,9 @@ LARGEST, MOST = 1e15, 2**30
 """Numbers of an answer, whose squares must be float32; and what a client may count, frames of 6,000 hours."""
 COUNTS = {"count", "squares", "counts", "inertias", "runs", "labels", "contingency"}
 """Arrays of answers that nothing but noise makes negative."""
+
+PATIENCE = 10.0
+"""Seconds between two rows that say how many clients have answered."""
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -60,8 +64,12 @@ class Exchange:
         Raises KmeansError, once all have been asked, when more than ``missing`` clients do not answer so, or none does.
         """
         asked = self.ids if clients is None else clients
-        reasons = []
-        for reply in self.clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked):
+        reasons, due = [], time.monotonic() + PATIENCE
+        answers = self.clients.ask(f"{self._stage}.{action}", arrays=arrays, config=config, clients=asked)
+        for number, reply in enumerate(answers, 1):
+            if time.monotonic() > due:  # features of hundreds of hours take hours
+                self._log({"kind": "answers", "action": action, "clients": number, "of": len(asked)})
+                due = time.monotonic() + PATIENCE
             reason = reply.reason if isinstance(reply, Failure) else _unusable(reply, config, like, metrics)
             if reason:
                 self._log({"kind": "failure", "action": action, "client": reply.client, "reason": reason})
