@@ -286,6 +286,6 @@ def test_card_of_the_privacy_of_cluster_statistics(stage):
         assert f"epsilon 2.5{words} at delta 1e-05" in written(stage)
     (stage / "params.yaml").write_text("codebook: client\n")
     assert "no statistics of codebook client left a client" in written(stage)
-    assert "audio, features and labels: never left their client\n" in written(stage)
+    assert "audio, features and labels: never left their client (a simulation: all" in written(stage)
     (stage / "params.yaml").write_text("codebook: central\n")
     assert "audio, features and labels: pooled to start the codebook\n" in written(stage)

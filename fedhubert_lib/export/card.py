@@ -3,6 +3,7 @@
 All of it is read from the run's own files; a setting that they do not hold is called unknown.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,6 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
     kind, p = parameters(run / "00_corpus").get("kind"), parameters(stage)
     trained = [stage] if p.get("teacher") else [run / name for name in STAGES if name <= stage.name]
-    codebooks = [parameters(one).get("codebook") for one in trained]
     begun = [parameters(one).get(name) for one in trained for name in ("initial", "teacher")]
     begun.append(parameters(run / "02_kmeans").get("features"))  # whose units are the targets
     begun = list(dict.fromkeys(_shown(model) for model in begun if _outside(model)))
@@ -124,7 +124,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         loss=f"{losses[-1]:.4f}" if losses else "not told: no noise covers it" if private else "unknown",
         # Neither how this machine ran it, nor folders on its disk.
         training=", ".join(f"{n} {_shown(v)}" for n, v in p.items() if n not in params.HOW and str(v)),
-        speech="pooled to start the codebook" if "central" in codebooks else "never left their client",
+        speech=_whereabouts([run / "02_kmeans", *trained]),
         updates="; ".join(f"{STAGES[one.name]}: {_updates(one)}" for one in trained) + _together(trained, begun),
         statistics="; ".join(dict.fromkeys(_statistics(run, parameters(one)) for one in trained)),
         others="".join(f", and what {model} had heard" for model in begun),
@@ -137,6 +137,15 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
 
 def _outside(value: Any) -> bool:
     return str(value).startswith("/")
+
+
+def _whereabouts(stages: Sequence[Path]) -> str:
+    """Where audio, features and labels were, in words."""
+    recorded = [parameters(stage) for stage in stages]
+    if any(values.get("codebook") == "central" for values in recorded):
+        return "pooled to start the codebook"
+    simulated = any(values.get("engine") != "deployment" for values in recorded)
+    return "never left their client" + simulated * " (a simulation: all clients lay on one machine)"
 
 
 def _shown(value: Any) -> Any:
