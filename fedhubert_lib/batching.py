@@ -3,8 +3,8 @@
 An utterance is as long as the longest of ``LENGTHS`` sixteenths of ``crop_seconds`` that it holds. Shuffled utterances
 of one length make a batch of ``batch_seconds``; what is left over of a length joins the next shorter one, so that all
 batches of a length have the same shape, and one batch of a pass may be smaller. Kernels compile for each new shape:
-with a length for every batch that took a sixth of a small model's training. A pass takes a crop of each utterance, and
-of it 90 to 99 % (of twelve utterances half): with 4, 5 and 15.6 s 31, 38 and 90 % of Mini LibriSpeech.
+with a length for every batch that took a sixth of a small model's training. A pass takes a crop of each utterance, 90
+to 99 % of it (half of a dozen utterances): with crops of 4, 5 and 15.6 s 31, 38 and 90 % of Mini LibriSpeech.
 
 Each crop starts at a multiple of 320 samples, so that its labels are an exact slice: frame i covers samples
 [320 i, 320 i + 400). Models with LayerNorm extractors could be padded, but the recipe crops them, too

@@ -1,8 +1,8 @@
 """The baseline of every federated figure: one trainer with everybody's data, for pretraining and for distillation.
 
-As many optimiser steps as the federation makes, each on as much audio as a cohort has at most (where clients' speech
-does not fill their batches, on more: everybody's does); the same start, schedule and masking. It exists in simulation
-only, where one machine can read all clients' folders.
+As many optimiser steps as the federation makes, each on as much audio as a cohort has at most (on more where clients'
+speech, or crops of short utterances, do not fill their batches); the same start, schedule and masking. It exists in
+simulation only, where one machine can read all clients' folders.
 """
 
 import time

@@ -107,7 +107,7 @@ def make(runs: Sequence[Path]) -> Reference:
     for run in runs:
         if not (run / "03_pretrain" / "done.json").exists():
             raise records.RunError(f"{run}: 03_pretrain is not done; a reference is made from runs that have trained")
-        for stage in records.stale(run).keys() & {"pretrain", "distill"}:
+        for stage in sorted(records.stale(run).keys() & {"pretrain", "distill"}, reverse=True):
             raise records.RunError(f"{run}: {stage} is {records.stale(run)[stage]}; run it again")
     training_seeds.check_one_study(runs)
     recorded = [_parameters(run) for run in runs]

@@ -166,10 +166,14 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     elif future.kind == "anew":
         replaced = clear(run, stage.name)
     elif future.kind == "done" and future.changes.code and stage.name not in ("pretrain", "distill"):
-        aside = _aside(run, stage.name)  # other code may give other results in their place; a training has none left
-        with files.atomic(aside) as copy:
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".*", "checkpoints", "features", "synthetic"))
-        print(f"copied: {folder} -> {aside}", flush=True)
+        done, aside = read_json(folder / "done.json"), _aside(run, stage.name)
+        if all(read_json(earlier / "done.json") != done for earlier in previous(run, stage.name)):
+            # Other code may give other results in their place; a training has none left. Without begun.json no copy,
+            # which lacks audio, is taken back for the whole.
+            left = shutil.ignore_patterns(".*", "begun.json", "checkpoints", "features", "synthetic")
+            with files.atomic(aside) as copy:
+                shutil.copytree(folder, copy, ignore=left, ignore_dangling_symlinks=True)
+            print(f"copied: {folder} -> {aside}", flush=True)
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)

@@ -128,7 +128,7 @@ def test_a_server_that_cannot_find_itself_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(
         deployment, "superlink_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
     )
-    with pytest.raises(deployment.DeploymentError, match=r"is not reached at no-such-host\.invalid: .*/etc/hosts"):
+    with pytest.raises(deployment.DeploymentError, match=r"does not answer at no-such-host\.invalid .*/etc/hosts"):
         deployment.serve(tmp_path / "f")
 
 

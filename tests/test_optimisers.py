@@ -115,6 +115,13 @@ def test_the_running_mean_is_the_weighted_mean():
         np.testing.assert_allclose(tensor.numpy(), np.average(stacked, axis=0, weights=weights), rtol=1e-5, atol=1e-7)
 
 
+def test_trimmed_mean_leaves_out_the_whole_number_that_a_fraction_is():
+    trimmed = robust.Sorted(0.29)  # times 100 it is 28.999 in floating point
+    for number in range(100):
+        trimmed.add({"w": torch.tensor([float(number < 29) * 1e6])}, 1.0)
+    assert trimmed.result()["w"] == 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])
 def test_median_and_trimmed_mean(count):
     steps = updates(count)

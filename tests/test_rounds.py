@@ -676,6 +676,15 @@ def test_state_of_clients_stays_small_and_leaves_other_sessions_alone(run):
     }
 
 
+def test_what_a_client_that_was_killed_has_half_written_goes(run):
+    home, config = handlers.home(run, CLIENTS[0], "toy", "cpu", True), {"session": "s", "round": 2, "durable": 0}
+    client_state.save(home, config | {"round": 1}, "toy", {"a": torch.ones(1)})
+    (session,) = (run / "clients" / CLIENTS[0]).iterdir()
+    (session / ".toy-000001.77.partial.safetensors").write_bytes(b"half")
+    client_state.save(home, config, "toy", {"a": torch.ones(1)})
+    assert sorted(path.name for path in session.iterdir()) == ["toy-000001.safetensors", "toy-000002.safetensors"]
+
+
 def test_only_personal_heads_stay_after_the_last_round(run, monkeypatch):
     def keeps_a_head(home, arrays, config):
         client_state.save(home, config, "personal", {"head.a": torch.ones(1)})

@@ -512,6 +512,18 @@ def test_code_and_versions_are_shown_and_results_kept(monkeypatch, outputs, caps
     ), "as it was before"
 
 
+def test_a_copy_of_what_other_code_works_on_is_made_once_and_is_no_stage(monkeypatch, outputs):
+    folder, library = do("corpus"), identity.library()
+    monkeypatch.setattr(identity, "library", lambda: library | {"federated/keys.py": "other"})
+    (folder / "dangling").symlink_to("nowhere")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), begin().working():
+            raise KeyboardInterrupt
+    assert [path.name for path in runs.previous(outputs / "toy", "corpus")] == ["00_corpus-1"]
+    shutil.rmtree(folder)
+    assert runs.outlook("corpus", params.Corpus(), outputs / "toy").kind == "anew", "the copy lacks audio"
+
+
 def test_a_changed_file_behind_a_link_is_seen(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real/a.flac").write_text("a")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import cli, files, hubert, pretrained, seeds
 from fedhubert_lib.evaluation import keywords, systems, tables
-from fedhubert_lib.export import formats, s3prl
+from fedhubert_lib.export import formats, s3prl, s3prl_entry
 
 OPTIONS = {"steps": 60, "rate": 1e-2, "seed": s3prl.FIRST_SEED, "device": "cpu"}
 
@@ -241,3 +241,16 @@ def test_command_puts_s3prls_accuracy_into_the_report(environment, evaluated, ca
         accuracy = float(re.findall(r"^test acc: (\S+)$", said, re.MULTILINE)[-1])
         assert [(figure["measure"], figure["values"]) for figure in figures] == [("s3prl-accuracy", [accuracy])]
         assert figures[0]["baseline"] == 1 / 12  # ten commands, unknown and silence
+
+
+def test_a_clip_beside_a_longer_one_is_followed_by_its_last_frame(tmp_path):
+    """s3prl keeps round(samples / 320) frames of each, at times one more than there are."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
+    model = hubert.Hubert(hubert.preset("tiny", "logmel", **sizes)).eval()
+    pretrained.save(tmp_path / "checkpoint", model, hubert.Head(model.config, 5))
+    upstream = s3prl_entry.Upstream(str(tmp_path / "checkpoint")).eval()
+    short, long = torch.randn(12_000), torch.randn(16_000)
+    with torch.no_grad():
+        both, alone = upstream([short, long])["last_hidden_state"], upstream([short])["last_hidden_state"]
+    assert alone.shape[1] == 37 and torch.equal(both[0, :37], alone[0])
+    assert torch.equal(both[0, 37:], alone[0, -1:].expand(both.shape[1] - 37, -1))

@@ -32,7 +32,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
     keywords, excluded_clips = _keywords(out, p, on_progress)
     root, train, test = _speech(out, p, on_progress)
     places = [root / subset for subset in train + test] or [root]
-    scanned = scan.scan(places, out / "scan_speech.parquet", on_progress, decode=p.decode_check)
+    scanned = scan.scan(places, out / "scan.parquet", on_progress, decode=p.decode_check)
     if p.kind == "folder":
         manifest, excluded = folder.utterances(root, scanned)
     else:
@@ -81,7 +81,7 @@ def _keywords(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[pd.Da
             archives.provide(root, archives.KEYWORDS, p.keywords_mirror, (), p.download, on_progress)
         root = speech_commands.home(root)
     words = speech_commands.words(root)
-    scanned = scan.scan(words, out / "scan_words.parquet", on_progress, decode=p.decode_check)
+    scanned = scan.scan(words, out / "scan_keywords.parquet", on_progress, decode=p.decode_check)
     keywords, excluded = speech_commands.clips(root, scanned)
     if keywords.empty:
         raise CorpusError(f"{root}: no usable clip among {len(scanned)} files; {_reasons(excluded)}")

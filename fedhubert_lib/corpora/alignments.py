@@ -89,7 +89,8 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
         )
     tones = any(name[1:].endswith(TONES) for name in phones)
     spoken = [name for name in phones if name.upper() not in SILENCES]
-    cased = len({name.upper() for name in spoken}) < len(spoken)
+    stressed = any(len(name) > 2 and name[-1] in "012" for name in spoken)  # ARPABET, whose case says nothing
+    cased = not stressed and len({name.upper() for name in spoken}) < len(spoken)
     folded = {phone: fold(phone, tones, cased) for phone in phones}
     kinds = {phone: number for number, phone in enumerate(dict.fromkeys(folded.values()))}
     kind_of = np.array([kinds[phone] for phone in folded.values()], np.int32)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedhubert_lib import folders
+from fedhubert_lib.corpora import scan
 from fedhubert_lib.corpora.librispeech import COLUMNS, CorpusError, without_copies
 
 SUFFIXES = (".flac", ".wav")
@@ -56,6 +57,10 @@ def utterances(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
         reason=scanned["reason"].mask(fine & (parts.str.len() < 2), "lies in no speaker's folder: not SPEAKER/…/FILE")
         .mask(fine & inner.str.contains(r"(?:^|/)\."), "hidden, or in a hidden folder"),
     )  # fmt: skip
-    table = without_copies(table.sort_values("utterance", kind="stable"))
+    table = table.sort_values("utterance", kind="stable")
+    flac = table["path"].str.lower().str.endswith(".flac")
+    twins = ~flac & (table["reason"] == "") & table["samples"].isin(table.loc[flac, "samples"])  # perhaps, in WAV
+    audio = table["fingerprint"].mask(twins, table.loc[twins, "path"].map(scan.flac_md5))
+    table = without_copies(table.assign(fingerprint=audio)).assign(fingerprint=table["fingerprint"])
     good = table["reason"] == ""
     return table.loc[good, COLUMNS].reset_index(drop=True), table.loc[~good, ["path", "reason"]].reset_index(drop=True)

@@ -51,7 +51,7 @@ class Header(NamedTuple):
     sample_rate: int = 0
     channels: int = 0
     fingerprint: str = ""
-    """Of the audio alone: MD5 of the samples, of FLAC from its header; a recording has the same in FLAC and WAV."""
+    """Of the audio alone: the FLAC header's MD5 of the samples, or BLAKE2b of a WAV file's samples."""
     reason: str = ""
 
 
@@ -118,7 +118,7 @@ def _wav(path: str) -> Header:
         if not file.seekable():  # GSM 6.10, G.721
             reason = f"{file.subtype} cannot be read from its middle; convert it to PCM_16"
             return Header(file.frames, file.samplerate, file.channels, reason=reason)
-        fingerprint, peak, whole = hashlib.md5(usedforsecurity=False), 0.0, file.subtype == "PCM_16"
+        fingerprint, peak, whole = hashlib.blake2b(digest_size=16), 0.0, file.subtype == "PCM_16"
         for samples in file.blocks(BLOCK, dtype="int16" if whole else "float32"):
             fingerprint.update(samples.tobytes())
             peak = peak if whole else np.abs(samples).max(initial=peak)  # NaN stays NaN
@@ -126,6 +126,11 @@ def _wav(path: str) -> Header:
         if not reason and peak > LOUDEST:
             reason = f"samples up to {peak:.4g}: not scaled to [-1, 1]"
         return Header(file.frames, file.samplerate, file.channels, fingerprint.hexdigest(), reason)
+
+
+def flac_md5(path: str) -> str:
+    """The MD5 that a FLAC file of the same 16 bit samples has in its header."""
+    return hashlib.md5(soundfile.read(path, dtype="int16")[0].tobytes(), usedforsecurity=False).hexdigest()
 
 
 def _unfit(file: soundfile.SoundFile) -> str:

@@ -194,8 +194,8 @@ def _more_words(result: Result, system: System, moments: np.ndarray, speech: Spe
     result.add("nearest-accuracy", [nearest], layer=layer, baseline=chance)
     with result.noting("unseen"):
         unseen = _of_seeds(lambda seed: probes.leave_speakers_out(spoken, words, speakers, seed=seed), p, memory)
-        accuracies, chance = [accuracy for accuracy, _ in unseen], 1 / len(np.unique(words))  # without silence
-        result.add("unseen-speaker-accuracy", accuracies, layer=layer, baseline=chance)
+        accuracies, of_words = [accuracy for accuracy, _ in unseen], 1 / len(np.unique(words))  # without silence
+        result.add("unseen-speaker-accuracy", accuracies, layer=layer, baseline=of_words)
     with result.noting("voice"):
         voice = _of_seeds(lambda seed: probes.speaker_accuracy(spoken, speakers, seed=seed), p, memory)
         result.add("speaker-accuracy", [accuracy for accuracy, _ in voice], layer=layer, baseline=voice[0][1])

@@ -142,9 +142,9 @@ def _warped(one: Tensor, many: Tensor) -> np.ndarray:
     paths[0][:, 0] = 0  # the corner before both sequences
     for diagonal in range(rows + columns - 1):
         first, last = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
-        ways = np.stack([paths[0][:, first:last], paths[1][:, first + 1 : last + 1], paths[1][:, first:last]])
-        cost, steps = np.take_along_axis(ways, ways[:, :1].argmin(0)[None], 0)[0]
-        i = np.arange(first, last)
+        way, i = paths[0][:, first:last], np.arange(first, last)
+        for other in (paths[1][:, first + 1 : last + 1], paths[1][:, first:last]):
+            way = np.where(other[0] < way[0], other, way)
         paths = [paths[1], np.full_like(paths[1], np.inf)]
-        paths[1][:, first + 1 : last + 1] = cost + angle[i, diagonal - i], steps + 1
+        paths[1][:, first + 1 : last + 1] = way[0] + angle[i, diagonal - i], way[1] + 1
     return np.divide(*paths[1][:, -1])

@@ -59,7 +59,7 @@ def read(run: Path) -> dict[str, Any]:
     path = run / STAGE / "report.json"
     report = records.read_json(path) or {}
     if why := records.stale(run).get("evaluate") if report else "not there":
-        raise FileNotFoundError(f"{path}: {why}; run 05_evaluate first")
+        raise FileNotFoundError(f"{path}: {why}; run 05_evaluate first, and what is stale before it")
     return report
 
 
@@ -143,7 +143,7 @@ def student(report: Report) -> pd.DataFrame:
         for kind, names in (("quality over random weights", QUALITY), ("cost", COST))
         for name in names
         if name in of_student and name in of_teacher and name in zeros
-        if (gain := of_teacher[name]["value"] - zeros[name]) > 0  # of nothing there is no fraction
+        if (gain := of_teacher[name]["value"] - zeros[name]) > 1e-6  # of nothing there is no fraction
     ]
     return pd.DataFrame(rows, columns=["system", "measure", "value", "baseline"])
 

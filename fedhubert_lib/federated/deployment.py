@@ -239,7 +239,8 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
             if process.poll() is not None or time.monotonic() > deadline:
                 host, why = _address(folder)["host"], "did not start"
                 if process.poll() is None:
-                    why = f"is not reached at {host}: this machine has to reach it so, too (a line in /etc/hosts)"
+                    why = f"does not answer at {host} after {START_SECONDS:g} s; this machine, too, has to reach it by"
+                    why += " that name (a line in /etc/hosts)"
                 raise DeploymentError(f"the SuperLink {why}.{_tail(log)}")
             time.sleep(0.2)
         register(folder)

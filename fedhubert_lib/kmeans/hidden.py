@@ -116,7 +116,9 @@ def states(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
         step = -(-frames // count) * audio.HOP or 1  # equal ones: a rest of a few frames is no speech to a model
         with torch.inference_mode(), resources.autocast(device, "auto"):
             for start in range(0, frames * audio.HOP, step):
-                piece = waveform[start : start + step + audio.RECEPTIVE_FIELD - audio.HOP].to(device)
+                piece = waveform[start : start + step + audio.RECEPTIVE_FIELD - 1].to(
+                    device
+                )  # to where a frame more began
                 hidden = model(piece[None], hidden_states=True, normalised=True).hidden
                 pieces.append(torch.stack([hidden[layer][0].float() for layer in layers]).cpu())
         return torch.cat(pieces, dim=1)
