@@ -58,7 +58,9 @@ def train(prepared: Path, run: Path, *changes: str, shift: int = 0) -> Path:
     p = studies.load(ROOT / "params" / "toy.yaml", [*STUDY, *changes], run.name).pretrain
     _record(run, "pretrain", p)
     pretraining.run(run, p)
-    files.write_json(run / "03_pretrain" / "done.json", {"git": identity.git()})
+    files.write_json(
+        run / "03_pretrain" / "done.json", {"git": identity.git(), "identity": {"inputs": {}}, "outputs": ""}
+    )
     files.write_json(run / "run.json", {"study": "curves"})
     return run
 
