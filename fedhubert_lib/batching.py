@@ -4,7 +4,7 @@ An utterance is as long as the longest of ``LENGTHS`` sixteenths of ``crop_secon
 of one length make a batch of ``batch_seconds``; what is left over of a length joins the next shorter one, so that all
 batches of a length have the same shape, and one batch of a pass may be smaller. Kernels compile for each new shape:
 with a length for every batch that took a sixth of a small model's training. A pass takes a crop of each utterance, 90
-to 99 % of it (half of a dozen utterances): with crops of 4, 5 and 15.6 s 31, 38 and 90 % of Mini LibriSpeech.
+to 99 % of it (of twelve utterances 63 %): with crops of 4, 5 and 15.6 s 31, 38 and 90 % of Mini LibriSpeech.
 
 Each crop starts at a multiple of 320 samples, so that its labels are an exact slice: frame i covers samples
 [320 i, 320 i + 400). Models with LayerNorm extractors could be padded, but the recipe crops them, too
@@ -212,7 +212,7 @@ _decoded: dict[tuple[str, int, int], Tensor] = {}
 
 @lru_cache(maxsize=1)
 def _has_room(second: int) -> bool:
-    """Half of the memory is free: the rest is for training and other workers. Asked once a ``second``, as it costs."""
+    """Half of the memory is free; the rest is for training and other workers. Once a ``second``: it takes time."""
     return resources.free_memory(torch.device("cpu")) > resources.memory_limit() // 2
 
 

@@ -109,10 +109,9 @@ class Progress:
             bar.close()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Count the rows that a stage writes to metrics.jsonl, by kind and codebook, and show the latest."""
-        bar = self._bar(
-            " ".join(str(row[name]) for name in ("codebook", "kind", "action") if name in row), unit=" rows"
-        )
+        """Count the rows that a stage writes to metrics.jsonl, by codebook, kind and action, and show the latest."""
+        names = [str(row[name]) for name in ("codebook", "kind", "action") if name in row]
+        bar = self._bar(" ".join(names), unit=" rows")
         figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "time"}
         bar.set_postfix(dict(list(figures.items())[:5]), refresh=False)
         bar.update()

@@ -41,7 +41,7 @@ class Plan:
     steps: int
     """Optimiser steps, over all clients."""
     turns: int
-    """Of these as many as follow one another: a round waits for the worker that has most of its clients."""
+    """How many of them follow one another: a round waits for the worker that has most of its clients."""
     pooled: float
     """Seconds of as many steps on the pooled data, in one process; 0: none."""
     workers: int

@@ -29,8 +29,8 @@ def last_round(rows: Rows, since: float = 0.0) -> str:
 
 
 def at_work(rows: Rows, since: float = 0.0) -> str:
-    """Which client of the cohort that was asked last is at work, and how many of it are done; empty between rounds. Of
-    02 how many clients have answered, where answers take long.
+    """Which client of the cohort that was asked last is at work, and how many of it are done; empty between rounds.
+    In 02, where answers take long: how many clients have answered.
 
     Answers come in the order of client ids: engines with several workers are ahead of this.
     """

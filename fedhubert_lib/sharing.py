@@ -48,7 +48,7 @@ def _differs(stage: str, p: Any, run: Path, other: Path, done: dict[str, Any] | 
         return f"not done in {other.name}"
     if stage == "partition":  # which reads the tables of the corpus: the same speech may lie elsewhere in ``other``
         ours, theirs = (records.read_json(folder / "00_corpus" / "done.json") or {} for folder in (run, other))
-        roots = {done["identity"]["parameters"].get("root") for done in (ours, theirs) if done}
+        roots = {corpus["identity"]["parameters"].get("root") for corpus in (ours, theirs) if corpus}
         if ours and ours.get("speech") == theirs.get("speech") and len(roots) == 1:  # else its lists name the other's
             now = {**now, "inputs": {**now["inputs"], "00_corpus": theirs["outputs"]}}
     if changed := identity.compare(done["identity"], now).results:

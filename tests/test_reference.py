@@ -84,8 +84,14 @@ def test_a_copy_of_a_stage_is_no_stage(tmp_path, folder):
     assert "corpus.kind" in reference.of(run, "pretrain", folder)[1]
 
 
-def test_clusters_of_a_teachers_layer_are_what_a_student_has_learned():
-    assert {"distill.teacher_layer", "distill.teacher_clusters"} <= set(reference.TASK["distill"])
+@pytest.mark.parametrize(("change", "belongs"), [("clusters=500", False), ("layer=1", False), (None, True)])
+def test_clusters_of_a_teachers_layer_are_what_a_student_has_learned(tmp_path, change, belongs):
+    band = pd.DataFrame({"hours": [0.1, 0.2], "mean": [2.0, 1.9], "band": [0.1, 0.1]})
+    recorded = records.all_parameters(make(tmp_path / "one"))
+    made = reference.Reference("toy", "0123456", [0, 1], recorded, {"distill": {"validation_loss": band}})
+    reference.write(made, tmp_path / "references" / "toy.json")
+    other = make(tmp_path / "other", LOSS, *([f"distill.teacher_{change}"] if change else []))
+    assert (reference.of(other, "distill", tmp_path / "references")[0] is not None) == belongs
 
 
 def test_a_reference_of_one_point_is_compared_with_the_end_of_a_curve():

@@ -31,7 +31,7 @@ def speakers(root: Path, subsets: Sequence[str] = ()) -> list[str]:
     if subset := sorted(set(names) & set(subsets)):
         raise CorpusError(
             f"corpus.root: of kind folder each folder of {root} is a speaker to train on, {', '.join(subset)} too,"
-            " which train_subsets or test_subsets names; give kind: librispeech, or rename it (01 keeps speakers out)"
+            " which train_subsets or test_subsets names; give kind: librispeech, or rename the folder"
         )
     return names
 

@@ -59,9 +59,9 @@ def read_clips(path: Path) -> pd.DataFrame:
 def superb(clips: pd.DataFrame, seed: int, *, silence: bool = True) -> pd.DataFrame:
     """SUPERB's twelve classes: ten commands, ``_unknown_`` and ``_silence_``, over the same speakers and splits.
 
-    Of other words and of silence each split gets as many seeded clips as a command has on average. The column ``start``
-    is the first sample. There are eleven classes without ``silence``. Raises KeywordError when a command is missing,
-    or the noise that silence is cut from cannot be used.
+    Of other words and of silence each split gets as many seeded clips as a command has on average, at most. The column
+    ``start`` is the first sample. There are eleven classes without ``silence``. Raises KeywordError when a command is
+    missing, or the noise that silence is cut from cannot be used.
     """
     if missing := sorted(set(COMMANDS) - set(clips.word)):
         raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB's keyword spotting needs its ten commands")

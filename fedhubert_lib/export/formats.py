@@ -38,7 +38,7 @@ class ExportError(ValueError):
 
 @torch.no_grad()
 def compare(model: Hubert, encode: Callable[[Tensor], Sequence[Tensor]], *, skip: int = 0) -> float:
-    """Largest difference between the hidden states of ``model`` and those that ``encode`` gives, over ``SHAPES``.
+    """Largest difference, as ``TOLERANCE`` counts it, of hidden states of ``model`` and ``encode``, over ``SHAPES``.
 
     ``encode`` maps waveforms [B, S] to hidden states [B, T, D] without the first ``skip``. Raises ExportError where
     their number or shape differs, or a difference exceeds ``TOLERANCE``.

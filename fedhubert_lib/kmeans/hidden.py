@@ -114,11 +114,10 @@ def states(model: Hubert, waveforms: Sequence[Tensor], layers: Sequence[int], de
         pieces, frames = [torch.zeros(len(layers), 0, model.config.hidden_size)], audio.frame_count(len(waveform))
         count = max(1, -(-frames * audio.HOP // FORWARD_SAMPLES))
         step = -(-frames // count) * audio.HOP or 1  # equal ones: a rest of a few frames is no speech to a model
+        length = step + audio.RECEPTIVE_FIELD - 1  # as long as makes no frame more
         with torch.inference_mode(), resources.autocast(device, "auto"):
             for start in range(0, frames * audio.HOP, step):
-                piece = waveform[start : start + step + audio.RECEPTIVE_FIELD - 1].to(
-                    device
-                )  # to where a frame more began
+                piece = waveform[start : start + length].to(device)
                 hidden = model(piece[None], hidden_states=True, normalised=True).hidden
                 pieces.append(torch.stack([hidden[layer][0].float() for layer in layers]).cpu())
         return torch.cat(pieces, dim=1)
