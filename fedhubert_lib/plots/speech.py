@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torchaudio.compliance.kaldi import fbank
@@ -64,8 +65,7 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         table = table.assign(seconds=table.samples / table.sample_rate)
         held = table.pivot_table("seconds", "client", "speaker", aggfunc="sum", fill_value=0)
         held = held.iloc[np.argsort(-held.sum(axis=1).to_numpy(), kind="stable")]
-        edges = np.arange(len(held) + 1) - 0.5  # not bars: of 2,300 clients they take 17 s
-        top.stairs(held.sum(axis=1) / 3600, edges, fill=True, color=style.BLUE)
+        _bars(top, held.sum(axis=1) / 3600, style.BLUE)
         top.set_title(f"{scheme}\n{summaries[scheme]}")
         # Speakers in the order of the clients that hold them: whole speakers give a staircase, IID gives a wash.
         fractions = (held / held.sum()).to_numpy().T
@@ -75,7 +75,7 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
         sexes = table.pivot_table("seconds", "client", "sex", aggfunc="sum", fill_value=0)
         sexes = sexes.reindex(columns=["F", "M"], fill_value=0)
         women = (sexes.F / sexes.sum(axis=1)).reindex(held.index)
-        bottom.stairs(women, edges, fill=True, color=style.RED)
+        _bars(bottom, women, style.RED)
         bottom.axhline(sexes.F.sum() / (sexes.to_numpy().sum() or np.nan), color=style.BLACK, linestyle=":")
         bottom.set(xlabel="client, largest first", ylim=(0, 1), xticks=[0, len(held) - 1], xlim=(-0.6, len(held) - 0.4))
     tops[0].set_ylabel("speech (hours)")
@@ -83,6 +83,12 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     bottoms[0].set_ylabel("fraction of\nwomen's speech")
     figure.colorbar(image, ax=list(middles), label="fraction of the speaker's speech", pad=0.01)
     return figure
+
+
+def _bars(panel: Axes, values: pd.Series, colour: str) -> None:
+    """Bars as one patch with gaps: 4,600 patches of 2,300 clients take 17 s."""
+    edges = (np.arange(len(values))[:, None] + [-0.4, 0.4]).ravel()
+    panel.stairs(np.column_stack([values, values * np.nan]).ravel()[:-1], edges, fill=True, color=colour)
 
 
 @style.styled
