@@ -24,16 +24,12 @@ from fedhubert_lib import (
     recipes,
     records,
     resources,
-    runs,
     studies,
 )
 from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.teaching import Teacher
-
-_Problems = Iterator[tuple[str, str]]
-"""Parameters that cannot work, each with the reason."""
 
 
 def check(stage: str, p: params.Section, run: Path) -> None:
@@ -53,10 +49,10 @@ def _refuse(sections: dict[str, params.Section], run: Path, study: studies.Study
     for look in _places, _problems:
         findings = ((stage, look(stage, p, run, study, sections)) for stage, p in sections.items())
         if lines := [f"{stage}.{name}: {why}" for stage, problems in findings for name, why in problems]:
-            raise runs.RunError("\n".join(dict.fromkeys(lines)))
+            raise records.RunError("\n".join(dict.fromkeys(lines)))
 
 
-def _places(stage: str, p: params.Section, run: Path, *_: Any) -> _Problems:
+def _places(stage: str, p: params.Section, run: Path, *_: Any) -> Iterator[tuple[str, str]]:
     """Files and folders that parameters point to and that do not exist, or that the stage is going to make."""
     fetched = {"root", "keywords_root"} if isinstance(p, params.Corpus) and p.download else set()
     made = [(run / folder).resolve() for folder in list(params.FOLDERS.values())[list(params.FOLDERS).index(stage) :]]
@@ -69,8 +65,8 @@ def _places(stage: str, p: params.Section, run: Path, *_: Any) -> _Problems:
 
 def _problems(
     stage: str, p: params.Section, run: Path, study: studies.Study | None, coming: Container[str]
-) -> _Problems:
-    """Parameters that keep ``stage`` from working; its ``study`` tells what the stages before it are going to make.
+) -> Iterator[tuple[str, str]]:
+    """Parameters that keep ``stage`` from working, and why; its ``study`` tells what those before it are going to make.
 
     What an earlier start has left of a stage that is ``coming``, too, is no reason: it may be made anew.
     """
@@ -80,9 +76,6 @@ def _problems(
                 look(p, run, study, coming)
         except (OSError, ValueError) as error:  # also the library's own refusal of a corpus, a checkpoint, a teacher
             yield name, str(error).removeprefix(f"{stage}.{name}: ")
-
-
-# The checks raise OSError or ValueError.
 
 
 def _speech(p: params.Corpus, *_: Any) -> None:
@@ -158,9 +151,8 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
     drawn = clients * (1 - (1 - min(1, p.cohort / clients)) ** p.rounds)  # in the mean
     try:
-        initial = _model(p.initial if first and copies else "")
         with torch.device("meta"):
-            model = initial or hubert.Hubert(recipes.model_config(p))
+            model = _model(p.initial if first and copies else "") or hubert.Hubert(recipes.model_config(p))
     except (OSError, ValueError):  # the checks of the model and of `initial` say so
         return
     rounds = min(p.rounds, 3 if p.cohort == clients else 2)
@@ -196,11 +188,11 @@ def _teacher(p: params.Distill, run: Path, study: studies.Study | None, coming: 
 
 def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:
     """Whether a teacher from elsewhere is still the one that taught the student, beside which it will stand."""
-    folder = run / "04_distill"
-    if "distill" in coming or not (folder / "done.json").is_file() or "distill" in records.stale(run):
+    done = records.read_json(run / "04_distill" / "done.json")
+    if done is None or "distill" in coming or "distill" in records.stale(run):
         return
-    teacher, done = records.parameters(folder).get("teacher"), records.read_json(folder / "done.json")
-    if not (teacher and done and Path(teacher, "config.json").is_file()):
+    teacher = records.parameters(run / "04_distill").get("teacher")
+    if not (teacher and Path(teacher, "config.json").is_file()):
         return
     if done["identity"]["inputs"].get("teacher") != identity.listings(params.Distill(teacher=teacher))["teacher"]:
         raise ValueError(f"{teacher} has changed since it taught the student of 04; put it back, or distill anew")
@@ -251,4 +243,4 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Evaluate, "task", _keywords),
     (params.Evaluate, "clusters", _units),
 )
-"""Sections, the parameter that is checked, and the check."""
+"""Sections, the parameter that is checked, and the check, which raises OSError or ValueError."""

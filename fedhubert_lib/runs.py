@@ -38,8 +38,7 @@ WAS_DONE = ".done.json"
 class Interrupted(KeyboardInterrupt):
     """A stage that was interrupted; in a notebook one line instead of a traceback."""
 
-    def _render_traceback_(self) -> list[str]:  # IPython's name
-        return [str(self)]
+    _render_traceback_ = RunError._render_traceback_
 
 
 @dataclass(frozen=True)
