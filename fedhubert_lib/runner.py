@@ -228,18 +228,17 @@ def _lock(run: Path) -> contextlib.AbstractContextManager[None]:
 def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterator[None]:
     """Inside the block, print the rounds that a stage writes to metrics.jsonl in ``folder``."""
     over, started = threading.Event(), time.time()
-    paths = folder / "metrics.jsonl", folder / "centralised" / "metrics.jsonl"
+    looks = {"": _looks(folder / "metrics.jsonl"), "centralised ": _looks(folder / "centralised" / "metrics.jsonl")}
 
     def watch() -> None:
-        looks, shown, printed = {path: _looks(path) for path in paths}, dict.fromkeys(paths, ""), started
+        shown, printed = list[str](), started
         while not over.wait(every):
-            rows = {path: next(looks[path]) for path in paths}
-            now = {path: progress.last_round(rows[path], started) for path in paths}
-            new = {path: line for path, line in now.items() if line not in ("", shown[path])}
-            shown |= new  # clients' rows come between those of rounds
-            lines = ["centralised " * (path != paths[0]) + line for path, line in new.items()]
+            rows = {title: next(look) for title, look in looks.items()}
+            now = [title + line for title in rows if (line := progress.last_round(rows[title], started))]
+            lines = [line for line in now if line not in shown]  # clients' rows come between those of rounds
+            shown = now
             if not lines and time.time() - printed > silence:
-                work = [f"; {text}" for path in rows if (text := progress.at_work(rows[path], started))]
+                work = [f"; {text}" for title in rows if (text := progress.at_work(rows[title], started))]
                 lines = [f"running for {timedelta(seconds=round(time.time() - started))}{''.join(work)}"]
             for line in lines:
                 _print(f"{folder.name}: {line}")
