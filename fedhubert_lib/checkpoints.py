@@ -56,11 +56,8 @@ def path(out: Path, number: int) -> Path:
 def write(
     out: Path, number: int, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]
 ) -> None:
-    """Write round ``number`` and remove all earlier ones.
-
-    ``weights`` are named FILE.NAME (``model.masked_spec_embed``) and land as NAME in FILE.safetensors; ``server`` are
-    the tensors that the optimiser keeps; ``documents`` are small text files by name.
-    """
+    """Write round ``number`` and remove earlier ones. ``weights`` are named FILE.NAME (``model.masked_spec_embed``);
+    ``documents`` are small text files by name."""
     groups = _by_file(weights)
     if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
         with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:
@@ -138,8 +135,8 @@ class Ledger:
     """metrics.jsonl: rows of rounds, clients, failures, what was sent before; ``on_row`` sees them as they come."""
 
     def __init__(self, out: Path, done: int, plan: Mapping[str, Any], on_row: OnRow | None) -> None:
-        """Begin with the row ``plan``, or resume after round ``done``: rows of later rounds go, but for the failures of
-        attempts at the next one that failed as a whole (``failed``)."""
+        """Begin with the row ``plan``, or resume after round ``done``: rows of later rounds go, but for those of
+        attempts at the next one that failed as a whole."""
         self._path, self._on_row = out / "metrics.jsonl", on_row
         rows = files.read_rows(self._path)
         next_failures = [row for row in rows if row["kind"] == "failure" and row["round"] == done + 1]
