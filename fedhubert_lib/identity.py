@@ -256,7 +256,7 @@ def _data(folder: Path) -> dict[str, str]:
 
 
 def _is_made(name: str) -> bool:
-    return "/" not in name or name.startswith(_PLACES)
+    return ("/" not in name or name.startswith(_PLACES)) and "/.previous/" not in name
 
 
 def _combined(hashes: Mapping[str, str], *without: str) -> str:

@@ -63,8 +63,8 @@ def test_what_only_measures_is_no_input_of_training(tmp_path):
     table("centralised/checkpoint/model.parquet")
     second = parts("pretrain")
     assert first["federated"] == first["outputs"] == second["federated"] != second["outputs"]
-    for name in ("hf/model.parquet", "checkpoint-old/model.parquet", "centralised/hf/model.parquet"):
-        table(name)
+    for place in ("hf", "checkpoint-old", "centralised/hf", "clients/c/.previous/federated-0"):
+        table(f"{place}/model.parquet")
     assert parts("pretrain") == second, "a copy or an export beside them is none of them"
     old = {"files": second["files"] | {"onnx/model.bin": "what an earlier version counted, and somebody removed"}}
     assert identity.damaged(tmp_path, old) == []
