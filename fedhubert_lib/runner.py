@@ -29,7 +29,7 @@ OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 UNCHANGED = "unchanged, skipped"
 
 
-class StageError(RuntimeError):
+class StageError(Exception):
     """A stage that did not end well: the reason, and the exit code for it."""
 
     def __init__(self, message: str, code: int) -> None:
@@ -195,8 +195,6 @@ def _execute(stage: str, p: params.Section, output: Path, stop: _Stop) -> None:
         if not executed.metadata.papermill.exception:
             return
         failure = StageError("failed: a cell left the notebook before its end with sys.exit", FAILED)
-    except StageError:
-        raise
     except papermill.PapermillExecutionError as error:
         failure = StageError(f"failed in cell [{error.exec_count}]: {error.ename}: {error.evalue}", FAILED)
     except DeadKernelError:
