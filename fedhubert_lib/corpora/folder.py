@@ -10,10 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from fedhubert_lib import folders
-from fedhubert_lib.corpora import scan
 from fedhubert_lib.corpora.librispeech import COLUMNS, CorpusError, without_copies
-
-SUFFIXES = (".flac", ".wav")
+from fedhubert_lib.corpora.scan import SUFFIXES, flac_md5
 
 
 def speakers(root: Path, subsets: Sequence[str] = ()) -> list[str]:
@@ -60,7 +58,7 @@ def utterances(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     table = table.sort_values("utterance", kind="stable")
     flac = table["path"].str.lower().str.endswith(".flac")
     twins = ~flac & (table["reason"] == "") & table["samples"].isin(table.loc[flac, "samples"])  # perhaps, in WAV
-    audio = table["fingerprint"].mask(twins, table.loc[twins, "path"].map(scan.flac_md5))
+    audio = table["fingerprint"].mask(twins, table.loc[twins, "path"].map(flac_md5))
     table = without_copies(table.assign(fingerprint=audio)).assign(fingerprint=table["fingerprint"])
     good = table["reason"] == ""
     return table.loc[good, COLUMNS].reset_index(drop=True), table.loc[~good, ["path", "reason"]].reset_index(drop=True)

@@ -27,6 +27,7 @@ CHUNK = 256
 THREADS = 8
 SAVE_EVERY = 60.0
 """Seconds after which what was read is saved, so that a scan that is killed resumes from there."""
+SUFFIXES = (".flac", ".wav")
 FLAC_HEADER = 42
 """Bytes of the mark and of STREAMINFO (RFC 9639), which ends with the MD5 of the decoded samples."""
 FLAC_BYTES = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
@@ -56,11 +57,8 @@ class Header(NamedTuple):
 
 
 def header(path: str, decode: bool = False) -> Header:
-    """Read the ends of a FLAC file, or all of it to ``decode``; a WAV file always in full.
-
-    What is wrong with the file is the ``reason``, not an error.
-    """
-    if not path.lower().endswith((".flac", ".wav")):
+    """The header of a file, of which all is read to ``decode``. What is wrong with it is the ``reason``, no error."""
+    if not path.lower().endswith(SUFFIXES):
         return Header(reason="neither .flac nor .wav")
     try:
         with open(path, "rb", buffering=0, opener=files.at_once) as file:
@@ -71,7 +69,9 @@ def header(path: str, decode: bool = False) -> Header:
             if reason := _unlike_audio(start, status.st_size):
                 return Header(reason=reason)
             try:
-                return _flac(path, start, decode) if start[:4] == b"fLaC" else _wav(path)
+                with soundfile.SoundFile(path) as sound:
+                    fingerprint, reason = _flac(sound, start, decode) if start[:4] == b"fLaC" else _wav(sound)
+                    return Header(sound.frames, sound.samplerate, sound.channels, fingerprint, reason)
             except soundfile.SoundFileError as error:
                 file.readall()  # a disk that fails looks like damage: it says so here
                 return Header(reason=f"truncated or damaged: {error}")
@@ -95,37 +95,35 @@ def _unlike_audio(start: bytes, size: int) -> str:
     return "" if int.from_bytes(start[18:26], "big") & (1 << 36) - 1 else "FLAC header gives no length"
 
 
-def _flac(path: str, start: bytes, decode: bool) -> Header:
-    fingerprint = start[26:].hex()
-    with soundfile.SoundFile(path) as file:
-        reason = _unfit(file)
-        if not reason:
-            file.seek(0 if decode else file.frames - 1)
-            decoded, count, width = hashlib.md5(usedforsecurity=False), 0, FLAC_BYTES.get(file.subtype, 0)
-            for samples in file.blocks(BLOCK, dtype="int32"):
-                # The MD5 is that of samples of their width; libsndfile puts them to the upper end of 32 bits.
-                decoded.update(samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :].tobytes())
-                count += len(samples)
-            if count != (file.frames if decode else 1):
-                reason = f"truncated or damaged: does not end with sample {file.frames}, as its header promises"
-            elif decode and width and int(fingerprint, 16) and decoded.hexdigest() != fingerprint:
-                reason = "damaged: the decoded audio is not what its header's MD5 says"
-        return Header(file.frames, file.samplerate, file.channels, fingerprint, reason)
+def _flac(file: soundfile.SoundFile, start: bytes, decode: bool) -> tuple[str, str]:
+    """Fingerprint and reason."""
+    fingerprint, reason = start[26:].hex(), _unfit(file)
+    if not reason:
+        file.seek(0 if decode else file.frames - 1)
+        decoded, count, width = hashlib.md5(usedforsecurity=False), 0, FLAC_BYTES.get(file.subtype, 0)
+        for samples in file.blocks(BLOCK, dtype="int32"):
+            # The MD5 is that of samples of their width; libsndfile puts them to the upper end of 32 bits.
+            decoded.update(samples.astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :].tobytes())
+            count += len(samples)
+        if count != (file.frames if decode else 1):
+            reason = f"truncated or damaged: does not end with sample {file.frames}, as its header promises"
+        elif decode and width and int(fingerprint, 16) and decoded.hexdigest() != fingerprint:
+            reason = "damaged: the decoded audio is not what its header's MD5 says"
+    return fingerprint, reason
 
 
-def _wav(path: str) -> Header:
-    with soundfile.SoundFile(path) as file:
-        if not file.seekable():  # GSM 6.10, G.721
-            reason = f"{file.subtype} cannot be read from its middle; convert it to PCM_16"
-            return Header(file.frames, file.samplerate, file.channels, reason=reason)
-        fingerprint, peak, whole = hashlib.blake2b(digest_size=16), 0.0, file.subtype == "PCM_16"
-        for samples in file.blocks(BLOCK, dtype="int16" if whole else "float32"):
-            fingerprint.update(samples.tobytes())
-            peak = peak if whole else np.abs(samples).max(initial=peak)  # NaN stays NaN
-        reason = _unfit(file) or ("" if np.isfinite(peak) else "NaN or infinite samples")
-        if not reason and peak > LOUDEST:
-            reason = f"samples up to {peak:.4g}: not scaled to [-1, 1]"
-        return Header(file.frames, file.samplerate, file.channels, fingerprint.hexdigest(), reason)
+def _wav(file: soundfile.SoundFile) -> tuple[str, str]:
+    """Fingerprint and reason."""
+    if not file.seekable():  # GSM 6.10, G.721
+        return "", f"{file.subtype} cannot be read from its middle; convert it to PCM_16"
+    fingerprint, peak, whole = hashlib.blake2b(digest_size=16), 0.0, file.subtype == "PCM_16"
+    for samples in file.blocks(BLOCK, dtype="int16" if whole else "float32"):
+        fingerprint.update(samples.tobytes())
+        peak = peak if whole else np.abs(samples).max(initial=peak)  # NaN stays NaN
+    reason = _unfit(file) or ("" if np.isfinite(peak) else "NaN or infinite samples")
+    if not reason and peak > LOUDEST:
+        reason = f"samples up to {peak:.4g}: not scaled to [-1, 1]"
+    return fingerprint.hexdigest(), reason
 
 
 def flac_md5(path: str) -> str:
