@@ -12,7 +12,6 @@
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedhubert_lib import files, params
@@ -49,7 +48,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
     excluded = pd.concat([excluded, excluded_clips, refused], ignore_index=True).sort_values("path")
     with files.atomic(out / "phones.parquet") as temporary, pq.ParquetWriter(temporary, alignments.PHONES) as writer:
         for batch in phones.to_batches(1 << 20):
-            writer.write_table(pa.Table.from_batches([batch]).cast(alignments.PHONES))
+            writer.write_batch(batch.cast(alignments.PHONES))
     for name, table in (("keywords", keywords), ("excluded", excluded), ("manifest", manifest)):
         with files.atomic(out / f"{name}.parquet") as temporary:
             table.to_parquet(temporary, index=False)

@@ -36,9 +36,7 @@ UNKNOWN = {"SPN", "+SPN+"}
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
 Montreal aligner drops the last frames). Audio after its end has no phone."""
-
-
-_WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, OSError)
+_WRONG = (PraatioException, ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, OSError)
 """Errors that the content of a file that others wrote can raise."""
 
 
@@ -91,14 +89,12 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
     spoken = [name for name in phones if name.upper() not in SILENCES]
     stressed = any(len(name) > 2 and name[-1] in "012" for name in spoken)  # ARPABET, whose case says nothing
     cased = not stressed and len({name.upper() for name in spoken}) < len(spoken)
-    folded = {phone: fold(phone, tones, cased) for phone in phones}
-    kinds = {phone: number for number, phone in enumerate(dict.fromkeys(folded.values()))}
-    kind_of = np.array([kinds[phone] for phone in folded.values()], np.int32)
+    kind_of, kinds = pd.factorize(pd.Series([fold(phone, tones, cased) for phone in phones]))
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(utterances), pa.string())),
         pa.array(starts, pa.int64()),
         pa.array(ends, pa.int64()),
-        pa.DictionaryArray.from_arrays(pa.array(kind_of[np.asarray(names)]), pa.array(list(kinds), pa.string())),
+        pa.DictionaryArray.from_arrays(kind_of.astype(np.int32)[np.asarray(names)], pa.array(kinds, pa.string())),
     ]
     return pa.table(columns, names=PHONES.names), pd.DataFrame(refused, columns=["path", "reason"])
 
@@ -132,8 +128,7 @@ def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> I
         names = [path.stem if path.stem in samples else str(path.relative_to(root).with_suffix("")) for path in paths]
         known = [(path, name) for path, name in zip(paths, names, strict=True) if name in samples]
         for done, (path, name) in enumerate(known, start=1):
-            alignment = _textgrid(path) if path.suffix.lower() == ".textgrid" else _montreal_json(path)
-            yield alignment._replace(utterance=name)
+            yield (_textgrid if path.suffix.lower() == ".textgrid" else _montreal_json)(name, path)
             on_progress("read alignments", done, len(known))
     elif root.is_file():
         yield from _json(root, samples)
@@ -141,21 +136,21 @@ def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> I
         raise CorpusError(f"corpus.alignments: there is no file or folder {root}")
 
 
-def _textgrid(path: Path) -> Alignment:
+def _textgrid(utterance: str, path: Path) -> Alignment:
     """One utterance in Praat's format."""
     try:
         # Not openTextgrid, which refuses intervals that overlap by a rounding of their times.
         grid = textgrid_io.parseTextgridStr(files.read_text(path), includeEmptyIntervals=True)
         seconds, tiers = float(grid["xmax"]), {tier["name"]: tier["entries"] for tier in grid["tiers"]}
         if "phones" not in tiers:
-            return Alignment(path.stem, path, reason=f"no tier phones; it has {', '.join(tiers) or 'none'}")
+            return Alignment(utterance, path, reason=f"no tier phones; it has {', '.join(tiers) or 'none'}")
         spans = [_span(*span) for span in tiers["phones"]]
-    except (PraatioException, *_WRONG) as error:
-        return Alignment(path.stem, path, reason=f"not a complete TextGrid ({type(error).__name__}: {error})")
+    except _WRONG as error:
+        return Alignment(utterance, path, reason=f"not a complete TextGrid ({type(error).__name__}: {error})")
     # A tier covers its grid. praatio reads one that was cut between two intervals, too.
     if spans and spans[-1][1] < seconds - SHORTER / SAMPLE_RATE:
-        return Alignment(path.stem, path, reason=f"truncated at {spans[-1][1]} of {seconds} s")
-    return Alignment(path.stem, path, seconds, spans)
+        return Alignment(utterance, path, reason=f"truncated at {spans[-1][1]} of {seconds} s")
+    return Alignment(utterance, path, seconds, spans)
 
 
 def _span(begin: Any, end: Any, phone: Any) -> tuple[float, float, str]:
@@ -164,7 +159,7 @@ def _span(begin: Any, end: Any, phone: Any) -> tuple[float, float, str]:
     return float(begin), float(end), phone
 
 
-def _montreal_json(path: Path) -> Alignment:
+def _montreal_json(utterance: str, path: Path) -> Alignment:
     """One utterance as the Montreal Forced Aligner writes it with ``--output_format json``."""
     try:
         whole = json.loads(files.read_text(path))
@@ -176,10 +171,10 @@ def _montreal_json(path: Path) -> Alignment:
             last = end
         if spans and seconds > last + 1e-3:
             spans.append((last, seconds, ""))
-        return Alignment(path.stem, path, seconds, spans)
+        return Alignment(utterance, path, seconds, spans)
     except _WRONG as error:
         what = f"not JSON of the Montreal Aligner with a tier phones ({type(error).__name__}: {error})"
-        return Alignment(path.stem, path, reason=what)
+        return Alignment(utterance, path, reason=what)
 
 
 def _json(path: Path, samples: dict[str, int]) -> Iterator[Alignment]:
