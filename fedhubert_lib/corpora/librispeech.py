@@ -80,8 +80,7 @@ def utterances(root: Path, subsets: list[str], scanned: pd.DataFrame) -> tuple[p
     accepted["sex"] = pd.Series([sex.get(speaker, "") for speaker in accepted["speaker"]], accepted.index, dtype="str")
     accepted["text"] = accepted["utterance"].map(texts).astype("str")
     table["reason"] = table["path"].map(pd.Series(opened, dtype="str")).fillna(table["reason"])
-    excluded = table.loc[table["reason"] != "", ["path", "reason"]]
-    return accepted[COLUMNS].reset_index(drop=True), excluded.reset_index(drop=True)
+    return accepted[COLUMNS].reset_index(drop=True), table.loc[table["reason"] != "", ["path", "reason"]]
 
 
 def without_copies(table: pd.DataFrame) -> pd.DataFrame:

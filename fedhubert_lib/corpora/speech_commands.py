@@ -104,7 +104,12 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     if good.any():
         if not (table.loc[good, "split"] == "validation").any():
             notes.append((str(root / LISTS["validation"]), _choose_validation(table, good)))
-        _check_voices(root, table[good])
+        splits = table[good].groupby("speaker")["split"].unique()
+        if len(both := splits[splits.str.len() > 1]):
+            raise CorpusError(
+                f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a"
+                " metric would not be that of unseen voices. Unpack the official lists again"
+            )
         for word, rows in table[good].groupby("word"):
             if missing := {"train", "test"} - set(rows["split"]):
                 table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
@@ -137,12 +142,3 @@ def _choose_validation(table: pd.DataFrame, good: pd.Series) -> str:
     chosen = voices[: max(1, len(voices) // 8)]
     table.loc[train & table["speaker"].isin(chosen), "split"] = "validation"
     return f"all of its clips are missing: {len(chosen)} of the {len(voices)} training voices are kept for validation"
-
-
-def _check_voices(root: Path, table: pd.DataFrame) -> None:
-    splits = table.groupby("speaker")["split"].unique()
-    if len(both := splits[splits.str.len() > 1]):
-        raise CorpusError(
-            f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a "
-            "metric would not be that of unseen voices. Unpack the official lists again"
-        )
