@@ -226,11 +226,10 @@ def _say(process: subprocess.Popen, text: str, words_per_minute: int) -> tuple[n
 
 
 def _spans(phones: list[tuple[int, str]], total: int) -> list[Span]:
-    """The phones of ``total`` samples; neighbours of one class are joined."""
+    """The phones of ``total`` samples, with the silence before them; neighbours of one class are joined."""
+    phones = [(0, "sil"), *phones]
     starts = [min(total, round(sample * SAMPLE_RATE / ESPEAK_RATE)) for sample, _ in phones]
     spans: list[Span] = []
-    if starts and starts[0] > 0:
-        spans.append((0, starts[0], "sil"))
     for (_, name), start, end in zip(phones, starts, [*starts[1:], total], strict=True):
         phone = spans[-1][2] if name == ";" else name  # ; only says: palatalise what went before
         if end <= start:  # eSpeak NG marks some pauses of no length
