@@ -152,7 +152,7 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
                     f"for training, not {p.clients}; set clients={len(speakers)}"
                 )
         case "sex" | "subset":
-            client = _by_group(table, table[p.scheme], p, rng)
+            client = _by_group(table, p, rng)
         case "dirichlet":
             client = _by_dirichlet(table, p, rng)
         case "quantity":
@@ -163,10 +163,10 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     return _at_least(client, table, p)
 
 
-def _by_group(table: pd.DataFrame, group: pd.Series, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
-    if p.scheme == "sex" and not group.isin(["F", "M"]).all():
+def _by_group(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
+    if p.scheme == "sex" and not table["sex"].isin(["F", "M"]).all():
         raise PartitionError("partition.scheme: some speakers have no sex; is SPEAKERS.TXT beside the subsets?")
-    codes, groups = pd.factorize(group, sort=True)
+    codes, groups = pd.factorize(table[p.scheme], sort=True)
     if len(groups) < 2:
         raise PartitionError(f"partition.scheme: all speech is of one {p.scheme}, {groups[0]}; use scheme speakers")
     if p.clients < len(groups):
@@ -293,14 +293,15 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
         copy.mkdir(parents=True)
         for part in ("train", "validation"):
             table = pd.read_parquet(source / f"{part}.parquet")
-            names = [f"{row.utterance}{Path(row.path).suffix}" for row in table.itertuples()]
-            for name, row in zip(names, table.itertuples(), strict=True):
-                (folder / "audio" / name).parent.mkdir(parents=True, exist_ok=True)  # of a plain folder: SPEAKER/FILE
-                shutil.copyfile(row.path, folder / "audio" / name)
-                if scan.header(str(folder / "audio" / name)).fingerprint != row.fingerprint:
+            paths = []
+            for row in table.itertuples():
+                name = f"audio/{row.utterance}{Path(row.path).suffix}"
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)  # of a plain folder: SPEAKER/FILE
+                shutil.copyfile(row.path, folder / name)
+                if scan.header(str(folder / name)).fingerprint != row.fingerprint:
                     raise PartitionError(f"{row.path}: not the audio that was scanned; run 00_corpus again")
-            home = (at or destination).absolute() / "audio"
-            table.assign(path=[str(home / name) for name in names]).to_parquet(copy / f"{part}.parquet", index=False)
+                paths.append(str((at or destination).absolute() / name))
+            table.assign(path=paths).to_parquet(copy / f"{part}.parquet", index=False)
         if (source / "phones.parquet").exists():
             shutil.copyfile(source / "phones.parquet", copy / "phones.parquet")
     return destination
