@@ -138,7 +138,6 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     array([0, 0, 1])
     """
     rng = seeds.numpy_generator(p.seed, "partition", p.scheme)
-    samples = table["samples"].to_numpy()
     match p.scheme:
         case "speakers":
             client = _balanced(table, table["speaker"], p.clients, rng)
@@ -155,11 +154,10 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
             client = _by_group(table, p, rng)
         case "dirichlet":
             client = _by_dirichlet(table, p, rng)
-        case "quantity":
-            fractions = np.arange(1, p.clients + 1) ** -p.power
-            client = _cut(samples, fractions / fractions.sum(), rng)
-        case "iid":
-            client = _cut(samples, np.full(p.clients, 1 / p.clients), rng)
+        case "quantity" | "iid":
+            power = p.power if p.scheme == "quantity" else 0.0
+            fractions = np.arange(1, p.clients + 1) ** -power
+            client = _cut(table["samples"].to_numpy(), fractions / fractions.sum(), rng)
     return _at_least(client, table, p)
 
 
@@ -223,9 +221,8 @@ def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random
     owner = np.empty(len(names), dtype=np.int64)
     heap = [(0.0, client) for client in range(clients)]
     for i in np.lexsort((rng.permutation(len(names)), -tenth)):
-        least, client = heapq.heappop(heap)
-        owner[i] = client
-        heapq.heappush(heap, (least + samples[i], client))
+        least, owner[i] = heap[0]
+        heapq.heapreplace(heap, (least + samples[i], owner[i]))
     return owner[units]
 
 
