@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from federation import digest, pretrain
+from federation import NARROW, digest, pretrain
 from torch import nn
 
 from fedhubert_lib import audio, batching, hubert, masking, objectives, params, seeds, training
@@ -511,23 +511,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(front_end):
 
 
 def test_gradient_checkpointing_keeps_a_fraction_of_the_activations():
-    """Peak bytes of tensors in forward and backward, tiny's convolutions and layers, in bfloat16: measured .24."""
+    """Peak bytes of tensors in forward and backward, all convolutions and four layers: measured .13."""
     from torch.profiler import ProfilerActivity, profile
 
     peaks = []
     for on in (False, True):
-        model = hubert.Hubert(hubert.preset("tiny", num_hidden_layers=4)).train()
+        model = hubert.Hubert(hubert.preset("tiny", **NARROW | {"num_hidden_layers": 4, "conv_dim": (32,) * 7})).train()
         model.recompute = on
         batch = random_batch(8, frames=120)
-        with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
-            torch.autocast("cpu", torch.bfloat16),
-        ):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             model(batch.waveforms, batch.mask).last.float().square().sum().backward()
         events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
         peaks.append(max(itertools.accumulate(event.nbytes() for event in events)))
-    assert peaks[1] < 0.33 * peaks[0]
+    assert peaks[1] < 0.2 * peaks[0]
 
 
 def test_batches_of_steps_whose_norms_were_not_fetched_are_let_go():

@@ -1,18 +1,54 @@
-"""The six notebooks under papermill, judged by what they wrote."""
+"""The six notebooks under papermill with the defaults, which are the study toy, judged by what they wrote."""
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
+import golden
 import matplotlib.image
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
-from chapters import INJECTED, NOTEBOOKS
+from chapters import NOTEBOOKS
 
 from fedhubert_lib import audio, files, params, pretrained
 from fedhubert_lib.labels import Labels
 
-pytestmark = pytest.mark.timeout(1800)  # the chain takes a minute or two; a busy machine takes its time
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; a busy machine takes its time
+
+CODEBOOKS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
+CHANGED = {"kmeans": {"codebooks": CODEBOOKS}}
+"""What the chain changes of the defaults, by stage. Its trainings take the first codebook, as toy does."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run of all six notebooks."""
+
+    run: Path
+    executed: dict[str, nbformat.NotebookNode]
+
+    def folder(self, stage: str) -> Path:
+        return self.run / params.FOLDERS[stage]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """All six notebooks under plain papermill, in order, as a person without the runner would start them: toy."""
+    outputs = tmp_path_factory.mktemp("chain")
+    executed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDHUBERT_OUTPUTS", str(outputs))
+        for stage, path in NOTEBOOKS.items():
+            parameters = {"run": "papermill", **CHANGED.get(stage, {})}
+            executed[stage] = papermill.execute_notebook(
+                path, outputs / path.name, parameters, progress_bar=False, cwd=outputs, execution_timeout=1200
+            )
+    return Chain(outputs / "papermill", executed)
 
 
 def bundles(notebook) -> list[dict]:
@@ -24,7 +60,7 @@ def bundles(notebook) -> list[dict]:
 def test_every_stage_is_done_with_its_parameters(chain, stage):
     done = json.loads((chain.folder(stage) / "done.json").read_text())
     assert done["headline"]
-    wanted = params.SECTIONS[stage]().model_dump() | {"run": "papermill"} | INJECTED.get(stage, {})
+    wanted = params.SECTIONS[stage]().model_dump() | {"run": "papermill"} | CHANGED.get(stage, {})
     del wanted["run"]
     assert done["identity"]["parameters"] == wanted
 
@@ -72,7 +108,7 @@ def test_partition_and_labels_fit_the_manifest(chain):
         utterances = pd.concat(pd.read_parquet(home / f"{part}.parquet") for part in ("train", "validation"))
         assert not seen & set(utterances.utterance)
         seen |= set(utterances.utterance)
-        for kind in INJECTED["kmeans"]["codebooks"]:
+        for kind in CODEBOOKS:
             labels = Labels(chain.folder("kmeans") / "clients" / client / kind)
             assert {u: len(labels[u]) for u in utterances.utterance} == {
                 u: audio.frame_count(manifest.samples[u]) for u in utterances.utterance
@@ -91,7 +127,8 @@ def test_quality_stands_beside_its_shuffled_baseline(chain):
 
 
 def test_training_wrote_a_row_per_round_and_models_that_load(chain):
-    for stage, rounds in (("pretrain", INJECTED["pretrain"]["rounds"]), ("distill", params.Distill().rounds)):
+    for stage in ("pretrain", "distill"):
+        rounds = params.SECTIONS[stage]().rounds
         for folder in (chain.folder(stage), chain.folder(stage) / "centralised"):
             rows = files.read_rows(folder / "metrics.jsonl")
             assert [row["round"] for row in rows if row["kind"] == "round"] == list(range(1, rounds + 1))
@@ -104,3 +141,29 @@ def test_report_has_every_system_beside_its_baselines(chain):
     assert {row["system"] for row in report["systems"]} >= {"teacher", "student", "centralised", "random", "mfcc"}
     assert not report["absent"]
     assert (chain.folder("evaluate") / "report.csv").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["loss", *golden.MEASURES])
+def test_toy_reaches_its_golden_figures(chain, name):
+    """On any processor: digests of weights differ between processors, these figures by less than the tolerance."""
+    expected = json.loads(golden.GOLDEN.read_text())[name]
+    assert golden.figures(chain.run)[name] == pytest.approx(expected["figures"], abs=expected["tolerance"])
+
+
+@pytest.mark.parametrize("objective", ["distilhubert", "hubert", "soft-targets"])
+def test_every_objective_goes_through_the_notebooks(chain, tmp_path, monkeypatch, objective):
+    """A student of distilhubert alone names no clusters: it has no accuracy to draw, and no head."""
+    monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(tmp_path))
+    last = ("distill", "evaluate")
+    folders = [params.FOLDERS[stage] for stage in last]
+    shutil.copytree(chain.run, tmp_path / "other", ignore=lambda *_: folders)
+    for stage, chosen in zip(
+        last, ({"objectives": [objective], "soft_weight": 0.5}, {"seeds": 1, "probe_steps": 10}), strict=True
+    ):
+        executed = papermill.execute_notebook(
+            NOTEBOOKS[stage], tmp_path / f"{stage}.ipynb", {"run": "other", **chosen}, progress_bar=False, cwd=tmp_path
+        )
+        outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    report = json.loads((tmp_path / "other/05_evaluate/report.json").read_text())
+    assert {"student", "centralised-student"} <= {row["system"] for row in report["systems"]}

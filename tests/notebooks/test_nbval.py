@@ -1,0 +1,18 @@
+"""The first notebooks as they stand, without papermill: what nbval runs of them ends without an error."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from chapters import NOTEBOOKS, ROOT
+
+
+def test_notebooks_run_as_they_stand(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--color=no", "--nbval-lax"]
+    command += ["--nbval-cell-timeout=1200", "--nbval-kernel-startup-timeout=600"]
+    command += [str(NOTEBOOKS[stage]) for stage in ("corpus", "partition")]
+    environment = os.environ | {"FEDHUBERT_OUTPUTS": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert len(list(tmp_path.glob("toy/*/done.json"))) == 2
