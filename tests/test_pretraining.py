@@ -628,9 +628,8 @@ def through_the_server_app(grid: InProcessGrid, ids: list[str]) -> Iterator[wire
     ):
         ended = pool.submit(flower.main, grid, SimpleNamespace(run_config={"socket": listener.address}))
         with listener.accept() as pipe:
-            clients = wire.RemoteClients(pipe, ids, folder)
-            yield clients
-            clients.end()
+            yield wire.RemoteClients(pipe, ids, folder)
+            wire.send(pipe, wire.END)
             ended.result(timeout=60)
 
 

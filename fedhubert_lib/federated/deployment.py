@@ -101,24 +101,20 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
         shutil.rmtree(unfinished, ignore_errors=True)
     # Flower's own processes on the server's machine come by its loopback address.
     write_server_keys(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
-    certificate = json.dumps(str(folder / "server" / "server.pem"))  # a JSON string is a TOML string
+    certificate = json.dumps(str(folder / "server" / "server.pem"), ensure_ascii=False)  # which is TOML, too
     config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:{port}"\n'
     config += f"root-certificates = {certificate}\n"
-    for name, content in {"app/pyproject.toml": _PROJECT, "flower/config.toml": config}.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content, encoding="utf-8")
+    files.write_text(folder / "app" / "pyproject.toml", _PROJECT)
+    files.write_text(folder / "flower" / "config.toml", config)
     address = {"host": host, "port": port}
     for client in clients:
-        _write_node(folder, client, address)
+        add_client(folder, client, address)
     files.write_json(folder / "federation.json", address)  # last: without it, keys are made anew
 
 
-def add_client(folder: Path, client: str) -> None:
-    """Write the folder of one more client; ``register`` lets it in."""
-    _write_node(folder, client, _address(folder))
-
-
-def _write_node(folder: Path, client: str, address: dict[str, Any]) -> None:
+def add_client(folder: Path, client: str, address: dict[str, Any] | None = None) -> None:
+    """Write one more client's folder, of the server at ``address`` (default: as prepared); ``register`` lets it in."""
+    address = address or _address(folder)
     node = folder / "nodes" / wire.checked_name("client", client)
     if node.exists():
         raise FileExistsError(f"{node}: this client has its key already")
@@ -201,7 +197,7 @@ def supernode_command(node: Path, run: Path, device: str = "cpu") -> list[str]:
         *("--root-certificates", str(node / "server.pem")),
         *("--superlink", f"{about['host']}:{about['port']}"),
         *("--auth-supernode-private-key", str(node / "node.key")),
-        *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())),
+        *("--node-config", " ".join(f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in settings.items())),
         *("--host", "127.0.0.1", "--port", str(free_port())),
     ]
 
@@ -236,12 +232,13 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _listens(folder):
-            if process.poll() is not None or time.monotonic() > deadline:
-                host, why = _address(folder)["host"], "did not start"
-                if process.poll() is None:
-                    why = f"does not answer at {host} after {START_SECONDS:g} s; this machine, too, has to reach it by"
-                    why += " that name (a line in /etc/hosts)"
-                raise DeploymentError(f"the SuperLink {why}.{_tail(log)}")
+            if process.poll() is not None:
+                raise DeploymentError(f"the SuperLink did not start.{_tail(log)}")
+            if time.monotonic() > deadline:
+                raise DeploymentError(
+                    f"the SuperLink does not answer at {_address(folder)['host']} after {START_SECONDS:g} s; this"
+                    f" machine, too, has to reach it by that name (a line in /etc/hosts).{_tail(log)}"
+                )
             time.sleep(0.2)
         register(folder)
         yield process
@@ -316,11 +313,11 @@ def flwr(folder: Path, *arguments: str) -> str:
 
 
 @contextlib.contextmanager
-def connect(run: Path, ids: Sequence[str], device: str = "") -> Iterator[Clients]:
+def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[Clients]:
     """The clients ``ids`` of the federation that was prepared in ``run``, over its running SuperLink: ``flwr run``.
 
-    Their nodes choose the device. Raises DeploymentError where no SuperLink listens, no client connects, or Flower's
-    part ends too early.
+    Their nodes choose the device, not ``device``. Raises DeploymentError where no SuperLink listens, no client
+    connects, or Flower's part ends too early.
     """
     folder = run / FOLDER
     check(run)
@@ -333,9 +330,8 @@ def connect(run: Path, ids: Sequence[str], device: str = "") -> Iterator[Clients
         process = _start(["flwr", *command], folder, log)
         try:
             with _accept(listener, process, log) as pipe:
-                remote = wire.RemoteClients(pipe, ids, scratch)
-                yield remote
-                remote.end()
+                yield wire.RemoteClients(pipe, ids, scratch)
+                wire.send(pipe, wire.END)
         except ConnectionError as error:
             raise DeploymentError(f"{error}; the same command resumes.{_tail(log)}") from error
         finally:
@@ -362,11 +358,9 @@ def check_records(run: Path) -> None:
 
 def _listens(folder: Path) -> bool:
     address = _address(folder)
-    try:
-        socket.create_connection((address["host"], address["port"]), timeout=10).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.create_connection((address["host"], address["port"]), timeout=10):
+        return True
+    return False
 
 
 def _accept(listener: socket.socket, process: subprocess.Popen, log: Path) -> Connection:
@@ -391,15 +385,14 @@ def _start(command: Sequence[str], home: Path, log: Path | None = None) -> subpr
         return subprocess.Popen(command, env=environment(home), start_new_session=True, **output)
 
 
-def _end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
-    """End processes and all that they started (Flower gives its children sessions of their own); kill what does not
-    end within ``seconds``."""
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """End processes and all that they started (Flower gives its children sessions of their own), killed after 20 s."""
     family = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             family += [parent := psutil.Process(process.pid), *parent.children(recursive=True)]
         process.terminate()
-    for member in psutil.wait_procs(family, timeout=seconds)[1]:
+    for member in psutil.wait_procs(family, timeout=20)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     for process in processes:

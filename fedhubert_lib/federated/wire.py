@@ -32,7 +32,6 @@ from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, R
 NEXT, END = "next", "end"
 """Requests of a stage beside files: the next answer; nothing more."""
 
-
 NAMES, NUMBERS = {"session", "kind", "digest"}, {"round", "durable"}
 """Settings of a message that become parts of paths at a client, wherever in the message they stand."""
 
@@ -125,10 +124,6 @@ class RemoteClients(Clients):
         for _ in request.clients:
             send(self._pipe, NEXT)
             yield read_answer(Path(self._receive()))
-
-    def end(self) -> None:
-        """Tell the ServerApp that the stage needs nothing more."""
-        send(self._pipe, END)
 
     def _receive(self) -> Any:
         try:
