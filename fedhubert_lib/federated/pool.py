@@ -94,17 +94,16 @@ class WorkerClients(Clients):
                 while pending:
                     yield pending.popleft().result()
             finally:
-                for future in pending:
-                    future.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
                 for worker in list(busy):
                     worker.stop()
 
 
 class Process:
-    """A worker process on ``device``."""
+    """A worker process on ``device``; requests and answers lie in the folder ``messages``."""
 
-    def __init__(self, run: Path, device: str) -> None:
-        self._arguments = run, device, torch.get_num_threads()
+    def __init__(self, messages: Path, run: Path, device: str) -> None:
+        self._arguments = messages, run, device, torch.get_num_threads()
 
     def start(self) -> None:
         self._pipe, far_end = SPAWN.Pipe()
@@ -139,16 +138,14 @@ class Process:
         process.join()
 
 
-def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
+def work(pipe: Connection, messages: Path, run: Path, device: str, threads: int) -> None:
     """A worker's main: answer requests until the process that started it is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    folders: set[Path] = set()
 
     def end() -> None:
         parent.join()
-        for folder in folders:  # of messages, which a parent that was killed has left
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(messages, ignore_errors=True)  # which a parent that was killed has left
         os._exit(0)  # in the middle of training: nobody waits for the answer
 
     threading.Thread(target=end, daemon=True).start()
@@ -158,7 +155,6 @@ def work(pipe: Connection, run: Path, device: str, threads: int) -> None:
     wire.send(pipe, "up")
     while True:
         client, request_path, answer_path = wire.receive(pipe)
-        folders.add(Path(request_path).parent)
         request, arrays = read(Path(request_path))
         home = handlers.home(run, client, request["action"], device, simulated=True)
         answer = handlers.answer(home, request["action"], dict(arrays), copy.deepcopy(request["config"]))
@@ -205,6 +201,6 @@ def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[WorkerClient
             wire.write(path, {"action": request.action, "config": request.config}, request.arrays)
             return path
 
-        workers = [Process(run, place) for place in devices(device)]
+        workers = [Process(folder, run, place) for place in devices(device)]
         with contextlib.closing(WorkerClients(ids, workers, pack)) as clients:
             yield clients
