@@ -86,17 +86,17 @@ def front_end(layers: nn.Sequential, waveforms: Tensor) -> Tensor:
 
 def _layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A ``hubert.ConvLayer`` without GroupNorm on rows, [R, C] to [R / stride, O]."""
-    dtype = _dtype(x, x.dtype)
+    dtype = _dtype(x)
     x = StridedConv.apply(x.to(dtype), layer.conv.weight.to(dtype), layer.conv.stride[0])
     if layer.conv.bias is not None:
         x = x + layer.conv.bias.to(x.dtype)
     return F.gelu(layer.layer_norm(x))
 
 
-def _dtype(x: Tensor, default: torch.dtype) -> torch.dtype:
-    """The type that autocast asks for, otherwise ``default``: autocast does not reach into what is written out here."""
+def _dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast asks for, otherwise x's own: autocast does not reach into what is written out here."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else default
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class StridedConv(torch.autograd.Function):
@@ -143,7 +143,7 @@ def _group_normed(conv: nn.Conv1d, norm: nn.GroupNorm, waveforms: Tensor, rows: 
     [B, O, T] tensor is written once instead of read and written in three passes, forward and backward.
     """
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    dtype = _dtype(waveforms, waveforms.dtype)
+    dtype = _dtype(waveforms)
     with torch.autocast(waveforms.device.type, enabled=False):
         with torch.no_grad():
             windows = waveforms.double().unfold(1, kernel, stride)
@@ -171,7 +171,7 @@ def grouped_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
     time of a direct grouped convolution from two clips on. The transforms are matrix products: their sizes are small.
     """
     (clips, frames, size), groups, kernel, before = x.shape, conv.groups, conv.kernel_size[0], conv.padding[0]
-    blocks, dtype = math.ceil(frames / kernel), _dtype(x, conv.bias.dtype)
+    blocks, dtype = math.ceil(frames / kernel), _dtype(x)
     transform = torch.from_numpy(_fourier(kernel)).to(conv.bias).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         x = F.pad(x.to(dtype), (0, 0, before, (blocks + 1) * kernel - before - frames))
