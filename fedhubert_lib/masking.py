@@ -11,17 +11,11 @@ import numpy as np
 def spans(
     frames: int, generator: np.random.Generator, probability: float = 0.8, length: int = 10, minimum: int = 2
 ) -> np.ndarray:
-    """A mask of whole spans, bool [frames].
+    """A mask of whole spans of ``length`` frames, bool [frames] at 50 Hz, drawn from ``generator``.
 
-    Args:
-        frames: length of the clip at 50 Hz.
-        generator: where the draw comes from.
-        probability: expected fraction of frames in spans, counted before overlap; 0.8 with length 10 starts a span at
-            8 % of the frames and masks 57 % of a long clip.
-        length: frames of a span.
-        minimum: fewest spans, though never more than there are starts.
-
-    Raises ValueError when the clip is shorter than a span.
+    ``probability`` is the expected fraction of frames in spans, counted before overlap: 0.8 with length 10 starts a
+    span at 8 % of the frames and masks 57 % of a long clip. ``minimum`` is the fewest spans, though never more than
+    there are starts. Raises ValueError when the clip is shorter than a span.
 
     >>> spans(12, np.random.default_rng(0), length=12, minimum=1).sum()
     np.int64(12)

@@ -49,7 +49,6 @@ def answer(message: Message, context: Context) -> Message:
     node, request = context.node_config, records["request"]
     run, device = Path(str(node["run"])), str(node.get("device", "cpu"))
     home = handlers.home(run, str(node["client"]), request["action"], device, simulated=False)
-    answer: Reply | Failure
     try:
         wire.check(config := json.loads(request["config"]))
         answer = handlers.answer(home, request["action"], records["arrays"].to_torch_state_dict(), config)

@@ -1,8 +1,7 @@
 """Messages between a client and the server, whatever carries them.
 
 Client code is a set of handlers, ``handler(home, arrays, config) -> (arrays, metrics)``: it reads its own folder and
-the message, nothing else. Server code is a set of algorithms over ``Clients``: it sees replies, never a file of a
-client.
+the message, nothing else. Server code is a set of algorithms over ``Clients``: it sees replies, never a client's file.
 """
 
 import hashlib
@@ -44,7 +43,6 @@ class ClientHome:
     state: Path
     """Personal heads, optimiser state, error feedback: a folder per task."""
     device: str = "cpu"
-    """Where it computes."""
     simulated: bool = False
     """Whether the server lives on the same machine, as an engine of a simulation says: never over a network."""
 
@@ -87,7 +85,6 @@ class Clients(ABC):
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids: Sequence[str] = sorted(ids)
-        """Client ids, sorted."""
         self.bytes = {"bytes_down": 0, "bytes_up": 0}
         """Of all tensors that have travelled."""
         self._last: Answers = (answer for answer in list[Reply | Failure]())
