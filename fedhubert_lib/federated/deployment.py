@@ -269,8 +269,8 @@ def environment(home: Path) -> dict[str, str]:
     """The environment of Flower's processes: its files in ``home/flower``, no calls to others' servers."""
     # Flower starts further programs by name: those of this interpreter's environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), LOOPBACK]))
-    proxies = {"no_proxy": direct, "NO_PROXY": direct, "no_grpc_proxy": direct}
+    names = "no_grpc_proxy", "no_proxy", "NO_PROXY"
+    proxies = dict.fromkeys(names, ",".join(filter(None, [*map(os.environ.get, names), LOOPBACK])))
     return os.environ | QUIET | proxies | {"FLWR_HOME": str((home / "flower").resolve()), "PATH": path}
 
 
