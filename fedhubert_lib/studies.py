@@ -1,8 +1,7 @@
 """Values of the parameters, from a study file, ``--set`` or a notebook; every error names its place.
 
 One YAML file is one study. Its top level holds ``study``, ``seed`` and, where it builds on another file, ``base``; six
-sections, one per notebook, hold what differs from the defaults. Distillation takes over from pretraining what both
-have, but for the model's shape.
+sections, one per notebook, hold what differs from the defaults.
 """
 
 import difflib
@@ -270,10 +269,10 @@ def _override(raw: dict[str, Any], override: str) -> Key:
 
 
 def _value(schema: type[BaseModel], name: str, text: str) -> Any:
-    """The value of a parameter: of text, such as a path, as it stands, else read as YAML. Raises ValueError."""
+    """The value of a parameter: of text, such as a path, as it stands, else read as YAML; what is none stays text."""
     if schema.model_json_schema()["properties"].get(name, {}).get("type") == "string":
         return text
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError) as error:
-        raise ValueError(f"cannot be read as YAML: {error}") from None
+    except (YAMLError, RecursionError, ValueError):  # ValueError: a number without end; the schema says what it wants
+        return text
