@@ -36,19 +36,18 @@ MEASURES = {
 }
 """The measures that are compared, with their names in words: columns of metrics.jsonl, measures of report.json."""
 
-_LEARNED = [f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "minutes", "speech")]
-_LEARNED += [f"kmeans.{name}" for name in ("features", "layer", "clusters", "normalisation")]
 _SHAPE = params.Model.model_fields.keys() - params.Section.model_fields.keys()
-_LEARNED += [f"pretrain.{name}" for name in sorted(_SHAPE)]
-_IMITATED = (*sorted(_SHAPE), "teacher", "objectives", "temperature", "teacher_layer", "teacher_clusters")
-_HEARD = [f"corpus.test_{name}" for name in ("subsets", "speakers", "minutes")]
-_IMITATED += tuple(f"{name}_weight" for name in ("soft", "label", "regression", "hubert"))
+_LEARNED = {f"corpus.{name}" for name in ("kind", "train_subsets", "speakers", "minutes", "speech")}
+_LEARNED |= {f"kmeans.{name}" for name in ("features", "layer", "clusters", "normalisation")}
+_LEARNED |= {f"pretrain.{name}" for name in _SHAPE}
+_IMITATED = {"teacher", "objectives", "temperature", "teacher_layer", "teacher_clusters"}
+_IMITATED |= {f"{name}_weight" for name in ("soft", "label", "regression", "hubert")}
+_HEARD = {f"corpus.test_{name}" for name in ("subsets", "speakers", "minutes")}
 TASK = {
     "pretrain": _LEARNED,
-    "distill": _LEARNED + [f"distill.{name}" for name in _IMITATED],
-    "evaluate": [*_LEARNED, "evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers", *_HEARD],
+    "distill": _LEARNED | {f"distill.{name}" for name in _SHAPE | _IMITATED},
+    "evaluate": _LEARNED | _HEARD | {"evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers"},
 }
-"""By stage, the parameters in which a run must equal its reference."""
 _ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"validate_every", "decode_check"}
 """Parameters that move no curve."""
 
