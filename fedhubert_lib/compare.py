@@ -26,15 +26,15 @@ def groups(names: Sequence[str]) -> dict[str, list[Path]]:
     """The runs that each of ``names``, or of folders, stands for. Raises RunError where there are none."""
     short = [Path(name).name for name in names]
     keys = short if len(set(short)) == len(set(names)) else names
-    return {key: list(seed_runs(name).values()) or [runs.named(name)] for key, name in zip(keys, names, strict=True)}
+    return {key: _seed_runs(name) or [runs.named(name)] for key, name in zip(keys, names, strict=True)}
 
 
-def seed_runs(name: str) -> dict[int, Path]:
-    """Training seed to folder of the runs ``name``-SEED, ascending; empty for the name of a run, or of nothing."""
+def _seed_runs(name: str) -> list[Path]:
+    """The folders of the runs ``name``-SEED by their seed; none for the name of a run, or of nothing."""
     whole = runs.outputs() / name
     numbers = {path: path.name.removeprefix(f"{whole.name}-") for path in whole.parent.glob(f"{whole.name}-*")}
     folders = {int(number): path for path, number in numbers.items() if number.isdecimal()}
-    return {} if (whole / "run.json").is_file() else dict(sorted(folders.items()))
+    return [] if (whole / "run.json").is_file() else [folders[seed] for seed in sorted(folders)]
 
 
 def parameters(groups: Groups) -> pd.DataFrame:

@@ -63,7 +63,6 @@ Natural = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Clusters = Annotated[int, Field(ge=2, le=65_535)]
 Place = Annotated[str, AfterValidator(_from_root)]
-"""A file or folder; a relative one starts at the project's root."""
 Device = Annotated[str, AfterValidator(device)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)]
 """Of a folder: letters, digits and _ . - only."""

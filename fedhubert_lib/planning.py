@@ -33,8 +33,6 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Time and memory that pretraining will need on this machine."""
-
     device: str
     step: Step
     parameters: int
@@ -73,16 +71,15 @@ def plan(run: Path, p: Pretrain) -> Plan:
     with threads.limited(p.threads):
         workers = min(pool.side_by_side(p.engine, p.device), p.cohort)
         step = fitting_step(p, config, clusters, device, workers)
-    seconds = 0.0
+    steps, seconds = p.rounds * p.local_steps, 0.0
     if p.centralised:  # on all cores, in larger batches
         large = pooled.merged(p)
         try:
-            seconds = p.rounds * p.local_steps * large.cohort * fitting_step(large, config, clusters, device).seconds
+            seconds = steps * large.cohort * fitting_step(large, config, clusters, device).seconds
         except MemoryError as error:
             raise MemoryError(f"{error}; or centralised: false, whose batches are {large.batch_seconds:g} s") from None
     with torch.device("meta"):
         parameters = sum(tensor.numel() for tensor in hubert.Hubert(config).parameters())
-    steps = p.rounds * p.local_steps
     turns = steps * math.ceil(p.cohort / workers)
     return Plan(device, step, parameters, steps * p.cohort, turns, seconds, workers)
 

@@ -49,11 +49,9 @@ def model_config(p: params.Federation) -> hubert.HubertConfig:
         "hidden_size": p.hidden_size,
         "num_hidden_layers": p.layers,
         "num_attention_heads": p.attention_heads,
-        "intermediate_size": p.feed_forward_size,
+        "intermediate_size": p.feed_forward_size or (p.hidden_size and 4 * p.hidden_size),
         "conv_dim": p.conv_width and (p.conv_width,) * 7,
     }
-    if p.hidden_size and not p.feed_forward_size:
-        chosen["intermediate_size"] = 4 * p.hidden_size
     if p.hidden_size and not p.attention_heads:
         heads = hubert.preset(p.model).num_attention_heads
         chosen["num_attention_heads"] = next(n for n in range(heads, 0, -1) if p.hidden_size % n == 0)

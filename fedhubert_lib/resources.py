@@ -29,7 +29,7 @@ def cores() -> int:
     version_1 = zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=True)
     for quota, period in (*version_2, *version_1):
         if quota.isdecimal() and int(period):  # max or -1: none
-            granted.append(max(1, int(quota) // int(period)))
+            granted.append(int(quota) // int(period))
     slurm = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
     if slurm.isdecimal():
         granted.append(int(slurm))
