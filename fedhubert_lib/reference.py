@@ -89,8 +89,7 @@ def _quality(run: Path) -> Curves:
     chosen = tables.best(evaluated["figures"]).get("teacher", {})
     result = {}
     for name in MEASURES.keys() & chosen.keys():
-        on_the_way = [row for row in evaluated["along"] if (row["system"], row["measure"]) == ("teacher", name)]
-        if on_the_way:
+        if on_the_way := [row for row in evaluated["along"] if (row["system"], row["measure"]) == ("teacher", name)]:
             result[name] = pd.DataFrame(on_the_way)[["hours", "value"]]
         elif heard is not None:
             result[name] = pd.DataFrame({"hours": [heard.hours.iloc[-1]], "value": [chosen[name]["value"]]})
@@ -176,15 +175,13 @@ def of(run: Path, stage: str, folder: Path = FOLDER) -> tuple[Reference | None, 
     references = [reference for path in sorted(folder.glob("*.json")) if stage in (reference := read(path)).curves]
     if not references:
         return None, "no reference curves: none was made of this stage yet (fedhubert reference)"
-    differing = [_differing(values, reference.parameters) for reference in references]
-    tasks = [[key for key in differs if key in TASK[stage]] for differs in differing]
-    place = min(range(len(references)), key=lambda place: (len(tasks[place]), len(differing[place])))
-    nearest, differs = references[place], differing[place]
-    if forbidding := tasks[place]:
+    differing = [(_differing(values, reference.parameters), reference) for reference in references]
+    differs, nearest = min(differing, key=lambda pair: (len(pair[0].keys() & TASK[stage]), len(pair[0])))
+    if forbidding := [key for key in differs if key in TASK[stage]]:
         words = ", ".join(differs[key] for key in forbidding[:4])
         return None, f"no reference curves: the nearest, of {nearest.study}, has learned something else: {words}"
-    begun = [f"{name}." for name in ("corpus", "partition", "kmeans", "pretrain", stage)]
-    others = [text for key, text in differs.items() if key.startswith(tuple(begun)) and not _irrelevant(key)]
+    begun = ("corpus", "partition", "kmeans", "pretrain", stage)
+    others = [text for key, text in differs.items() if key.split(".")[0] in begun and not _irrelevant(key)]
     rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
     words = f"reference: {nearest.study}, {len(nearest.seeds)} training seeds at {nearest.commit}"
     return nearest, words + (f"; this run differs in {', '.join(others[:6])}{rest}" if others else "")
