@@ -1,6 +1,5 @@
 """Cores, memory and devices that this machine grants to this process, and its peak memory."""
 
-import contextlib
 import os
 import re
 import resource
@@ -94,9 +93,8 @@ def _settings(controller: str, name: str) -> Iterator[str]:
             root = CONTROL_GROUPS / controllers
             group = root / path.lstrip("/")
             for folder in (group, *group.parents):
-                if folder.is_relative_to(root):
-                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                        yield (folder / name).read_text(encoding="utf-8").strip()
+                if folder.is_relative_to(root) and (folder / name).is_file():
+                    yield (folder / name).read_text(encoding="utf-8").strip()
 
 
 def autocast(device: "torch.device | str", precision: str) -> "torch.autocast":
