@@ -116,7 +116,7 @@ def _clean(options: argparse.Namespace) -> None:
         print(index.previous(run))
         return
     with runs.holding(run / ".lock", "fedhubert clean"):
-        for name in names:
+        for name in dict.fromkeys(names):
             size = index.size(aside[name])
             shutil.rmtree(aside[name])
             print(f"removed: {aside[name]} ({size})")
@@ -171,10 +171,9 @@ def _units(options: argparse.Namespace) -> None:
     from fedhubert_lib.export import unit_text
 
     names = ("codebook", "layer", "clusters", "seed", "deduplicate", "device")
+    chosen = {name: getattr(options, name) for name in names}
     try:
-        facts = unit_text.write(
-            options.checkpoint, options.folder, options.to, **{name: getattr(options, name) for name in names}
-        )
+        facts = unit_text.write(options.checkpoint, options.folder, options.to, **chosen)
     except ValueError as error:
         raise runner.StageError(str(error), runner.FAILED) from error
     print(f"{options.to}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
@@ -248,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     argument("folder", nargs="*", help="earlier work to remove, such as .previous/03_pretrain-1")
 
     argument = add("params", _params, "print all parameters: default, allowed values, meaning")
-    argument("stage", nargs="*", choices=[[], *STAGES], default=[], metavar="STAGE", help="sections (default: all)")
+    argument("stage", nargs="*", choices=[[], *STAGES], metavar="STAGE", help="sections (default: all)")
 
     argument = add("export-client", _export_client, "copy the data of one client to a folder, for its machine")
     argument("run", type=Path, help="the run's folder, such as outputs/toy")
@@ -341,8 +340,8 @@ def _add_steps(steps: Any) -> None:
     local = add("local", "server, clients and stages on this machine, then stop them")
     for argument in run, local:
         _add_study(argument)
-        some = {"nargs": "*", "choices": [[], *DEPLOYED], "default": [], "metavar": "STAGE"}
-        argument("stage", **some, help=f"of {', '.join(DEPLOYED)} (default: all)")
+        some = f"of {', '.join(DEPLOYED)} (default: all)"
+        argument("stage", nargs="*", choices=[[], *DEPLOYED], metavar="STAGE", help=some)
     for argument in attend, local:
         argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
 
