@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.function(options)
         sys.stdout.flush()
         return code or runner.OK
-    except (runner.StageError, studies.ParameterError, runs.RunError) as error:
+    except (runner.StageError, studies.ParameterError, runs.RunError, files.RowsError) as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return error.code if isinstance(error, runner.StageError) else runner.USAGE
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough: print to nowhere from now on
@@ -78,7 +78,7 @@ def _run_seeds(options: argparse.Namespace, name: str, stages: Sequence[str]) ->
         overrides = [*options.set, f"pretrain.seed={seed}", f"distill.seed={seed}"]
         study = studies.load(options.study, overrides, f"{name}-{seed}")
         like = [other for other in others if other.name.endswith(f"-{seed}")] or others[:1]
-        print(f"{study.run}:", flush=True)
+        files.say(f"{study.run}:")
         runner.run(study, stages, options.force, [*like, *folders[:1]])
         folders.append(runs.outputs() / study.run)
     if "evaluate" in stages:

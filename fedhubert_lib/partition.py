@@ -163,7 +163,8 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
 
 def _by_group(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator) -> np.ndarray:
     if p.scheme == "sex" and not table["sex"].isin(["F", "M"]).all():
-        raise PartitionError("partition.scheme: some speakers have no sex; is SPEAKERS.TXT beside the subsets?")
+        remedy = "is SPEAKERS.TXT beside the subsets? A plain folder has none: use scheme speakers"
+        raise PartitionError(f"partition.scheme: some speakers have no sex; {remedy}")
     codes, groups = pd.factorize(table[p.scheme], sort=True)
     if len(groups) < 2:
         raise PartitionError(f"partition.scheme: all speech is of one {p.scheme}, {groups[0]}; use scheme speakers")
@@ -179,7 +180,8 @@ def _by_group(table: pd.DataFrame, p: params.Partition, rng: np.random.Generator
     client = np.empty(len(table), dtype=np.int64)
     for i, first in enumerate(np.cumsum(counts) - counts):
         rows = codes == i
-        client[rows] = first + _balanced(table[rows], table.loc[rows, "speaker"], counts[i], rng)
+        unit = table.loc[rows, "speaker"].rename(f"{groups[i]} speaker")
+        client[rows] = first + _balanced(table[rows], unit, counts[i], rng)
     return client
 
 
@@ -295,8 +297,10 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
                 name = f"audio/{row.utterance}{Path(row.path).suffix}"
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)  # of a plain folder: SPEAKER/FILE
                 shutil.copyfile(row.path, folder / name)
-                if scan.header(str(folder / name)).fingerprint != row.fingerprint:
-                    raise PartitionError(f"{row.path}: not the audio that was scanned; run 00_corpus again")
+                copied = scan.header(str(folder / name), decode=True)  # a FLAC's fingerprint stands in its header
+                if copied.reason or copied.fingerprint != row.fingerprint:
+                    why = copied.reason or "not the audio that was scanned"
+                    raise PartitionError(f"{row.path}: {why}; run 00_corpus again")
                 paths.append(str((at or destination).absolute() / name))
             table.assign(path=paths).to_parquet(copy / f"{part}.parquet", index=False)
         if (source / "phones.parquet").exists():

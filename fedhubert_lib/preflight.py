@@ -188,10 +188,10 @@ def _teacher(p: params.Distill, run: Path, study: studies.Study | None, coming: 
 
 def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:
     """Whether a teacher from elsewhere is still the one that taught the student, beside which it will stand."""
-    done = records.read_json(run / "04_distill" / "done.json")
-    if done is None or "distill" in coming or "distill" in records.stale(run):
+    folder = run / "04_distill"
+    if "distill" in coming or not (done := records.read_json(folder / "done.json")) or "distill" in records.stale(run):
         return
-    teacher = records.parameters(run / "04_distill").get("teacher")
+    teacher = records.parameters(folder).get("teacher")
     if not (teacher and Path(teacher, "config.json").is_file()):
         return
     if done["identity"]["inputs"].get("teacher") != identity.listings(params.Distill(teacher=teacher))["teacher"]:

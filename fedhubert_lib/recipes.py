@@ -21,7 +21,7 @@ def clusters(run: Path, codebook: str) -> int:
         raise FileNotFoundError(f"{path}: no such codebook; name it in codebooks of 02_kmeans and run that first")
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["clusters"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({error!r}); remove it and run 02_kmeans again") from error
 
 

@@ -33,11 +33,11 @@ def take(stage: str, p: params.Section, run: Path, others: Sequence[Path], now: 
     for other in others if stage != "evaluate" else ():  # a report names its run
         done = records.read_json(other / name / "done.json")
         if why := _differs(stage, p, run, other, done, now):
-            print(f"{name}: {why}", flush=True)
+            files.say(f"{name}: {why}")
         else:
             copied = _link(stage, p, run, other, now)
             note = f"; {copied} files copied: no hard links possible between these folders" if copied else ""
-            print(f"{name}: taken from {other}{note}", flush=True)
+            files.say(f"{name}: taken from {other}{note}")
             return True
     return False
 

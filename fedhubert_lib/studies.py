@@ -7,6 +7,7 @@ sections, one per notebook, hold what differs from the defaults.
 import difflib
 import inspect
 import json
+import os
 import re
 import reprlib
 import types
@@ -204,7 +205,9 @@ def _explained(
     lines = {}
     for item in error.errors(include_url=False):
         key = tuple(part for part in (*above, *item["loc"]) if isinstance(part, str))[:2]
-        if key in copied or key in lines:  # a union has a message for each of its types
+        if key in lines and item["type"] == "literal_error":  # a union has a message for each of its types
+            lines[key] += f"; or {item['ctx']['expected']}"
+        if key in copied or key in lines:
             continue
         fields = SECTIONS[key[0]].model_fields if len(key) == 2 else Study.model_fields
         if item["type"] == "extra_forbidden":
@@ -239,7 +242,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
             places[tuple(node.value for node in key)] = place
     if (base := raw.pop("base", None)) is None:
         return raw, places
-    under = path.parent / str(base)
+    under = path.parent / os.path.expanduser(str(base))
     if under.resolve() in (path.resolve(), *above):
         raise ParameterError(f"{places['base',]}: base: {base} builds on this file; name another")
     values, base_places = _read(under, (*above, path.resolve()))

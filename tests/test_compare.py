@@ -162,4 +162,7 @@ def test_the_command_prints_and_writes_a_page_that_fetches_nothing(outputs, tmp_
     assert "Empty DataFrame" not in capsys.readouterr().out
     assert not (tmp_path / "x/curves.png").exists() and (tmp_path / "x/compare.html").exists()
     assert cli.main(["compare", "a", "nothing"]) == 2
+    with (outputs / "a/03_pretrain/metrics.jsonl").open("a") as rows:
+        rows.write("\0\0\n")
+    assert cli.main(["compare", "a", "b"]) == 2 and "remove that line" in capsys.readouterr().err
     assert sorted(path.name for path in outputs.iterdir()) == ["a", "b", "compare-a-b"]

@@ -122,6 +122,7 @@ def test_load_puts_a_study_over_its_base(tmp_path):
     assert f"{tmp_path / 'base.yaml'}:1: kmeans.clusters: " in errors(tmp_path / "mine.yaml")[0]
     (tmp_path / "base.yaml").write_text("base: mine.yaml\n")
     assert "base: mine.yaml builds on this file" in errors(tmp_path / "mine.yaml")[0]
+    assert f"{Path.home() / 'none.yaml'}: cannot be read" in errors(study(tmp_path, "base: ~/none.yaml"))[0]
     assert "none.yaml: cannot be read" in errors(study(tmp_path, "base: none.yaml"))[0]
 
 
@@ -209,7 +210,7 @@ distill: 3
         (f"{path}:3: kmeans.cluster: ", "did you mean clusters?"),
         (f"{path}:4: kmeans.tolerance: ", "number, not 'fast'"),
         (f"{path}:5: kmeans.clusters: ", "greater than or equal to 2, not 1"),
-        (f"{path}:6: kmeans.layer: ", "not 'best'"),
+        (f"{path}:6: kmeans.layer: ", "not 'best'; or 'auto'"),
         (f"{path}:8: pretrain.server: ", "did you mean fedadam?"),
         (f"{path}:9: pretrain.centralised: ", "boolean, not 'no'"),
         (f"{path}:10: distill: ", "not 3"),

@@ -113,6 +113,7 @@ def test_a_client_of_utterances_too_short_to_train_on_is_refused_or_merged(table
     [
         ("speakers", {"clients": 121}, "121 clients, but only 120 speakers"),
         ("speaker", {"clients": 119}, "set clients=120"),
+        ("sex", {"clients": 240}, "clients, but only 60 [FM] speakers"),
         ("subset", {"clients": 2}, "a client for each of train-clean-100"),
     ],
 )
@@ -239,6 +240,12 @@ def test_export_client_is_atomic(spoken, tmp_path):
     soundfile.write(utterances.path[0], np.zeros(16_000), 16_000, subtype="PCM_16")
     with pytest.raises(partition.PartitionError, match="not the audio that was scanned"):
         partition.export_client(spoken, "client-001", tmp_path / "node")
+    audio = Path(pd.read_parquet(spoken / "01_partition/clients/client-000/train.parquet").path[0])
+    whole = audio.read_bytes()
+    audio.write_bytes(whole[:-400] + bytes(400))  # its header says nothing of that
+    with pytest.raises(partition.PartitionError, match=f"{audio}: .*damaged"):
+        partition.export_client(spoken, "client-000", tmp_path / "node")
+    audio.write_bytes(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "run"]
     (tmp_path / "node").mkdir()
     with pytest.raises(partition.PartitionError, match="already exists"):
