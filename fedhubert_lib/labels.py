@@ -5,7 +5,6 @@ A folder holds ``labels.bin``, the frames of all utterances end to end (little-e
 samples, so the length of ``labels.bin`` shows how far a writer that was killed had come.
 """
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,18 +37,14 @@ class Ragged:
         except (OSError, ValueError) as error:
             raise LabelsError(f"{index}: cannot be read ({error}); {remedy}") from error
         self.utterances: list[str] = table.utterance.tolist()
-        self._index = table
+        starts = table.offset
+        self._places = dict(zip(self.utterances, map(slice, starts, starts + table.frames), strict=True))
         shape = (int(table.frames.sum()),) if width is None else (int(table.frames.sum()), width)
         path = self.folder / f"{name}.bin"
         promised = int(np.prod(shape)) * dtype.itemsize
         if not path.exists() or path.stat().st_size != promised:
             raise LabelsError(f"{path}: not the {promised} bytes that its index promises; {remedy}")
         self.flat = np.memmap(path, dtype, "r", shape=shape) if promised else np.zeros(shape, dtype)
-
-    @functools.cached_property
-    def _places(self) -> dict[str, slice]:
-        starts = self._index.offset
-        return dict(zip(self.utterances, map(slice, starts, starts + self._index.frames), strict=True))
 
     def __contains__(self, utterance: str) -> bool:
         return utterance in self._places

@@ -18,7 +18,7 @@ from fedhubert_lib.audio import HOP, RECEPTIVE_FIELD
 
 def quality(labels: np.ndarray, phones: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Unit quality of frame ``labels`` (int [N]) against ``phones`` (int or str [N]); see ``quality_of_counts``."""
-    _, phone = np.unique(np.asarray(phones), return_inverse=True)
+    _, phone = np.unique(phones, return_inverse=True)
     return quality_of_counts(contingency(phone, labels, int(phone.max(initial=-1)) + 1, int(np.max(labels)) + 1), seed)
 
 
@@ -38,7 +38,6 @@ def quality_of_counts(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
     """
     from sklearn.metrics import mutual_info_score  # here, since what only checks a study imports this module, too
 
-    counts = np.asarray(counts, np.int64)
     counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
     frames = int(counts.sum())
     if counts.shape[0] < 2:
@@ -96,7 +95,7 @@ def count_phones(
 def added(tables: Sequence[tuple[Sequence[str], np.ndarray]]) -> tuple[list[str], np.ndarray]:
     """The sum of phone x label tables whose phones may differ: all names, sorted, and their counts."""
     names = sorted({name for table_names, _ in tables for name in table_names})
-    total = np.zeros((len(names), tables[0][1].shape[1] if tables else 0), np.int64)
+    total = np.zeros((len(names), tables[0][1].shape[1]), np.int64)
     for table_names, counts in tables:
         total[np.searchsorted(names, table_names)] += counts
     return names, total
