@@ -104,8 +104,7 @@ def comparison(table: pd.DataFrame) -> Figure:
     line is the mean over the members of a run, its training seeds, and its band reaches from lowest to highest.
     Dashed: training on the pooled data.
     """
-    on = table.measure.str.extract("^(validation_)?(.*)").fillna("").set_axis(["prefix", "measure"], axis=1)
-    table = table.assign(**on)
+    table = table.assign(**table.measure.str.extract("(?P<prefix>validation_)?(?P<measure>.*)").fillna(""))
     stages = dict(list(table.groupby("stage", sort=False)))
     kinds = {stage: _kinds(set(rows.measure)) for stage, rows in stages.items()}
     columns, runs = max(map(len, kinds.values())), list(table.run.unique())
