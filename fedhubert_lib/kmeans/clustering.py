@@ -1,8 +1,7 @@
 """K-means itself, without files or federations: nearest centroids, k-means++, Lloyd, matching of codebooks.
 
-Which centroid is nearest to a frame depends neither on how frames were batched nor on how many clients hold them, and
-sums are float64: (sum, count) messages add up to what pooled data would give. Labels are the same to the bit across
-batches, clients, engines, threads and kills; across kinds of processors they are not, since features round otherwise.
+Labels are the same to the bit across batches, clients, engines, threads and kills; across kinds of processors they are
+not, since features round otherwise. Sums are float64: (sum, count) messages add up to what pooled data would give.
 Lloyd's algorithm in memory is the one of the federation, ``statistics`` and ``update``, in one place.
 """
 
@@ -33,10 +32,9 @@ SEEDING_POINTS = 30_000
 def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid of each frame: int64 [N], of ``frames`` [N, D] and ``centroids`` [K, D], on one device.
 
-    Of equally near centroids the first is taken. The label of a frame depends on nothing else in the batch, nor on the
-    number of threads: a matrix product rounds a row differently by its place and by the shape, so it decides only where
-    the best centroid is ahead by more than the product's largest rounding error; elsewhere the candidates within that
-    error are compared in float64, in a fixed order of summation.
+    Of equally near centroids the first is taken. A matrix product rounds a row differently by its place and by the
+    shape, so it decides only where the best centroid is ahead by more than the product's largest rounding error;
+    elsewhere the candidates within that error are compared in float64, in a fixed order of summation.
     """
     on_cpu = frames.device.type == "cpu"
     dtype = torch.float32 if on_cpu else torch.float64  # float64 on a CPU would take twice as long as scikit-learn
@@ -122,13 +120,10 @@ def plus_plus(points: Tensor, clusters: int, rng: np.random.Generator, weights: 
     """
     if len(points) < clusters:
         raise ValueError(f"{clusters} clusters from {len(points)} points; lower clusters or bring more frames")
+    counts = None if weights is None else weights.double().numpy()
+    state = int(rng.integers(2**32))
     with threadpool_limits(1):  # by the number of threads a product may round differently
-        chosen, _ = kmeans_plusplus(
-            points.double().numpy(),
-            clusters,
-            sample_weight=None if weights is None else weights.double().numpy(),
-            random_state=int(rng.integers(2**32)),
-        )
+        chosen, _ = kmeans_plusplus(points.double().numpy(), clusters, sample_weight=counts, random_state=state)
     return torch.from_numpy(chosen)
 
 
@@ -197,5 +192,5 @@ def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
 
 def matched(centroids: Tensor, reference: Tensor) -> Tensor:
     """``centroids`` in the order in which they fit ``reference`` best: the Hungarian method on squared distances."""
-    rows, columns = linear_sum_assignment(torch.cdist(reference.double(), centroids.double()).square().numpy())
-    return centroids[torch.from_numpy(columns[np.argsort(rows)])]
+    _, columns = linear_sum_assignment(torch.cdist(reference.double(), centroids.double()).square().numpy())
+    return centroids[torch.from_numpy(columns)]
