@@ -49,10 +49,8 @@ def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapp
 def lloyd(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Sum [K, D], count [K] and inertia [K] of the sampled frames nearest to each of ``arrays["centroids"]``.
 
-    Clusters below ``minimum_count`` are reported as empty. With ``noise_multiplier`` z, all that this client adds, sums
-    and counts together, is scaled down to norm ``noise_clip``, and Gaussian noise of standard deviation z x
-    ``noise_clip`` is added here, from the system's entropy, before anything leaves the client; no inertia is reported
-    then.
+    Clusters below ``minimum_count`` are reported as empty. With ``noise_multiplier`` sums and counts are clipped and
+    noised here (``private.released``), before anything leaves the client; no inertia is reported then.
     """
     centroids = arrays["centroids"].to(home.device)
     clusters, width = centroids.shape

@@ -16,14 +16,13 @@ DELTA = 1e-5
 def released(home: ClientHome, config: Mapping[str, Any], sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """A client's sums [K, D] and counts [K], scaled down to norm ``noise_clip`` together, with Gaussian noise on top.
 
-    The noise is of the system's entropy. Raises ValueError when a real server asks for noise from its seed.
+    Its standard deviation is ``noise_multiplier`` x ``noise_clip``, and it is of the system's entropy. Raises
+    ValueError when a real server asks for noise from its seed.
     """
-    keys: tuple[Any, ...] = (None,)
-    if config["noise_seeded"]:
-        if not home.simulated:
-            raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
-        keys = (config["seed"], config["round"], home.client, "kmeans")
-    normal, unit = noise.generator(*keys), sums.shape[1] ** 0.5
+    if config["noise_seeded"] and not home.simulated:
+        raise ValueError("the server asks for noise from a seed that it knows; refused outside of a simulation")
+    seed = config["seed"] if config["noise_seeded"] else None
+    normal, unit = noise.generator(seed, config["round"], home.client, "kmeans"), sums.shape[1] ** 0.5
     # Sums are bounded in units of sqrt(D), the length of a frame whose dimensions have variance 1.
     bounded = {"sums": sums / unit, "counts": counts}
     noise.clip(bounded, config["noise_clip"])
@@ -41,9 +40,5 @@ def random_start(config: Mapping[str, Any]) -> Tensor:
 def cost(p: params.Kmeans, rounds: int) -> dict[str, Any]:
     """What ``rounds`` noised Lloyd rounds have spent, for all speech of one client against everybody else."""
     protected = "not private: noise drawn from the seed" if p.noise_seeded else "client"
-    return {"epsilon": epsilon(rounds, p.noise_multiplier), "delta": DELTA, "privacy": protected}
-
-
-def epsilon(rounds: int, noise_multiplier: float) -> float:
-    """Epsilon at delta 1e-5 of ``rounds`` rounds."""
-    return accounting.epsilon([(1.0, noise_multiplier, rounds)], DELTA)
+    epsilon = accounting.epsilon([(1.0, p.noise_multiplier, rounds)], DELTA)
+    return {"epsilon": epsilon, "delta": DELTA, "privacy": protected}
