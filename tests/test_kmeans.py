@@ -353,6 +353,16 @@ def test_phones_of_one_kind_alone_are_as_good_as_none(run):
     assert table.loc["federated", "label_entropy"] > 0 and "pnmi" not in table and "heldout_pnmi" not in table
 
 
+def test_first_minutes_of_public_speech_may_have_no_phones(run, monkeypatch):
+    """Clients label these with codebooks of their own; agreement is measured, unit quality is not."""
+    monkeypatch.setattr(stage, "PROBE_FRAMES", 40)
+    path, heldout = run / "00_corpus" / "phones.parquet", run / "01_partition" / "heldout.parquet"
+    phones, first = pandas.read_parquet(path), pandas.read_parquet(heldout).utterance[0]
+    phones[(phones.utterance != first) | (phones.start_sample > 41 * audio.HOP)].to_parquet(path)
+    table = kmeans.run(run, settings(codebooks=["federated", "client"]), Direct(run))
+    assert table.heldout_pnmi.isna().tolist() == [False, True] and table.agreement_nmi["client"] < 1
+
+
 def test_labels_are_those_of_every_second_mfcc_frame(run):
     """Through the whole stage: label i is the nearest centroid to MFCC frame 2 i."""
     kmeans.run(run, settings(), Direct(run))

@@ -279,7 +279,7 @@ def _agreement(
     matrices = {name: table.to_numpy() for name, table in agreement.items()}
     pairs = ~np.eye(len(agreement["nmi"]), dtype=bool)
     figures = {f"agreement_{name}": float(m[pairs].mean()) if pairs.any() else 1.0 for name, m in matrices.items()}
-    if phones is not None:
+    if phones is not None and len({*phones} - {""}) > 1:  # of the first two minutes, too
         spoken = phones != ""
         qualities = [units.quality(labels[one][spoken], phones[spoken], config["seed"]) for one in labels]
         means = pd.DataFrame(qualities).mean()
