@@ -586,10 +586,11 @@ def test_work_of_other_settings_that_was_stopped_is_not_taken_for_that_of_these(
 
 def test_codebook_that_was_removed_is_made_again(run):
     """As the message about one that cannot be read asks for."""
-    kmeans.run(run, settings(), Direct(run))
+    table = kmeans.run(run, settings(), Direct(run))
     whole, centroids = labels_of(run, "client-001").flat.tolist(), codebook(run).tolist()
     (run / "02_kmeans" / "codebooks" / "federated" / "codebook.json").unlink()
-    kmeans.run(run, settings(), Direct(run))
+    again = kmeans.run(run, settings(), Direct(run))
+    assert again.bytes_up["federated"] == table.bytes_up["federated"] > 0, "of the fit, whose rounds are not done again"
     assert recipes.clusters(run, "federated") == 8 and codebook(run).tolist() == centroids
     assert labels_of(run, "client-001").flat.tolist() == whole
 

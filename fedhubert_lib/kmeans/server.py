@@ -182,10 +182,11 @@ def lloyd(
     rounds ``asked`` counts those that clients were asked for, repeated ones included.
     """
 
-    def save(**more: Any) -> None:
+    def save() -> None:
         if progress is not None:
+            told = json.dumps(stats | {"bytes": exchange.clients.since(before)})
             with files.atomic(progress) as temporary:
-                save_file({"centroids": centroids}, temporary, {"stats": json.dumps(stats | more)})
+                save_file({"centroids": centroids}, temporary, {"stats": told})
 
     private, stats = config["noise_multiplier"] > 0, {"round": 0, "asked": 0}
     if progress is not None and progress.exists():
@@ -196,7 +197,7 @@ def lloyd(
     while stats["round"] < rounds and not stats.get("settled"):
         number, last, travelled = stats["round"] + 1, stats, dict(exchange.clients.bytes)
         stats = {**stats, "asked": stats["asked"] + 1}
-        save(bytes=exchange.clients.since(before))
+        save()
         like = {"sums": centroids.shape, "counts": centroids.shape[:1], "inertias": centroids.shape[:1]}
         message, totals, clients = {**config, "round": number}, dict.fromkeys(like, 0.0), 0
         for reply in exchange.ask("lloyd", {"centroids": centroids}, message, like=like):
