@@ -65,7 +65,7 @@ def choose(run: Path, p: params.Kmeans, device: str, log: Log) -> int:
     config, weights = describe(p, None)
     if path.exists() and (row := json.loads(path.read_text(encoding="utf-8")))["checkpoint"] == config["checkpoint"]:
         return row["layer"]
-    table, phones = public.speech(run, config, public.FRAMES)
+    table, phones = public.speech(run, config)
     if table.empty:
         raise KmeansError("layer: auto measures layers on speech of no client, and the run has none; set layer")
     layers, sequences = range(1, config["model"]["num_hidden_layers"] + 1), []

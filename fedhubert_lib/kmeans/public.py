@@ -18,8 +18,8 @@ FRAMES = 30_000
 """Frames of public speech whose features are computed, at most: ten minutes."""
 
 
-def speech(run: Path, config: dict[str, Any], frames: int) -> tuple[pd.DataFrame, np.ndarray | None]:
-    """Held-out utterances, or those of the test split, with at most ``frames`` frames, and the phone of each frame.
+def speech(run: Path, config: dict[str, Any]) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """Held-out utterances, or those of the test split, with at most ``FRAMES`` frames, and the phone of each frame.
 
     A phone is "" where none is known. Only utterances that have phones count if any has; where fewer than two phones
     are known there is None.
@@ -34,8 +34,8 @@ def speech(run: Path, config: dict[str, Any], frames: int) -> tuple[pd.DataFrame
     if len(table) and path.exists() and parquet.read_metadata(path).num_rows:
         phones = pd.read_parquet(path, filters=[("utterance", "in", table.utterance.tolist())])
     if phones is None or phones.empty:
-        return reading.within(table, config, frames), None
-    table = reading.within(table[table.utterance.isin(phones.utterance)], config, frames)
+        return reading.within(table, config, FRAMES), None
+    table = reading.within(table[table.utterance.isin(phones.utterance)], config, FRAMES)
     counts = table.samples.map(audio.frame_count)
     names = units.frame_phones(phones, dict(zip(table.utterance, counts, strict=True)))
     return table, names if len({*names} - {""}) > 1 else None

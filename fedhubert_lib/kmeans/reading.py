@@ -60,10 +60,8 @@ def rank(config: Mapping[str, Any], utterances: Iterable[str]) -> np.ndarray:
 def sampled(home: ClientHome, config: Mapping[str, Any]) -> pd.DataFrame:
     """The training utterances that codebooks are fitted on: each by its own draw, one at least."""
     table = pd.read_parquet(home.data / "train.parquet", columns=["utterance", "path", "speaker", "samples"])
-    if config["sample_fraction"] == 1 or table.empty:
-        return table
     draws = rank(config, table.utterance)
-    return table[draws < max(config["sample_fraction"], np.nextafter(draws.min(), 1))]
+    return table[draws < max(config["sample_fraction"], np.nextafter(draws.min(initial=1), 1))]
 
 
 def within(table: pd.DataFrame, config: Mapping[str, Any], frames: int) -> pd.DataFrame:
@@ -175,15 +173,14 @@ def extracted(
     Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint. Recordings longer than a batch
     are read in pieces; their MFCCs are those of the whole, to the bit.
     """
-    if from_mfcc := config["features"] != "hidden":
-        beside, model = DELTAS, None
-    else:
-        beside, model = 0, optional("hidden").model_of(arrays, config, device)  # which sees no piece but its own
+    hidden = optional("hidden") if config["features"] == "hidden" else None
+    model = hidden and hidden.model_of(arrays, config, device)
+    beside = 0 if hidden else DELTAS  # a model sees no piece but its own
 
     def computed(waveforms: Sequence[Tensor]) -> list[Tensor]:
-        if from_mfcc:
-            return [frames[None, ::2] for frames in features.mfcc([waveform.to(device) for waveform in waveforms])]
-        return list(optional("hidden").states(model, waveforms, layers or [config["layer"]], device))
+        if hidden:
+            return list(hidden.states(model, waveforms, layers or [config["layer"]], device))
+        return [frames[None, ::2] for frames in features.mfcc([waveform.to(device) for waveform in waveforms])]
 
     def in_pieces(path: str, samples: int) -> Tensor:
         count, size, parts = audio.frame_count(samples), BATCH_SAMPLES // audio.HOP, []

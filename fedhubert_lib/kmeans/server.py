@@ -47,7 +47,7 @@ class Exchange:
 
     def __init__(self, clients: Clients, log: Log, missing: int = 0, stage: str = "kmeans") -> None:
         self.clients, self._log, self._missing, self._stage = clients, log, missing, stage
-        self.ids = self.everybody = list(clients.ids)
+        self.ids = list(clients.ids)
 
     def ask(
         self,
@@ -86,9 +86,9 @@ class Exchange:
 
     def require(self, labelled: int) -> None:
         """Raise KmeansError where more than ``missing`` clients have no labels: in each step others may have failed."""
-        if (absent := len(self.everybody) - labelled) > self._missing:
+        if (absent := len(self.clients.ids) - labelled) > self._missing:
             raise KmeansError(
-                f"{absent} of {len(self.everybody)} clients have no labels, and {self._missing} may be without (see"
+                f"{absent} of {len(self.clients.ids)} clients have no labels, and {self._missing} may be without (see"
                 " missing_clients, in 04_distill quorum). The same command asks those for what is missing."
             )
 

@@ -173,14 +173,8 @@ def _of_each_client(p: "Kmeans", exchange: Exchange, config: dict[str, Any]) -> 
 
 
 def _pooled_start(run: Path, ids: Iterable[str], config: dict[str, Any], device: str) -> Tensor:
-    """K-means of frames of all clients in one memory: where the baseline begins; possible in simulation only.
-
-    Its Lloyd rounds are the clients' sums, which are those of the pooled frames.
-    """
+    """K-means of frames of all clients in one memory, as a simulation alone has them: where the baseline begins."""
     homes = [handlers.home(run, client_id, "kmeans", device, simulated=True) for client_id in ids]
-    for home in homes:
-        if not (home.data / "train.parquet").exists():
-            raise KmeansError(f"{home.data}: codebook central needs all clients' data; leave it out of codebooks")
     # One draw from all: of many clients a part of FIT_FRAMES each would be less than an utterance.
     tables = pd.concat({number: reading.sampled(home, config) for number, home in enumerate(homes)})
     tables = reading.within(tables, config, reading.FIT_FRAMES).groupby(level=0)
@@ -249,13 +243,13 @@ def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
         "labelled_frames": frames,
         "label_entropy": float(entropy(counts)),
         "cluster_use": float((counts > 0).mean()),
-        "mean_run": frames / max(1, int(runs)),
+        "mean_run": frames / max(1, runs),
     }
 
 
 def _probe(run: Path, weights: Arrays, config: dict[str, Any], device: str) -> tuple[Tensor, np.ndarray | None] | None:
     """Public frames, normalised, and their phones where known; None without public speech."""
-    table, phones = public.speech(run, config, public.FRAMES)
+    table, phones = public.speech(run, config)
     if table.empty:
         return None
     parts = [part[0].float() for part in public.extracted(weights, config, table, device)]
