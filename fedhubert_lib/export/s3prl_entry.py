@@ -1,7 +1,7 @@
 """Our models inside s3prl: an upstream that is registered when s3prl starts, no fork and no copied folder.
 
-This module runs in s3prl's own environment (``make s3prl``), whose Python has s3prl 0.4.18 and the torch that it needs;
-``export.s3prl`` starts it there. Of this project it needs ``pretrained`` and the model alone. As a program,
+``export.s3prl`` starts this module in s3prl's own environment. Of this project it needs ``pretrained`` and the model
+alone. As a program,
 
     python -m fedhubert_lib.export.s3prl_entry run ARGUMENTS OF s3prl.run_downstream ... -u fedhubert -k CHECKPOINT
     python -m fedhubert_lib.export.s3prl_entry states UPSTREAM CHECKPOINT WAVEFORMS STATES
@@ -12,7 +12,7 @@ upstream gives for waveforms, for comparisons.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from types import ModuleType
 
 import soundfile
 import torch
@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from fedhubert_lib import pretrained
 from fedhubert_lib.audio import HOP
-
-NAME = "fedhubert"
 
 
 class Upstream(nn.Module):
@@ -56,14 +54,6 @@ class Upstream(nn.Module):
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}
 
 
-def register() -> None:
-    """Make the upstream known to s3prl, and let it read audio without libsox."""
-    torchaudio.sox_effects.apply_effects_file = apply_effects_file
-    from s3prl import hub
-
-    setattr(hub, NAME, Upstream)
-
-
 def apply_effects_file(path: str, effects: Sequence[Sequence[str]]) -> tuple[Tensor, int]:
     """The effects that s3prl's speech_commands asks of libsox, which few machines have: mono at 16 kHz, and a gain.
 
@@ -81,10 +71,8 @@ def apply_effects_file(path: str, effects: Sequence[Sequence[str]]) -> tuple[Ten
     return waveform, rate
 
 
-def states(upstream: str, checkpoint: str, waveforms: Path, out: Path) -> None:
+def states(hub: ModuleType, upstream: str, checkpoint: str, waveforms: str, out: str) -> None:
     """Write the hidden states of each tensor [B, S] of the file ``waveforms`` under its name: [layers, B, T, D]."""
-    from s3prl import hub
-
     entry = getattr(hub, upstream)(ckpt=checkpoint).eval()
     with torch.no_grad():
         clips = load_file(waveforms).items()
@@ -93,9 +81,12 @@ def states(upstream: str, checkpoint: str, waveforms: Path, out: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """The program described above."""
-    register()
+    torchaudio.sox_effects.apply_effects_file = apply_effects_file  # before s3prl imports libsox's
+    from s3prl import hub
+
+    hub.fedhubert = Upstream
     if arguments[0] == "states":
-        states(*arguments[1:3], *map(Path, arguments[3:5]))
+        states(hub, *arguments[1:])
     else:
         from s3prl import run_downstream
 
