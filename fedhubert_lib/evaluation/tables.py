@@ -82,12 +82,12 @@ def best(figures: Sequence[dict[str, Any]]) -> Best:
     return chosen
 
 
-def figures(report: Report, rows: Sequence[dict[str, Any]] | None = None) -> pd.DataFrame:
-    """The figures of a report, which report.csv holds; or those in ``rows``.
+def figures(report: Report) -> pd.DataFrame:
+    """The figures of a report, which report.csv holds.
 
     Columns: system, measure (titles), system_name, measure_name (stable), layer, value, low, high, baseline, seeds.
     """
-    table = pd.DataFrame(report["figures"] if rows is None else rows).drop(columns="values")
+    table = pd.DataFrame(report["figures"]).drop(columns="values")
     table = table.astype({"layer": "Int64", "low": float, "high": float})
     table = table.rename(columns={"system": "system_name", "measure": "measure_name"})
     table.insert(0, "system", table.system_name.map(titles(report)))
@@ -98,7 +98,8 @@ def figures(report: Report, rows: Sequence[dict[str, Any]] | None = None) -> pd.
 def of_best_layers(report: Report, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
     """As ``figures``, but a row per system and measure in ``names``: that of the best layer."""
     chosen = best(report["figures"]).values()
-    return figures(report, [of_system[name] for name in names for of_system in chosen if name in of_system])
+    rows = [of_system[name] for name in names for of_system in chosen if name in of_system]
+    return figures(report | {"figures": rows})
 
 
 def titles(report: Report) -> dict[str, str]:
@@ -114,11 +115,11 @@ def interval(figure: dict[str, Any]) -> Interval:
 def headline(report: Report, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
     """One row per system, one column per measure in ``names``, as text ``mean ± interval`` that no line breaks."""
     cells = {
-        titles(report)[system]: {TITLES[name]: _text(of_system[name]) for name in names if name in of_system}
+        system: {name: _text(of_system[name]) for name in names if name in of_system}
         for system, of_system in best(report["figures"]).items()
     }
-    table = pd.DataFrame.from_dict({title: row for title, row in cells.items() if row}, orient="index").fillna("")
-    return table[[TITLES[name] for name in names if TITLES[name] in table.columns]]
+    table = pd.DataFrame(cells, names).dropna(how="all").dropna(how="all", axis=1)
+    return table.fillna("").T.rename(titles(report)).rename(columns=TITLES)
 
 
 def below(report: Report) -> list[pd.DataFrame]:
