@@ -41,9 +41,8 @@ def check_one_study(runs: Sequence[Path]) -> None:
         {key: str(value) for key, value in records.all_parameters(run).items() if key.split(".")[1] not in IRRELEVANT}
         for run in runs
     )
-    for name in recorded.columns[recorded.columns.str.split(".").str[1].isin(params.REMOVED)]:  # of an earlier version
-        recorded[name] = recorded[name].fillna(str(params.REMOVED[name.split(".")[1]]))
-    values = {name: column.dropna().unique() for name, column in recorded.items()}
+    removed = {f"{stage}.{name}": str(value) for stage in params.SECTIONS for name, value in params.REMOVED.items()}
+    values = {name: column.dropna().unique() for name, column in recorded.fillna(removed).items()}
     if differing := [f"{name} ({', '.join(texts)})" for name, texts in values.items() if len(texts) > 1]:
         raise DifferentRunsError(
             f"{', '.join(map(str, runs))}: a mean over training seeds needs runs of one study, and these differ in"
