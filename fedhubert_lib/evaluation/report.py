@@ -121,15 +121,15 @@ def _write(run: Path, report: dict[str, Any]) -> None:
         tables.figures(report).to_csv(temporary, index=False)
 
 
-def _mistakes(result: Result, speech: Speech, most: int = 12) -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """Test clips of word i recognised as word j, summed over seeds; and the ``most`` that most seeds got wrong."""
+def _mistakes(result: Result, speech: Speech) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Test clips of word i recognised as word j, summed over seeds; and the twelve that most seeds got wrong."""
     words, test = speech.task.words, speech.task.test
     truth, predicted = speech.task.labels[test], np.stack([outcome.predicted for outcome in result.outcomes])
     counts = sum(confusion_matrix(truth, of_seed, labels=range(len(words))) for of_seed in predicted)
     wrong, missed = predicted != truth, []  # [seeds, clips]
-    for index in np.argsort(-wrong.sum(0), kind="stable")[:most]:
+    for index in np.argsort(-wrong.sum(0), kind="stable")[:12]:
         clip, seeds = speech.clips.iloc[test[index]], int(wrong[:, index].sum())
-        if seeds and clip.word != "_silence_":  # in which there is nothing to listen to
+        if seeds and clip.word != keywords.SILENCE:  # in which there is nothing to listen to
             taken = words[np.bincount(predicted[wrong[:, index], index]).argmax()]
             missed.append({"clip": clip["clip"], "word": clip.word, "taken_for": taken, "seeds": seeds})
     return counts.tolist(), missed

@@ -90,8 +90,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         raise ExportError(f"{checkpoint}: {why}")
     model, _ = pretrained.load(checkpoint, weights=False)
     train = pd.read_parquet(run / "00_corpus" / "manifest.parquet").query("split == 'train'")
-    if (heldout := run / "01_partition" / "heldout.parquet").is_file():
-        train = train[~train.utterance.isin(pd.read_parquet(heldout).utterance)]
+    train = train[~train.utterance.isin(pd.read_parquet(run / "01_partition" / "heldout.parquet").utterance)]
     kind, p = parameters(run / "00_corpus").get("kind"), parameters(stage)
     trained = [stage] if p.get("teacher") else [run / name for name in STAGES if name <= stage.name]
     begun = [parameters(one).get(name) for one in trained for name in ("initial", "teacher")]

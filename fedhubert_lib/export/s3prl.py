@@ -227,9 +227,9 @@ def lay_out(clips: pd.DataFrame, out: Path, seed: int) -> Path:
         for row in clips[clips.split != "test"].itertuples():
             speaker, _, take = Path(row.path).name.partition("_nohash_")
             _link(row.path, temporary / "train" / row.word / f"{_hashed(speaker, row.split)}_nohash_{take}")
-        for row in test[test.word != "_silence_"].itertuples():
+        for row in test[test.word != keywords.SILENCE].itertuples():
             _link(row.path, temporary / "test" / row.word / "-".join(Path(row.path).parts[-2:]))
-        for row in test[test.word == "_silence_"].itertuples():
+        for row in test[test.word == keywords.SILENCE].itertuples():
             second = audio.read(row.path, row.start, row.start + keywords.CLIP_SAMPLES)
             _save(second, temporary / "test" / f"{row.clip}.wav")
         for path, samples in keywords.noise(root).items() if silence else ():

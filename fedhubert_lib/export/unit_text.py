@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fedhubert_lib import audio, files, pretrained, resources, seeds, threads
+from fedhubert_lib import audio, files, pretrained, resources, seeds, threads, units
 from fedhubert_lib.corpora import scan
 from fedhubert_lib.export.formats import ExportError
 from fedhubert_lib.federated.protocol import digest
@@ -71,10 +71,10 @@ def write(
     frames, runs, used = 0, 0, np.zeros(len(centroids), bool)
     with files.atomic(out) as temporary, temporary.open("w", encoding="utf-8") as text:
         for name, states in _states(model, table, layer, device, "units"):
-            units = clustering.nearest(states, centroids).numpy()
-            shortened = units[np.flatnonzero(np.diff(units, prepend=-1))]
-            text.write(f"{name}|{' '.join(map(str, shortened if deduplicate else units))}\n")
-            frames, runs, used[units] = frames + len(units), runs + len(shortened), True
+            labels = clustering.nearest(states, centroids).numpy()
+            shortened = units.runs(labels)
+            text.write(f"{name}|{' '.join(map(str, shortened if deduplicate else labels))}\n")
+            frames, runs, used[labels] = frames + len(labels), runs + len(shortened), True
     hours = float(table.samples.sum()) / audio.SAMPLE_RATE / 3600
     counted = {"recordings": len(table), "hours": hours, "units used": int(used.sum()), "mean run": frames / runs}
     return {"layer": layer, **counted}
