@@ -83,7 +83,7 @@ def _extraction() -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "clip.wav")
         soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
-        clips = pd.DataFrame({"clip": map(str, range(400)), "path": str(path), "word": "yes"})
+        clips = pd.DataFrame({"clip": map(str, range(400)), "path": str(path), "word": "yes", "samples": 16_000})
         encoder = systems.of_model(systems.untrained(hubert.preset("tiny"), 0), torch.device("cpu"))
         return tuple(_seconds(lambda: extraction.clips(encoder, clips, Path(folder, "rows"))) for _ in range(2))
 
