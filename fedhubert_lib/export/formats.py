@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedhubert_lib import audio, files, pretrained, seeds
-from fedhubert_lib.hubert import Head, Hubert, HubertConfig, LogMel
+from fedhubert_lib.hubert import Head, Hubert, HubertConfig
 
 SHAPES = ((1, 400), (2, 8_123), (1, 23_456), (3, 16_001))
 """Clips and samples of the comparison: one frame, odd lengths, several clips; no export was traced with one of them."""
@@ -93,15 +93,15 @@ def to_huggingface(checkpoint: Path, folder: Path) -> float:
 def _add_code(model: Hubert, folder: Path) -> None:
     """Make ``folder`` one whose model is in ``CODE``: the file, its name in the configuration, and its tensors."""
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+    path = folder / "model.safetensors"
+    tensors = {f"log_mel.{name}": tensor for name, tensor in model.feature_extractor.named_buffers()}
+    save_file(load_file(path) | tensors, path, {"format": "pt"})
     module = Path(CODE).stem
     classes = {"AutoConfig": f"{module}.FedHubertConfig", "AutoModel": f"{module}.FedHubertModel"}
-    changes: dict[str, dict[str, Any]] = {"config.json": {"architectures": ["FedHubertModel"], "auto_map": classes}}
-    if isinstance(front_end := model.feature_extractor, LogMel):
-        changes["preprocessor_config.json"] = {"return_attention_mask": True}
-        tensors = {f"log_mel.{name}": tensor for name, tensor in front_end.named_buffers()}
-        path = folder / "model.safetensors"
-        save_file(load_file(path) | tensors, path, {"format": "pt"})
-    for name, change in changes.items():
+    for name, change in (
+        ("config.json", {"architectures": ["FedHubertModel"], "auto_map": classes}),
+        ("preprocessor_config.json", {"return_attention_mask": True}),
+    ):
         path = folder / name
         files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | change)
 

@@ -13,7 +13,7 @@ from transformers import HubertConfig, HubertModel
 
 
 class FedHubertConfig(HubertConfig):
-    """Settings: ``front_end`` (waveform, logmel), and transformers' own."""
+    """transformers' own settings, and ``front_end``: logmel."""
 
     model_type = "fedhubert"
 
@@ -47,21 +47,19 @@ class LogMel(nn.Module):
 
 
 class FedHubertModel(HubertModel):
-    """``HubertModel`` with the front end that ``config.front_end`` names."""
+    """``HubertModel`` with a log-mel front end."""
 
     config_class = FedHubertConfig
 
     def __init__(self, config: FedHubertConfig) -> None:
         super().__init__(config)
-        if config.front_end == "logmel":
-            self.log_mel, self.feature_extractor = LogMel(), nn.Identity()
-            self.feature_projection.projection = nn.Linear(160, config.hidden_size)
-            if config.feat_proj_layer_norm:
-                self.feature_projection.layer_norm = nn.LayerNorm(160, eps=config.layer_norm_eps)
+        self.log_mel, self.feature_extractor = LogMel(), nn.Identity()
+        self.feature_projection.projection = nn.Linear(160, config.hidden_size)
+        if config.feat_proj_layer_norm:
+            self.feature_projection.layer_norm = nn.LayerNorm(160, eps=config.layer_norm_eps)
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Waveforms [B, S] at 16 kHz, S >= 400, to what ``HubertModel`` returns; ``options`` are its own."""
-        if self.config.front_end == "logmel":
-            mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
-            input_values = self.log_mel(input_values, mask.sum(-1).long())
-        return super().forward(input_values, attention_mask=attention_mask, **options)
+        mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
+        features = self.log_mel(input_values, mask.sum(-1).long())
+        return super().forward(features, attention_mask=attention_mask, **options)
