@@ -72,7 +72,6 @@ def utterances(
 
     Each is cut at ``layers.LONGEST``. Raises AudioError where an utterance has another length than the table says.
     """
-    counts = layers.frame_counts(table)
 
     def encode(utterance: tuple[str, int]) -> np.ndarray:
         path, samples = utterance
@@ -81,7 +80,7 @@ def utterances(
 
     if not path.exists():
         blocks = threads.each(encode, zip(table.path, table.samples, strict=True))
-        _write(path, int(counts.sum()), blocks, on_progress)
+        _write(path, int(layers.frame_counts(table).sum()), blocks, on_progress)
     return np.load(path, mmap_mode="r")
 
 

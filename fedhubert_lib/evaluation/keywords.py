@@ -85,7 +85,7 @@ def _silence(root: Path) -> pd.DataFrame:
         for split, (begin, end) in SPLITS.items():
             speaker = f"silence-{split}-{path.stem}"  # another in each split: no voice is in it
             for start in range(int(begin * samples), int(end * samples) - CLIP_SAMPLES + 1, CLIP_SAMPLES // 16):
-                rows.append((f"_silence_/{path.stem}-{start}", str(path), start, SILENCE, speaker, split))
+                rows.append((f"{SILENCE}/{path.stem}-{start}", str(path), start, SILENCE, speaker, split))
     table = pd.DataFrame(rows, columns=["clip", "path", "start", "word", "speaker", "split"])
     if missing := [split for split in SPLITS if split not in set(table.split)]:
         raise KeywordError(f"{root / NOISE}: too short to cut a second of {missing[0]} silence from")
@@ -97,7 +97,7 @@ def noise(root: Path) -> dict[Path, int]:
 
     Raises KeywordError if there is none, AudioError if one is no readable 16 kHz mono.
     """
-    paths = [path for path in sorted((root / NOISE).glob("*.wav")) if not path.name.startswith(".")]  # macOS: ._NAME
+    paths = sorted((root / NOISE).glob("[!.]*.wav"))  # macOS: ._NAME
     if not paths:
         raise KeywordError(
             f"{root / NOISE}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"

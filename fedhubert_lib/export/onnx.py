@@ -105,7 +105,6 @@ def run(path: Path, waveforms: Tensor) -> Tensor:
 @torch.no_grad()
 def _cosine(model: Hubert, path: Path) -> float:
     """Mean cosine between frames of the last layer of ``model`` and of ``path``, over ``formats.SHAPES``."""
-    cosines = []
-    for clips in (formats.noise(*shape) for shape in formats.SHAPES):
-        cosines.append(functional.cosine_similarity(model(clips).last, run(path, clips)[-1], dim=-1).flatten())
+    noises = [formats.noise(*shape) for shape in formats.SHAPES]
+    cosines = [functional.cosine_similarity(model(x).last, run(path, x)[-1], dim=-1).flatten() for x in noises]
     return float(torch.cat(cosines).mean())
