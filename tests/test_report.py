@@ -385,7 +385,7 @@ def test_checkpoint_in_shards_is_evaluated_without_any_training(run):
     pretrained.save(run / "other" / "03_pretrain" / "checkpoint", systems.untrained(public, 5))
     folder = run / "other" / "03_pretrain" / "checkpoint"
     tensors = load_file(folder / "model.safetensors")
-    shards = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    shards = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(tensors)}
     for shard in set(shards.values()):
         save_file({name: tensors[name] for name in tensors if shards[name] == shard}, folder / shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -400,6 +400,9 @@ def test_checkpoint_in_shards_is_evaluated_without_any_training(run):
     assert max(figure["layer"] for figure in written["figures"] if figure["measure"] == "phone-accuracy") == 2
     sizes = [figure["value"] for figure in written["figures"] if figure["measure"] == "bytes"]
     assert sizes == [sum((folder / shard).stat().st_size for shard in set(shards.values()))]
+    shard = folder / shards["masked_spec_embed"]
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard)
+    assert systems._digest(folder) != written["systems"][0]["digest"], "of other weights, under whatever name"
 
 
 def test_nothing_to_evaluate_is_refused(run):
@@ -481,13 +484,14 @@ def test_frames_are_those_of_each_utterance_alone(run, tmp_path):
     assert (rows[counts[0] : counts[0] + counts[1]] == alone).all()
 
 
-def test_same_centralised_teachers_and_a_given_teacher_that_is_gone():
+@pytest.mark.parametrize("same", ["centralised", "student"])
+def test_same_centralised_teachers_or_students_and_a_given_teacher_that_is_gone(same):
     def one(name, teacher):
-        digests = {"teacher": teacher, "centralised": "same"}
+        digests = {"teacher": teacher, same: "same"}
         systems = [{"system": system, "digest": digest, "title": system} for system, digest in digests.items()]
         return {"run": name, "data": {"words": []}, "figures": [], "systems": systems}
 
-    with pytest.raises(training_seeds.DifferentRunsError, match="the same centralised"):
+    with pytest.raises(training_seeds.DifferentRunsError, match=f"the same {same}"):
         training_seeds.means([one("a", "1"), one("b", "2")])
     figure = {"measure": "pnmi", "value": 0.5, "layer": 0, "seeds": 1}
     figures = [figure | {"system": system} for system in ("student", "teacher")]

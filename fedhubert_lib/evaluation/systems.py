@@ -154,7 +154,7 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
 def _digest(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     documents = [folder / f"{name}config.json" for name in ("", "preprocessor_", "processor_")]
-    for path in [*filter(Path.is_file, documents), *sorted(folder.glob("model*.safetensors"))]:
+    for path in [*filter(Path.is_file, documents), *pretrained.weight_files(folder)]:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedhubert_lib import files, params, plots, records
-from fedhubert_lib.evaluation import tables
+from fedhubert_lib.evaluation import systems, tables
 from fedhubert_lib.evaluation.intervals import Interval, measure
 from fedhubert_lib.evaluation.tables import HEADLINE, TITLES, Report
 
@@ -60,7 +60,7 @@ def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
     first = reports[0]
     if other := [run["run"] for run in reports if run["data"] != first["data"]]:
         raise DifferentRunsError(f"{', '.join(other)}: measured on other speech than {first['run']}: see their data")
-    for name in ("teacher", "centralised"):
+    for name in systems.CHECKPOINTS:
         digests = [system["digest"] for run in reports for system in run["systems"] if system["system"] == name]
         if len(set(digests)) < len(digests):
             raise DifferentRunsError(f"two runs have the same {name}, bit by bit; give runs of different seeds")
