@@ -61,7 +61,7 @@ def superb(clips: pd.DataFrame, seed: int, *, silence: bool = True) -> pd.DataFr
 
     Of other words and of silence each split gets as many seeded clips as a command has on average, at most. The column
     ``start`` is the first sample. There are eleven classes without ``silence``. Raises KeywordError when a command is
-    missing, or the noise that silence is cut from cannot be used.
+    missing, a split has none, or the noise that silence is cut from cannot be used.
     """
     if missing := sorted(set(COMMANDS) - set(clips.word)):
         raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB's keyword spotting needs its ten commands")
@@ -71,7 +71,10 @@ def superb(clips: pd.DataFrame, seed: int, *, silence: bool = True) -> pd.DataFr
         others["silence"] = _silence(Path(clips.path.iloc[0]).parents[1])
     parts = [commands]
     for split in SPLITS:
-        count = round(commands[commands.split == split].groupby("word").size().mean())
+        counts = commands[commands.split == split].groupby("word").size()
+        if counts.empty:
+            raise KeywordError(f"no {split} clip of the ten commands of SUPERB's keyword spotting; or give task: words")
+        count = round(counts.mean())
         for name, table in others.items():
             table = table[table.split == split]
             parts.append(table.iloc[seeds.numpy_generator(seed, name, split).permutation(len(table))[:count]])
