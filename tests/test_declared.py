@@ -183,7 +183,7 @@ def test_every_handler_is_listed():
 
 
 def test_every_hook_is_a_function_of_updates_or_a_class_of_the_server():
-    """They are named in tables, and imported by a study that chooses them alone."""
+    """They are named in a table, and imported by a study that chooses them alone."""
     everything = {"local_state": "keep", "proximal": 0.1, "secure_aggregation": True, "privacy": "server"}
     everything |= {"compression": "int8"}
     for server in ("scaffold", "median"):
@@ -193,7 +193,7 @@ def test_every_hook_is_a_function_of_updates_or_a_class_of_the_server():
         assert all(issubclass(hook, hooks.Hook) for hook in hooks.chosen(hooks.AT_SERVER, p))
     p = params.Pretrain(local_state="cohort")
     assert [hook.__name__ for hook in hooks.chosen(hooks.AT_SERVER, p)] == ["Sharing"]
-    assert [hook.__name__ for hook in hooks.chosen(hooks.AT_CLIENTS, p)] == ["personal", "shared"]
+    assert [hook.__name__ for hook in hooks.chosen(hooks.AT_CLIENTS, p)] == ["personal", "carried"]
     plain = params.Pretrain(local_state="reset")
     assert [hook.__name__ for hook in hooks.chosen(hooks.AT_CLIENTS, plain)] == ["personal"]
     assert not list(hooks.chosen(hooks.AT_SERVER, plain))

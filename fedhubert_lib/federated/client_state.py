@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhubert_lib import files, weights
+from fedhubert_lib import files
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.hooks import Update
@@ -86,11 +86,3 @@ def personal(update: Update) -> Iterator[None]:
     kept = {name: p.detach().cpu() for name, p in update.names.items() if name not in update.arrays}
     if kept:
         save(update.home, update.config, "personal", kept)
-
-
-def moments(update: Update) -> Iterator[None]:
-    """Hook of ``local_state: keep``: AdamW's moments resume from the client's last round."""
-    if (saved := load(update.home, update.config, "moments")) is not None:
-        weights.restore_moments(update.optimiser, update.names, saved)
-    yield
-    save(update.home, update.config, "moments", weights.moments(update.optimiser, update.names))

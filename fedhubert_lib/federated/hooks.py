@@ -2,11 +2,11 @@
 
 At a client a hook is a generator: what stands before its ``yield`` happens before the local steps, what stands after it
 to the change that they made (``Update``). At the server it is a ``Hook``, called at five points of a round.
-``AT_CLIENTS`` and ``AT_SERVER`` list them in their order; a study imports those alone that its parameters choose.
+``HOOKS`` lists them in the clients' order; a study imports those alone that its parameters choose.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,30 +21,23 @@ if TYPE_CHECKING:
     from fedhubert_lib.federated.optimisers import Collector
     from fedhubert_lib.federated.rounds import Round, Server
 
-Table = Mapping[str, Callable[[Federation], bool]]
-AT_CLIENTS: Table = {
-    "client_state:personal": lambda p: True,
-    "client_state:moments": lambda p: p.local_state == "keep",
-    "moments:shared": lambda p: p.local_state == "cohort",
-    "fedprox:proximal": lambda p: p.proximal > 0,
-    "scaffold:corrected": lambda p: p.server == "scaffold",
-    "privacy:protected": lambda p: p.privacy != "none",
-    "secure:masked": lambda p: p.secure_aggregation,
-    "compression:encoded": lambda p: p.compression != "none",
-}
-"""The client's half of each hook, MODULE:FUNCTION, and whether a study chooses it."""
-AT_SERVER: Table = {
-    "compression:Decoding": lambda p: p.compression != "none",
-    "secure:Summing": lambda p: p.secure_aggregation,
-    "privacy:Bounding": lambda p: p.privacy != "none",
-    "scaffold:Control": lambda p: p.server == "scaffold",
-    "moments:Sharing": lambda p: p.local_state == "cohort",
-    "robust:SortedUpdates": lambda p: p.server in ("trimmed-mean", "median"),
-}
-"""The server's half of each hook, MODULE:CLASS."""
+HOOKS: Sequence[tuple[Callable[[Federation], bool], str, str]] = (
+    (lambda p: p.server in ("trimmed-mean", "median"), "", "robust:SortedUpdates"),
+    (lambda p: True, "client_state:personal", ""),
+    (lambda p: p.local_state != "reset", "moments:carried", ""),
+    (lambda p: p.local_state == "cohort", "", "moments:Sharing"),
+    (lambda p: p.proximal > 0, "fedprox:proximal", ""),
+    (lambda p: p.server == "scaffold", "scaffold:corrected", "scaffold:Control"),
+    (lambda p: p.privacy != "none", "privacy:protected", "privacy:Bounding"),
+    (lambda p: p.secure_aggregation, "secure:masked", "secure:Summing"),
+    (lambda p: p.compression != "none", "compression:encoded", "compression:Decoding"),
+)
+"""Whether a study chooses a hook, and its halves: MODULE:FUNCTION at clients, MODULE:CLASS at the server."""
+AT_CLIENTS = {half: needed for needed, half, _ in HOOKS if half}
+AT_SERVER = {half: needed for needed, _, half in reversed(HOOKS) if half}  # what a client does last is undone first
 
 
-def chosen(table: Table, p: Federation) -> Iterator[Callable[..., Any]]:
+def chosen(table: Mapping[str, Callable[[Federation], bool]], p: Federation) -> Iterator[Callable[..., Any]]:
     """The functions or classes in ``table`` that ``p`` chooses."""
     return (pkgutil.resolve_name(f"fedhubert_lib.federated.{name}") for name, needed in table.items() if needed(p))
 

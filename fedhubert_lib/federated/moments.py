@@ -24,8 +24,9 @@ from fedhubert_lib.params import Federation
 PREFIX = "moments/"
 
 
-def shared(update: Update) -> Iterator[None]:
-    """The client: start from the moments of the message, and send those of the end; personal ones stay here."""
+def carried(update: Update) -> Iterator[None]:
+    """The client: start from the moments of the message and from those kept here; of the end's, send the former, and
+    keep the others: a personal head's, or with ``local_state: keep`` all."""
     received = {name.removeprefix(PREFIX): t for name, t in update.arrays.items() if name.startswith(PREFIX)}
     kept = received | (client_state.load(update.home, update.config, "moments") or {})
     names = {name: parameter for name, parameter in update.names.items() if f"{name}/step" in kept}
