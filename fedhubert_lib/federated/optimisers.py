@@ -73,7 +73,6 @@ class Mean(Collector):
             mean.lerp_(update[name], weight / self._weight)
 
     def result(self) -> Arrays:
-        """The mean."""
         return self._mean
 
 

@@ -20,18 +20,17 @@ class Sorted(Collector):
         self._updates: list[Arrays] = []
 
     def add(self, update: Arrays, weight: float) -> None:
-        """Keep ``update``."""
         self._updates.append(dict(update))
 
     def result(self) -> Arrays:
         """The trimmed mean or median of all, a tensor at a time."""
         count = len(self._updates)
-        middle = (count - 1) // 2
-        lowest = middle if self._trim == 0.5 else min(max(int(self._trim * count + 1e-9), 1), middle)
-        stacks = (
-            (name, torch.stack([update.pop(name) for update in self._updates])) for name in sorted(self._updates[0])
-        )
-        return {name: stack.sort(0).values[lowest : count - lowest].mean(0) for name, stack in stacks}
+        lowest = min(max(int(self._trim * count + 1e-9), 1), (count - 1) // 2)
+        result: Arrays = {}
+        for name in sorted(self._updates[0]):
+            values = torch.stack([update.pop(name) for update in self._updates]).sort(0).values
+            result[name] = values[lowest : count - lowest].mean(0)
+        return result
 
 
 class SortedUpdates(Hook):

@@ -30,14 +30,12 @@ def corrected(update: Update) -> Iterator[None]:
     offsets = {name: (c - local[name] if local else c).to(update.names[name].device) for name, c in common.items()}
 
     def correct(factor: float) -> None:
-        for name, parameter in update.names.items():
-            gradient = training.gradient(parameter)
-            if name in offsets:
-                gradient.add_(offsets[name], alpha=factor)
+        for name, offset in offsets.items():
+            training.gradient(update.names[name]).add_(offset, alpha=factor)
 
     def add_up(*_: object) -> None:
-        for name, parameter in update.names.items():
-            gradient = parameter.grad.detach()
+        for name in offsets:
+            gradient = update.names[name].grad.detach()
             gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient.clone()
 
     update.adjust.append(correct)
