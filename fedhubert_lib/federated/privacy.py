@@ -38,8 +38,7 @@ SMALLEST_SUM = 3
 def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *keys: int | str) -> list[str]:
     """Clients that join with probability ``expected / len(clients)`` each, independently: what the accountant assumes.
 
-    The cohort's size varies from round to round; it may be empty. It is drawn from the system's entropy, or by (seed,
-    keys): sampling does not hide a client from those who know the cohort.
+    It may be empty. Without a seed nobody can draw it again: sampling hides no client from those who know the cohort.
     """
     if not 0 < expected <= len(clients):
         raise ValueError(
@@ -49,12 +48,12 @@ def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *key
     return [client for client in sorted(clients) if generator.random() < expected / len(clients)]
 
 
-def adapt(bound: float, within: float, quantile: float, rate: float = 0.2) -> float:
+def adapt(bound: float, within: float, quantile: float) -> float:
     """The next round's clipping norm, from the (noisy) fraction of updates that were ``within`` the present one.
 
-    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2).
+    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2); with 0 it stays.
     """
-    return bound * math.exp(-rate * (within - quantile))
+    return bound * math.exp(-0.2 * (within - quantile)) if quantile else bound
 
 
 def count_std(p: Federation) -> float:
@@ -70,11 +69,6 @@ def update_multiplier(p: Federation) -> float:
     if p.privacy_quantile == 0 or p.privacy_noise == 0:
         return p.privacy_noise
     return (p.privacy_noise**-2 - (2 * count_std(p)) ** -2) ** -0.5
-
-
-def label(p: Federation) -> str:
-    """The name of a study's privacy in ledger and card."""
-    return p.privacy if p.privacy == "none" or not p.privacy_seeded else "not private: noise drawn from the seed"
 
 
 def _seed(p: Federation) -> int | None:
@@ -129,7 +123,7 @@ class Bounding(Hook):
         p = self.p
         self._account = server.out / ACCOUNT
         server.state["clip"] = p.privacy_clip
-        server.plan["privacy"] = label(p)
+        server.plan["privacy"] = "not private: noise drawn from the seed" if p.privacy_seeded else p.privacy
         server.bounded = True
         if p.privacy == "client":
             server.trusted, server.metrics = False, {"learning_rate": math.inf}
@@ -176,7 +170,7 @@ class Bounding(Hook):
         state, p = self.server.state, self.p
         until = (round.number, round.attempt) if p.privacy_seeded else None
         epsilon = accounting.spent([self._account], p.privacy_delta, until)
-        round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": label(p)}
+        round.row |= {"clip": state["clip"], "epsilon": epsilon, "privacy": self.server.plan["privacy"]}
         state["clip"] = release(update, p, state["clip"], round.number, len(round.clients), round.sums["within_bound"])
 
     def _charge(self, round, **row) -> None:
@@ -194,13 +188,11 @@ def release(
     sum of s clients is scaled by (s - SMALLEST_SUM + 1) / s, which grows from zero by one update for each client.
     """
     if p.privacy == "client":  # who took part is public, and all noise is in
-        return adapt(bound, within / max(answered, 1) + 0.5, p.privacy_quantile) if p.privacy_quantile else bound
+        return adapt(bound, within / max(answered, 1) + 0.5, p.privacy_quantile)
     counted = max(answered - SMALLEST_SUM + 1, 0) if p.secure_aggregation else answered
     normal = noise.generator(_seed(p), number)
     for value in mean.values():
         value.mul_(counted / p.cohort)
     _add_noise(mean, update_multiplier(p) * bound / p.cohort, normal)
-    if p.privacy_quantile == 0:
-        return bound
     within = within * counted / max(answered, 1) + count_std(p) * float(normal(1))
     return adapt(bound, within / p.cohort + 0.5, p.privacy_quantile)

@@ -30,8 +30,6 @@ from fedhubert_lib.params import Distill, Federation, Pretrain
 
 ATTEMPTS = 3
 """Attempts at a round below its quorum before the run stops."""
-METRICS = dict.fromkeys(("objective_count", "audio_seconds", "seconds", "learning_rate"), math.inf)
-"""Metrics of every client's update, unless the server is not trusted with them, and what each is below."""
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +132,8 @@ class Server:
         """Whether the norm of every update is bounded: outliers are then not left out."""
         self.trusted = True
         """Whether clients send metrics, and validate."""
-        self.metrics = METRICS
+        self.metrics = dict.fromkeys(("objective_count", "audio_seconds", "seconds", "learning_rate"), math.inf)
+        """Metrics of every client's update, and what each is below."""
         self.hooks: list[hooks.Hook] = [hook(self) for hook in hooks.chosen(hooks.AT_SERVER, p)]
         self.state |= checkpoints.resume(out, settings, self.weights, self.tensors)
         self.durable = self.state["round"]
