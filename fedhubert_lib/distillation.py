@@ -17,19 +17,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedhubert_lib import (
-    batching,
-    checkpoints,
-    hubert,
-    objectives,
-    params,
-    pretrained,
-    recipes,
-    records,
-    seeds,
-    teaching,
-)
+from fedhubert_lib import checkpoints, hubert, objectives, params, pretrained, recipes, records, seeds, teaching
 from fedhubert_lib import weights as named
+from fedhubert_lib.batching import Batch
 from fedhubert_lib.federated import handlers, local, protocol, rounds
 from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, Clients, Failure
@@ -127,9 +117,7 @@ def digest(teacher: Teacher) -> str:
     return protocol.digest({config + name: tensor for name, tensor in teacher.modules.state_dict().items()})
 
 
-def _objective(
-    module: nn.ModuleDict, teacher: Teacher, p: params.Distill, batch: batching.Batch, progress: float
-) -> Sums:
+def _objective(module: nn.ModuleDict, teacher: Teacher, p: params.Distill, batch: Batch, progress: float) -> Sums:
     student, weight = module["model"], objectives.unmasked_weight(p.unmasked_weight, p.unmasked_decay, progress)
     parts: list[tuple[float, Sums]] = []
     if "soft-targets" in p.objectives:
@@ -255,8 +243,9 @@ def student_config(p: params.Distill, teacher: Teacher) -> hubert.HubertConfig:
 def begin(run: Path, p: params.Distill, teacher: Teacher | None = None) -> tuple[rounds.Task, Arrays]:
     """What is trained, and the student's weights before round 1, named model.NAME, head.NAME and regressors.NAME."""
     teacher = teacher or read_teacher(run, p)
-    config, sizes = student_config(p, teacher), _sizes(run, p, teacher)
+    sizes = _sizes(run, p, teacher)
     module = _modules(json.dumps(sizes), "cpu")
+    config = module["model"].config
     for name, key in {"model": "student", "head": "student-head", "regressors": "regressors"}.items():
         if name in module:
             hubert.initialise(module[name], seeds.torch_generator(p.seed, key))

@@ -15,19 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from fedhubert_lib import (
-    batching,
-    checkpoints,
-    distillation,
-    federated,
-    pretraining,
-    recipes,
-    resources,
-    seeds,
-    training,
-)
+from fedhubert_lib import batching, checkpoints, distillation, pretraining, recipes, resources, seeds, training
 from fedhubert_lib import weights as named
-from fedhubert_lib.federated import handlers, rounds
+from fedhubert_lib.federated import client_ids, handlers, rounds
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.meter import Meter
@@ -45,7 +35,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
     over each other. Labels of objective ``hubert`` are those that the clients wrote for the federation, which comes
     first then.
     """
-    device, ids = resources.resolve(p.device), federated.client_ids(run, p.codebook)
+    device, ids = resources.resolve(p.device), client_ids(run, p.codebook)
     stage: Any = pretraining if isinstance(p, Pretrain) else distillation
     task, weights = stage.begin(run, p)
     folders, out = handlers.homes(run, ids, task.name, device), run / stage.STAGE / "centralised"
@@ -61,8 +51,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
         state: dict[str, Any] = {"round": 0, "settings": checkpoints.decisive(p)}
         moments = named.moments(optimiser, names)
         state |= checkpoints.resume(out, state["settings"], weights, moments)
-        if state["round"]:
-            named.restore_moments(optimiser, names, moments)
+        named.restore_moments(optimiser, names, moments)
         named.fill(module, weights)
         plan = {"rounds": p.rounds, "local_steps": steps, "cohort": p.cohort, "clients": len(ids)}
         ledger = checkpoints.Ledger(out, state["round"], plan, on_row)

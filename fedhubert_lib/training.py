@@ -85,7 +85,7 @@ def local_update(
     4.0
     """
     keep_freed_memory()
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = list(module.parameters())
     device, optimiser = parameters[0].device, optimiser or adamw(module, p)
     module.train().zero_grad()
     torch.manual_seed(seed)
@@ -220,14 +220,8 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 def adamw(module: nn.Module, p: Federation) -> torch.optim.AdamW:
     """The client's optimiser, fused: one pass over the parameters."""
-    return torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=p.learning_rate,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=p.weight_decay,
-        fused=True,
-    )
+    settings = {"lr": p.learning_rate, "betas": BETAS, "eps": EPS, "weight_decay": p.weight_decay}
+    return torch.optim.AdamW(module.parameters(), **settings, fused=True)
 
 
 @torch.no_grad()
