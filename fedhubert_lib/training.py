@@ -85,26 +85,27 @@ def local_update(
     4.0
     """
     keep_freed_memory()
-    parameters = list(module.parameters())
-    device, optimiser = parameters[0].device, optimiser or adamw(module, p)
+    device, optimiser = next(module.parameters()).device, optimiser or adamw(module, p)
     module.train().zero_grad()
     torch.manual_seed(seed)
     tally, stream, began = _Tally(1 if device.type == "cpu" else CHECK_EVERY), iter(batches), time.perf_counter()
-    while True:
-        asked = time.perf_counter()
-        group = list(islice(stream, accumulate))
-        tally.waiting += time.perf_counter() - asked
-        if not group:
-            break
+    while group := tally.group(stream, accumulate):
         number = first_step + tally.steps
         with reproducible(device):
-            count, unit = _backward(group, objective, p.precision, device, number / total_steps, tally)
+            count = unit = 0
+            for batch in group:
+                with resources.autocast(device, p.precision):
+                    sums = objective(batch.to(device), number / total_steps)
+                unit = unit or max(sums.count, 1)
+                (sums.loss / unit).backward()
+                count += sums.count
+                tally.add(batch, sums)
             if not count:
                 raise ValueError(f"nothing to learn from in {_names(group)}: the objective counted no frame")
             # Gradients were divided by the first batch's count. The rest, where there are more, goes with clipping.
             for add in adjust:
                 add(count / unit)
-            norm = _clip(parameters, count / unit, p.clip_norm)
+            norm = _clip(module.parameters(), count / unit, p.clip_norm)
             for parameter_group in optimiser.param_groups:
                 parameter_group["lr"] = rate(p.learning_rate, p.warmup_fraction, number, total_steps)
             tally.step(number, norm, group)
@@ -118,26 +119,6 @@ def local_update(
     return measured | {"seconds": time.perf_counter() - began, "learning_rate": optimiser.param_groups[0]["lr"]}
 
 
-def _backward(
-    group: Sequence[Batch],
-    objective: Objective,
-    precision: str,
-    device: torch.device,
-    progress: float,
-    tally: "_Tally",
-) -> tuple[int, int]:
-    """Add up the gradients of a step's batches, divided by the second number returned; the first is their count."""
-    count = unit = 0
-    for batch in group:
-        with resources.autocast(device, precision):
-            sums = objective(batch.to(device), progress)
-        unit = unit or max(sums.count, 1)
-        (sums.loss / unit).backward()
-        count += sums.count
-        tally.add(batch, sums)
-    return count, unit
-
-
 def gradient(parameter: Tensor) -> Tensor:
     """The gradient of ``parameter``, to be added to: zeros where layerdrop left its layer out."""
     if parameter.grad is None:
@@ -145,7 +126,7 @@ def gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _clip(parameters: Sequence[Tensor], rest: float, limit: float) -> Tensor:
+def _clip(parameters: Iterable[Tensor], rest: float, limit: float) -> Tensor:
     """Divide the gradients by ``rest`` and clip their norm to ``limit``; the norm before clipping, on their device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / rest
@@ -163,6 +144,13 @@ class _Tally:
         self.totals: dict[str, Tensor] = {}
         self.steps, self.count, self.audio_seconds, self.waiting, self.norms = 0, 0, 0.0, 0.0, 0.0
         self.pending: list[tuple[int, Tensor, str]] = []
+
+    def group(self, stream: Iterator[Batch], size: int) -> list[Batch]:
+        """The next ``size`` batches, or what is left; the time that they took to come is counted."""
+        asked = time.perf_counter()
+        group = list(islice(stream, size))
+        self.waiting += time.perf_counter() - asked
+        return group
 
     def add(self, batch: Batch, sums: Sums) -> None:
         """Count a batch."""

@@ -1,9 +1,8 @@
 """Updates made smaller for the way up: float16, int8 or top-k, with what was lost kept by the client for next time.
 
-An update is the difference of a client's parameters to the global ones, float32. Error feedback (Seide et al. 2014;
-Karimireddy et al. 2019, arXiv 1901.09847): the client adds what earlier rounds lost before it encodes, so that the
-sum of what the server decodes stays within one round's loss of the sum of the true updates, where no answer is lost.
-An answer that is lost (late, an outlier) takes what it carried with it, but with SCAFFOLD, which forgets it.
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): the client adds what earlier rounds lost
+before it encodes, so that the sum of what the server decodes stays within one round's loss of the sum of the true
+updates. An answer that is lost (late, an outlier) takes what it carried with it, but with SCAFFOLD, which forgets it.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,7 @@
 """What the server does with its clients' updates: collect them one at a time, then step.
 
-An update is a client's parameters after its local steps minus the global ones, float32 throughout. Replies arrive in
-the fixed order of client ids, so results do not depend on who was faster. The mean is a running one: besides weights
-and moments the server holds the mean and the update that arrives, whatever the size of the cohort.
+An update is a client's parameters after its local steps minus the global ones, float32 throughout. The mean is a
+running one: beside weights and moments the server holds it and the update that arrives, however large the cohort is.
 """
 
 import math
