@@ -698,6 +698,15 @@ def test_only_personal_heads_stay_after_the_last_round(run, monkeypatch):
         assert {file.stem.partition("-")[0] for file in session.iterdir()} == {"personal"}
 
 
+def test_what_clients_did_not_forget_at_the_end_goes_with_the_next_start(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(handlers.HANDLERS, "toy.forget", lambda *_: ({}, {}))  # as after a kill before they were asked
+        train(run, rounds=1)
+    assert list((run / "clients").glob("*/session-*/*"))
+    train(run, rounds=1)
+    assert not list((run / "clients").glob("*/session-*/*"))
+
+
 def test_a_copy_beside_the_checkpoints_is_none_of_them(run):
     train(run, rounds=2)
     shutil.copytree(checkpoints.path(run / "toy", 2), run / "toy/checkpoints/round-00002-copy")

@@ -105,11 +105,10 @@ def serving(
     """
     with checkpoints.sole(out):
         server = Server(clients, p, task, weights, out, on_row)
-        resumed = server.durable
         with server.writer:
             yield server
             server.settle()
-        if resumed < server.durable == p.rounds:  # no round can follow
+        if server.durable == p.rounds:  # no round can follow; again where all were done: a kill may have come before
             list(clients.ask(f"{task.name}.forget", config=server.message(p.rounds), timeout=120.0))
 
 
