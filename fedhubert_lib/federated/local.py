@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fedhubert_lib import batching, recipes, resources, seeds, threads, training, weights
 from fedhubert_lib.federated import hooks
 from fedhubert_lib.federated.handlers import Answer
-from fedhubert_lib.federated.hooks import Update
 from fedhubert_lib.federated.protocol import ClientHome
 from fedhubert_lib.labels import Labels
 from fedhubert_lib.params import Federation
@@ -43,7 +42,7 @@ def train(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, A
     steps = recipes.steps(home, p, config["round"])
     batches = _batches(home, "train", lesson, config["round"], steps)
     names, optimiser = dict(module.named_parameters()), training.adamw(module, p)
-    update = Update(home, arrays, config, p, names, optimiser)
+    update = hooks.Update(home, arrays, config, p, names, optimiser)
     around = [hook(update) for hook in hooks.chosen(hooks.AT_CLIENTS, p)]
     for hook in around:
         next(hook)
