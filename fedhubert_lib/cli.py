@@ -8,11 +8,11 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedhubert_lib import export, files, params, runner, runs, studies
+from fedhubert_lib import export, files, params, progress, runner, runs, studies
 
 _RUN = f"""\
 A stage is skipped when it is done and its notebook, parameters and inputs have not changed; the reason is printed.
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.function(options)
         sys.stdout.flush()
         return code or runner.OK
-    except (runner.StageError, studies.ParameterError, runs.RunError, files.RowsError) as error:
+    except (runner.StageError, studies.ParameterError, runs.RunError) as error:
         print(f"fedhubert: {error}", file=sys.stderr)
         return error.code if isinstance(error, runner.StageError) else runner.USAGE
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough: print to nowhere from now on
@@ -54,6 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return runner.FAILED
     except KeyboardInterrupt:
         return runner.INTERRUPTED
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What the block refuses of its inputs, with a ValueError, ends the command with that sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise runner.StageError(str(error), runner.FAILED) from error
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -78,7 +87,7 @@ def _run_seeds(options: argparse.Namespace, name: str, stages: Sequence[str]) ->
         overrides = [*options.set, f"pretrain.seed={seed}", f"distill.seed={seed}"]
         study = studies.load(options.study, overrides, f"{name}-{seed}")
         like = [other for other in others if other.name.endswith(f"-{seed}")] or others[:1]
-        files.say(f"{study.run}:")
+        progress.say(f"{study.run}:")
         runner.run(study, stages, options.force, [*like, *folders[:1]])
         folders.append(runs.outputs() / study.run)
     if "evaluate" in stages:
@@ -147,7 +156,8 @@ def _along(options: argparse.Namespace) -> None:
 def _reference(options: argparse.Namespace) -> None:
     from fedhubert_lib import reference
 
-    reference.write(reference.make(options.runs), options.to)
+    with _refusing():
+        reference.write(reference.make(options.runs), options.to)
     print(options.to)
 
 
@@ -156,14 +166,13 @@ def _compare(options: argparse.Namespace) -> None:
 
     groups = compare.groups(options.runs)
     name = "-".join(["compare", *(Path(group).name for group in groups)])
-    print(compare.write(groups, options.to or runs.outputs() / name))
+    with _refusing():
+        print(compare.write(groups, options.to or runs.outputs() / name))
 
 
 def _export(options: argparse.Namespace) -> None:
-    try:
+    with _refusing():
         facts = export.write(options.format, options.checkpoint, options.out)
-    except ValueError as error:
-        raise runner.StageError(str(error), runner.FAILED) from error
     print(f"{options.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
 
 
@@ -172,10 +181,8 @@ def _units(options: argparse.Namespace) -> None:
 
     names = ("codebook", "layer", "clusters", "seed", "deduplicate", "device")
     chosen = {name: getattr(options, name) for name in names}
-    try:
+    with _refusing():
         facts = unit_text.write(options.checkpoint, options.folder, options.to, **chosen)
-    except ValueError as error:
-        raise runner.StageError(str(error), runner.FAILED) from error
     print(f"{options.to}: " + ", ".join(f"{name} {value:.6g}" for name, value in facts.items()))
 
 
@@ -185,11 +192,8 @@ def _s3prl(options: argparse.Namespace) -> None:
 
     chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
     tables.read(options.run)  # says what to do where there is none, before a lock is asked of a folder that is no run
-    try:
-        with runs.holding(options.run / ".lock", "fedhubert s3prl"):
-            results = s3prl.of_run(options.run, options.system, **chosen)
-    except ValueError as error:
-        raise runner.StageError(str(error), runner.FAILED) from error
+    with _refusing(), runs.holding(options.run / ".lock", "fedhubert s3prl"):
+        results = s3prl.of_run(options.run, options.system, **chosen)
     for result in results:
         print(f"seed {result['seed']}: dev {result['dev']:.4f}, test {result['test']:.4f}")
 

@@ -114,28 +114,13 @@ def append_row(path: Path, row: dict[str, Any], durable: bool = False) -> None:
             os.fsync(stream.fileno())
 
 
-def say(line: str) -> None:
-    """Print a line of what a long work does. A reader that has gone, such as ``head``, is no reason to stop it."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class RowsError(ValueError):
-    """A JSON Lines file that holds something else."""
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file that may still be growing: an unfinished last line is left for the next read.
-
-    Raises RowsError for a line that is no JSON.
-    """
+    """The rows of a JSON Lines file that may still be growing: an unfinished last line is left for the next read."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return [json.loads(line) for line in lines if line]
     except ValueError as error:
-        raise RowsError(f"{path}: a line is no JSON ({error}), as a crash may leave; remove that line") from error
+        raise ValueError(f"{path}: a line is no JSON ({error}), as a crash may leave; remove that line") from error
 
 
 def rounds(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """How far a training is, in a line: terminal and notebook show the same."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -8,6 +10,14 @@ Rows = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""
 KINDS = ("plan", "round", "lloyd")
 """Of rows that count after their cohort."""
+
+
+def say(line: str) -> None:
+    """Print a line of what a long work does. A reader that has gone, such as ``head``, is no reason to stop it."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def last_round(rows: Rows, since: float = 0.0) -> str:

@@ -46,10 +46,10 @@ class _Stop:
     def __call__(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if self.by:
-            files.say(f"{name}: already stopping; the notebook is finishing its checkpoint")
+            progress.say(f"{name}: already stopping; the notebook is finishing its checkpoint")
             return
         self.by = name
-        files.say(f"{name}: stopping; the notebook finishes its checkpoint first")
+        progress.say(f"{name}: stopping; the notebook finishes its checkpoint first")
         # To the kernel alone, not to its group: its workers end with it, and in order. Between two cells the kernel
         # ignores this; ``check`` is called there.
         if self.kernel is not None and self.kernel.has_kernel:
@@ -118,13 +118,13 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
             taken = sharing.take(stage, p, run, like, future.identity)
         future = runs.outlook(stage, p, run) if taken else future
     if future.source is not None:
-        files.say(f"{name}: {future.words}")
+        progress.say(f"{name}: {future.words}")
         with _lock(run):
             runs.take_back(run, stage, future.source)
         future = runs.outlook(stage, p, run)
     work, why = needed(future, executed)
     if not (taken and why == UNCHANGED):
-        files.say(f"{name}: {why}")
+        progress.say(f"{name}: {why}")
     if not work:
         return
     if force:
@@ -148,7 +148,7 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
     unfinished.replace(executed)
     if stage == "evaluate":
         save_page(executed)
-    files.say(f"{name}: done in {timedelta(seconds=round(time.time() - began))}")
+    progress.say(f"{name}: done in {timedelta(seconds=round(time.time() - began))}")
 
 
 def _record_failure(stage: str, run: Path, error: StageError, before: dict[str, Any] | None) -> None:
@@ -238,7 +238,7 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
                 work = [f"; {text}" for title in rows if (text := progress.at_work(rows[title], started))]
                 lines = [f"running for {timedelta(seconds=round(time.time() - started))}{''.join(work)}"]
             for line in lines:
-                files.say(f"{folder.name}: {line}")
+                progress.say(f"{folder.name}: {line}")
                 printed = time.time()
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from fedhubert_lib import files, identity, params, resources, studies
+from fedhubert_lib import files, identity, params, progress, resources, studies
 from fedhubert_lib.identity import Changes
 from fedhubert_lib.records import RunError, read_json
 
@@ -172,7 +172,7 @@ def _begin(stage: Stage, future: "Outlook") -> None:
             left = shutil.ignore_patterns(".*", "begun.json", "checkpoints", "features", "synthetic")
             with files.atomic(aside) as copy:
                 shutil.copytree(folder, copy, ignore=left, ignore_dangling_symlinks=True)
-            files.say(f"copied: {folder} -> {aside}")
+            progress.say(f"copied: {folder} -> {aside}")
     forced(run, stage.name).unlink(missing_ok=True)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
@@ -295,7 +295,7 @@ def clear(run: Path, stage: str) -> str:
         place.replace(folder / place.name)
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
-    files.say(f"moved: {folder} -> {target}")
+    progress.say(f"moved: {folder} -> {target}")
     return target.name
 
 
@@ -306,7 +306,7 @@ def take_back(run: Path, stage: str, source: Path) -> None:
     source.rename(folder)
     for place in _pages(folder, folder):
         place.replace(run / place.name)
-    files.say(f"moved: {source} -> {folder}")
+    progress.say(f"moved: {source} -> {folder}")
 
 
 def _pages(place: Path, stage: Path) -> list[Path]:

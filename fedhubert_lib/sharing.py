@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fedhubert_lib import files, identity, params, records, runs
+from fedhubert_lib import files, identity, params, progress, records, runs
 
 LINKED = {".safetensors", ".npy", ".bin", ".parquet", ".flac", ".wav", ".png", ".svg"}
 """Suffixes of files that are never written in place: a new one takes the place of the old one."""
@@ -33,11 +33,11 @@ def take(stage: str, p: params.Section, run: Path, others: Sequence[Path], now: 
     for other in others if stage != "evaluate" else ():  # a report names its run
         done = records.read_json(other / name / "done.json")
         if why := _differs(stage, p, run, other, done, now):
-            files.say(f"{name}: {why}")
+            progress.say(f"{name}: {why}")
         else:
             copied = _link(stage, p, run, other, now)
             note = f"; {copied} files copied: no hard links possible between these folders" if copied else ""
-            files.say(f"{name}: taken from {other}{note}")
+            progress.say(f"{name}: taken from {other}{note}")
             return True
     return False
 

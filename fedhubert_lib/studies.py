@@ -202,7 +202,7 @@ def _explained(
     ``copied`` are the values that another place has set, where the mistake is shown; ``above`` is the section that was
     validated, if it was one alone.
     """
-    lines = {}
+    lines: dict[Key, str] = {}
     for item in error.errors(include_url=False):
         key = tuple(part for part in (*above, *item["loc"]) if isinstance(part, str))[:2]
         if key in lines and item["type"] == "literal_error":  # a union has a message for each of its types

@@ -207,7 +207,7 @@ def spent(folder: Path, p: params.Pretrain, asked: list[list[str]]) -> float | N
     hook = privacy.Bounding(server)
     for number, cohort in enumerate(asked, 1):
         round = SimpleNamespace(number=number, attempt=0, message={}, asked=cohort)
-        hook.draw(round)
+        round.cohort = hook.draw(round)
         hook.message(round)
     return accounting.spent([folder / privacy.ACCOUNT], p.privacy_delta)
 
@@ -261,14 +261,14 @@ def test_combinations_without_a_guarantee_are_refused(changes, named):
 
 
 def test_the_norm_that_is_followed_is_the_one_that_clips(tmp_path, monkeypatch):
-    p = parameters(privacy_quantile=0.5)
+    p = parameters(privacy_quantile=0.5, cohort=2)
     clients = SimpleNamespace(ids=list("abcd"))
     hook = privacy.Bounding(SimpleNamespace(p=p, out=tmp_path, state={}, plan={}, clients=clients, metrics={}))
     hook.server.state["clip"] = 0.25
     received = hook.received(SimpleNamespace(payload={"a": torch.zeros(9)}), {"a": torch.ones(9)})
     assert received["a"].norm() == pytest.approx(0.25, rel=1e-5)
-    round = SimpleNamespace(message={}, asked=["a"], number=1, attempt=0, clients=["a"], row={})
-    round.sums = {"within_bound": 0.5}
+    round = SimpleNamespace(message={}, number=1, attempt=0, clients=["a"], row={}, sums={"within_bound": 0.5})
+    round.cohort = hook.draw(round)
     hook.message(round)
     assert round.message["clip"] == 0.25
     bounds: list[float] = []

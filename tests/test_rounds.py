@@ -452,6 +452,19 @@ def test_a_private_round_of_nobody_is_a_round(run):
     assert checkpoints.rounds(run / "toy") == [12]  # the best by a loss without noise is not told
 
 
+def test_private_updates_are_asked_of_the_cohort_that_chance_has_drawn(run):
+    """Any other one would cost nothing in the account, whatever it tells."""
+    p, task = pretrain(batch_seconds=16.0, **PRIVATE | {"cohort": 5}), rounds.Task("toy", {}, averages)
+    with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / "toy") as server:
+        this_round = next(server.rounds())
+        with pytest.raises(ValueError, match="has drawn"):
+            this_round.ask(CLIENTS[:2])
+        drawn = this_round.draw()
+        with pytest.raises(ValueError, match="has drawn"):
+            this_round.ask(drawn[1:])
+        assert this_round.collect(this_round.ask(drawn)) is not None
+
+
 def test_clients_that_do_not_answer_cost_as_much_as_if_they_did(run, monkeypatch):
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", lambda *_: explode(None, None))
     with pytest.raises(rounds.QuorumError):

@@ -405,7 +405,7 @@ def test_training_seeds_share_what_they_do_not_change_and_resume_where_they_stop
 
 def test_a_round_is_printed_once_however_many_rows_follow(tmp_path, monkeypatch):
     shown, rows = [], tmp_path / "metrics.jsonl"
-    monkeypatch.setattr(files, "say", shown.append)  # what a thread prints while output is captured can be lost
+    monkeypatch.setattr(progress, "say", shown.append)  # what a thread prints while output is captured can be lost
     with runner._progress(tmp_path, every=0.01):
         for number in (1, 2):  # once the second is shown, the client's row was seen, too
             files.append_row(rows, {"kind": "round", "round": number, "time": time.time()})

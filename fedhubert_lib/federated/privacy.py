@@ -122,6 +122,7 @@ class Bounding(Hook):
         super().__init__(server)
         p = self.p
         self._account = server.out / ACCOUNT
+        self._drawn: list[str] | None = None
         server.state["clip"] = p.privacy_clip
         server.plan["privacy"] = "not private: noise drawn from the seed" if p.privacy_seeded else p.privacy
         server.bounded = True
@@ -137,13 +138,15 @@ class Bounding(Hook):
         if p.privacy == "client":
             return None
         round.fewest = 0
-        cohort = poisson_cohort(ids, p.cohort, _seed(p), round.number, round.attempt)
+        self._drawn = poisson_cohort(ids, p.cohort, _seed(p), round.number, round.attempt)
         self._charge(round, probability=p.cohort / len(ids), multiplier=p.privacy_noise)
-        return cohort
+        return self._drawn
 
     def message(self, round) -> None:
         """Send the bound. A server that is not trusted sees who is asked, and each update, or their sum."""
         p, round.message["clip"] = self.p, self.server.state["clip"]
+        if p.privacy == "server" and round.cohort != self._drawn:
+            raise ValueError("privacy: server: ask the cohort that round.draw() has drawn: epsilon rests on its chance")
         if p.privacy == "client" and round.asked:
             peers = len(round.asked) - 1 if p.secure_aggregation else 1  # each of whom can take its own noise off
             cost = p.cohort / peers * accounting.inverse_square(update_multiplier(p))
