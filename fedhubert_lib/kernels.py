@@ -46,12 +46,13 @@ class BitDropout(torch.autograd.Function):
         scale = torch.tensor(1 / (1 - probability), dtype=x.dtype).item()
         dropped = round((1 - 1 / scale) * 65_536)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        ctx.noise = (bits[: x.numel()] >= dropped - 32_768).view(x.shape).to(x.dtype).mul_(scale)
-        return x * ctx.noise
+        noise = (bits[: x.numel()] >= dropped - 32_768).view(x.shape).to(x.dtype).mul_(scale)
+        ctx.save_for_backward(noise)
+        return x * noise
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.noise, None
+        return gradient * ctx.saved_tensors[0], None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
