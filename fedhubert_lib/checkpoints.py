@@ -57,7 +57,7 @@ def write(
     out: Path, number: int, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]
 ) -> None:
     """Write round ``number`` and remove earlier ones. ``weights`` are named FILE.NAME (``model.masked_spec_embed``);
-    ``documents`` are small text files by name."""
+    ``server`` are the tensors that server and hooks keep; ``documents`` are small text files by name."""
     groups = _by_file(weights)
     if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
         with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:

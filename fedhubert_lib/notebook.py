@@ -103,8 +103,8 @@ class Progress:
 
     def __call__(self, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of ``task`` are done; ``total`` 0: unknown."""
-        if task in self._bars and done < self._bars[task].n:  # the next one of that name: words, then speech
-            del self._bars[task]
+        if (bar := self._bars.get(task)) and (done < bar.n or bar.total != (total or None)):
+            del self._bars[task]  # the next one of that name: words, then speech
         bar = self._bar(task, total=total or None, initial=done)
         bar.update(done - bar.n)
         if done == total:

@@ -217,7 +217,7 @@ def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random
     """
     units, names = pd.factorize(unit, sort=True)
     if clients > len(names):
-        raise PartitionError(f"partition.clients: {clients} clients, but only {len(names)} {unit.name}s")
+        raise PartitionError(f"partition.clients: {clients} clients of only {len(names)} {unit.name}s; ask for fewer")
     samples = np.bincount(units, table["samples"])
     tenth = np.floor(10 * samples / samples.max())
     owner = np.empty(len(names), dtype=np.int64)
@@ -300,7 +300,7 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
                 copied = scan.header(str(folder / name), decode=True)  # a FLAC's fingerprint stands in its header
                 if copied.reason or copied.fingerprint != row.fingerprint:
                     why = copied.reason or "not the audio that was scanned"
-                    raise PartitionError(f"{row.path}: {why}; run 00_corpus again")
+                    raise PartitionError(f"{row.path}: {why}; run 00_corpus again, with decode_check: true")
                 paths.append(str((at or destination).absolute() / name))
             table.assign(path=paths).to_parquet(copy / f"{part}.parquet", index=False)
         if (source / "phones.parquet").exists():

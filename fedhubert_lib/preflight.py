@@ -151,8 +151,9 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
     drawn = clients * (1 - (1 - min(1, p.cohort / clients)) ** p.rounds)  # in the mean
     try:
+        initial = _model(p.initial if first and copies else "")
         with torch.device("meta"):
-            model = _model(p.initial if first and copies else "") or hubert.Hubert(recipes.model_config(p))
+            model = initial or hubert.Hubert(recipes.model_config(p))
     except (OSError, ValueError):  # the checks of the model and of `initial` say so
         return
     rounds = min(p.rounds, 3 if p.cohort == clients else 2)

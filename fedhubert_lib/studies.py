@@ -205,9 +205,9 @@ def _explained(
     lines: dict[Key, str] = {}
     for item in error.errors(include_url=False):
         key = tuple(part for part in (*above, *item["loc"]) if isinstance(part, str))[:2]
-        if key in lines and item["type"] == "literal_error":  # a union has a message for each of its types
+        if key in lines and item["type"] == "literal_error" and not isinstance(item["loc"][-1], int):
             lines[key] += f"; or {item['ctx']['expected']}"
-        if key in copied or key in lines:
+        if key in copied or key in lines:  # a union has a message for each of its types, a list for each element
             continue
         fields = SECTIONS[key[0]].model_fields if len(key) == 2 else Study.model_fields
         if item["type"] == "extra_forbidden":

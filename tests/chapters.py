@@ -1,4 +1,4 @@
-"""The notebooks: those of stages, in order, and the one that is none."""
+"""The notebooks: one for each stage, in order, and one for experiments of one's own."""
 
 from pathlib import Path
 

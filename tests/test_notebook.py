@@ -77,14 +77,17 @@ def test_progress_is_a_bar_per_task(monkeypatch):
     for done in (100, 110, 2_980, 2_980):
         progress("download (MiB)", done, 2_980)
     progress("download (MiB)", 7, 60)
+    progress("download (MiB)", 60, 60)
+    progress("download (MiB)", 256, 28_000)
     for number in (1, 2):
         progress.row({"kind": "lloyd", "codebook": "federated", "round": number, "inertia": 0.5, "time": 1.0})
     assert [(bar.desc, bar.total, bar.initial, bar.n) for bar in bars] == [
         ("download (MiB)", 2_980, 100, 2_980),
-        ("download (MiB)", 60, 7, 7),
+        ("download (MiB)", 60, 7, 60),
+        ("download (MiB)", 28_000, 256, 256),
         ("federated lloyd", None, 0, 2),
     ]
-    assert bars[2].postfix in ("inertia=0.5, round=2", "round=2, inertia=0.5")
+    assert bars[3].postfix in ("inertia=0.5, round=2", "round=2, inertia=0.5")
 
 
 class Bar(notebook.tqdm.__mro__[1]):

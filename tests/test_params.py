@@ -329,6 +329,7 @@ def test_check_takes_the_variables_of_a_notebook():
         ({"clusters": True}, "kmeans.clusters: "),
         ({"tolerance": float("inf")}, "kmeans.tolerance: "),
         ({"codebooks": ["fedrated"]}, "kmeans.codebooks: .*did you mean federated"),
+        ({"codebooks": ["fedrated", "onshot"]}, r"did you mean federated\?$"),
         ({"codebooks": "[federated"}, r"kmeans.codebooks: .*list, not '\[federated'"),
         ({"layer": 3}, "kmeans.layer: "),
         ({"clusters": np.int64(30)}, r"kmeans.clusters: .*, not np.int64\(30\)"),

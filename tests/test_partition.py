@@ -111,9 +111,9 @@ def test_a_client_of_utterances_too_short_to_train_on_is_refused_or_merged(table
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [
-        ("speakers", {"clients": 121}, "121 clients, but only 120 speakers"),
+        ("speakers", {"clients": 121}, "121 clients of only 120 speakers"),
         ("speaker", {"clients": 119}, "set clients=120"),
-        ("sex", {"clients": 240}, "clients, but only 60 [FM] speakers"),
+        ("sex", {"clients": 240}, "clients of only 60 [FM] speakers"),
         ("subset", {"clients": 2}, "a client for each of train-clean-100"),
     ],
 )
@@ -242,7 +242,8 @@ def test_export_client_is_atomic(spoken, tmp_path):
         partition.export_client(spoken, "client-001", tmp_path / "node")
     audio = Path(pd.read_parquet(spoken / "01_partition/clients/client-000/train.parquet").path[0])
     whole = audio.read_bytes()
-    audio.write_bytes(whole[:-400] + bytes(400))  # its header says nothing of that
+    audio.write_bytes(whole[: len(whole) // 2] + bytes(300) + whole[len(whole) // 2 + 300 :])
+    assert not scan.header(str(audio)).reason, "its ends say nothing of that"
     with pytest.raises(partition.PartitionError, match=f"{audio}: .*damaged"):
         partition.export_client(spoken, "client-000", tmp_path / "node")
     audio.write_bytes(whole)

@@ -415,6 +415,10 @@ def test_of_two_answers_there_is_no_median(run, monkeypatch):
     with pytest.raises(rounds.QuorumError):
         train(run, server="median", cohort=3, rounds=1)
     assert all("; 3 needed" in row["reason"] for row in failures(run) if not row["client"])
+    p, task = pretrain(cohort=4, rounds=2, server="median", batch_seconds=16.0), rounds.Task("toy", {}, averages)
+    with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / "loop") as server:
+        this_round = next(server.rounds())
+        assert this_round.collect(this_round.ask(CLIENTS[:2])) is None, "a cohort of one's own is no other"
 
 
 def test_state_of_an_attempt_that_failed_is_there_after_a_kill_before_the_first_checkpoint(run):
@@ -454,7 +458,8 @@ def test_a_private_round_of_nobody_is_a_round(run):
 
 def test_private_updates_are_asked_of_the_cohort_that_chance_has_drawn(run):
     """Any other one would cost nothing in the account, whatever it tells."""
-    p, task = pretrain(batch_seconds=16.0, **PRIVATE | {"cohort": 5}), rounds.Task("toy", {}, averages)
+    p = pretrain(batch_seconds=16.0, privacy_seeded=True, **PRIVATE | {"cohort": 5})
+    task = rounds.Task("toy", {}, averages)
     with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / "toy") as server:
         this_round = next(server.rounds())
         with pytest.raises(ValueError, match="has drawn"):
@@ -462,7 +467,10 @@ def test_private_updates_are_asked_of_the_cohort_that_chance_has_drawn(run):
         drawn = this_round.draw()
         with pytest.raises(ValueError, match="has drawn"):
             this_round.ask(drawn[1:])
-        assert this_round.collect(this_round.ask(drawn)) is not None
+        update = this_round.collect(this_round.ask(drawn[::-1]))
+        assert update is not None
+        with pytest.raises(ValueError, match="once"):
+            this_round.ask(drawn)
 
 
 def test_clients_that_do_not_answer_cost_as_much_as_if_they_did(run, monkeypatch):

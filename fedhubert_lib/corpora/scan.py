@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 
 def header(path: str, decode: bool = False) -> Header:
-    """The header of a file, of which all is read to ``decode``. What is wrong with it is the ``reason``, no error."""
+    """Of a WAV file all is read, of a FLAC file the ends or, to ``decode``, all. What is wrong is the ``reason``."""
     if not path.lower().endswith(SUFFIXES):
         return Header(reason="neither .flac nor .wav")
     try:

@@ -73,7 +73,7 @@ def superb(clips: pd.DataFrame, seed: int, *, silence: bool = True) -> pd.DataFr
     for split in SPLITS:
         counts = commands[commands.split == split].groupby("word").size()
         if counts.empty:
-            raise KeywordError(f"no {split} clip of the ten commands of SUPERB's keyword spotting; or give task: words")
+            raise KeywordError(f"no {split} clip of the ten commands; unpack the lists again, or give task: words")
         count = round(counts.mean())
         for name, table in others.items():
             table = table[table.split == split]

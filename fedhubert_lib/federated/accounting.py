@@ -1,7 +1,7 @@
 """The privacy that a training run has spent: Renyi accounting of sampled Gaussians, and the file of its draws."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -72,9 +72,10 @@ def spent(paths: Iterable[Path], delta: float, until: tuple[int, int] | None = N
     """
     rows = [row for path in paths for row in files.read_rows(path) if until is None or place(row) <= until]
     draws = Counter((row["probability"], row["multiplier"]) for row in rows if "probability" in row)
-    clients = Counter[str]()
+    clients: dict[str, float] = defaultdict(float)
     for row in rows:
-        clients.update(dict.fromkeys(row.get("clients", ()), inverse_square(row["multiplier"])))
+        for client in row.get("clients", ()):
+            clients[client] += inverse_square(row["multiplier"])
     releases = [(probability, multiplier, count) for (probability, multiplier), count in draws.items()]
     if clients:
         releases.append((1.0, max(clients.values()) ** -0.5, 1))

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from fedhubert_lib.federated.optimisers import Collector
     from fedhubert_lib.federated.rounds import Round, Server
 
-HOOKS: Sequence[tuple[Callable[[Federation], bool], str, str]] = (
-    (lambda p: p.server in ("trimmed-mean", "median"), "", "robust:SortedUpdates"),
-    (lambda p: True, "client_state:personal", ""),
-    (lambda p: p.local_state != "reset", "moments:carried", ""),
-    (lambda p: p.local_state == "cohort", "", "moments:Sharing"),
-    (lambda p: p.proximal > 0, "fedprox:proximal", ""),
-    (lambda p: p.server == "scaffold", "scaffold:corrected", "scaffold:Control"),
-    (lambda p: p.privacy != "none", "privacy:protected", "privacy:Bounding"),
-    (lambda p: p.secure_aggregation, "secure:masked", "secure:Summing"),
-    (lambda p: p.compression != "none", "compression:encoded", "compression:Decoding"),
+HOOKS: Sequence[tuple[str, str, Callable[[Federation], bool]]] = (
+    ("", "robust:SortedUpdates", lambda p: p.server in ("trimmed-mean", "median")),
+    ("client_state:personal", "", lambda p: True),
+    ("moments:carried", "", lambda p: p.local_state != "reset"),
+    ("", "moments:Sharing", lambda p: p.local_state == "cohort"),
+    ("fedprox:proximal", "", lambda p: p.proximal > 0),
+    ("scaffold:corrected", "scaffold:Control", lambda p: p.server == "scaffold"),
+    ("privacy:protected", "privacy:Bounding", lambda p: p.privacy != "none"),
+    ("secure:masked", "secure:Summing", lambda p: p.secure_aggregation),
+    ("compression:encoded", "compression:Decoding", lambda p: p.compression != "none"),
 )
-"""Whether a study chooses a hook, and its halves: MODULE:FUNCTION at clients, MODULE:CLASS at the server."""
-AT_CLIENTS = {half: needed for needed, half, _ in HOOKS if half}
-AT_SERVER = {half: needed for needed, _, half in reversed(HOOKS) if half}  # what a client does last is undone first
+"""A hook's half at clients (MODULE:FUNCTION), its half at the server (MODULE:CLASS), and whether a study chooses it."""
+AT_CLIENTS = {client: needed for client, _, needed in HOOKS if client}
+AT_SERVER = {server: needed for _, server, needed in reversed(HOOKS) if server}  # what clients do last is undone first
 
 
 def chosen(table: Mapping[str, Callable[[Federation], bool]], p: Federation) -> Iterator[Callable[..., Any]]:
@@ -74,7 +74,7 @@ class Hook:
         """The cohort, in place of the usual draw."""
 
     def message(self, round: "Round") -> None:
-        """Change ``round.message``, ``round.payload`` or ``round.asked`` before updates are asked for."""
+        """Change ``round.message``, ``payload``, ``asked`` or ``quorum`` before updates are asked for."""
 
     def collector(self, round: "Round") -> "Collector | None":
         """What adds up the updates, in place of the weighted mean."""

@@ -1,7 +1,8 @@
-"""``local_state: cohort``: AdamW's moments travel with the weights, and fit a batch as large as the whole cohort's.
+"""AdamW's moments between a client's rounds: kept by the client (``local_state: keep``) or averaged (``cohort``).
 
-The server averages moments as it does weights (Local Adam: Cheng and Glasgow 2024, arXiv 2409.13155; Iacob et al. 2025,
-arXiv 2505.22549). A client keeps nothing but a personal head's, and one that is seldom drawn starts from nothing old.
+With ``cohort`` they travel with the weights, and fit a batch as large as the whole cohort's. The server averages them
+as it does weights (Local Adam: Cheng and Glasgow 2024, arXiv 2409.13155; Iacob et al. 2025, arXiv 2505.22549). A client
+keeps nothing but a personal head's, and one that is seldom drawn starts from nothing old.
 
 The mean second moment is g^2 + s^2, of a gradient g with the noise s of one client's small batches, so that the mean of
 M clients' steps is shorter than a step on all their batches, divided by the root of g^2 + s^2 / M. That is what clients
@@ -25,8 +26,8 @@ PREFIX = "moments/"
 
 
 def carried(update: Update) -> Iterator[None]:
-    """The client: start from the moments of the message and from those kept here; of the end's, send the former, and
-    keep the others: a personal head's, or with ``local_state: keep`` all."""
+    """The client: start from the moments in the message and from those kept here. Afterwards send those that came with
+    the message, and keep the rest: a personal head's or, with ``local_state: keep``, all."""
     received = {name.removeprefix(PREFIX): t for name, t in update.arrays.items() if name.startswith(PREFIX)}
     kept = received | (client_state.load(update.home, update.config, "moments") or {})
     names = {name: parameter for name, parameter in update.names.items() if f"{name}/step" in kept}

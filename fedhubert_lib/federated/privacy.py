@@ -38,7 +38,8 @@ SMALLEST_SUM = 3
 def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *keys: int | str) -> list[str]:
     """Clients that join with probability ``expected / len(clients)`` each, independently: what the accountant assumes.
 
-    It may be empty. Without a seed nobody can draw it again: sampling hides no client from those who know the cohort.
+    It may be empty. It is drawn from the system's entropy, or by (seed, keys): sampling hides no client from those who
+    know the cohort.
     """
     if not 0 < expected <= len(clients):
         raise ValueError(
@@ -51,7 +52,7 @@ def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *key
 def adapt(bound: float, within: float, quantile: float) -> float:
     """The next round's clipping norm, from the (noisy) fraction of updates that were ``within`` the present one.
 
-    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2); with 0 it stays.
+    Geometric steps to the ``quantile`` of the norms (Andrew et al. 2021, their rate 0.2); of quantile 0 none.
     """
     return bound * math.exp(-0.2 * (within - quantile)) if quantile else bound
 
@@ -145,8 +146,9 @@ class Bounding(Hook):
     def message(self, round) -> None:
         """Send the bound. A server that is not trusted sees who is asked, and each update, or their sum."""
         p, round.message["clip"] = self.p, self.server.state["clip"]
-        if p.privacy == "server" and round.cohort != self._drawn:
-            raise ValueError("privacy: server: ask the cohort that round.draw() has drawn: epsilon rests on its chance")
+        if p.privacy == "server" and sorted(round.cohort) != self._drawn:
+            raise ValueError("privacy: server: ask the cohort that round.draw() has drawn, once: epsilon rests on that")
+        self._drawn = None
         if p.privacy == "client" and round.asked:
             peers = len(round.asked) - 1 if p.secure_aggregation else 1  # each of whom can take its own noise off
             cost = p.cohort / peers * accounting.inverse_square(update_multiplier(p))

@@ -36,9 +36,12 @@ class Sorted(Collector):
 class SortedUpdates(Hook):
     """``server: trimmed-mean`` and ``median``."""
 
+    def message(self, round) -> None:
+        """Of two answers either may be the hostile one."""
+        round.quorum = max(round.quorum, 3)
+
     def collector(self, round) -> Sorted:
         """Raises MemoryError, before anybody is asked, where the cohort's updates do not fit into free memory."""
-        round.quorum = max(round.quorum, 3)  # of two answers either may be the hostile one
         needed, free = size(round.payload) * len(round.asked), resources.free_memory(torch.device("cpu"))
         if needed > free:
             raise MemoryError(

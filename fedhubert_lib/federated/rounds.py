@@ -101,14 +101,15 @@ def serving(
 
     Writes ``out/metrics.jsonl``, of which ``on_row`` sees each row as it is written, and ``out/checkpoints``. Raises
     CheckpointError when ``out`` holds a run with other parameters, RuntimeError when another process trains there. A
-    KeyboardInterrupt at any moment leaves a state to resume from.
+    KeyboardInterrupt at any moment leaves a state to resume from. After the last round clients are asked, for two
+    minutes at most, to forget what they kept.
     """
     with checkpoints.sole(out):
         server = Server(clients, p, task, weights, out, on_row)
         with server.writer:
             yield server
             server.settle()
-        if server.durable == p.rounds:  # no round can follow; again where all were done: a kill may have come before
+        if server.durable == p.rounds:  # no round can follow; each start asks, since a kill may have come before
             list(clients.ask(f"{task.name}.forget", config=server.message(p.rounds), timeout=120.0))
 
 

@@ -1,10 +1,11 @@
-"""The six notebooks under papermill with the defaults, which are the study toy, judged by what they wrote."""
+"""The six notebooks under papermill as they stand, which is the study toy, judged by what they wrote."""
 
 import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import golden
 import matplotlib.image
@@ -21,8 +22,6 @@ from fedhubert_lib.labels import Labels
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; a busy machine takes its time
 
 CODEBOOKS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
-CHANGED = {"kmeans": {"codebooks": CODEBOOKS}}
-"""What the chain changes of the defaults, by stage. Its trainings take the first codebook, as toy does."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,27 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """All six notebooks under plain papermill, in order, as a person without the runner would start them: toy."""
+    """All six notebooks under plain papermill, in order, as a person without the runner would start them."""
     outputs = tmp_path_factory.mktemp("chain")
-    executed = {}
+    executed = {stage: execute(stage, outputs) for stage in NOTEBOOKS}
+    return Chain(outputs / "toy", executed)
+
+
+@pytest.fixture(scope="module")
+def codebooks(chain: Chain) -> Chain:
+    """A second run with all kinds of codebooks, from the first one's corpus and clients."""
+    run = chain.run.with_name("codebooks")
+    shutil.copytree(chain.run, run, ignore=lambda *_: [params.FOLDERS[stage] for stage in list(NOTEBOOKS)[2:]])
+    return Chain(run, {"kmeans": execute("kmeans", run.parent, run="codebooks", codebooks=CODEBOOKS)})
+
+
+def execute(stage: str, outputs: Path, **parameters: Any) -> nbformat.NotebookNode:
+    """A notebook under plain papermill."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDHUBERT_OUTPUTS", str(outputs))
-        for stage, path in NOTEBOOKS.items():
-            parameters = {"run": "papermill", **CHANGED.get(stage, {})}
-            executed[stage] = papermill.execute_notebook(
-                path, outputs / path.name, parameters, progress_bar=False, cwd=outputs, execution_timeout=1200
-            )
-    return Chain(outputs / "papermill", executed)
+        executed = outputs / f"{stage}-{parameters.get('run')}.ipynb"
+        options: dict[str, Any] = {"progress_bar": False, "cwd": outputs, "execution_timeout": 1200}
+        return papermill.execute_notebook(NOTEBOOKS[stage], executed, parameters, **options)
 
 
 def bundles(notebook) -> list[dict]:
@@ -60,9 +69,7 @@ def bundles(notebook) -> list[dict]:
 def test_every_stage_is_done_with_its_parameters(chain, stage):
     done = json.loads((chain.folder(stage) / "done.json").read_text())
     assert done["headline"]
-    wanted = params.SECTIONS[stage]().model_dump() | {"run": "papermill"} | CHANGED.get(stage, {})
-    del wanted["run"]
-    assert done["identity"]["parameters"] == wanted
+    assert done["identity"]["parameters"] == params.SECTIONS[stage]().model_dump(exclude={"run"})
 
 
 @pytest.mark.parametrize("stage", NOTEBOOKS)
@@ -99,25 +106,30 @@ def test_training_ends_with_its_final_curves(chain):
         assert len(pictures) == 1, "one output, redrawn"
 
 
-def test_partition_and_labels_fit_the_manifest(chain):
-    manifest = pd.read_parquet(chain.folder("corpus") / "manifest.parquet").set_index("utterance")
-    clients = pd.read_parquet(chain.folder("partition") / "clients.parquet")
+def test_a_picture_of_each_kind_of_codebook(codebooks):
+    test_every_picture_is_shown_and_saved_twice(codebooks, "kmeans")
+    test_nothing_was_warned_of(codebooks, "kmeans")
+
+
+def test_partition_and_labels_fit_the_manifest(codebooks):
+    manifest = pd.read_parquet(codebooks.folder("corpus") / "manifest.parquet").set_index("utterance")
+    clients = pd.read_parquet(codebooks.folder("partition") / "clients.parquet")
     seen = set()
     for client in clients.client:
-        home = chain.folder("partition") / "clients" / client
+        home = codebooks.folder("partition") / "clients" / client
         utterances = pd.concat(pd.read_parquet(home / f"{part}.parquet") for part in ("train", "validation"))
         assert not seen & set(utterances.utterance)
         seen |= set(utterances.utterance)
         for kind in CODEBOOKS:
-            labels = Labels(chain.folder("kmeans") / "clients" / client / kind)
+            labels = Labels(codebooks.folder("kmeans") / "clients" / client / kind)
             assert {u: len(labels[u]) for u in utterances.utterance} == {
                 u: audio.frame_count(manifest.samples[u]) for u in utterances.utterance
             }
     assert seen <= set(manifest.index[manifest.split == "train"])
 
 
-def test_quality_stands_beside_its_shuffled_baseline(chain):
-    quality = json.loads((chain.folder("kmeans") / "quality.json").read_text())
+def test_quality_stands_beside_its_shuffled_baseline(codebooks):
+    quality = json.loads((codebooks.folder("kmeans") / "quality.json").read_text())
     for kind, row in quality["codebooks"].items():
         if kind != "client":  # whose labels mean something else with every client
             assert row["pnmi"] > 3 * row["shuffled_pnmi"], kind
@@ -151,18 +163,15 @@ def test_toy_reaches_its_golden_figures(chain, name):
 
 
 @pytest.mark.parametrize("objective", ["distilhubert", "hubert", "soft-targets"])
-def test_every_objective_goes_through_the_notebooks(chain, tmp_path, monkeypatch, objective):
+def test_every_objective_goes_through_the_notebooks(chain, tmp_path, objective):
     """A student of distilhubert alone names no clusters: it has no accuracy to draw, and no head."""
-    monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(tmp_path))
     last = ("distill", "evaluate")
     folders = [params.FOLDERS[stage] for stage in last]
     shutil.copytree(chain.run, tmp_path / "other", ignore=lambda *_: folders)
     for stage, chosen in zip(
         last, ({"objectives": [objective], "soft_weight": 0.5}, {"seeds": 1, "probe_steps": 10}), strict=True
     ):
-        executed = papermill.execute_notebook(
-            NOTEBOOKS[stage], tmp_path / f"{stage}.ipynb", {"run": "other", **chosen}, progress_bar=False, cwd=tmp_path
-        )
+        executed = execute(stage, tmp_path, run="other", **chosen)
         outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
         assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     report = json.loads((tmp_path / "other/05_evaluate/report.json").read_text())

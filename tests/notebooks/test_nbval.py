@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from chapters import NOTEBOOKS, ROOT
+
+pytestmark = pytest.mark.timeout(3600)  # half a minute; a busy machine takes its time
 
 
 def test_notebooks_run_as_they_stand(tmp_path: Path) -> None:
