@@ -15,6 +15,14 @@ SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "nu
 """A model for exports."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Tests kill processes, not machines: what was written is there without waiting for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_speech() -> Path:
     """The folder of real speech: ``librispeech_mini`` and the like; tests that need it are skipped without it."""
