@@ -15,6 +15,14 @@ SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "nu
 """A model for exports."""
 
 
+LONGEST = {"test_chain", "test_engines", "test_federation_slow", "test_gpu_script", "test_learning", "test_sharing"}
+"""Files of minutes: they come first, so that at the end no worker waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unflushed() -> Iterator[None]:
     """Tests kill processes, not machines: what was written is there without waiting for the disk."""
