@@ -91,7 +91,7 @@ def _kinds(measured: Collection[str]) -> list[tuple[str, str, str]]:
         ("loss", f"loss ({'nats ' if nats else ''}per frame)", "Loss"),
         ("accuracy_masked", "accuracy", "Masked frames"),
         ("accuracy_unmasked", "accuracy", "Unmasked frames"),
-        ("cosine", "cosine", "Teacher's layers, predicted"),
+        ("cosine", "cosine", "Teacher's layers"),
     ]
     return [kind for kind in kinds if kind[0] in measured]
 
@@ -124,7 +124,7 @@ def comparison(table: pd.DataFrame) -> Figure:
             if label == "accuracy":
                 panel.yaxis.set_major_formatter(PercentFormatter(1))
             label = rows.prefix.iloc[0].replace("_", " ") + label
-            panel.set(xlabel="hours of speech heard", ylabel=label, title=f"{stage}: {title.lower()}")
+            panel.set(xlabel="hours of speech heard", ylabel=label, title=f"{stage},\n{title.lower()}")
         for panel in panels[len(kinds[stage]) :]:
             panel.set_axis_off()
     if (members := table.groupby("run").member.nunique().max()) > 1:
