@@ -217,7 +217,7 @@ def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random
     """
     units, names = pd.factorize(unit, sort=True)
     if clients > len(names):
-        raise PartitionError(f"partition.clients: {clients} clients of only {len(names)} {unit.name}s; ask for fewer")
+        raise PartitionError(f"partition.clients: for {clients} clients there are only {len(names)} {unit.name}s")
     samples = np.bincount(units, table["samples"])
     tenth = np.floor(10 * samples / samples.max())
     owner = np.empty(len(names), dtype=np.int64)

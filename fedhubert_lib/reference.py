@@ -48,6 +48,7 @@ TASK = {
     "distill": _LEARNED | {f"distill.{name}" for name in _SHAPE | _IMITATED},
     "evaluate": _LEARNED | _HEARD | {"evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers"},
 }
+"""By stage, the parameters in which a run must equal its reference."""
 _ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"validate_every", "decode_check"}
 """Parameters that move no curve."""
 

@@ -1,7 +1,6 @@
 """Our models inside s3prl: an upstream that is registered when s3prl starts, no fork and no copied folder.
 
-``export.s3prl`` starts this module in s3prl's own environment. Of this project it needs ``pretrained`` and the model
-alone. As a program,
+``export.s3prl`` starts it in s3prl's own environment; it needs ``pretrained`` and the model alone. As a program,
 
     python -m fedhubert_lib.export.s3prl_entry run ARGUMENTS OF s3prl.run_downstream ... -u fedhubert -k CHECKPOINT
     python -m fedhubert_lib.export.s3prl_entry states UPSTREAM CHECKPOINT WAVEFORMS STATES
