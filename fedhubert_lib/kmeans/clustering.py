@@ -8,10 +8,8 @@ Lloyd's algorithm in memory is the one of the federation, ``statistics`` and ``u
 import math
 
 import numpy as np
-import scipy.sparse
+import scipy
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -118,12 +116,13 @@ def plus_plus(points: Tensor, clusters: int, rng: np.random.Generator, weights: 
 
     ``weights`` [N] count each point this many times. Raises ValueError when there are fewer than K points.
     """
+    from sklearn.cluster import kmeans_plusplus  # here, since a process of each message would import it, for seconds
+
     if len(points) < clusters:
         raise ValueError(f"{clusters} clusters from {len(points)} points; lower clusters or bring more frames")
-    counts = None if weights is None else weights.double().numpy()
-    state = int(rng.integers(2**32))
+    frames, counts = points.double().numpy(), None if weights is None else weights.double().numpy()
     with threadpool_limits(1):  # by the number of threads a product may round differently
-        chosen, _ = kmeans_plusplus(points.double().numpy(), clusters, sample_weight=counts, random_state=state)
+        chosen, _ = kmeans_plusplus(frames, clusters, sample_weight=counts, random_state=int(rng.integers(2**32)))
     return torch.from_numpy(chosen)
 
 
@@ -192,5 +191,6 @@ def fit(points: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
 
 def matched(centroids: Tensor, reference: Tensor) -> Tensor:
     """``centroids`` in the order in which they fit ``reference`` best: the Hungarian method on squared distances."""
-    _, columns = linear_sum_assignment(torch.cdist(reference.double(), centroids.double()).square().numpy())
+    distances = torch.cdist(reference.double(), centroids.double()).square()
+    _, columns = scipy.optimize.linear_sum_assignment(distances.numpy())
     return centroids[torch.from_numpy(columns)]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.stats import entropy
 from torch import Tensor
 
 from fedhubert_lib import files, resources, seeds, units
@@ -241,7 +241,7 @@ def usage(counts: np.ndarray, runs: int) -> dict[str, float]:
         raise ValueError("no labelled frame: every utterance is shorter than 400 samples")
     return {
         "labelled_frames": frames,
-        "label_entropy": float(entropy(counts)),
+        "label_entropy": float(scipy.stats.entropy(counts)),
         "cluster_use": float((counts > 0).mean()),
         "mean_run": frames / max(1, runs),
     }
