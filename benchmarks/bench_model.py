@@ -324,7 +324,7 @@ def turns(processes: Processes, repeats: int) -> dict[str, list[float]]:
 
 def ceiling(precision: str, device: str) -> float:
     """FLOP/s of a large matrix product in ``precision``: what a step could reach if it were nothing else."""
-    size = 8192 if device.startswith("cuda") else 1536
+    size = 8192 if device.startswith("cuda") else 1024
     a = torch.randn(size, size, device=device).to(getattr(torch, precision))
 
     def once() -> float:
@@ -334,7 +334,7 @@ def ceiling(precision: str, device: str) -> float:
         _synchronise(device)
         return time.perf_counter() - began
 
-    return 2 * size**3 / min(once() for _ in range(8))
+    return 2 * size**3 / min(once() for _ in range(4))
 
 
 def compare(work: Work, repeats: int, only: list[str]) -> dict:
