@@ -94,6 +94,16 @@ def _tried(name: str, arm: dict[str, Any], *rates: tuple[float, ...]) -> dict[st
     }
 
 
+def _sized(clients: int, pooled: tuple[float, ...], server_rates: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+    """Rates tried with ``clients`` in each round, in as many rounds as make the audio that of SHORT."""
+    size, name = {"cohort": clients, "rounds": SHORT["rounds"] * 8 // clients}, f"{clients} clients"
+    return {
+        **_tried(f"pooled, {name}", size, *((rate,) for rate in pooled)),
+        **_tried(f"FedAvg, {name}", size, *((0.004, rate) for rate in server_rates)),
+        **_tried(f"FedAvg, cohort's moments, {name}", size | COHORT, (0.004, 1.0), (0.004, 1.5), (0.006, 1.0)),
+    }
+
+
 FEDADAM_COHORT = _steps({"server": "fedadam", "server_tau": 0.003} | COHORT, 5)
 YOGI = FEDADAM_COHORT | {"server_tau": 0.03}
 FEDERATED = {name: arm for name, arm in BEST.items() if name != "pooled"}
@@ -118,6 +128,8 @@ TAUGHT: dict[str, dict[str, Any]] = {
 """Beside labels alone."""
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
+        **_sized(4, (0.003, 0.004, 0.006), (1.0, 1.5, 2.0)),
+        **_sized(16, (0.004, 0.006, 0.008), (1.5, 2.0, 3.0)),
         **_tried("pooled", {}, (0.003,), (0.004,), (0.006,), (0.008,)),
         **_tried("FedAvg", {}, (0.004, 1.5), (0.004, 2.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5)),
         **_tried("Nesterov", NESTEROV, (0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.003, 0.7, 0.7)),
