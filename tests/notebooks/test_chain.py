@@ -164,15 +164,16 @@ def test_toy_reaches_its_golden_figures(chain, name):
 
 @pytest.mark.parametrize("objective", ["distilhubert", "hubert", "soft-targets"])
 def test_every_objective_goes_through_the_notebooks(chain, tmp_path, objective):
-    """A student of distilhubert alone names no clusters: it has no accuracy to draw, and no head."""
-    last = ("distill", "evaluate")
-    folders = [params.FOLDERS[stage] for stage in last]
+    """A student of distilhubert alone names no clusters: it has no accuracy to draw, and no head to evaluate."""
+    stages: dict[str, dict[str, Any]] = {"distill": {"objectives": [objective], "soft_weight": 0.5}}
+    if objective == "distilhubert":
+        stages["evaluate"] = {"seeds": 1, "probe_steps": 10}
+    folders = [params.FOLDERS[stage] for stage in ("distill", "evaluate")]
     shutil.copytree(chain.run, tmp_path / "other", ignore=lambda *_: folders)
-    for stage, chosen in zip(
-        last, ({"objectives": [objective], "soft_weight": 0.5}, {"seeds": 1, "probe_steps": 10}), strict=True
-    ):
+    for stage, chosen in stages.items():
         executed = execute(stage, tmp_path, run="other", **chosen)
         outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
         assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
-    report = json.loads((tmp_path / "other/05_evaluate/report.json").read_text())
-    assert {"student", "centralised-student"} <= {row["system"] for row in report["systems"]}
+        if stage == "evaluate":
+            report = json.loads((tmp_path / "other/05_evaluate/report.json").read_text())
+            assert {"student", "centralised-student"} <= {row["system"] for row in report["systems"]}
