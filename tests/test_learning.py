@@ -126,10 +126,11 @@ def test_the_recipe_leaves_the_plateau_where_the_published_loss_does_not(corpus,
 def test_unmasked_frames_are_known_better_than_masked_ones_and_both_better_than_chance(corpus):
     """The published loss, about a minute: labels that lie beside their frames teach no more than the commonest label.
 
-    Measured: unmasked accuracy passes the masked one near step 130 and is .12 against .10 at the end.
+    Measured: unmasked accuracy passes the masked one near step 100 and is .12 against .11 at the end. After 180 steps
+    it is not ahead yet, and 16 s a step are too few for 250.
     """
-    recipe = {"learning_rate": 1.5e-3, "steps": 250, "batch_seconds": 32.0, "crop_seconds": 4.0}
-    rows, _ = train(corpus, hubert.preset("tiny", "logmel"), **recipe)
+    recipe = {"learning_rate": 2e-3, "steps": 250, "batch_seconds": 32.0, "crop_seconds": 4.0}
+    rows, _ = train(corpus, hubert.replace(SMALLER, front_end="logmel"), **recipe)
     commonest = commonest_label(corpus)
     assert rows[0]["accuracy_masked"] < commonest
     masked, unmasked = (np.mean([row[f"accuracy_{which}"] for row in rows[-3:]]) for which in ("masked", "unmasked"))
