@@ -120,19 +120,17 @@ def test_the_recipe_leaves_the_plateau_where_the_published_loss_does_not(corpus,
     learned = rows[-1]["accuracy_masked"] > 1.5 * commonest_label(corpus)
     phones = phone_accuracy(corpus, model) > phone_accuracy(corpus, untrained.eval()) + 0.05
     assert (learned and phones) == (weight > 0), rows
+    assert (rows[-1]["accuracy_unmasked"] > 3 * rows[-1]["accuracy_masked"]) == (weight > 0), rows
 
 
 @pytest.mark.slow
-def test_unmasked_frames_are_known_better_than_masked_ones_and_both_better_than_chance(corpus):
-    """The published loss, about a minute: labels that lie beside their frames teach no more than the commonest label.
+def test_the_published_loss_leaves_the_plateau_with_twice_the_audio(corpus):
+    """About a minute. (Measured over four seeds: masked accuracy .09 to .1 at the end, the commonest label .05.)
 
-    Measured: unmasked accuracy passes the masked one near step 100 and is .12 against .11 at the end. After 180 steps
-    it is not ahead yet, and 16 s a step are too few for 250.
+    That unmasked frames, which this loss does not score, are known better by then holds for some seeds alone.
     """
-    recipe = {"learning_rate": 2e-3, "steps": 250, "batch_seconds": 32.0, "crop_seconds": 4.0}
+    recipe = {"learning_rate": 2e-3, "steps": 200, "batch_seconds": 32.0, "crop_seconds": 4.0}
     rows, _ = train(corpus, hubert.replace(SMALLER, front_end="logmel"), **recipe)
     commonest = commonest_label(corpus)
     assert rows[0]["accuracy_masked"] < commonest
-    masked, unmasked = (np.mean([row[f"accuracy_{which}"] for row in rows[-3:]]) for which in ("masked", "unmasked"))
-    assert unmasked > masked > 1.5 * commonest, rows
-    assert masked > 3 / CLUSTERS
+    assert np.mean([row["accuracy_masked"] for row in rows[-3:]]) > 1.5 * commonest, rows
