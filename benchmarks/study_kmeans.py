@@ -15,14 +15,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
 
 from fedhubert_lib import corpora, federated, hubert, kmeans, params, partition, pretrained
 
-KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
+KINDS = list(get_args(params.Codebook))
 NORMALISATIONS = ("none", "speaker")
 MEASURES = ["pnmi", "shuffled_pnmi", "pnmi_within", "phone_purity", "cluster_purity", "agreement_same", "agreement_nmi"]
 

@@ -23,6 +23,9 @@ from fedhubert_lib.federated.handlers import Answer
 from fedhubert_lib.federated.protocol import Arrays, ClientHome, digest
 from fedhubert_lib.kmeans import clustering, reading
 
+ARRAYS = ("centroids", "projection", "reference")
+"""Arrays of a codebook: kept in its folder, and sent to clients that label with it."""
+
 
 def forget(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Answer:
     """Remove the features, of earlier settings, too: all labels are written."""
@@ -152,7 +155,7 @@ def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[st
     if "centroids" not in arrays:
         kept, reference = load_file(_kept(home, config)), arrays.get("reference")
         arrays = kept if reference is None else {"centroids": clustering.matched(kept["centroids"], reference)}
-    return {name: arrays[name].to(home.device) for name in ("centroids", "projection") if name in arrays}
+    return {name: arrays[name].to(home.device) for name in ARRAYS if name in arrays}
 
 
 def assign(frames: Tensor, codebook: Arrays) -> Tensor:

@@ -106,7 +106,7 @@ def _codebook(
     folder = reading.folder_for(run / "02_kmeans" / "codebooks" / kind, settings)
     path = folder / "codebook.json"
     if path.exists():
-        stored = {name: folder / f"{name}.npy" for name in ("centroids", "projection", "reference")}
+        stored = {name: folder / f"{name}.npy" for name in client.ARRAYS}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
     codebook, cost = _fit(run, p, exchange, config, before, lambda row: log({**row, "codebook": kind}))
@@ -114,6 +114,7 @@ def _codebook(
         cost |= exchange.clients.since(before)
     cost["fit_seconds"] = time.perf_counter() - started
     for name, array in codebook.items():
+        assert name in client.ARRAYS, name  # else clients and a resumed run would do without it
         with files.atomic(folder / f"{name}.npy") as temporary:
             np.save(temporary, array.numpy())
     facts = {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": exchange.ids}
@@ -141,6 +142,8 @@ def _fit(
         return {"centroids": centroids}, cost
     if kind == "central":
         config = {**config, "minimum_count": 0}
+    elif kind != "federated":
+        raise KmeansError(f"codebook {kind}: kmeans/stage.py does not fit it yet")
     if progress.exists():
         start = torch.empty(0)  # not needed where rounds are done already
     elif kind == "central":

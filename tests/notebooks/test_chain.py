@@ -5,7 +5,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import golden
 import matplotlib.image
@@ -21,7 +21,7 @@ from fedhubert_lib.labels import Labels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; a busy machine takes its time
 
-CODEBOOKS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
+CODEBOOKS = list(get_args(params.Codebook))
 
 
 @dataclass(frozen=True)
