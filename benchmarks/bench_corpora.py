@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from fedhubert_lib.corpora import scan, synthetic
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import manifests  # noqa: E402
 
-SCHEMES = ["speakers", "speaker", "sex", "chapter", "subset", "dirichlet", "quantity", "iid"]
+SCHEMES = get_args(params.Partition.model_fields["scheme"].annotation)
 CLIENTS = 20
 COLUMNS = ["speaker", "chapter", "subset", "sex", "samples", "sample_rate", "text"]
 

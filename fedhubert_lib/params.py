@@ -32,21 +32,26 @@ def _from_root(path: str) -> str:
     return path if path in ("", "mfcc") else os.path.normpath(ROOT / os.path.expanduser(path))
 
 
-SUITED = {"server_rate": 1.5, "server_momentum": 0.9, "server_tau": 1e-3}  # FedAvg's; other servers have others
+SUITED = ("server_rate", "server_momentum", "server_tau")
 
 
 def _suited(value: object, info: ValidationInfo) -> object:
     """``value``, or where none is set what suits the server and its clients, most measured: docs/federation.md."""
-    suited, cohort = dict(SUITED), info.data.get("local_state") == "cohort"
+    if value is not None:
+        return value
+    cohort, momentum, tau = info.data.get("local_state") == "cohort", 0.9, 1e-3
     match info.data.get("server"):
-        case "fedavg" if cohort:
-            suited["server_rate"] = 1.0
         case "nesterov" | "fedavgm":
-            suited |= {"server_rate": 0.7, "server_momentum": 0.6}
-        case "fedadam" | "fedyogi" | "fedadagrad":
-            slow = 1 if info.data["server"] == "fedadam" else 2  # of others tau counts twice: the second moment's start
-            suited = {"server_rate": slow * (0.033 if cohort else 0.05), "server_momentum": 0.2, "server_tau": 0.03}
-    return suited[str(info.field_name)] if value is None else value
+            rate, momentum = 0.7, 0.6
+        case "fedadam":
+            rate, momentum, tau = 0.033 if cohort else 0.05, 0.2, 0.03
+        case "fedyogi" | "fedadagrad":  # at twice that rate: tau counts twice, since the second moment starts at tau^2
+            rate, momentum, tau = 0.066 if cohort else 0.1, 0.2, 0.03
+        case "fedavg" | "scaffold" | "trimmed-mean" | "median" | None:  # None: the server itself is refused
+            rate = 1.0 if cohort else 1.5
+        case server:
+            raise ValueError(f"server {server} has no default; set one, or add its case to params._suited")
+    return dict(zip(SUITED, (rate, momentum, tau), strict=True))[str(info.field_name)]
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -175,7 +180,7 @@ class Kmeans(Section):
         if self.noise_seeded and self.engine == "deployment":
             yield "noise_seeded", "is for simulations: whoever has the seed can subtract the noise; leave it out"
         if self.noise_multiplier > 0:
-            if exposed := {"one-shot", "aligned", "central"} & set(self.codebooks):
+            if exposed := set(self.codebooks) - {"federated", "client", "random-projection"}:
                 yield "noise_multiplier", f"protects federated, not {', '.join(sorted(exposed))}; leave out"
             if self.normalisation != "speaker":
                 yield "noise_multiplier", "needs normalisation: speaker, which sends the server nothing"

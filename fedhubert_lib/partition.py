@@ -158,6 +158,8 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
             power = p.power if p.scheme == "quantity" else 0.0
             fractions = np.arange(1, p.clients + 1) ** -power
             client = _cut(table["samples"].to_numpy(), fractions / fractions.sum(), rng)
+        case _:
+            raise PartitionError(f"partition.scheme: nothing in partition.py does {p.scheme} yet")
     return _at_least(client, table, p)
 
 

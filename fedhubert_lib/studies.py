@@ -111,7 +111,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             if stage == "distill" and isinstance(pretrain, dict):
                 deciding = {n: pretrain.get(n, Federation.model_fields[n].default) for n in ("server", "local_state")}
                 same = all(section.get(name, value) == value for name, value in deciding.items())
-                inherited = _INHERITED if same else _INHERITED - SUITED.keys()
+                inherited = _INHERITED if same else _INHERITED - set(SUITED)
                 section = {name: pretrain[name] for name in pretrain.keys() & inherited} | section
             raw[stage] = {"seed": raw["seed"], **section, "run": raw["run"]}
 

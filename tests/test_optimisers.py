@@ -1,12 +1,16 @@
 """Server optimisers against their references; collectors against numpy and scipy."""
 
+from types import SimpleNamespace
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from federation import pretrain
 from scipy import stats
 
-from fedhubert_lib.federated import optimisers, robust
+from fedhubert_lib import params
+from fedhubert_lib.federated import hooks, optimisers, robust
 
 
 def updates(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -22,6 +26,28 @@ def trajectory(p, steps: list[dict[str, torch.Tensor]]) -> tuple[dict, dict]:
     for number, update in enumerate(steps, start=1):
         optimisers.step(p, number, weights, update, moments)
     return weights, moments
+
+
+def test_every_server_has_a_function_and_default_rates():
+    assert optimisers.OPTIMISERS.keys() == set(get_args(params.Optimiser))
+    for server in optimisers.OPTIMISERS:
+        pretrain(server=server, server_rate=None, local_state="reset")
+    info = SimpleNamespace(data={"server": "fedlion"}, field_name="server_rate")
+    with pytest.raises(ValueError, match="fedlion has no default; set one"):
+        params._suited(None, info)
+    assert params._suited(0.1, info) == 0.1
+
+
+def test_a_new_server_begins_with_moments_of_0(monkeypatch):
+    monkeypatch.setitem(optimisers.OPTIMISERS, "fedadamw", (optimisers.fedadam, ("first", "second", "third")))
+    p = SimpleNamespace(server="fedadamw", server_tau=0.1)
+    assert optimisers.moments(p, {"a": torch.ones(1)}) == {f"{kind}/a": 0 for kind in ("first", "second", "third")}
+
+
+def test_what_changes_an_update_comes_before_what_protects_and_packs_it():
+    order = [client.split(":")[0] for client, *_ in hooks.HOOKS if client]
+    assert order[-3:] == ["privacy", "secure", "compression"]
+    assert order.index("moments") < order.index("scaffold")
 
 
 def reference(make, steps: list[dict[str, torch.Tensor]], rates: list[float] | None = None) -> dict[str, torch.Tensor]:

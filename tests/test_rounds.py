@@ -388,7 +388,7 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_resumes_with_other_dr
         return pull(home, arrays, config)
 
     monkeypatch.setitem(handlers.HANDLERS, "toy.update", broken)
-    with pytest.raises(rounds.QuorumError, match="round 4: 3 times"):
+    with pytest.raises(rounds.QuorumError, match="round 4: 3 times.* Most often: OSError: the network is down$"):
         train(run)
     assert [row["reason"] for row in failures(run)].count("0 of 4 clients gave a usable update; 2 needed") == 3
     assert checkpoints.rounds(run / "toy")[-1] == 3

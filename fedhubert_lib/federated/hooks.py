@@ -2,7 +2,10 @@
 
 At a client a hook is a generator: what stands before its ``yield`` happens before the local steps, what stands after it
 to the change that they made (``Update``). At the server it is a ``Hook``, called at five points of a round.
-``HOOKS`` lists them in the clients' order; a study imports those alone that its parameters choose.
+``HOOKS`` lists them in the clients' order; a study imports those alone that its parameters choose. A hook that changes
+the update itself stands above ``moments``: those below add tensors to it, then noise, masks or codes, and ``privacy``
+keeps back the metrics of hooks above it alone. Draws come from ``seeds`` by (seed, round, client, purpose), never from
+torch's global stream.
 """
 
 import pkgutil

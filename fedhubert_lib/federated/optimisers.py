@@ -76,7 +76,8 @@ class Mean(Collector):
 
 
 # Server optimisers: functions of (parameters, rate, number of the step from 1, weight, update, moments ...) that change
-# weight and moments in place. To add one, write it, and name it in OPTIMISERS and in params.Optimiser.
+# weight and moments in place. To add one, write it, name it in OPTIMISERS and params.Optimiser, its rate in
+# params._suited.
 
 
 def fedavg(p: Server, rate: float, number: int, weight: Tensor, update: Tensor) -> None:
@@ -138,10 +139,10 @@ OPTIMISERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
 
 
 def moments(p: Federation, weights: Mapping[str, Tensor]) -> Arrays:
-    """The moments before round 1, ``first/NAME`` and ``second/NAME``: 0, but tau squared for Reddi et al.'s second."""
-    start = {"first": 0.0, "second": 0.0 if p.server == "fedadam" else p.server_tau**2}
+    """The moments before round 1, such as ``first/NAME``: 0, but tau squared for Reddi et al.'s second."""
+    start = {"second": p.server_tau**2} if p.server in ("fedyogi", "fedadagrad") else {}
     kept = OPTIMISERS[p.server][1]
-    return {f"{kind}/{name}": torch.full_like(w, start[kind]) for name, w in weights.items() for kind in kept}
+    return {f"{kind}/{name}": torch.full_like(w, start.get(kind, 0.0)) for name, w in weights.items() for kind in kept}
 
 
 def step(p: Federation, number: int, weights: Arrays, update: Mapping[str, Tensor], moments: Arrays) -> None:

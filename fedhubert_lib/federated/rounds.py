@@ -163,9 +163,12 @@ class Server:
                     break
             else:
                 self.settle()
+                failures = [row for row in files.read_rows(self.out / "metrics.jsonl") if "reason" in row]
+                reasons = Counter(row["reason"] for row in failures if row["round"] == number and row["client"])
                 raise QuorumError(
                     f"round {number}: {ATTEMPTS} times too few usable updates, see {self.out / 'metrics.jsonl'} (kind:"
                     f" failure); the same command resumes after round {number - 1}, with another cohort"
+                    + "".join(f". Most often: {reason}" for reason, _ in reasons.most_common(1))
                 )
 
     def message(self, number: int) -> dict[str, Any]:
