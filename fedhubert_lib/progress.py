@@ -8,7 +8,7 @@ from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""
-KINDS = ("plan", "round", "lloyd")
+KINDS = ("plan", "failure", "round", "lloyd")
 """Of rows that count after their cohort."""
 
 
@@ -21,8 +21,8 @@ def say(line: str) -> None:
 
 
 def last_round(rows: Rows, since: float = 0.0) -> str:
-    """The last round of how many: loss or inertia, audio seconds per second, time left; empty where none came ``since``
-    (seconds of the epoch)."""
+    """The last round of how many: loss or inertia, audio seconds per second, time left, and which clients were left out
+    of it; empty where none came ``since`` (seconds of the epoch)."""
     done = [row for row in rows if row["kind"] in ("round", "lloyd") and row["time"] >= since]
     if not done:
         return ""
@@ -35,7 +35,10 @@ def last_round(rows: Rows, since: float = 0.0) -> str:
     if rounds > last["round"]:
         left = (rounds - last["round"]) * sum(row.get("seconds", 0.0) for row in done) / len(done)
         words.append(f"{timedelta(seconds=round(left))} left")
-    return ", ".join(words)
+    failed = [row for row in rows if row["kind"] == "failure" and row.get("round") == last["round"] and row["client"]]
+    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    left_out = f"; left out: {failed[0]['client']} ({failed[0]['reason']:.150}){others}" if failed else ""
+    return ", ".join(words) + left_out
 
 
 def at_work(rows: Rows, since: float = 0.0) -> str:

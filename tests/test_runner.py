@@ -362,13 +362,16 @@ def test_a_line_says_how_far_a_training_is_and_who_is_at_work():
     rows.append({"kind": "cohort", "round": 1, "clients": ["a", "b", "c"], "time": 1.0})
     assert progress.at_work(rows) == "round 1: a at work, 0 of 3 clients done"
     rows.append({"kind": "client", "round": 1, "client": "a", "time": 2.0})
-    rows.append({"kind": "failure", "round": 1, "client": "b", "time": 2.0})
+    rows.append({"kind": "failure", "round": 1, "client": "b", "reason": "AudioError: b.flac: gone", "time": 2.0})
     assert progress.at_work(rows) == "round 1: c at work, 2 of 3 clients done"
     assert progress.at_work(rows, since=1.5) == "", "of an earlier start"
     row = {"kind": "round", "round": 1, "loss": 2.5, "audio_seconds_per_second": 80.0, "seconds": 60.0, "time": 3.0}
     rows.append(row)
     assert progress.at_work(rows) == ""
-    assert progress.last_round(rows) == "round 1 of 9, loss 2.5, 80 audio s/s, 0:08:00 left"
+    words = "round 1 of 9, loss 2.5, 80 audio s/s, 0:08:00 left"
+    assert progress.last_round(rows) == f"{words}; left out: b (AudioError: b.flac: gone)"
+    more = [{**rows[2], "kind": "failure", "client": client, "reason": "x" * 999} for client in ("c", "d")]
+    assert progress.last_round([*rows, *more]) == f"{words}; left out: b (AudioError: b.flac: gone) and 2 more"
     assert progress.last_round(rows, since=3.5) == ""
     rows.append({"kind": "answers", "action": "features", "clients": 2, "of": 9, "time": 4.0})
     assert progress.at_work(rows, since=3.5) == "features: 2 of 9 clients done" and not progress.at_work(rows, since=5)
