@@ -27,6 +27,8 @@ _PLACES = ("centralised/checkpoint/", "checkpoint/", "clients/", "clusters/", "c
 """Folders that stages write data into, beside their top; others hold copies and exports."""
 EXCLUDED, KEYWORDS, PHONES = "excluded.parquet", "keywords.parquet", "phones.parquet"
 """Tables that train nothing."""
+READ = "read.json"
+"""The ``listings`` of a corpus when 00_corpus began to read it."""
 
 
 class Cell(NamedTuple):

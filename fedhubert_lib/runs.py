@@ -139,8 +139,7 @@ def finish(stage: Stage, headline: Mapping[str, float | int | str]) -> dict[str,
             raise RunError(f"{folder}: holds no work of these parameters; run the notebook again from its top")
         work = begun["identity"] | {"notebook": stage.identity["notebook"]}
         if stage.name == "corpus":  # what has been downloaded or unpacked
-            listed = identity.listings(stage.p)
-            work["inputs"] |= listed if stage.p.kind != "folder" else {**listed, "root": work["inputs"]["root"]}
+            work["inputs"] |= read_json(folder / identity.READ) or {}
         files.write_json(folder / "begun.json", begun | {"identity": work})
         peak = max(resources.peak_memory(), resources.peak_memory(children=True))  # the notebook's or a worker's
         seconds = round(time.time() - max(begun["started"], stage.began), 1)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import audio, corpora, files, identity, params
+from fedhubert_lib import audio, corpora, files, identity, params, runs
 from fedhubert_lib.corpora import alignments, librispeech, scan
 
 RNG = np.random.default_rng(0)
@@ -261,6 +261,31 @@ def keyword_tree(root: Path) -> Path:
     (root / "validation_list.txt").write_text("yes/0b_nohash_0.wav\nno/0b_nohash_0.wav\n")
     (root / "testing_list.txt").write_text("yes/0c_nohash_0.wav\nno/0c_nohash_0.wav\n")
     return root
+
+
+@pytest.mark.parametrize("name", ["root", "keywords_root", "alignments"])
+def test_a_file_that_comes_while_the_corpus_is_read_is_another_input(name, tree, tmp_path, outputs, monkeypatch):
+    places = {name: tmp_path / name for name in ("keywords_root", "alignments")} | {"root": tree}
+    places["alignments"].mkdir()
+    (places["alignments"] / "19-7-0000.json").write_text(
+        json.dumps({"end": 0.5, "tiers": {"phones": {"entries": [[0.0, 0.5, "AH"]]}}})
+    )
+    keyword_tree(places["keywords_root"])
+    given = {"kind": "librispeech", "train_subsets": ["train-clean-5"], "test_subsets": ["dev-clean-2"]}
+    given |= {"keywords": "speech-commands"} | {name: str(place) for name, place in places.items()}
+    stage = runs.start("corpus", params.Corpus(**given).model_dump())
+    read = scan.scan
+
+    def slow(*arguments: object, **options: object) -> pd.DataFrame:
+        scanned = read(*arguments, **options)
+        (places[name] / "late").touch()
+        return scanned
+
+    monkeypatch.setattr(scan, "scan", slow)
+    with stage.working():
+        corpora.prepare(stage.run, stage.p)
+    runs.finish(stage, {})
+    assert runs.outlook("corpus", stage.p, stage.run).changes.results == f"inputs changed: {name}"
 
 
 def test_prepare_writes_a_manifest(tree, tmp_path):

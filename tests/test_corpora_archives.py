@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import corpora, files, params
+from fedhubert_lib import corpora, files, identity, params, records
 from fedhubert_lib.corpora import archives
 
 
@@ -346,6 +346,7 @@ def test_prepare_from_a_mirror_to_the_manifest(server, tmp_path, monkeypatch):
     )
     for _ in range(2):
         corpora.prepare(tmp_path / "run", p)
+        assert records.read_json(tmp_path / "run/00_corpus" / identity.READ) == identity.listings(p), "as unpacked"
         manifest = pd.read_parquet(tmp_path / "run" / "00_corpus" / "manifest.parquet")
         assert manifest.utterance.tolist() == ["19-7-0000", "84-7-0000"]
         assert manifest.sex.tolist() == ["F", "M"] and manifest.split.tolist() == ["train", "test"]

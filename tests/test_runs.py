@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT
 from IPython.core.interactiveshell import InteractiveShell
 
-from fedhubert_lib import cli, identity, index, params, records, runs, studies
+from fedhubert_lib import cli, files, identity, index, params, records, runs, studies
 
 
 def begin(stage: str = "corpus", **changes: object) -> runs.Stage:
@@ -576,6 +576,7 @@ def test_a_download_is_no_change_of_inputs(tmp_path, outputs):
     with stage.working():
         place.mkdir()
         (place / "archive").touch()
+        files.write_json(stage.folder / identity.READ, identity.listings(stage.p))  # as corpora.prepare does
     runs.finish(stage, {})
     now = identity.of("corpus", stage.p, stage.run)
     assert runs.read_json(stage.folder / "done.json")["identity"] == now

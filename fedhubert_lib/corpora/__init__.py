@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from fedhubert_lib import files, params
+from fedhubert_lib import files, identity, params
 from fedhubert_lib.corpora import alignments, archives, folder, librispeech, scan, speech_commands, synthetic
 from fedhubert_lib.corpora.archives import Progress
 from fedhubert_lib.corpora.librispeech import CorpusError
@@ -28,8 +28,11 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
     one, or when a speaker is both in a training and in a test subset.
     """
     out = run / "00_corpus"
-    keywords, excluded_clips = _keywords(out, p, on_progress)
+    spoken = _words(out, p, on_progress)
     root, train, test = _speech(out, p, on_progress)
+    # After what is fetched, for runs.finish; before all reading: a file that comes while it lasts is another input.
+    files.write_json(out / identity.READ, identity.listings(p))
+    keywords, excluded_clips = _keywords(out, spoken, p, on_progress)
     places = [root / subset for subset in train + test] or [root]
     scanned = scan.scan(places, out / "scan.parquet", on_progress, decode=p.decode_check)
     if p.kind == "folder":
@@ -69,18 +72,21 @@ def _speech(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[Path, l
     return librispeech.home(Path(p.root), subsets), p.train_subsets, p.test_subsets
 
 
-def _keywords(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The keyword clips, and (path, reason) of those left out."""
+def _words(out: Path, p: params.Corpus, on_progress: Progress) -> Path:
+    """The folder of the folders of words."""
     if p.keywords == "synthetic":
         root = out / "synthetic" / "SpeechCommands" / "speech_commands_v0.02"
         synthetic.keywords(root, p, on_progress)
-    else:
-        root = Path(p.keywords_root)
-        if not speech_commands.homes(root):
-            archives.provide(root, archives.KEYWORDS, p.keywords_mirror, (), p.download, on_progress)
-        root = speech_commands.home(root)
-    words = speech_commands.words(root)
-    scanned = scan.scan(words, out / "scan_keywords.parquet", on_progress, decode=p.decode_check)
+        return root
+    root = Path(p.keywords_root)
+    if not speech_commands.homes(root):
+        archives.provide(root, archives.KEYWORDS, p.keywords_mirror, (), p.download, on_progress)
+    return speech_commands.home(root)
+
+
+def _keywords(out: Path, root: Path, p: params.Corpus, on_progress: Progress) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The keyword clips below ``root``, and (path, reason) of those left out."""
+    scanned = scan.scan(speech_commands.words(root), out / "scan_keywords.parquet", on_progress, decode=p.decode_check)
     keywords, excluded = speech_commands.clips(root, scanned)
     if keywords.empty:
         raise CorpusError(f"{root}: no usable clip among {len(scanned)} files; {_reasons(excluded)}")
