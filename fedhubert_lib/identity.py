@@ -29,6 +29,8 @@ EXCLUDED, KEYWORDS, PHONES = "excluded.parquet", "keywords.parquet", "phones.par
 """Tables that train nothing."""
 READ = "read.json"
 """The ``listings`` of a corpus when 00_corpus began to read it."""
+NOTHING = hashlib.sha256().hexdigest()
+"""The listing of a place where no file is."""
 
 
 class Cell(NamedTuple):

@@ -151,6 +151,25 @@ def test_a_runner_that_is_refused_leaves_the_folder_to_the_other(outputs, monkey
     assert not (outputs / "toy").exists()
 
 
+def test_a_run_that_begins_later_says_that_recordings_have_changed(outputs, tmp_path, capsys):
+    root = tmp_path / "recordings"
+    (root / "ana").mkdir(parents=True)
+    (root / "ana/1.wav").touch()
+    study = studies.load(ROOT / "params/toy.yaml", ["corpus.kind=folder", f"corpus.root={root}"])
+    done = {"identity": {"inputs": identity.listings(study.corpus)}}
+    files.write_json(outputs / study.run / "00_corpus/done.json", done)
+
+    def told() -> str:
+        runner.run(study, [])
+        return capsys.readouterr().out
+
+    assert told() == ""
+    (root / "ana/2.wav").touch()
+    assert told().startswith("corpus.root has changed since 00_corpus read it; without --from")
+    shutil.rmtree(root)
+    assert told() == "", "a deployment's server needs no audio"
+
+
 def test_a_notebook_without_a_parameters_cell_starts_nothing(project):
     path = project.root / "notebooks/03_pretrain.ipynb"
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
