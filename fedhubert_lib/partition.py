@@ -119,7 +119,7 @@ def heldout_speakers(manifest: pd.DataFrame, p: params.Partition) -> list[str]:
     speakers = manifest.groupby("speaker")["sex"].first()
     if p.heldout_speakers >= len(speakers):
         raise PartitionError(
-            f"partition.heldout_speakers: {p.heldout_speakers} of {len(speakers)} training speakers leaves none"
+            f"partition.heldout_speakers: {p.heldout_speakers} given, of {len(speakers)} training speakers; give fewer"
         )
     rng = seeds.numpy_generator(p.seed, "partition", "heldout")
     speakers = speakers.iloc[rng.permutation(len(speakers))]
@@ -219,7 +219,8 @@ def _balanced(table: pd.DataFrame, unit: pd.Series, clients: int, rng: np.random
     """
     units, names = pd.factorize(unit, sort=True)
     if clients > len(names):
-        raise PartitionError(f"partition.clients: for {clients} clients there are only {len(names)} {unit.name}s")
+        few = f"{clients} clients there are only {len(names)} {unit.name}s; give fewer clients or held-out speakers"
+        raise PartitionError(f"partition.clients: for {few}")
     samples = np.bincount(units, table["samples"])
     tenth = np.floor(10 * samples / samples.max())
     owner = np.empty(len(names), dtype=np.int64)

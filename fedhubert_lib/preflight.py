@@ -89,11 +89,15 @@ def _speech(p: params.Corpus, *_: Any) -> None:
 
 
 def _speakers(p: params.Partition, run: Path, study: studies.Study | None, _: Any) -> None:
-    """Whether a plain folder has speakers for all clients, before an hour goes into reading it."""
-    if study is None or study.corpus.kind != "folder":
+    """Whether the folder has speakers for all clients, before hours go into the rest of a download and reading it."""
+    if study is None or study.corpus.kind == "synthetic":
         return
-    with contextlib.suppress(librispeech.CorpusError):  # which _speech names
-        count, clients = len(folder.speakers(Path(study.corpus.root))), p.clients if p.scheme == "speakers" else 1
+    root, subsets = Path(study.corpus.root), study.corpus.train_subsets
+    with contextlib.suppress(librispeech.CorpusError):  # which _speech names, unless a download brings what is missing
+        plain = study.corpus.kind == "folder"
+        parts = [root] if plain else [librispeech.home(root, subsets) / subset for subset in subsets]
+        count = len({speaker for part in parts for speaker in folder.speakers(part)})
+        clients = p.clients if p.scheme == "speakers" else 1
         if count < p.heldout_speakers + clients:
             needs = f"{clients} clients and {p.heldout_speakers} held-out speakers need more; give fewer of either"
             raise ValueError(f"{study.corpus.root} has {count} speakers, and {needs}")

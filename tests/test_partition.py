@@ -112,7 +112,7 @@ def test_a_client_of_utterances_too_short_to_train_on_is_refused_or_merged(table
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [
-        ("speakers", {"clients": 121}, "for 121 clients there are only 120 speakers"),
+        ("speakers", {"clients": 121}, "for 121 clients there are only 120 speakers; give fewer"),
         ("speaker", {"clients": 119}, "set clients=120"),
         ("sex", {"clients": 240}, "clients there are only 60 [FM] speakers"),
         ("subset", {"clients": 2}, "a client for each of train-clean-100"),
