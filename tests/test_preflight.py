@@ -161,6 +161,22 @@ def test_clusters_are_compared_with_the_frames_that_there_are(tmp_path):
     assert not problems(tmp_path, "evaluate.clusters=12", first="evaluate")
 
 
+def test_phones_that_cover_no_unheard_speech_are_told_of_before_the_training(tmp_path, capsys):
+    for stage in ("00_corpus", "01_partition"):
+        (tmp_path / stage).mkdir()
+    speech = pd.DataFrame(
+        {"utterance": ["a", "b"], "speaker": ["s", "t"], "samples": 4_000, "split": ["test", "train"]}
+    )
+    speech.to_parquet(tmp_path / "00_corpus" / "manifest.parquet")
+    speech[:0].to_parquet(tmp_path / "01_partition" / "heldout.parquet")
+    for name in speech.utterance[::-1]:
+        phones = {"utterance": name, "start_sample": [0, 2_000], "end_sample": [2_000, 4_000], "phone": ["AH", "S"]}
+        pd.DataFrame(phones).to_parquet(tmp_path / "00_corpus" / "phones.parquet")
+        assert not problems(tmp_path, "evaluate.clusters=12", first="kmeans"), "words can be measured all the same"
+        told = capsys.readouterr().out
+        assert ("05_evaluate will have no PNMI" in told and told.count("\n") == 1) if name == "b" else not told
+
+
 def test_what_an_earlier_start_left_is_no_reason_where_its_stage_comes_again(words, tmp_path):
     """More clients, or words that were missing: the same command must make what it would otherwise be refused for."""
     for stage in ("00_corpus", "01_partition", "02_kmeans/codebooks/federated"):

@@ -36,8 +36,8 @@ def held_out(run: Path, minutes: float, seed: int, clusters: int = 0) -> tuple[p
     table = table[table.utterance.isin(set(phones.utterance)) & (table.samples >= audio.RECEPTIVE_FIELD)]
     if table.empty:
         raise NoPhonesError(
-            "no utterance of a test subset or of a held-out speaker has phones; give corpus.alignments, or keep"
-            " speakers out with partition.heldout_speakers"
+            "no utterance of a test subset or of a held-out speaker has phones; give corpus.alignments that cover some,"
+            " or keep more speakers out with partition.heldout_speakers"
         )
     table = table.sort_values("utterance").iloc[seeds.numpy_generator(seed, "held-out").permutation(len(table))]
     seconds = table.samples.clip(upper=LONGEST).cumsum() / audio.SAMPLE_RATE
