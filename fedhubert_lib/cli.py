@@ -135,7 +135,7 @@ def _export_client(options: argparse.Namespace) -> None:
     from fedhubert_lib import partition
 
     try:
-        print(partition.export_client(options.run, options.client, options.destination, options.at))
+        print(partition.export_client(runs.named(options.run), options.client, options.destination, options.at))
     except ValueError as error:  # a client or folder that cannot be, a table that cannot be read
         raise runs.RunError(str(error)) from error
 
@@ -143,13 +143,13 @@ def _export_client(options: argparse.Namespace) -> None:
 def _table(options: argparse.Namespace) -> None:
     from fedhubert_lib.evaluation import training_seeds
 
-    print(training_seeds.markdown(training_seeds.reports(options.runs)))
+    print(training_seeds.markdown(training_seeds.reports([*map(runs.named, options.runs)])))
 
 
 def _along(options: argparse.Namespace) -> None:
     from fedhubert_lib.evaluation import training_seeds
 
-    training_seeds.draw_along(options.runs, options.to)
+    training_seeds.draw_along([*map(runs.named, options.runs)], options.to)
     print(options.to)
 
 
@@ -157,7 +157,7 @@ def _reference(options: argparse.Namespace) -> None:
     from fedhubert_lib import reference
 
     with _refusing():
-        reference.write(reference.make(options.runs), options.to)
+        reference.write(reference.make([*map(runs.named, options.runs)]), options.to)
     print(options.to)
 
 
@@ -187,13 +187,12 @@ def _units(options: argparse.Namespace) -> None:
 
 
 def _s3prl(options: argparse.Namespace) -> None:
-    from fedhubert_lib.evaluation import tables
     from fedhubert_lib.export import s3prl
 
     chosen = {name: getattr(options, name) for name in ("seeds", "fine_tune", "steps", "rate", "device")}
-    tables.read(options.run)  # says what to do where there is none, before a lock is asked of a folder that is no run
-    with _refusing(), runs.holding(options.run / ".lock", "fedhubert s3prl"):
-        results = s3prl.of_run(options.run, options.system, **chosen)
+    run = runs.named(options.run)
+    with _refusing(), runs.holding(run / ".lock", "fedhubert s3prl"):
+        results = s3prl.of_run(run, options.system, **chosen)
     for result in results:
         print(f"seed {result['seed']}: dev {result['dev']:.4f}, test {result['test']:.4f}")
 
@@ -204,9 +203,10 @@ def _deploy(options: argparse.Namespace) -> int | None:
     from fedhubert_lib.federated import deployment
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    folder = options.run / deployment.FOLDER
+    run = options.run if options.run.is_dir() else runs.outputs() / options.run  # a client's is no whole run
+    folder = run / deployment.FOLDER
     if options.step == "prepare":
-        deployment.prepare(folder, federated.client_ids(options.run), options.host, options.port)
+        deployment.prepare(folder, federated.client_ids(run), options.host, options.port)
         print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
     elif options.step == "server":
         return deployment.serve(folder, options.bind)
@@ -215,10 +215,10 @@ def _deploy(options: argparse.Namespace) -> int | None:
             deployment.add_client(folder, client)
         print(f"registered: {', '.join(deployment.register(folder)) or 'no new client'}")
     elif options.step == "client":
-        deployment.attend(options.node, options.run, options.device)
+        deployment.attend(options.node, run, options.device)
     else:
-        deployment.check_records(options.run)
-        run = options.run.resolve()
+        deployment.check_records(run)
+        run = run.resolve()
         os.environ["FEDHUBERT_OUTPUTS"] = str(run.parent)
         engines = [f"{stage}.engine=deployment" for stage in DEPLOYED[:-1]]
         study = studies.load(options.study, [*options.set, *engines], run.name)
@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     argument("stage", nargs="*", choices=[[], *STAGES], metavar="STAGE", help="sections (default: all)")
 
     argument = add("export-client", _export_client, "copy the data of one client to a folder, for its machine")
-    argument("run", type=Path, help="the run's folder, such as outputs/toy")
+    argument("run", help="the run's name or folder, such as toy or outputs/toy")
     argument("client", help="its id, such as client-003")
     argument("destination", type=Path, help="folder to make")
     argument("--at", type=Path, metavar="FOLDER", help="its path on the client's machine, if another")
@@ -275,7 +275,7 @@ def _add(commands: Any, name: str, function: Callable, about: str, epilog: str =
 
 
 def _add_evaluation(add: Callable) -> None:
-    runs = {"type": Path, "nargs": "+", "metavar": "RUN", "help": "folder of an evaluated run; several: other seeds"}
+    runs = {"nargs": "+", "metavar": "RUN", "help": "name or folder of an evaluated run; several: other seeds"}
     argument = add("table", _table, "the headline table of a run, or of training seeds with intervals, in Markdown")
     argument("runs", **runs)
 
@@ -316,7 +316,7 @@ def _add_evaluation(add: Callable) -> None:
 
     about = "train and evaluate s3prl's speech_commands on a model of a run, and add its accuracy to the report"
     argument = add("s3prl", _s3prl, about, "Needs s3prl's environment: make s3prl.")
-    argument("run", type=Path, help="folder of an evaluated run, such as outputs/quickstart")
+    argument("run", help="name or folder of an evaluated run, such as outputs/quickstart")
     argument("--system", default="teacher", help="teacher (default), student, random: as report.json says")
     argument("--fine-tune", action="store_true", help="train the whole model on its last layer")
     argument("--steps", type=int, default=200_000, help="optimiser steps (default: 200000, as SUPERB)")
@@ -328,7 +328,7 @@ def _add_evaluation(add: Callable) -> None:
 def _add_steps(steps: Any) -> None:
     def add(step: str, about: str) -> Callable:
         argument = _add(steps, step, _deploy, about)
-        argument("run", type=Path, help="the run's folder, such as outputs/toy: the server's, or the client's")
+        argument("run", type=Path, help="the run's folder or name, such as outputs/toy: the server's, or the client's")
         return argument
 
     argument = add("prepare", "write keys, certificates and configuration to RUN/federation")

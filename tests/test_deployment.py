@@ -179,6 +179,17 @@ def test_a_federation_that_is_not_there_is_named(tmp_path, capsys):
     assert "prepare" in said
 
 
+def test_a_run_is_named_or_a_folder_which_comes_first(outputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # of the process that runs the tests
+    monkeypatch.setattr(deployment, "serve", lambda folder, bind: print(folder))
+    monkeypatch.chdir(tmp_path)
+    for folder in (outputs / "study", tmp_path / "study"):
+        folder.mkdir()
+        cli.main(["deploy", "server", "study"])
+        given = Path("study") if folder.parent == tmp_path else folder
+        assert capsys.readouterr().out == f"{given / deployment.FOLDER}\n"
+
+
 def test_records_that_a_server_needs_are_named(tmp_path):
     (tmp_path / "00_corpus").mkdir()
     (tmp_path / "00_corpus" / "done.json").touch()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from fedhubert_lib import params, partition, seeds
+from fedhubert_lib import cli, params, partition, seeds
 from fedhubert_lib.corpora import librispeech, scan
 
 SCHEMES = get_args(params.Partition.model_fields["scheme"].annotation)
@@ -252,6 +252,15 @@ def test_export_client_is_atomic(spoken, tmp_path):
     (tmp_path / "node").mkdir()
     with pytest.raises(partition.PartitionError, match="already exists"):
         partition.export_client(spoken, "client-000", tmp_path / "node")
+
+
+def test_export_client_takes_the_name_of_a_run(spoken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(tmp_path))
+    (spoken / "run.json").write_text("{}")
+    assert cli.main(["export-client", "run", "client-001", str(tmp_path / "node")]) == 0
+    assert (tmp_path / "node" / "01_partition" / "clients" / "client-001" / "train.parquet").is_file()
+    assert cli.main(["export-client", "nothing", "client-001", str(tmp_path / "other")]) != 0
+    assert "nothing: no run of that name" in capsys.readouterr().err
 
 
 def test_dirichlet_draws_for_each_subset_and_sex(table):

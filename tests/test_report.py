@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
 from fedhubert_lib.evaluation import extraction, keywords, layers, measures, report, systems, tables, training_seeds
+from fedhubert_lib.export import s3prl
 from fedhubert_lib.index import results
 
 WORDS = ("yes", "no", "up")
@@ -33,6 +34,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "run"
     sounds = folder / "00_corpus" / "sounds"
     sounds.mkdir(parents=True)
+    files.write_json(folder / "run.json", {})
     clips, manifest, phones = [], [], []
     for speaker in range(6):
         split = ("train", "validation", "test")[speaker % 3]
@@ -281,6 +283,18 @@ def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tm
     assert (tmp_path / "along.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["along", str(evaluated[0])]) == runner.USAGE
     assert "evaluate.along: true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["table"], ["along"], ["reference", "--to", "toy.json"], ["s3prl"]])
+def test_commands_take_the_name_of_a_run(evaluated, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDHUBERT_OUTPUTS", str(evaluated[0].parent))
+    monkeypatch.setattr(s3prl, "PYTHON", tmp_path / "none")
+    assert cli.main([*command, "nothing"]) == runner.USAGE
+    assert "nothing: no run of that name" in capsys.readouterr().err
+    cli.main([*command, "run"])
+    said = capsys.readouterr().err
+    assert "no run of that name" not in said and "not there" not in said
 
 
 def test_intervals_over_training_seeds_need_other_weights(evaluated):

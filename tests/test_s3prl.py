@@ -69,6 +69,7 @@ def evaluated(clips, tmp_path):
         {"system": system.name, "title": system.title, "digest": system.digest} for system in compared
     ]
     files.write_json(run / "05_evaluate" / "report.json", written)
+    files.write_json(run / "run.json", {})
     return run
 
 
