@@ -92,9 +92,11 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
     measured_on: dict[str, str] = {}
     for name, folders in groups.items():
         written = [folder for folder in folders if (folder / tables.STAGE / "report.json").is_file()]
-        done = [folder for folder in written if "evaluate" not in records.stale(folder)]
+        stale = {folder: why for folder in written if (why := records.stale(folder).get("evaluate"))}
+        done = [folder for folder in written if folder not in stale]
         if len(done) < len(folders):
-            notes.append(f"{name}: {f'{len(done)} of {len(folders)} runs' if done else 'not'} evaluated so far.")
+            old = "".join(f"; {folder.name}'s report is {why}: run it again" for folder, why in stale.items())
+            notes.append(f"{name}: {f'{len(done)} of {len(folders)} runs' if done else 'not'} evaluated so far{old}.")
         if not done:
             continue
         reports = training_seeds.reports(done)

@@ -144,7 +144,12 @@ def test_figures_have_the_interval_of_the_seeds_that_there_are(outputs):
     files.write_json(outputs / "one/05_evaluate/report.json", report | {"data": {"words": ["other"]}})
     assert "different words" in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
     (outputs / "base-2/05_evaluate/report.json").unlink()
-    assert "base: 2 of 3 runs evaluated" in " ".join(compare.figures(compare.groups(["base"]))[1])
+    assert "base: 2 of 3 runs evaluated so far." in " ".join(compare.figures(compare.groups(["base"]))[1])
+    files.write_json(outputs / "base-1/03_pretrain/done.json", {"identity": {"inputs": {}}, "outputs": "now"})
+    older = {"identity": {"inputs": {"03_pretrain": "then"}}}
+    files.write_json(outputs / "base-1/05_evaluate/done.json", older)
+    words = " ".join(compare.figures(compare.groups(["base"]))[1])
+    assert "base: 1 of 3 runs" in words and "base-1's report is made from an older 03_pretrain" in words
 
 
 def test_the_command_prints_and_writes_a_page_that_fetches_nothing(outputs, tmp_path, capsys):
