@@ -16,7 +16,8 @@ from fedhubert_lib import files
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate", "fingerprint"]
-_CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.wav$")
+_CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.(?i:wav)$")
+_FORM = "WORD/SPEAKER_nohash_TAKE.wav"
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 SPLITS = ("train", *LISTS)
 
@@ -74,15 +75,17 @@ def usable(root: Path) -> set[str]:
     Raises CorpusError when there are fewer than two.
     """
     split = lists(root)
-    names = set()
+    names, refused = set(), []
     for folder in words(root):
-        clips = [f"{folder.name}/{name}" for name in os.listdir(folder)]
+        clips = [f"{folder.name}/{name}" for name in os.listdir(folder) if not name.startswith(".")]
+        refused += [clip for clip in clips if not _CLIP.fullmatch(clip)]
         if {"train", "test"} <= {split.get(clip, "train") for clip in clips if _CLIP.fullmatch(clip)}:
             names.add(folder.name)
     if len(names) < 2:
+        other = f"{len(refused):,} files such as {min(refused)} are not {_FORM}; " if refused else ""
         raise CorpusError(
             f"corpus.keywords_root: {root} has a training and a test clip of {len(names)} words, and its lists name "
-            f"{len(split):,} clips; unpack whole folders of words, and both lists, from one archive"
+            f"{len(split):,} clips; {other}unpack whole folders of words, and both lists, from one archive"
         )
     return names
 
@@ -96,7 +99,7 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     """
     table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
     table = table.join(table["clip"].str.extract(_CLIP))
-    table.loc[table["word"].isna() & (table["reason"] == ""), "reason"] = "not WORD/SPEAKER_nohash_TAKE.wav"
+    table.loc[table["word"].isna() & (table["reason"] == ""), "reason"] = f"not {_FORM}"
     split = lists(root)
     table["split"] = table["clip"].map(split).fillna("train")
     notes = _missing(root, split, set(table["clip"]))
