@@ -99,6 +99,14 @@ def test_files_that_are_not_named_as_clips_are_counted_where_no_words_are_left(r
         speech_commands.usable(root)
 
 
+def test_clips_that_are_cut_to_a_second_are_counted(root):
+    for clip, samples in ("yes/0a", 16_000), ("yes/0b", 16_001), ("no/2a", 48_000):
+        soundfile.write(root / f"{clip}_nohash_0.wav", np.linspace(0, 0.1, samples), 16_000)
+    clips, excluded = read(root)
+    assert len(clips) == 15 and clips.samples.max() == 48_000
+    assert excluded.reason.tolist() == ["2 of 15 clips are longer than 1 s: their middle second is used"]
+
+
 def test_clips_of_a_part_of_the_corpus(root):
     (root / "bed" / "2a_nohash_0.wav").unlink()
     (root / "no" / "1a_nohash_0.wav").unlink()

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from fedhubert_lib import files
+from fedhubert_lib.audio import SAMPLE_RATE
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate", "fingerprint"]
@@ -94,8 +95,8 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     """One row per usable clip below ``root`` (COLUMNS, in order of clip), and (path, reason) of all else.
 
     The reasons also list what a part of the corpus lacks: entries of the lists, words without a training or test clip,
-    validation clips altogether (then some voices move from training to validation). Raises CorpusError when fewer than
-    two words are left, or when a voice is in two splits.
+    validation clips altogether (then some voices move from training to validation); and how many clips exceed a second.
+    Raises CorpusError when fewer than two words are left, or when a voice is in two splits.
     """
     table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
     table = table.join(table["clip"].str.extract(_CLIP))
@@ -123,6 +124,8 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
                 f"{root}: fewer than two words have a training and a test clip (clips: {counts}; in the lists "
                 f"{len(split):,}); unpack whole folders of words beside both lists"
             )
+    if long := (table.loc[good, "samples"] > SAMPLE_RATE).sum():  # see keywords.one_second
+        notes.append((str(root), f"{long:,} of {good.sum():,} clips are longer than 1 s: their middle second is used"))
     excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(notes, columns=["path", "reason"])])
     return table.loc[good, COLUMNS].sort_values("clip").reset_index(drop=True), excluded.reset_index(drop=True)
 
