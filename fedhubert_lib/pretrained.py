@@ -97,8 +97,7 @@ def load(folder: str | Path, weights: bool = True) -> tuple[Hubert, Head | None]
         with torch.device(place):
             model = Hubert(config)
         _fill(model, {name: tensor.to(place) for name, tensor in tensors.items()}, paths[0])
-    path = folder / "head.safetensors"
-    if path.is_file():
+    if (path := folder / "head.safetensors").is_file():
         tensors = _read_tensors([path], weights)
         if "label_embeddings" not in tensors or tensors["label_embeddings"].ndim != 2:
             raise ValueError(f"{path}: holds no table label_embeddings; it is not a HuBERT head")
@@ -116,9 +115,10 @@ def read_config(folder: Path) -> HubertConfig:
     ``preprocessor_config.json``, or, in ours, in ``config.json``. It must stand there for a model with layer norm
     in its convolutions, which gives other numbers without; group norm removes scale and offset but for rounding.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: holds no config.json; give the folder of a Hugging Face HuBERT checkpoint")
+    if not (path := folder / "config.json").is_file():
+        what = "holds no config.json" if folder.is_dir() else "no such folder"
+        model = inner if (inner := folder / "checkpoint").is_dir() else "the folder of a Hugging Face HuBERT checkpoint"
+        raise FileNotFoundError(f"{folder}: {what}; give {model}")
     values = _read_json(path)
     if values.get("model_type") not in ("hubert", "fedhubert"):
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}; only HuBERT checkpoints can be read")
@@ -144,7 +144,8 @@ def read_config(folder: Path) -> HubertConfig:
         config = TypeAdapter(HubertConfig).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        name = (".".join(map(str, first["loc"])) + ": ").removeprefix(": ")  # none: values that do not go together
+        raise ValueError(f"{path}: {name}{first['msg'].removeprefix('Value error, ')}") from error
     for name, value in asdict(config).items():
         largest = 1 if "drop" in name else LARGEST
         for number in value if isinstance(value, tuple) else (value,):
@@ -172,8 +173,7 @@ def weight_files(folder: Path) -> list[Path]:
     """``model.safetensors`` in ``folder``, or the shards that its index names. Raises as ``load`` does."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (index := folder / "model.safetensors.index.json").is_file():
         names = _read_json(index, "weight_map")
         shards = [folder / name for name in sorted(set(map(str, names.values())))]
         if not shards or any(path.parent != folder for path in shards):

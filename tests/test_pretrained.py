@@ -234,10 +234,12 @@ def test_what_is_no_json_object_or_no_weight_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: None, r"config\.json"),
+        (lambda folder: None, r"holds no config\.json; give the folder"),
+        (lambda folder: folder.rmdir(), "no such folder"),
+        (lambda folder: write(folder / "checkpoint"), r"holds no config\.json; give .*/checkpoint$"),
         (lambda folder: write(folder, transformers.Wav2Vec2Model), "wav2vec2"),
         (lambda folder: write(folder, transformers.WavLMModel), "wavlm"),
-        (lambda folder: write(folder, conv_stride=(5, 2, 2, 2, 2, 2, 1)), "labels need 400 per 320"),
+        (lambda folder: write(folder, conv_stride=(5, 2, 2, 2, 2, 2, 1)), r"/config\.json: conv_kernel, .*400 per 320"),
         (other_rate, "8000 Hz"),
         (pickled, r"pytorch_model\.bin"),
         (changed("model.safetensors", None), r"model\.safetensors"),
