@@ -142,7 +142,8 @@ def owners(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
         case "speakers":
             client = _balanced(table, table["speaker"], p.clients, rng)
         case "chapter":
-            client = _balanced(table, (table["speaker"] + "-" + table["chapter"]).rename("chapter"), p.clients, rng)
+            unit = table.groupby([table["speaker"] + "-" + table["chapter"], "speaker"]).ngroup()  # A/B-C is not A-B/C
+            client = _balanced(table, unit.rename("chapter"), p.clients, rng)
         case "speaker":
             client, speakers = pd.factorize(table["speaker"], sort=True)
             if p.clients < len(speakers):

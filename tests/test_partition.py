@@ -57,6 +57,12 @@ def test_owners_of_each_scheme(table):
     assert (held("iid", "speaker") > 110).all()
 
 
+def test_chapters_of_two_speakers_are_two_whatever_their_names():
+    like = {"samples": 960_000, "subset": "recordings", "sex": ""}
+    two = pd.DataFrame({"speaker": ["A", "A-B"], "chapter": ["B-C", "C"], **like})
+    assert sorted(partition.owners(two, parameters("chapter", two, clients=2))) == [0, 1]
+
+
 def hours(table: pd.DataFrame, p: params.Partition) -> np.ndarray:
     return np.bincount(partition.owners(table, p), table.samples) / partition.HOUR
 
