@@ -243,10 +243,11 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
     minimum = max(p.minimum_minutes, SHORTEST * 60 / HOUR)
     small = np.flatnonzero(minutes < minimum)
     if len(small) and p.small_clients == "error":
+        whose = f" of speaker {table['speaker'][client == minutes.argmin()].iloc[0]}" if p.scheme == "speaker" else ""
         raise PartitionError(
             f"partition.minimum_minutes: {len(small)} of {len(minutes)} clients have less than {minimum:.3g} minutes "
-            f"in utterances of 1 s or more, the smallest {minutes.min():.2f}; ask for fewer clients, lower it, or set "
-            "small_clients=merge"
+            f"in utterances of 1 s or more, the smallest {minutes.min():.2f}{whose}; ask for fewer clients, lower "
+            "it, or set small_clients=merge"
         )
     owner = np.arange(len(minutes))  # the client that each one is merged into
     minutes[np.bincount(client, minlength=expected) == 0] = np.inf  # nothing left to merge

@@ -57,6 +57,12 @@ def test_owners_of_each_scheme(table):
     assert (held("iid", "speaker") > 110).all()
 
 
+def test_the_speaker_of_a_client_that_is_too_small_is_named():
+    three = pd.DataFrame({"speaker": ["ana", "ben", "cem"], "samples": [9_600_000, 960_000, 9_600_000]})
+    with pytest.raises(partition.PartitionError, match="1 of 3 clients .* the smallest 1.00 of speaker ben;"):
+        partition.owners(three, params.Partition(scheme="speaker", clients=3, minimum_minutes=5))
+
+
 def test_chapters_of_two_speakers_are_two_whatever_their_names():
     like = {"samples": 960_000, "subset": "recordings", "sex": ""}
     two = pd.DataFrame({"speaker": ["A", "A-B"], "chapter": ["B-C", "C"], **like})
