@@ -283,7 +283,7 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
     It is laid out as a run, so that a SuperNode can use it as its ``run`` folder: ``audio/`` and
     ``01_partition/clients/CLIENT/``. The lists point into ``destination``, or into ``at``, the folder's later place on
     the client's machine. Every copy is checked against the fingerprint in the manifest. Raises PartitionError when
-    there is no such client, the folder already exists, or a file has changed since it was scanned.
+    there is no such client, the folder already exists, or a file has changed or gone since it was scanned.
     """
     source = run / "01_partition" / "clients" / client
     clients = sorted(path.name for path in (run / "01_partition" / "clients").glob("*"))
@@ -299,6 +299,8 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
             table = pd.read_parquet(source / f"{part}.parquet")
             paths = []
             for row in table.itertuples():
+                if not Path(row.path).exists():
+                    raise PartitionError(f"{row.path}: no such file; put it back, or run 00_corpus, 01_partition again")
                 name = f"audio/{row.utterance}{Path(row.path).suffix}"
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)  # of a plain folder: SPEAKER/FILE
                 shutil.copyfile(row.path, folder / name)

@@ -259,6 +259,9 @@ def test_export_client_is_atomic(spoken, tmp_path):
     assert not scan.header(str(audio)).reason, "its ends say nothing of that"
     with pytest.raises(partition.PartitionError, match=f"{audio}: .*damaged"):
         partition.export_client(spoken, "client-000", tmp_path / "node")
+    audio.unlink()
+    with pytest.raises(partition.PartitionError, match=f"{audio}: no such file; put it back"):
+        partition.export_client(spoken, "client-000", tmp_path / "node")
     audio.write_bytes(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "run"]
     (tmp_path / "node").mkdir()
