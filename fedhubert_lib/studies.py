@@ -102,6 +102,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), run: str | None = None
             errors.append(f"--set {override}: {error}")
     raw = {"study": path.stem, "seed": 0, **raw}
     raw["run"] = run or raw.get("run", raw["study"])
+    places |= {("run",): f"--run {run}"} if run else {}
     pretrain = raw.get("pretrain")
     for stage in SECTIONS:
         section = {} if raw.get(stage) is None else raw[stage]

@@ -234,6 +234,14 @@ def test_load_copies_the_top_level_into_sections(tmp_path):
     assert len(errors(study(tmp_path, "study: s"), "run=../../elsewhere")) == 1
 
 
+def test_a_name_that_no_run_can_have_is_said_where_it_was_given(tmp_path):
+    path = study(tmp_path, "run: x y")
+    with pytest.raises(studies.ParameterError, match=r"^\S+:1: run: .* not 'x y'$"):
+        studies.load(path)
+    with pytest.raises(studies.ParameterError, match="^--run a b: run: .* not 'a b'$"):
+        studies.load(path, run="a b")
+
+
 def test_overrides_take_text_literally(tmp_path):
     values = [
         "corpus.kind=librispeech",
