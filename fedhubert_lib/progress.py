@@ -37,7 +37,7 @@ def last_round(rows: Rows, since: float = 0.0) -> str:
         words.append(f"{timedelta(seconds=round(left))} left")
     failed = [row for row in rows if row["kind"] == "failure" and row.get("round") == last["round"] and row["client"]]
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    left_out = f"; left out: {failed[0]['client']} ({failed[0]['reason']:.150}){others}" if failed else ""
+    left_out = f"; left out: {failed[0]['client']} ({failed[0]['reason']:.200}){others}" if failed else ""
     return ", ".join(words) + left_out
 
 
