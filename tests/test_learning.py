@@ -1,4 +1,4 @@
-"""What training on the built-in corpus must reach: the published loss in a minute, the recipe in seconds."""
+"""What training on the built-in corpus must reach in seconds, with the recipe and with the published loss."""
 
 from pathlib import Path
 
@@ -108,29 +108,15 @@ def phone_accuracy(corpus, model: hubert.Hubert) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weight", [params.Pretrain().unmasked_weight, 0.0], ids=["recipe", "published loss"])
-def test_the_recipe_leaves_the_plateau_where_the_published_loss_does_not(corpus, weight):
-    """Seconds of training: scoring frames that are heard takes masked accuracy beyond the commonest label, and phones
-    beyond those of random weights. With two layers and 50 clusters the published loss reaches the first by then, but
-    its phones stay at those of random weights."""
+def test_the_recipe_learns_phones_in_seconds_where_the_published_loss_does_not(corpus, weight):
+    """Seconds of training: with two layers and 50 clusters masked accuracy gets beyond the commonest label with either
+    loss, phones get beyond those of random weights where frames that are heard are scored alone."""
     config = hubert.replace(SMALLER, front_end="logmel")
     untrained = hubert.Hubert(config)
     hubert.initialise(untrained, seeds.torch_generator(0))
     recipe = {"learning_rate": 2e-3, "steps": 200, "batch_seconds": 16.0, "crop_seconds": 4.0}
     rows, model = train(corpus, config, **recipe, unmasked_weight=weight)
-    learned = rows[-1]["accuracy_masked"] > 1.5 * commonest_label(corpus)
+    assert rows[-1]["accuracy_masked"] > 1.5 * commonest_label(corpus) > rows[0]["accuracy_masked"], rows
     phones = phone_accuracy(corpus, model) > phone_accuracy(corpus, untrained.eval()) + 0.05
-    assert (learned and phones) == (weight > 0), rows
+    assert phones == (weight > 0)
     assert (rows[-1]["accuracy_unmasked"] > 3 * rows[-1]["accuracy_masked"]) == (weight > 0), rows
-
-
-@pytest.mark.slow
-def test_the_published_loss_leaves_the_plateau_with_twice_the_audio(corpus):
-    """About a minute. (Measured over four seeds: masked accuracy .09 to .1 at the end, the commonest label .05.)
-
-    That unmasked frames, which this loss does not score, are known better by then holds for some seeds alone.
-    """
-    recipe = {"learning_rate": 2e-3, "steps": 200, "batch_seconds": 32.0, "crop_seconds": 4.0}
-    rows, _ = train(corpus, hubert.replace(SMALLER, front_end="logmel"), **recipe)
-    commonest = commonest_label(corpus)
-    assert rows[0]["accuracy_masked"] < commonest
-    assert np.mean([row["accuracy_masked"] for row in rows[-3:]]) > 1.5 * commonest, rows
