@@ -79,18 +79,6 @@ def test_clips_refuse_lists_that_are_not_text(root):
         read(root)
 
 
-def test_clips_may_end_in_capitals(root):
-    for path in root.glob("*/*.wav"):
-        path.rename(path.with_suffix(".WAV"))
-    for name in speech_commands.LISTS.values():
-        (root / name).write_text((root / name).read_text().replace(".wav", ".WAV"))
-    clips, excluded = read(root)
-    assert splits(clips) == VOICES and excluded.empty and speech_commands.usable(root) == {"yes", "no", "bed"}
-    (root / keywords.NOISE).mkdir()
-    soundfile.write(root / keywords.NOISE / "hum.WAV", np.zeros(16_000), 16_000)
-    assert list(keywords.noise(root).values()) == [16_000]
-
-
 def test_files_that_are_not_named_as_clips_are_counted_where_no_words_are_left(root):
     for path in root.glob("*/*.wav"):
         path.rename(path.with_suffix(".flac"))

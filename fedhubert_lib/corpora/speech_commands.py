@@ -17,7 +17,7 @@ from fedhubert_lib.audio import SAMPLE_RATE
 from fedhubert_lib.corpora.librispeech import CorpusError
 
 COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate", "fingerprint"]
-_CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.(?i:wav)$")
+_CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.wav$")
 _FORM = "WORD/SPEAKER_nohash_TAKE.wav"
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 SPLITS = ("train", *LISTS)

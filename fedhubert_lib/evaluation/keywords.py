@@ -100,7 +100,7 @@ def noise(root: Path) -> dict[Path, int]:
 
     Raises KeywordError if there is none, AudioError if one is no readable 16 kHz mono.
     """
-    paths = sorted((root / NOISE).glob("[!.]*.[wW][aA][vV]"))  # macOS: ._NAME
+    paths = sorted((root / NOISE).glob("[!.]*.wav"))  # macOS: ._NAME
     if not paths:
         raise KeywordError(
             f"{root / NOISE}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"
