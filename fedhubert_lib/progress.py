@@ -35,9 +35,11 @@ def last_round(rows: Rows, since: float = 0.0) -> str:
     if rounds > last["round"]:
         left = (rounds - last["round"]) * sum(row.get("seconds", 0.0) for row in done) / len(done)
         words.append(f"{timedelta(seconds=round(left))} left")
-    failed = [row for row in rows if row["kind"] == "failure" and row.get("round") == last["round"] and row["client"]]
-    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    left_out = f"; left out: {failed[0]['client']} ({failed[0]['reason']:.200}){others}" if failed else ""
+    failures = [row for row in rows if row["kind"] == "failure" and row.get("round") == last["round"]]
+    while any(not row["client"] for row in failures):  # of an attempt that failed as a whole, and was repeated
+        del failures[0]
+    others = f" and {more} more" if (more := len({row["client"] for row in failures}) - 1) > 0 else ""
+    left_out = f"; left out: {failures[0]['client']} ({failures[0]['reason']:.200}){others}" if failures else ""
     return ", ".join(words) + left_out
 
 

@@ -75,10 +75,12 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
     from fedhubert_lib import preflight  # here: torch takes seconds that a misspelt parameter need not wait for
 
     preflight.study(study, stages, folder)
-    if "corpus" not in stages and (done := runs.read_json(folder / params.FOLDERS["corpus"] / "done.json")):
-        for name, state in identity.listings(study.corpus).items():
-            if state not in (done["identity"]["inputs"].get(name, state), identity.NOTHING):  # a server has no audio
-                progress.say(f"corpus.{name} has changed since 00_corpus read it; without --from it is read again")
+    done = runs.read_json(folder / params.FOLDERS["corpus"] / "done.json") if "corpus" not in stages else None
+    if done and "deployment" not in (study.kmeans.engine, study.pretrain.engine):  # whose server has a part, if any
+        with contextlib.suppress(OSError):  # a place that this user may not read
+            for name, state in identity.listings(study.corpus).items():
+                if state not in (done["identity"]["inputs"].get(name, state), identity.NOTHING):
+                    progress.say(f"corpus.{name}: not the files that 00_corpus read; without --from it reads them anew")
     stop = _Stop(force)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:

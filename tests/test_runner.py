@@ -151,7 +151,7 @@ def test_a_runner_that_is_refused_leaves_the_folder_to_the_other(outputs, monkey
     assert not (outputs / "toy").exists()
 
 
-def test_a_run_that_begins_later_says_that_recordings_have_changed(outputs, tmp_path, capsys):
+def test_a_run_that_begins_later_says_that_recordings_have_changed(outputs, tmp_path, monkeypatch, capsys):
     root = tmp_path / "recordings"
     (root / "ana").mkdir(parents=True)
     (root / "ana/1.wav").touch()
@@ -165,9 +165,15 @@ def test_a_run_that_begins_later_says_that_recordings_have_changed(outputs, tmp_
 
     assert told() == ""
     (root / "ana/2.wav").touch()
-    assert told().startswith("corpus.root has changed since 00_corpus read it; without --from")
+    assert told().startswith("corpus.root: not the files that 00_corpus read")
+    deployed = study.model_copy(update={"kmeans": study.kmeans.model_copy(update={"engine": "deployment"})})
+    runner.run(deployed, [])
+    assert capsys.readouterr().out == "", "a deployment's server has a part of the speech"
+    monkeypatch.setattr(identity, "listings", lambda p: os.listdir(tmp_path / "not there"))
+    assert told() == "", "nor is a folder that cannot be read a reason to stop"
+    monkeypatch.undo()
     shutil.rmtree(root)
-    assert told() == "", "a deployment's server needs no audio"
+    assert told() == "", "of a run that was copied here without its audio"
 
 
 def test_a_notebook_without_a_parameters_cell_starts_nothing(project):
@@ -389,8 +395,9 @@ def test_a_line_says_how_far_a_training_is_and_who_is_at_work():
     assert progress.at_work(rows) == ""
     words = "round 1 of 9, loss 2.5, 80 audio s/s, 0:08:00 left"
     assert progress.last_round(rows) == f"{words}; left out: b (AudioError: b.flac: gone)"
-    more = [{**rows[2], "kind": "failure", "client": client, "reason": "x" * 999} for client in ("c", "d")]
+    more = [{**rows[3], "client": client, "reason": "x" * 999} for client in ("b", "c", "d")]
     assert progress.last_round([*rows, *more]) == f"{words}; left out: b (AudioError: b.flac: gone) and 2 more"
+    assert progress.last_round([*rows, *more[1:], {**more[0], "client": ""}]) == words, "of an attempt before"
     assert progress.last_round(rows, since=3.5) == ""
     rows.append({"kind": "answers", "action": "features", "clients": 2, "of": 9, "time": 4.0})
     assert progress.at_work(rows, since=3.5) == "features: 2 of 9 clients done" and not progress.at_work(rows, since=5)
