@@ -203,7 +203,8 @@ def _deploy(options: argparse.Namespace) -> int | None:
     from fedhubert_lib.federated import deployment
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    run = options.run if options.run.is_dir() else runs.outputs() / options.run  # a client's is no whole run
+    named = runs.outputs() / options.run
+    run = named if named.is_dir() and not options.run.is_dir() else options.run
     folder = run / deployment.FOLDER
     if options.step == "prepare":
         deployment.prepare(folder, federated.client_ids(run), options.host, options.port)

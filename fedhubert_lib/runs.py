@@ -321,7 +321,7 @@ def forced(run: Path, stage: str) -> Path:
 def _has_results(folder: Path) -> bool:
     """Whether a stage's folder holds more than the records of its start, and figures."""
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
-    return any(name.parts[0] not in ("figures", "begun.json", "params.yaml") for name in names)
+    return any(name.parts[0] not in ("figures", "begun.json", "params.yaml", identity.READ) for name in names)
 
 
 def lost_audio(run: Path) -> Path | None:
@@ -429,7 +429,7 @@ def named(name: str) -> Path:
     """The folder of the run ``name``, or at the path ``name``. Raises RunError where there is no run."""
     folder = outputs() / name
     folder = folder if folder.is_dir() else Path(name).resolve()
-    if not (folder / "run.json").is_file():
+    if not (folder / "run.json").is_file() and not any(folder.glob("0[0-5]_*/")):  # a part of one was copied here
         raise RunError(f"{name}: no run of that name in {outputs()}, and no folder of a run")
     return folder
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from fedhubert_lib import cli, compare, files, params, plots, records
+from fedhubert_lib import cli, compare, files, params, plots, records, runs
 from fedhubert_lib.evaluation import intervals
 
 WORDS = ["yes", "no"]
@@ -59,6 +59,8 @@ def test_names_stand_for_runs_folders_and_training_seeds(outputs):
         seeds_of(outputs / place, "same", [0.5, 0.6])
     studies = compare.groups([str(outputs / place / "same") for place in ("one", "two")])
     assert compare.states(studies).index.tolist() == [f"{study}-{seed}" for study in studies for seed in (0, 1)]
+    (outputs / "copied/05_evaluate").mkdir(parents=True)
+    assert runs.named("copied") == outputs / "copied", "a part of a run from another machine"
     with pytest.raises(records.RunError, match="nothing: no run of that name"):
         compare.groups(["base", "nothing"])
 

@@ -313,6 +313,8 @@ def test_a_refusal_leaves_everything_as_it_was(outputs, changes):
     (outputs / "toy/00_corpus.ipynb").write_text("executed")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="no such teacher"), begin(**changes).working():
+        if changes:  # else the earlier work is written to
+            (folder / identity.READ).write_text("{}")  # no result: what 00 is about to read
         raise ValueError("no such teacher")
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after.keys() == before.keys()

@@ -6,6 +6,7 @@
 * ``excluded.parquet``: path and reason of every file or alignment left out
 * ``keywords.parquet``: a row per keyword clip, with its train, validation or test list
 * ``phones.parquet``: phone times, where the corpus has them
+* ``read.json``: the state of the given folders before anything was read
 * ``synthetic/``: the generated audio, in the layouts of LibriSpeech and Speech Commands
 """
 
@@ -30,7 +31,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
     out = run / "00_corpus"
     spoken = _words(out, p, on_progress)
     root, train, test = _speech(out, p, on_progress)
-    # After what is fetched, for runs.finish; before all reading: a file that comes while it lasts is another input.
+    # Once all is fetched and before any is read: what comes later counts as another input (runs.finish).
     files.write_json(out / identity.READ, identity.listings(p))
     keywords, excluded_clips = _keywords(out, spoken, p, on_progress)
     places = [root / subset for subset in train + test] or [root]

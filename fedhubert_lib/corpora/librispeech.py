@@ -32,7 +32,7 @@ def home(root: Path, subsets: list[str]) -> Path:
     for subset in subsets:
         if not (root / subset).is_dir():
             folders = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folder at all"
-            remedy = "name the folder above it" if root.name in subsets else f"it has {folders}"
+            remedy = f"give {root.parent}" if root.name in subsets else f"it has {folders}"
             raise CorpusError(f"{root} has no subset {subset}; {remedy}")
         if not any((root / subset).iterdir()):
             raise CorpusError(f"{root / subset} is empty; unpack the subset there, or leave it out")

@@ -113,8 +113,9 @@ def _codebook(
     if kind != "central":  # whose cost would be that of pooling the data
         cost |= exchange.clients.since(before)
     cost["fit_seconds"] = time.perf_counter() - started
+    if unknown := codebook.keys() - set(client.ARRAYS):  # clients and a resumed run would do without them
+        raise KmeansError(f"codebook {kind}: name its {', '.join(sorted(unknown))} in ARRAYS of kmeans/client.py, too")
     for name, array in codebook.items():
-        assert name in client.ARRAYS, name  # else clients and a resumed run would do without it
         with files.atomic(folder / f"{name}.npy") as temporary:
             np.save(temporary, array.numpy())
     facts = {"kind": kind, "clusters": p.clusters, "settings": settings, "cost": cost, "clients": exchange.ids}
