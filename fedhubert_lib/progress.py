@@ -36,8 +36,8 @@ def last_round(rows: Rows, since: float = 0.0) -> str:
         left = (rounds - last["round"]) * sum(row.get("seconds", 0.0) for row in done) / len(done)
         words.append(f"{timedelta(seconds=round(left))} left")
     failures = [row for row in rows if row["kind"] == "failure" and row.get("round") == last["round"]]
-    while any(not row["client"] for row in failures):  # of an attempt that failed as a whole, and was repeated
-        del failures[0]
+    repeated = max((place for place, row in enumerate(failures, 1) if not row["client"]), default=0)
+    failures = failures[repeated:]  # of the attempt that succeeded
     others = f" and {more} more" if (more := len({row["client"] for row in failures}) - 1) > 0 else ""
     left_out = f"; left out: {failures[0]['client']} ({failures[0]['reason']:.200}){others}" if failures else ""
     return ", ".join(words) + left_out

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -410,7 +411,7 @@ def test_prepare_names_missing_and_empty_folders(tree, tmp_path):
         prepare(tmp_path / "run", tmp_path / "empty")
     with pytest.raises(corpora.CorpusError, match="has no subset .*; it has dev-clean-2, train-clean-5"):
         librispeech.home(tree, ["train-clean-100"])
-    with pytest.raises(corpora.CorpusError, match="has no subset train-clean-5; give /.*"):
+    with pytest.raises(corpora.CorpusError, match=f"has no subset train-clean-5; give {re.escape(str(tree))}$"):
         librispeech.home(tree / "train-clean-5", ["train-clean-5"])
     for folder in (tree, tree / "LibriSpeech"):  # of which one has all
         (folder / "train-other-500").mkdir(parents=True, exist_ok=True)

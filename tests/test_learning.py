@@ -110,7 +110,7 @@ def phone_accuracy(corpus, model: hubert.Hubert) -> float:
 @pytest.mark.parametrize("weight", [params.Pretrain().unmasked_weight, 0.0], ids=["recipe", "published loss"])
 def test_the_recipe_learns_phones_in_seconds_where_the_published_loss_does_not(corpus, weight):
     """Seconds of training: with two layers and 50 clusters masked accuracy gets beyond the commonest label with either
-    loss, phones get beyond those of random weights where frames that are heard are scored alone."""
+    loss, phones get beyond those of random weights only where frames that are heard are scored, too."""
     config = hubert.replace(SMALLER, front_end="logmel")
     untrained = hubert.Hubert(config)
     hubert.initialise(untrained, seeds.torch_generator(0))

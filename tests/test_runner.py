@@ -169,9 +169,10 @@ def test_a_run_that_begins_later_says_that_recordings_have_changed(outputs, tmp_
     deployed = study.model_copy(update={"kmeans": study.kmeans.model_copy(update={"engine": "deployment"})})
     runner.run(deployed, [])
     assert capsys.readouterr().out == "", "a deployment's server has a part of the speech"
-    monkeypatch.setattr(identity, "listings", lambda p: os.listdir(tmp_path / "not there"))
-    assert told() == "", "nor is a folder that cannot be read a reason to stop"
-    monkeypatch.undo()
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(identity, "listings", lambda p: os.listdir(tmp_path / "not there"))
+        assert told() == "", "nor is a folder that cannot be read a reason to stop"
+    assert told() != ""
     shutil.rmtree(root)
     assert told() == "", "of a run that was copied here without its audio"
 
