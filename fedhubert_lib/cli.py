@@ -313,7 +313,7 @@ def _add_evaluation(add: Callable) -> None:
     argument("--clusters", type=int, default=100, help="to fit (default: 100)")
     argument("--seed", type=int, default=0, help="of the recordings that are fitted on, and of k-means (default: 0)")
     argument("--deduplicate", action="store_true", help="one unit for each run of the same")
-    argument("--device", type=params.device, default="cpu", help="cpu, cuda, auto")
+    argument("--device", default="cpu", help="cpu, cuda, auto")
 
     about = "train and evaluate s3prl's speech_commands on a model of a run, and add its accuracy to the report"
     argument = add("s3prl", _s3prl, about, "Needs s3prl's environment: make s3prl.")
@@ -348,7 +348,7 @@ def _add_steps(steps: Any) -> None:
         some = f"of {', '.join(DEPLOYED)} (default: all)"
         argument("stage", nargs="*", choices=[[], *DEPLOYED], metavar="STAGE", help=some)
     for argument in attend, local:
-        argument("--device", type=params.device, default="cpu", help="where clients compute: cpu, cuda:0 ...")
+        argument("--device", default="cpu", help="where clients compute: cpu, cuda:0 ...")
 
 
 def _add_study(argument: Callable) -> None:

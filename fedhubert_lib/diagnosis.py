@@ -63,7 +63,7 @@ def _shifted(run: Path, p: Mapping[str, Any], last: pd.Series, frequencies: np.n
         figures = f"{measured[lag]:.0%} of the labels fit the audio {20 * abs(lag)} ms {side} them,"
         figures += f" {measured[0]:.0%} that beside them"
     else:
-        learns = frequencies is not None and last.loss < entropy(frequencies) - NEAR
+        learns = p["unmasked_weight"] and frequencies is not None and last.loss < entropy(frequencies) - NEAR
         if not learns or last.accuracy_unmasked > last.accuracy_masked:
             return ""
         figures = f"loss falls, to {last.loss:.2f}, but frames that are heard are not known better than hidden ones:"

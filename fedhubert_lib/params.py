@@ -4,26 +4,17 @@ A section per notebook. The defaults stand here alone: a chain of seconds, which
 """
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from fedhubert_lib import audio
+from fedhubert_lib import audio, resources
 
 ROOT = Path(__file__).resolve().parents[1]
 """The project: notebooks/, params/ and outputs/ lie here. Relative paths in parameters start here, too, so that the
 working directory, which differs between JupyterLab, papermill and nbval, plays no part."""
-
-
-def device(name: str) -> str:
-    """``name`` of a device. Raises ValueError unless it is one that can compute this."""
-    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is None:
-        why = "; mps does not have float64, in which norms and sums are taken" if name.startswith("mps") else ""
-        raise ValueError(f"auto, cpu, cuda or cuda:NUMBER is expected{why}")
-    return name
 
 
 def _from_root(path: str) -> str:
@@ -68,7 +59,7 @@ Natural = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Clusters = Annotated[int, Field(ge=2, le=65_535)]
 Place = Annotated[str, AfterValidator(_from_root)]
-Device = Annotated[str, AfterValidator(device)]
+Device = Annotated[str, AfterValidator(resources.named)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)]
 """Of a folder: letters, digits and _ . - only."""
 

@@ -35,16 +35,21 @@ def cores() -> int:
     return max(1, min(granted))
 
 
+def named(device: str) -> str:
+    """``device``. Raises ValueError unless it names one that can compute this, here or elsewhere."""
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device) is None:
+        why = "; mps does not have float64, in which norms and sums are taken" if device.startswith("mps") else ""
+        raise ValueError(f"device {device!r}: auto, cpu, cuda or cuda:NUMBER is expected{why}")
+    return device
+
+
 def resolve(device: str) -> str:
     """``auto`` is the first GPU, or the CPU where there is none. Raises ValueError for a device that is not here."""
     import torch
 
-    if device == "auto":
+    if named(device) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r}: torch knows none of that name; give auto, cpu, cuda or cuda:N") from None
+    place = torch.device(device)
     if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
         seen = f" (CUDA_VISIBLE_DEVICES={chosen})" if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) else ""
         raise ValueError(

@@ -91,7 +91,7 @@ def test_no_gpu(monkeypatch):
     assert resources.resolve("auto") == "cpu"
     with pytest.raises(ValueError, match="this process sees 0 GPUs"):
         resources.resolve("cuda")
-    with pytest.raises(ValueError, match="torch knows none of that name"):
+    with pytest.raises(ValueError, match="'gpu': auto, cpu, cuda or cuda:NUMBER is expected"):
         resources.resolve("gpu")
     monkeypatch.setattr(pool, "devices", lambda device: ["cpu"] * 4)
     with pytest.raises(MemoryError, match=r"4 workers' steps need 16.0 GiB, and 10.0 are free"):

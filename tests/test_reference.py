@@ -253,6 +253,17 @@ def test_without_audio_the_accuracies_tell_shifted_labels(trained, monkeypatch):
     assert [WORDS["shifted"] in " ".join(diagnosis.causes(trained[name])) for name in ("seed-0", "shifted")] == [0, 1]
 
 
+@pytest.mark.parametrize(("weight", "found"), [(1.0, 1), (0.0, 0)])
+def test_accuracies_tell_shifted_labels_where_unmasked_frames_are_learned(tmp_path, weight, found):
+    """With the published loss unmasked accuracy is below the masked one in half of all trainings on right labels."""
+    run = make(tmp_path / "run", LOSS, f"pretrain.unmasked_weight={weight}")
+    accuracies = {"accuracy_masked": 0.2, "accuracy_unmasked": 0.1}
+    files.append_row(run / "03_pretrain" / "metrics.jsonl", {"kind": "round", "round": 41, "loss": 3.0, **accuracies})
+    (folder := run / "02_kmeans" / "codebooks" / "federated").mkdir(parents=True)
+    np.save(folder / "counts.npy", np.ones(100))
+    assert sum(WORDS["shifted"] in cause for cause in diagnosis.causes(run)) == found
+
+
 def test_a_reference_of_runs_that_were_not_all_evaluated_on_the_way_has_their_ends(tmp_path):
     """The end of the one is beside the end of the other, not beside its beginning."""
     runs = [make(tmp_path / f"r{n}", LOSS, f"pretrain.seed={n}") for n in (0, 1)]

@@ -108,10 +108,9 @@ def recordings(folder: Path) -> pd.DataFrame:
 def _fit(model: Hubert, table: pd.DataFrame, made: dict[str, Any], place: Path, device: str) -> None:
     """K-means of a layer on recordings that the seed draws, ``FIT_FRAMES`` frames at most; kept in ``place``."""
     counts = table.samples.map(audio.frame_count).to_numpy()
-    if counts.sum() < made["clusters"]:
-        raise ExportError(
-            f"{made['clusters']} clusters from {counts.sum()} frames: lower --clusters, or give more speech"
-        )
+    if not 1 <= made["clusters"] <= counts.sum():
+        possible = f"--clusters has to be from 1 to the {counts.sum()} frames that there are"
+        raise ExportError(f"{made['clusters']} clusters asked for; {possible}")
     order = seeds.numpy_generator(made["seed"], "units-sample").permutation(len(table))
     before = np.cumsum(counts[order]) - counts[order]
     chosen = table.iloc[order[before < reading.FIT_FRAMES]]
