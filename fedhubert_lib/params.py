@@ -1,6 +1,6 @@
 """The parameters of every notebook: typed, documented, validated before any kernel starts.
 
-A section per notebook. The defaults stand here alone: a chain of seconds, which ``params/toy.yaml`` is.
+A section per notebook. The defaults stand here alone: a chain of minutes, which ``params/toy.yaml`` is.
 """
 
 import os
