@@ -100,14 +100,17 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
         if not done:
             continue
         reports = training_seeds.reports(done)
-        measured_on[name] = json.dumps(reports[0]["data"])
+        way = {key: value for key, value in reports[0]["parameters"].items() if key not in training_seeds.IRRELEVANT}
+        measured_on[name] = json.dumps([reports[0]["data"], way])
         one_model = f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
         spans.setdefault(f"{len(done)} training seeds" if len(done) > 1 else one_model, []).append(name)
         values = training_seeds.means(reports).items()
         columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in values}
     notes += [f"{', '.join(names)}: intervals over {span}." for span, names in spans.items()]
     if len(set(measured_on.values())) > 1:
-        notes.append(f"{', '.join(measured_on)}: evaluated on different words or speech; figures do not compare.")
+        notes.append(
+            f"{', '.join(measured_on)}: evaluated on other words or speech, or otherwise; figures do not compare."
+        )
     table = pd.DataFrame(columns).reindex([tables.TITLES[name] for name in tables.HEADLINE], level=0)
     return table.fillna(""), notes
 

@@ -51,7 +51,8 @@ def figures(stage: Path, best: Mapping[str, Mapping[str, Any]], along: Sequence[
         for row in rows:
             curve.add({row["measure"]: row["value"]}, row["round"])
         last = max((row["round"] for row in rows), default=0)
-        curve.add({name: figure["value"] for name, figure in of_system.items()}, last)
+        # Of a single layer the best one on test clips would be shown.
+        curve.add({name: one["value"] for name, one in of_system.items() if not name.startswith("layer-")}, last)
 
 
 def check() -> None:

@@ -230,7 +230,7 @@ def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> Non
         try:
             layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
         except layers.NoPhonesError as error:  # no refusal: words need none, and 02 measures clients' phones
-            progress.say(f"05_evaluate measures no PNMI, phones and ABX: {error}")
+            progress.say(f"05_evaluate measures no PNMI and phones: {error}")
 
 
 CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (

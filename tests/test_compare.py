@@ -144,7 +144,10 @@ def test_figures_have_the_interval_of_the_seeds_that_there_are(outputs):
     assert "3 training seeds" in words and "2 evaluation seeds" in words and "started: not evaluated" in words
     report = json.loads((outputs / "one/05_evaluate/report.json").read_text())
     files.write_json(outputs / "one/05_evaluate/report.json", report | {"data": {"words": ["other"]}})
-    assert "different words" in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
+    assert "other words" in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
+    settings = report["parameters"] | {"clusters": 7}
+    files.write_json(outputs / "one/05_evaluate/report.json", report | {"parameters": settings})
+    assert "or otherwise" in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
     (outputs / "base-2/05_evaluate/report.json").unlink()
     assert "base: 2 of 3 runs evaluated so far." in " ".join(compare.figures(compare.groups(["base"]))[1])
     files.write_json(outputs / "base-1/03_pretrain/done.json", {"identity": {"inputs": {}}, "outputs": "now"})

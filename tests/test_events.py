@@ -52,10 +52,15 @@ def test_figures_are_those_of_the_best_layers_over_rounds(tmp_path, monkeypatch)
     figure = {"system": "teacher", "measure": "pnmi", "seeds": 1}
     along = {"system": "teacher", "measure": "pnmi"}
     document = {
-        "figures": [figure | {"layer": 0, "value": 0.25}, figure | {"layer": 1, "value": 0.5}],
+        "figures": [
+            figure | {"layer": 0, "value": 0.25},
+            figure | {"layer": 1, "value": 0.5},
+            figure | {"measure": "layer-accuracy", "layer": 1, "value": 0.9},
+        ],
         "along": [along | {"round": 1, "value": 0.125}, along | {"round": 8, "value": 0.5}],
     }
     for _ in range(2):  # an evaluation that is repeated takes the place of the first
         events.figures(tmp_path / "study" / "05_evaluate", tables.best(document["figures"]), document["along"])
-    steps = scalars(tmp_path / "events" / "study" / "05_evaluate" / "teacher")["pnmi"]
-    assert steps == [(1, 0.125), (8, 0.5), (8, 0.5)]
+    written = scalars(tmp_path / "events" / "study" / "05_evaluate" / "teacher")
+    assert written.keys() == {"pnmi"}, "the best layer on test clips is no figure"
+    assert written["pnmi"] == [(1, 0.125), (8, 0.5), (8, 0.5)]

@@ -184,7 +184,8 @@ def stage(tmp_path):
         "00_corpus/manifest.parquet": {"split": "train", "samples": 16_000 * 3600, "sample_rate": 16_000}
         | {"utterance": ["a-1", "b-1"], "speaker": ["a", "b"], "subset": "train-clean-100"},
         "01_partition/heldout.parquet": {"utterance": ["b-1"]},
-        "01_partition/clients.parquet": {"client": ["client-000"], "hours": [0.9]},
+        "01_partition/clients.parquet": {"client": ["client-000", "client-001"], "hours": [0.9, 0.1]}
+        | {"train_utterances": [3, 1], "validation_utterances": [1, 0], "speakers": [1, 1]},
     }
     for name, columns in tables.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,12 +204,15 @@ def written(stage) -> str:
 def test_card_of_data_training_and_results(stage):
     text = written(stage)
     assert text.startswith("---\nlicense: cc-by-4.0\n") and "Not evaluated" in text
-    assert "1.00 h, 1 utterances, 1 speakers" in text
-    assert "clients: 1 with 0.9 to 0.9 h of it each, partition scheme unknown" in text
+    assert "1.00 h, 5 utterances, 1 speakers" in text
+    assert "clients: 2 with 0.1 to 0.9 h of it each, partition scheme unknown" in text
     assert "* distill: no reference curves" in text and "* evaluate: " not in text
     assert "parameters: teacher place, privacy none, rounds 3, codebook federated\n" in text
     assert "Trained on the speech named above, and what place had heard; other" in text
     (stage.parent / "02_kmeans").mkdir()
+    codebook = stage.parent / "02_kmeans" / "codebooks" / "federated" / "codebook.json"
+    files.write_json(codebook, {"labelled": ["client-000"]})  # 02 went on without the other
+    assert "0.90 h, 4 utterances, 1 speakers" in written(stage) and "clients: 1 with 0.9 to 0.9 h" in written(stage)
     (stage.parent / "02_kmeans/params.yaml").write_text("features: /runs/first/03_pretrain/checkpoint\n")
     assert "what place had heard, and what first/03_pretrain had heard" in written(stage)
     shutil.rmtree(stage.parent / "02_kmeans")

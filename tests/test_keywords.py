@@ -329,6 +329,8 @@ def test_abx_of_superb_compares_single_words(commands):
 def test_superb_names_what_is_missing(commands):
     with pytest.raises(keywords.KeywordError, match="no clip of stop"):
         keywords.superb(commands[commands.word != "stop"], 0)
+    with pytest.raises(keywords.KeywordError, match="no clip of other words"):
+        keywords.superb(commands[commands.word.isin(keywords.COMMANDS)], 0)
     with pytest.raises(keywords.KeywordError, match="no validation clip of the ten commands"):
         keywords.superb(commands[(commands.split != "validation") | (commands.word == "cat")], 0)
     noise = Path(commands.path[0]).parents[1] / "_background_noise_"

@@ -93,7 +93,7 @@ def leave_s3prl_results(run, digest, accuracies=(0.5, 0.7), fine_tuned=False):
     kind = "fine-tuned" if fine_tuned else "frozen"
     for seed, accuracy in enumerate(accuracies):
         result = {"system": "teacher", "digest": digest, "words": report.words(run, 0), "test": accuracy}
-        result |= {"classes": 11, "fine_tuned": fine_tuned}
+        result |= {"classes": 11, "fine_tuned": fine_tuned, "steps": 5000, "rate": 1e-3}
         files.write_json(run / "s3prl" / f"teacher-{kind}" / f"seed-{seed}" / "result.json", result)
 
 
@@ -110,7 +110,8 @@ def test_report_has_every_system_beside_its_baselines(evaluated):
     table = tables.figures(written)
     assert list(dict.fromkeys(table.system_name)) == ["teacher", "student", "random", "mfcc", "mfcc-moments"]
     words = table[table.measure_name == "keyword-accuracy"]
-    assert len(words) == 5 and (words.seeds == 2).all() and words.low.notna().all() and (words.baseline == 1 / 3).all()
+    assert len(words) == 5 and (words.seeds == 2).all() and (words.baseline == 1 / 3).all()
+    assert words.low[words.value < 1].notna().all(), "of seeds that all have 1 there is no interval"
     moments = table[table.measure_name == "moments-accuracy"]
     assert list(moments.system_name) == ["teacher", "student", "random", "mfcc"] and (moments.seeds == 2).all()
     student = table[table.system_name == "student"].set_index(["measure_name", "layer"])
@@ -244,6 +245,8 @@ def test_student_is_a_fraction_of_its_teacher(evaluated):
     assert fractions.index.difference(tables.student(written | {"figures": at_zero}).system).tolist() == [
         "PNMI of units"
     ]
+    unsure = [figure | {"high": figure["value"] + 1} for figure in written["figures"]]
+    assert set(tables.student(written | {"figures": unsure}).measure) == {"cost: fraction of the teacher's"}
     alone = [figure for figure in written["figures"] if figure["system"] != "student"]
     assert tables.student(written | {"figures": alone}).empty
     figures = [figure | {"system": "given-teacher"} for figure in written["figures"] if figure["system"] == "student"]
@@ -349,6 +352,11 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evalua
     report.add_s3prl(run)
     assert tables.read(run) == before
     assert tables.below(before)[0].loc["federated teacher", "keyword accuracy, s3prl"].startswith("0.600")
+    notes = [note for note in before["notes"] if note.startswith("s3prl-")]
+    assert notes == [
+        "s3prl-fine-tuned-accuracy: teacher-fine-tuned, 5,000 steps at 0.001",
+        "s3prl-accuracy: teacher-frozen, 5,000 steps at 0.001",
+    ]
 
     leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
     (run / "s3prl" / "teacher-frozen" / "seed-1" / "result.json").unlink()

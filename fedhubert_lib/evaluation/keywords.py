@@ -60,11 +60,11 @@ def superb(clips: pd.DataFrame, seed: int, *, silence: bool = True) -> pd.DataFr
     """SUPERB's twelve classes: ten commands, ``_unknown_`` and ``_silence_``, over the same speakers and splits.
 
     Of other words and of silence each split gets as many seeded clips as a command has on average, at most. The column
-    ``start`` is the first sample. There are eleven classes without ``silence``. Raises KeywordError when a command is
-    missing, a split has none, or the noise that silence is cut from cannot be used.
+    ``start`` is the first sample. There are eleven classes without ``silence``. Raises KeywordError when a command or
+    all other words are missing, a split has none, or the noise that silence is cut from cannot be used.
     """
-    if missing := sorted(set(COMMANDS) - set(clips.word)):
-        raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB's keyword spotting needs its ten commands")
+    if missing := sorted({*COMMANDS, "other words"} - set(clips.word.where(clips.word.isin(COMMANDS), "other words"))):
+        raise KeywordError(f"no clip of {', '.join(missing)}; SUPERB needs its ten commands and other words")
     commands = clips[clips.word.isin(COMMANDS)].assign(start=0)
     others = {"unknown": clips[~clips.word.isin(COMMANDS)].assign(word="_unknown_", start=0)}
     if silence:
@@ -102,9 +102,7 @@ def noise(root: Path) -> dict[Path, int]:
     """
     paths = sorted((root / NOISE).glob("[!.]*.wav"))  # macOS: ._NAME
     if not paths:
-        raise KeywordError(
-            f"{root / NOISE}: no WAV file; SUPERB's silence is cut from them. Unpack that folder, or give task: words"
-        )
+        raise KeywordError(f"{root / NOISE}: no WAV file to cut SUPERB's silence from; unpack it, or give task: words")
     return {path: len(audio.read(path)) for path in paths}
 
 

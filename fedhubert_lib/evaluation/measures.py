@@ -164,11 +164,9 @@ def _phones(result: Result, frames: np.ndarray, speech: Speech, p: "Evaluate") -
     """The phone probe of every layer."""
     labelled = speech.phones >= 0
     phones, speakers = speech.phones[labelled], speech.speakers[labelled]
-    # Of three speakers or fewer each is a fold whatever is drawn: there is no interval.
-    seeds = range(p.seed, p.seed + (p.seeds if len(np.unique(speakers)) > 3 else 1))
 
     def probe(layer: int) -> list[tuple[float, float]]:
-        rows = frames[labelled, layer]
+        rows, seeds = frames[labelled, layer], range(p.seed, p.seed + p.seeds)
         return [probes.leave_speakers_out(rows, phones, speakers, seed=seed, folds=3) for seed in seeds]
 
     for layer, outcomes in enumerate(threads.each(probe, range(frames.shape[1]), MEMORY * frames[:, 0].nbytes)):

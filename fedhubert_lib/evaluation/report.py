@@ -99,6 +99,7 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
         "utterances": len(utterances),
         "minutes": int(utterances.samples.clip(upper=layers.LONGEST).sum()) / audio.SAMPLE_RATE / 60,
         "frames": len(labels),
+        "phones": np.bincount(labels[labels >= 0]).tolist(),  # phones of another aligner are others
         "speakers": int(utterances.speaker.nunique()),
     }
     return Speech(clips, task, cache, utterances, labels, speakers), data, []
@@ -142,11 +143,11 @@ def _add_s3prl(report: dict[str, Any], run: Path) -> None:
     digests = {system["system"]: system["digest"] for system in report["systems"]}
     for folder in sorted((run / "s3prl").glob("*-*")):  # SYSTEM-frozen, SYSTEM-fine-tuned
         results = [records.read_json(path) or {} for path in sorted(folder.glob("seed-*/result.json"))]
-        measured = Result(results[0]["system"] if results else "")
+        measured = Result(results[0]["system"] if results else "", report["figures"])
         now = digests.get(measured.system), words(run, report["seed"])
         if {(result["digest"], result.get("words")) for result in results} - {now}:
             report["notes"].append(f"s3prl: {measured.system} or its words have changed; run fedhubert s3prl again")
         elif results:
             name = "s3prl-fine-tuned-accuracy" if results[0]["fine_tuned"] else "s3prl-accuracy"
             measured.add(name, [result["test"] for result in results], baseline=1 / results[0]["classes"])
-            report["figures"] += measured.figures
+            report["notes"].append(f"{name}: {folder.name}, {results[0]['steps']:,} steps at {results[0]['rate']:g}")

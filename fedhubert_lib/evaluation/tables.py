@@ -144,7 +144,8 @@ def student(report: Report) -> pd.DataFrame:
         for kind, names in (("quality over random weights", QUALITY), ("cost", COST))
         for name in names
         if name in of_student and name in of_teacher and name in zeros
-        if (gain := of_teacher[name]["value"] - zeros[name]) > 1e-6  # of nothing there is no fraction
+        if (gain := (value := of_teacher[name]["value"]) - zeros[name]) > 1e-6  # of nothing there is no fraction,
+        if (of_teacher[name]["high"] or value) - value < gain  # nor of what may be nothing
     ]
     return pd.DataFrame(rows, columns=["system", "measure", "value", "baseline"])
 

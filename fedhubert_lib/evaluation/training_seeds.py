@@ -73,9 +73,7 @@ def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
     }
     if len(reports) == 1:
         return {key: tables.interval(figure) for key, [figure] in figures.items()}
-    values = {key: [figure["value"] for figure in of_runs] for key, of_runs in figures.items()}
-    # What no training seed changes, random weights and MFCC, has no interval over them.
-    return {key: measure(one if len(set(one)) > 1 else one[:1]) for key, one in values.items()}
+    return {key: measure([figure["value"] for figure in of_runs]) for key, of_runs in figures.items()}
 
 
 def markdown(reports: Sequence[Report]) -> str:

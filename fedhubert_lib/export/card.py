@@ -12,7 +12,7 @@ import pandas as pd
 from fedhubert_lib import files, params, pretrained, reference
 from fedhubert_lib.evaluation import cost, systems, tables
 from fedhubert_lib.export.formats import ExportError
-from fedhubert_lib.federated import accounting, privacy
+from fedhubert_lib.federated import accounting, client_ids, privacy
 from fedhubert_lib.records import parameters, read_json, stale
 
 STAGES = {"03_pretrain": "teacher", "04_distill": "student"}
@@ -101,6 +101,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     span = "mean and 95 % interval over evaluation seeds"
     licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
     clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
+    clients = clients[clients.client.isin(client_ids(run, p.get("codebook", "")))]  # less those that 02 let go
     rounds = files.rounds(stage / "metrics.jsonl")
     private = any("epsilon" in row for row in rounds)  # which covers no loss, and a card is for others
     losses = [row["loss"] for row in rounds if not private and row["loss"] is not None]
@@ -113,9 +114,9 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         macs=cost.macs(model.config),
         source=source,
         subsets=", ".join(sorted(train.subset.unique())),
-        hours=float((train.samples / train.sample_rate).sum()) / 3600,
-        utterances=len(train),
-        speakers=train.speaker.nunique(),
+        hours=clients.hours.sum(),
+        utterances=clients.filter(like="utterances").to_numpy().sum(),
+        speakers=min(train.speaker.nunique(), clients.speakers.sum()),
         clients=len(clients),
         shares=f"{clients.hours.min():.2g} to {clients.hours.max():.2g}",
         scheme=parameters(run / "01_partition").get("scheme", "unknown"),
