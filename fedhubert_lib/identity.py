@@ -100,7 +100,8 @@ def _read(stage: str, p: Any, before: str, done: Mapping[str, Any]) -> list[str]
         return [hash for hash in (*labels, done["outputs"]) if hash]
     names: tuple[str, ...] = ("federated",) if stage == "distill" else ()
     if before in ("corpus", "partition") and stage != "partition":  # the audio itself, wherever it lies
-        names = {"evaluate": ("heard",), "kmeans": ("training",)}.get(stage, ("lists", "training")) + ("speech",)
+        names = {"evaluate": ("heard",), "kmeans": ("training",)}.get(stage, ("learnt", "lists", "training"))
+        names += ("speech",)
     return [done[name] for name in (*names, "outputs") if name in done]
 
 
@@ -143,7 +144,8 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
     ``files``: of each file. ``speech``: wherever the tables say audio is; ``heard``: without what was left out;
-    ``training``: without the words to evaluate on; ``lists``: without phones, too. ``codebooks``: each one's labels and
+    ``training``: without the words to evaluate on; ``lists``: without phones, too; ``learnt``: without the manifest, of
+    which 01_partition lists what clients learn from. ``codebooks``: each one's labels and
     centroids; ``targets``: without phones. ``federated``: without pooled training.
     """
     data = _data(folder)
@@ -160,6 +162,7 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
         parts["speech"], parts["heard"] = _combined(data), _combined(data, EXCLUDED)
         parts["training"] = _combined(data, EXCLUDED, KEYWORDS)
         parts["lists"] = _combined(data, EXCLUDED, KEYWORDS, PHONES)
+        parts["learnt"] = _combined(data, EXCLUDED, KEYWORDS, PHONES, "manifest.parquet")
     return parts
 
 

@@ -85,7 +85,9 @@ def write(
     frames = table.samples.map(audio.frame_count).to_numpy(np.int64)
     ends = np.cumsum([0, *frames])
     path = folder / f"{name}.bin"
-    with files.naming(path), path.open("ab") as stream:
+    with files.locked(folder / ".lock") as free, files.naming(path), path.open("ab") as stream:
+        if not free:  # as where a server asks again while the process of its first message still works
+            raise LabelsError(f"{folder}: another process writes here; wait for it, or stop it")
         size = (width or 1) * dtype.itemsize
         done = int(np.searchsorted(ends, stream.tell() // size, side="right")) - 1
         stream.truncate(ends[done] * size)  # the rest of an utterance that a killed writer left

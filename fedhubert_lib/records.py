@@ -60,6 +60,6 @@ def stale(run: Path) -> dict[str, str]:
             reasons[folder[3:]] = f"made from an older {outdated[0]}"
         elif models := [name for name, _ in inputs if name >= "03" and name[3:] in reasons]:  # 02 was made anew
             reasons[folder[3:]] = f"of {models[0]}, which is {reasons[models[0][3:]]}"
-        parts = {done.get(name) for name in ("outputs", "speech", "heard", "training", "lists", "federated")}
+        parts = {done.get(name) for name in ("outputs", "speech", "heard", "training", "lists", "learnt", "federated")}
         states[folder] = parts.union(*(done.get(name, {}).values() for name in ("codebooks", "targets")))
     return reasons

@@ -68,8 +68,13 @@ def integers_wav(path: Path) -> None:
     soundfile.write(path, RNG.normal(0, 3_000, 8_000).astype("float32"), 16_000, subtype="FLOAT")
 
 
+def unscaled_wav(path: Path) -> None:
+    soundfile.write(path, RNG.integers(-3_000, 3_000, 8_000).astype("int32"), 16_000, subtype="PCM_32")
+
+
 BROKEN = {
     "integers.wav": (integers_wav, "not scaled to"),
+    "unscaled.wav": (unscaled_wav, "e-06: not scaled to"),
     "empty.flac": (lambda path: path.write_bytes(b""), "empty file"),
     "8k.wav": (lambda path: write(path, rate=8_000), "8000 Hz, not 16000 Hz"),
     "44k.flac": (lambda path: write(path, rate=44_100), "44100 Hz"),
@@ -536,6 +541,7 @@ def test_read_excludes_json_that_holds_no_phones_or_times(phone, seconds, tmp_pa
         (["AH0", "ah1", "sp", "T"], ["AH", "AH", "sil", "T"]),
         (["a1", "a2", "a3", "sp"], ["A1", "A2", "A3", "sil"]),
         (["s", "S", "sp", "a"], ["s", "S", "sil", "a"]),  # SAMPA
+        (["AH0_B", "B_E", "SIL_S", "AH1_I"], ["AH", "B", "sil", "AH"]),  # Kaldi
     ],
 )
 def test_stress_goes_and_tones_stay(spoken, expected, tmp_path):

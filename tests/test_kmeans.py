@@ -224,6 +224,15 @@ def test_lloyd_fills_empty_clusters():
     assert (counts > 0).all()
 
 
+def test_a_mean_of_scaled_counts_is_that_of_the_counts():
+    """Clipping before noise scales sums and counts of a client alike, also below one frame."""
+    sums, counts = torch.tensor([[6.0, 3.0], [1.0, 1.0]]), torch.tensor([3.0, 2.0])
+    made = clustering.update(sums, counts, torch.zeros(2), torch.zeros(2, 2), np.random.default_rng(0))
+    scaled = clustering.update(sums / 100, counts / 100, torch.zeros(2), torch.zeros(2, 2), np.random.default_rng(0))
+    torch.testing.assert_close(scaled, made)
+    assert made.tolist() == [[2.0, 1.0], [0.5, 0.5]]
+
+
 def test_lloyd_goes_on_where_an_empty_cluster_begins_anew():
     """In many dimensions half of another cluster has the greater inertia, which is not a standstill."""
     generator = torch.Generator().manual_seed(1)

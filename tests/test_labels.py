@@ -60,6 +60,16 @@ def test_write_resumes_at_the_last_complete_utterance(tmp_path, torn):
     assert all((read[row.utterance] == sequence_of(row)).all() for row in TABLE.itertuples())
 
 
+def test_write_refuses_a_second_writer(tmp_path):
+    def twice(missing):
+        with pytest.raises(labels.LabelsError, match="another process"):
+            write(tmp_path)
+        yield [sequence_of(row) for row in TABLE.itertuples()]
+
+    labels.write(tmp_path, "labels", TABLE, labels.LABELS, None, twice)
+    assert all((labels.Labels(tmp_path)[row.utterance] == sequence_of(row)).all() for row in TABLE.itertuples())
+
+
 @pytest.mark.parametrize("wrong", ["length", "too few", "twice"])
 def test_write_refuses_what_does_not_fit_the_table(tmp_path, wrong):
     table = table_of([720, 720]).assign(utterance=["u", "u" if wrong == "twice" else "v"])

@@ -48,6 +48,10 @@ def test_what_only_measures_is_no_input_of_training(tmp_path):
     assert {name: parts("corpus")[name] == first[name] for name in ("heard", "training", "lists")} == {
         "heard": True, "training": True, "lists": True
     }  # fmt: skip
+    # Other test speech: what clients learn from stands in 01.
+    pd.DataFrame({"utterance": ["u", "test"], "path": ["u", "t"]}).to_parquet(tmp_path / "manifest.parquet")
+    assert parts("corpus")["learnt"] == first["learnt"] and parts("corpus")["lists"] != first["lists"]
+    table("manifest.parquet")
     table("phones.parquet")
     table("keywords.parquet")
     second = parts("corpus")

@@ -7,6 +7,7 @@ are called ``sil``, so that labels agree with those of the synthetic corpus.
 """
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ TONES = tuple("3456789")
 SILENCES = {"", "SIL", "SP", "<EPS>", "<SIL>", "NSN", "+NSN+"}
 UNKNOWN = {"SPN", "+SPN+"}
 """Speech of no phone, such as a word that the aligner's lexicon lacks."""
+KALDI = re.compile("^([A-Z]+[0-2]?)_[BEIS]$")
+"""ARPABET with the place in the word: beginning, end, inside, or a word of its own."""
 LONGER, SHORTER = HOP, 800
 """Samples by which an alignment may end after its audio (a frame of 20 ms, as aligners round) or before it (50 ms: the
 Montreal aligner drops the last frames). Audio after its end has no phone."""
@@ -74,7 +77,8 @@ def read(root: Path, manifest: pd.DataFrame, on_progress: Progress = lambda *_: 
         code = utterances.setdefault(alignment.utterance, len(utterances))
         for begin, end, phone in alignment.phones:
             start, stop = round(begin * SAMPLE_RATE), min(round(end * SAMPLE_RATE), total)
-            if stop > start and (name := phone.strip()).upper() not in UNKNOWN:
+            name = KALDI.sub(r"\1", phone.strip())
+            if stop > start and name.upper() not in UNKNOWN:
                 codes.append(code)
                 starts.append(start)
                 ends.append(stop)

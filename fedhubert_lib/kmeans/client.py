@@ -38,7 +38,7 @@ def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapp
     """Centroids of this client's own k-means and the frames in each: float32 [k, D], float64 [k].
 
     k is ``config["local"]``, or the number of frames where those are fewer. Clusters below ``minimum_count`` are left
-    out.
+    out. Frames are those of two hours at most, so that no client counts for more.
     """
     frames = reading.in_memory(home, config)
     _require(home, len(frames), 1)

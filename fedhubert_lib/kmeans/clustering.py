@@ -134,7 +134,7 @@ def update(sums: Tensor, counts: Tensor, inertias: Tensor, centroids: Tensor, rn
     deviation to either side of the mean, in a random direction.
     """
     full = counts > 0
-    means = torch.where(full[:, None], sums / counts.clamp(min=1)[:, None], centroids.double())
+    means = torch.where(full[:, None], sums / torch.where(full, counts, 1)[:, None], centroids.double())
     empty = torch.nonzero(~full).flatten().tolist()
     order = torch.argsort(inertias, descending=True, stable=True).tolist()
     for hollow, crowded in zip(empty, [cluster for cluster in order if inertias[cluster] > 0], strict=False):
