@@ -232,7 +232,9 @@ class Server(Section):
     server_beta2: Decay = Field(0.99, description="beta 2 of the adaptive optimisers")
     server_tau: SuitedPositive = Field(NONE, description="adaptivity tau of adaptive ones; null: what suits it")
     server_trim: Trim = Field(0.1, description="trimmed-mean: fraction of the values left out at each end")
-    weighting: Literal["masked-frames", "clients"] = Field("masked-frames", description="what updates are weighted by")
+    weighting: Literal["masked-frames", "clients"] = Field(
+        "masked-frames", description="what updates are weighted by, but for scaffold's c, trimmed mean and median"
+    )
     quorum: Fraction = Field(0.5, description="fraction of a cohort that must answer, else the round is repeated")
     deadline_seconds: NotNegative = Field(0.0, description="seconds after which an answer is left out; 0: wait")
     outlier: Factor = Field(100.0, description="an update this many times as long as last round's median is left out")

@@ -38,8 +38,7 @@ def cores() -> int:
 def named(device: str) -> str:
     """``device``. Raises ValueError unless it names one that can compute this, here or elsewhere."""
     if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device) is None:
-        why = "; mps does not have float64, in which norms and sums are taken" if device.startswith("mps") else ""
-        raise ValueError(f"device {device!r}: auto, cpu, cuda or cuda:NUMBER is expected{why}")
+        raise ValueError(f"device {device!r}: auto, cpu, cuda or cuda:NUMBER is expected (mps lacks float64)")
     return device
 
 
@@ -52,9 +51,7 @@ def resolve(device: str) -> str:
     place = torch.device(device)
     if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
         seen = f" (CUDA_VISIBLE_DEVICES={chosen})" if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) else ""
-        raise ValueError(
-            f"device {device!r}: this process sees {count} GPUs{seen}; they count from cuda:0. Give one, auto or cpu"
-        )
+        raise ValueError(f"device {device!r}: this process sees {count} GPUs{seen}; give cuda:0 or the like, auto, cpu")
     return device
 
 

@@ -55,7 +55,7 @@ def test_eight_gpus(monkeypatch):
     assert pool.devices("cuda") == [f"cuda:{index}" for index in range(8)]
     assert workers("pool", "auto") == workers("pool", "cuda") == 8
     assert workers("inprocess", "auto") == workers("pool", "cuda:7") == 1
-    with pytest.raises(ValueError, match=r"'cuda:8': this process sees 8 GPUs; they count from cuda:0"):
+    with pytest.raises(ValueError, match=r"'cuda:8': this process sees 8 GPUs; give cuda:0 or the like"):
         resources.resolve("cuda:8")
 
 

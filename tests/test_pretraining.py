@@ -424,7 +424,8 @@ def test_scaffold_adds_c_minus_c_i_to_every_gradient(run, plain_sgd):
 
     def change(session, number, c):
         arrays = weights | {f"control/{name}": torch.full_like(tensor, c) for name, tensor in weights.items()}
-        message = {"round": number, "session": session, "durable": 0, "counted": {client: number - 1}}
+        counted = {client: 1 if (session, number) == ("a", 2) else 0}
+        message = {"round": number, "session": session, "durable": 0, "counted": counted}
         return pretraining.update(home, arrays, task.config | message)[0]
 
     plain, corrected = change("a", 1, 0.0), change("b", 1, 1e-2)
@@ -434,6 +435,9 @@ def test_scaffold_adds_c_minus_c_i_to_every_gradient(run, plain_sgd):
             c = torch.full_like(tensor, 1e-2)
             torch.testing.assert_close(corrected[name] - tensor, -rate * c, rtol=1e-3, atol=2e-7)
             torch.testing.assert_close(second[name] - without[name], -tensor, rtol=1e-3, atol=2e-6)
+    shutil.rmtree(home.state / "session-a")
+    with pytest.raises(ValueError, match="its control variate is gone"):  # whose mean still counts it
+        change("a", 2, 0.0)
 
 
 def test_what_compression_lost_comes_with_the_next_update(run):

@@ -59,7 +59,7 @@ def pull(home, arrays, config):
     return change, {
         "loss_sum": frames * config["round"],
         "objective_count": frames,
-        "audio_seconds": 2.0,
+        "audio_seconds": 4.0,
         "seconds": 0.01,
         "learning_rate": 0.1,
     }
@@ -307,6 +307,7 @@ def explode(change, metrics):
         (lambda c, m: (c, {"loss_sum": 1.0}), "metrics lack audio_seconds, learning_rate, objective_count, seconds"),
         (lambda c, m: (c, {name: m[name] for name in m if name != "loss_sum"}), "its metrics lack loss_sum"),
         (lambda c, m: (c, {**m, "objective_count": 1e9}), "it claims objective_count of 1e+09; up to"),
+        (lambda c, m: (c, {**m, "audio_seconds": 1.0}), "it claims objective_count of 102; up to 50 are possible"),
         (lambda c, m: (c, {**m, "audio_seconds": -1.0}), "it claims audio_seconds of -1; up to"),
         (lambda c, m: (c, {**m, "audio_seconds": 1e9}), "it claims audio_seconds of 1e+09; up to"),
     ],
@@ -742,7 +743,7 @@ def test_the_ledger_adds_up(run):
     last = ledger[-1]
     size = 4 * (12 + 5)
     assert (last["bytes_down"], last["bytes_up"]) == (6 * size, 3 * size)  # three clients train, and three validate
-    assert last["audio_seconds"] == 6.0
+    assert last["audio_seconds"] == 12.0
     assert 2**25 < last["peak_memory_bytes"] < 2**40
     assert last["client_seconds"] == pytest.approx(0.03)
     assert last["loss"] == 2.0

@@ -378,7 +378,8 @@ def check_metrics(metrics: Mapping[str, float], needed: Mapping[str, float], ser
     if unusable := [name for name, value in metrics.items() if not abs(value) < min(needed.get(name, math.inf), 1e30)]:
         raise optimisers.UpdateError(f"its metrics are not finite, or larger than they can be ({unusable})")
     seconds = server.p.local_steps * server.p.batch_seconds
-    for name, most in ("objective_count", seconds * SAMPLE_RATE / HOP), ("audio_seconds", 1.001 * seconds):
+    frames = min(seconds, metrics.get("audio_seconds", seconds)) * SAMPLE_RATE / HOP
+    for name, most in ("audio_seconds", 1.001 * seconds), ("objective_count", frames):
         if name in needed and not 0 < metrics[name] <= most:
             raise optimisers.UpdateError(f"it claims {name} of {metrics[name]:g}; up to {most:g} are possible")
     try:

@@ -26,6 +26,8 @@ def corrected(update: Update) -> Iterator[None]:
     """
     common = {name: update.arrays[CONTROL + name] for name in update.names if CONTROL + name in update.arrays}
     local = client_state.load(update.home, update.config, "control")
+    if local is None and update.config.get("counted", {}).get(update.home.client):
+        raise ValueError("its control variate is gone, which the mean of all still holds: restore its folder session-*")
     gradients: Arrays = {}
     offsets = {name: (c - local[name] if local else c).to(update.names[name].device) for name, c in common.items()}
 
