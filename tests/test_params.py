@@ -351,6 +351,6 @@ def test_check_refuses_what_papermill_lets_through(changed, expected):
 
 
 def test_device_without_float64_is_refused():
-    with pytest.raises(studies.ParameterError, match="mps does not have float64"):
+    with pytest.raises(studies.ParameterError, match="mps lacks float64"):
         studies.load("params/toy.yaml", ["kmeans.device=mps"])
     assert studies.load("params/toy.yaml", ["kmeans.device=cuda:1"]).kmeans.device == "cuda:1"
