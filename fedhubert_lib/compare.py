@@ -19,6 +19,8 @@ Groups = Mapping[str, Sequence[Path]]
 """Name to the folders of its runs."""
 TRAINING = {"pretrain": "Pretraining", "distill": "Distillation"}
 MEASURES = ("loss", "accuracy_masked", "accuracy_unmasked", "cosine")
+SETTINGS = ("task", "seed", "unit_minutes", "clusters", "train_fraction", "probe_steps", "probe_rate", "standardise")
+"""Of 05_evaluate: figures with others do not compare."""
 PICTURE = "curves.png"
 
 
@@ -100,17 +102,15 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
         if not done:
             continue
         reports = training_seeds.reports(done)
-        way = {key: value for key, value in reports[0]["parameters"].items() if key not in training_seeds.IRRELEVANT}
-        measured_on[name] = json.dumps([reports[0]["data"], way])
+        settings = [reports[0]["parameters"].get(setting) for setting in SETTINGS]
+        measured_on[name] = json.dumps([reports[0]["data"], settings])
         one_model = f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
         spans.setdefault(f"{len(done)} training seeds" if len(done) > 1 else one_model, []).append(name)
         values = training_seeds.means(reports).items()
         columns[name] = {(tables.TITLES[measure], title): str(value) for (title, measure), value in values}
     notes += [f"{', '.join(names)}: intervals over {span}." for span, names in spans.items()]
     if len(set(measured_on.values())) > 1:
-        notes.append(
-            f"{', '.join(measured_on)}: evaluated on other words or speech, or otherwise; figures do not compare."
-        )
+        notes.append(f"{', '.join(measured_on)}: evaluated on other words, speech or settings; figures do not compare.")
     table = pd.DataFrame(columns).reindex([tables.TITLES[name] for name in tables.HEADLINE], level=0)
     return table.fillna(""), notes
 

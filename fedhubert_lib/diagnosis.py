@@ -34,8 +34,8 @@ def causes(run: Path) -> list[str]:
         return []
     last = rounds.select_dtypes("number").tail(max(1, len(rounds) // 10)).mean()
     path = run / "02_kmeans" / "codebooks" / p["codebook"] / "counts.npy"
-    told = path.exists() and p["head"] == "shared"  # a personal head guesses by its own client's frequencies
-    frequencies = (counts := np.load(path)) / counts.sum() if told else None
+    shared = path.exists() and p["head"] == "shared"  # a personal head guesses by its own client's frequencies
+    frequencies = (counts := np.load(path)) / counts.sum() if shared else None
     shown = _plateau(last, frequencies), _shifted(run, p, last, frequencies), _rate(p, rows, rounds, frequencies)
     return [cause for cause in (*shown, _codebooks(run, p, rows)) if cause]
 

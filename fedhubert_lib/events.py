@@ -51,7 +51,7 @@ def figures(stage: Path, best: Mapping[str, Mapping[str, Any]], along: Sequence[
         for row in rows:
             curve.add({row["measure"]: row["value"]}, row["round"])
         last = max((row["round"] for row in rows), default=0)
-        # Of a single layer the best one on test clips would be shown.
+        # Not of single layers: the best of them was chosen on test clips.
         curve.add({name: one["value"] for name, one in of_system.items() if not name.startswith("layer-")}, last)
 
 

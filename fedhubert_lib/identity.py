@@ -144,8 +144,8 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
     ``files``: of each file. ``speech``: wherever the tables say audio is; ``heard``: without what was left out;
-    ``training``: without the words to evaluate on; ``lists``: without phones, too; ``learnt``: without the manifest, of
-    which 01_partition lists what clients learn from. ``codebooks``: each one's labels and
+    ``training``: without the words to evaluate on; ``lists``: without phones, too; ``learnt``: without the
+    manifest, too, since 03 and 04 read the lists of 01_partition instead. ``codebooks``: each one's labels and
     centroids; ``targets``: without phones. ``federated``: without pooled training.
     """
     data = _data(folder)

@@ -75,7 +75,7 @@ def write(
 
     ``frames_of`` gives the frames of the utterances of a table, batch by batch in their order: it is asked for those
     that are missing. Raises LabelsError where an utterance stands in ``table`` twice, or gets another number of frames
-    than its samples make.
+    than its samples make, or where another process writes there (``.lock``).
     """
     if (folder / "index.parquet").exists():
         return

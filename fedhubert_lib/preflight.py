@@ -217,9 +217,10 @@ def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None, coming
             raise ValueError("superb given; it needs background noise, which the synthetic keywords lack: give words")
         if speech_commands.homes(root):
             root = speech_commands.home(root)
-            if missing := sorted(set(keywords.COMMANDS) - speech_commands.usable(root)):
+            words = {word if word in keywords.COMMANDS else "other words" for word in speech_commands.usable(root)}
+            if missing := sorted({*keywords.COMMANDS, "other words"} - words):
                 lacks = f"{root} has no training or no test clip of {', '.join(missing)}"
-                raise ValueError(f"superb needs ten commands; {lacks}")
+                raise ValueError(f"superb needs ten commands and other words; {lacks}")
             keywords.noise(root)
 
 
@@ -230,7 +231,7 @@ def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> Non
         try:
             layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
         except layers.NoPhonesError as error:  # no refusal: words need none, and 02 measures clients' phones
-            progress.say(f"05_evaluate measures no PNMI and phones: {error}")
+            progress.say(f"05_evaluate measures neither PNMI nor phones: {error}")
 
 
 CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (

@@ -39,11 +39,14 @@ def parameters(stage: Path) -> dict[str, Any]:
 
 def all_parameters(run: Path) -> dict[str, Any]:
     """The parameters of all stages of a run that were begun, as ``stage.name``; of a plain folder ``corpus.speech``,
-    too, a name for its speech, which no parameter tells from another's."""
+    of alignments ``corpus.phones``, too: names for what lay there, which no parameter tells from another's."""
     stages = [path.parent for path in sorted(run.glob("[0-9][0-9]_*/params.yaml")) if path.parent.name[3:].isalpha()]
     values = {f"{stage.name[3:]}.{name}": value for stage in stages for name, value in parameters(stage).items()}
+    done = read_json(run / "00_corpus" / "done.json") or {}
     if values.get("corpus.kind") == "folder":
-        values["corpus.speech"] = (read_json(run / "00_corpus" / "done.json") or {}).get("lists", "unknown")[:16]
+        values["corpus.speech"] = done.get("lists", "unknown")[:16]
+    if values.get("corpus.alignments"):
+        values["corpus.phones"] = done.get("files", {}).get("phones.parquet", "unknown")[:16]
     return values
 
 

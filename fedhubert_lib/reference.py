@@ -42,14 +42,14 @@ _LEARNED |= {f"kmeans.{name}" for name in ("features", "layer", "clusters", "nor
 _LEARNED |= {f"pretrain.{name}" for name in _SHAPE}
 _IMITATED = {"teacher", "objectives", "temperature", "teacher_layer", "teacher_clusters"}
 _IMITATED |= {f"{name}_weight" for name in ("soft", "label", "regression", "hubert")}
-_HEARD = {f"corpus.{name}" for name in ("alignments", "test_subsets", "test_speakers", "test_minutes")}
+_HEARD = {f"corpus.{name}" for name in ("phones", "test_subsets", "test_speakers", "test_minutes")}
 TASK = {
     "pretrain": _LEARNED,
     "distill": _LEARNED | {f"distill.{name}" for name in _SHAPE | _IMITATED},
     "evaluate": _LEARNED | _HEARD | {"evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers"},
 }
 """By stage, the parameters in which a run must equal its reference."""
-_ASIDE = training_seeds.IRRELEVANT - {"seed", "alignments"} | {"validate_every", "decode_check"}
+_ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"validate_every", "decode_check"}
 """Parameters that move no curve."""
 
 Curves = dict[str, pd.DataFrame]
@@ -191,7 +191,7 @@ def of(run: Path, stage: str, folder: Path = FOLDER) -> tuple[Reference | None, 
 def _irrelevant(key: str) -> bool:
     name = key.split(".")[1]
     seed = key in ("pretrain.seed", "distill.seed")  # what the band is over
-    return seed or name in _ASIDE or name == "codebooks" or name.startswith(("keyword", "test_", "alignments"))
+    return seed or name in _ASIDE or name == "codebooks" or name.startswith(("keyword", "test_", "phones"))
 
 
 def _differing(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:

@@ -130,7 +130,7 @@ def summary(table: pd.DataFrame, owner: np.ndarray, counts: np.ndarray, *, seed:
 def apart(distance: np.ndarray) -> dict[str, float]:
     """Means of a matrix from ``distances``: within (its diagonal), between (the rest), skew (their difference).
 
-    One client alone differs from nobody: its skew is 0. NaN where no client has two utterances to compare.
+    One client alone differs from nobody: its skew is 0. NaN unless two clients have two utterances to compare.
     """
     within = pd.Series(np.diagonal(distance)).mean()  # pandas leaves NaN out
     between = pd.Series(distance[~np.eye(len(distance), dtype=bool)]).mean() if len(distance) > 1 else within

@@ -182,7 +182,7 @@ def stage(tmp_path):
     pretrained.save(run / "04_distill" / "checkpoint", build("logmel"))
     tables = {
         "00_corpus/manifest.parquet": {"split": "train", "samples": 16_000 * 3600, "sample_rate": 16_000}
-        | {"utterance": ["a-1", "b-1"], "speaker": ["a", "b"], "subset": "train-clean-100"},
+        | {"utterance": ["a-1", "b-1", "c-1"], "speaker": ["a", "b", "c"], "subset": "train-clean-100"},
         "01_partition/heldout.parquet": {"utterance": ["b-1"]},
         "01_partition/clients.parquet": {"client": ["client-000", "client-001"], "hours": [0.9, 0.1]}
         | {"train_utterances": [3, 1], "validation_utterances": [1, 0], "speakers": [1, 1]},
@@ -204,7 +204,7 @@ def written(stage) -> str:
 def test_card_of_data_training_and_results(stage):
     text = written(stage)
     assert text.startswith("---\nlicense: cc-by-4.0\n") and "Not evaluated" in text
-    assert "1.00 h, 5 utterances, 1 speakers" in text
+    assert "1.00 h, 5 utterances, 2 speakers" in text
     assert "clients: 2 with 0.1 to 0.9 h of it each, partition scheme unknown" in text
     assert "* distill: no reference curves" in text and "* evaluate: " not in text
     assert "parameters: teacher place, privacy none, rounds 3, codebook federated\n" in text

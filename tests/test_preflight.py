@@ -174,7 +174,7 @@ def test_phones_that_cover_no_unheard_speech_are_told_of_before_the_training(tmp
         pd.DataFrame(phones).to_parquet(tmp_path / "00_corpus" / "phones.parquet")
         assert not problems(tmp_path, "evaluate.clusters=12", first="kmeans"), "words can be measured all the same"
         told = capsys.readouterr().out
-        assert ("05_evaluate measures no PNMI" in told and told.count("\n") == 1) if name == "b" else not told
+        assert ("05_evaluate measures neither PNMI" in told and told.count("\n") == 1) if name == "b" else not told
 
 
 def test_what_an_earlier_start_left_is_no_reason_where_its_stage_comes_again(words, tmp_path):

@@ -341,6 +341,12 @@ def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_p
     )  # no longer there
     assert cli.main(command) == runner.USAGE
     assert "differ in pretrain.cohort_fraction (1.0, 0.5)\n" in capsys.readouterr().err
+    for number, run in enumerate(runs):  # at places of their own, of other aligners
+        (run / "00_corpus" / "params.yaml").write_text(f"run: {run.name}\nalignments: /{run.name}.json\n")
+        done = {"files": {"phones.parquet": str(number)}, "identity": {"inputs": {}}}
+        files.write_json(run / "00_corpus" / "done.json", done)
+    with pytest.raises(training_seeds.DifferentRunsError, match=r"differ in corpus.phones \(0, 1\)"):
+        training_seeds.check_one_study(runs)
 
 
 def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evaluated, tmp_path):

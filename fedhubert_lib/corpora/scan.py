@@ -37,7 +37,7 @@ BLOCK = 2**20
 LOUDEST = 8.0
 """Sample of a float WAV file beyond which it is no clipped speech of [-1, 1], but of another scale."""
 QUIETEST = 2.0**-16
-"""Peak of a WAV file of more than 16 bits below which it is silence, or 16 bit values that were not scaled up."""
+"""Peak of a WAV file, but of 16 bits, up to which it holds 16 bit values that were not scaled up; 0 is silence."""
 KEYS = ["path", "size", "modified"]
 TYPES = {
     "samples": "int64", "sample_rate": "int32", "channels": "int32", "fingerprint": "str", "reason": "str",
@@ -123,7 +123,7 @@ def _wav(file: soundfile.SoundFile) -> tuple[str, str]:
         fingerprint.update(samples.tobytes())
         peak = peak if whole else np.abs(samples).max(initial=peak)  # NaN stays NaN
     reason = _unfit(file) or ("" if np.isfinite(peak) else "NaN or infinite samples")
-    if not reason and not (whole or QUIETEST < peak <= LOUDEST):
+    if not reason and not (whole or peak == 0 or QUIETEST < peak <= LOUDEST):
         reason = f"samples up to {peak:.4g}: not scaled to [-1, 1]"
     return fingerprint.hexdigest(), reason
 

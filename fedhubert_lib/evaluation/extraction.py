@@ -47,8 +47,7 @@ def clips(
         hidden = encoder(heard, normalised=True) if normalise else encoder(heard)
         states = torch.stack([layer.float() for layer in hidden], dim=1)
         block = torch.stack([states.mean(2), states.std(2, unbiased=False)], dim=1).cpu().numpy()
-        finite = np.isfinite(block).all(axis=(1, 2, 3))
-        if not finite.all():
+        if not (finite := np.isfinite(block).all(axis=(1, 2, 3))).all():
             clip = table["clip"].iloc[start + finite.argmin()]
             raise keywords.KeywordError(f"features of clip {clip} are not finite; is the checkpoint sound?")
         unit = functional.normalize(states[torch.from_numpy(chosen[start : start + batch])], dim=-1)

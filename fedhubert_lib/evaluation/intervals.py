@@ -35,7 +35,7 @@ def measure(values: Sequence[float]) -> Interval:
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"cannot average {list(values)}: at least one value is needed and all must be finite")
     mean = float(array.mean())
-    if np.ptp(array) == 0:
+    if np.ptp(array) < 1e-12:
         return Interval(mean, None, None, array.tolist())
     half = float(scipy.stats.t.ppf(0.975, array.size - 1) * scipy.stats.sem(array))
     return Interval(mean, mean - half, mean + half, array.tolist())

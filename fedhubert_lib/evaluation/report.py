@@ -99,7 +99,6 @@ def gather(run: Path, p: "Evaluate") -> tuple[Speech, dict[str, Any], list[str]]
         "utterances": len(utterances),
         "minutes": int(utterances.samples.clip(upper=layers.LONGEST).sum()) / audio.SAMPLE_RATE / 60,
         "frames": len(labels),
-        "phones": np.bincount(labels[labels >= 0]).tolist(),  # phones of another aligner are others
         "speakers": int(utterances.speaker.nunique()),
     }
     return Speech(clips, task, cache, utterances, labels, speakers), data, []

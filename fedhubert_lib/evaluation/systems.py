@@ -110,8 +110,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
     model, digest = untrained(config, seed), hashlib.blake2b(repr((config, seed)).encode(), digest_size=8).hexdigest()
     systems.append(System("random", "random weights", of_model(model, device), digest, model))
     systems.append(System("mfcc", "MFCC", mfcc, "mfcc-39"))
-    title = "MFCC, mean and standard deviation"
-    systems.append(System("mfcc-moments", title, mfcc_moments, "mfcc-78", frames=False))
+    systems.append(System("mfcc-moments", "MFCC, mean and standard deviation", mfcc_moments, "mfcc-78", frames=False))
     return systems, absent
 
 

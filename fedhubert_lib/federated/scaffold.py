@@ -59,10 +59,10 @@ class Control(Hook):
 
     def message(self, round) -> None:
         state = self.server.state
-        # A checkpoint of an earlier version has none: all answers before are taken to count.
-        counted = state.setdefault("counted", dict.fromkeys(self.server.clients.ids, state["round"]))
+        # A checkpoint of an earlier version has none: all answers before it count.
+        counted = state.setdefault("counted", {} if state["round"] else dict.fromkeys(self.server.clients.ids, 0))
         round.payload |= self.control
-        round.message["counted"] = {client: counted[client] for client in round.asked}
+        round.message["counted"] = {client: counted[client] for client in round.asked if client in counted}
 
     def collector(self, round) -> optimisers.Collector:
         # Clipped gradients take c_i no farther, and rounding not twice as far.
