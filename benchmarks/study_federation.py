@@ -61,7 +61,7 @@ SHORT: dict[str, Any] = {
 """25,600 s of audio are heard."""
 COHORT = {"local_state": "cohort"}
 NESTEROV = {"server": "nesterov"}
-FEDADAM = {"server": "fedadam", "server_tau": 0.01, "server_schedule": "clients"}
+FEDADAM = {"server": "fedadam", "server_momentum": 0.9, "server_tau": 0.01, "server_schedule": "clients"}
 BEST: dict[str, dict[str, Any]] = {
     "pooled": {"learning_rate": 0.004},
     "FedAvg": {"learning_rate": 0.004, "server_rate": 1.5},
@@ -134,7 +134,12 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **_tried("FedAvg", {}, (0.004, 1.5), (0.004, 2.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5)),
         **_tried("Nesterov", NESTEROV, (0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.003, 0.7, 0.7)),
         **_tried("FedAdam", FEDADAM, (0.004, 0.015), (0.004, 0.03), (0.004, 0.06)),
-        **_tried("FedAdam, constant rate, tau .001", {"server": "fedadam"}, (0.004, 0.006), (0.004, 0.012)),
+        **_tried(
+            "FedAdam, constant rate, tau .001",
+            {"server": "fedadam", "server_momentum": 0.9},
+            (0.004, 0.006),
+            (0.004, 0.012),
+        ),
         **_tried("FedAdam, cohort's moments, H 5, tau .003", FEDADAM_COHORT, (0.004, 0.004, 0.5), (0.004, 0.006, 0.5)),
         **_tried("FedAdam, cohort's moments, H 5, tau .01", FEDADAM_COHORT | {"server_tau": 0.01}, (0.004, 0.012, 0.5)),
         **_tried("FedAdam, cohort's moments, H 5, tau .1", FEDADAM_COHORT | {"server_tau": 0.1}, (0.004, 0.103, 0.2)),

@@ -163,7 +163,7 @@ def student_from(teacher: Hubert, config: HubertConfig) -> Hubert:
     Raises TeacherError, naming both, when a shape differs or the student is the deeper one.
     """
     kinds = ("num_attention_heads", "do_stable_layer_norm", "conv_stride", "feat_extract_norm", "do_normalize")
-    for name in (*kinds, "conv_bias"):
+    for name in (*kinds, "conv_bias", "front_end"):
         if getattr(config, name) != getattr(teacher.config, name):  # what shapes do not show
             raise TeacherError(
                 f"{name} is {getattr(config, name)} in the student and {getattr(teacher.config, name)} in the teacher;"

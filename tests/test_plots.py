@@ -184,6 +184,35 @@ def test_curves_of_one_round_are_points():
     assert len(axes.collections[1].get_offsets()) == 3, "a point per client, of which a line would show nothing"
 
 
+def test_a_single_validation_of_a_long_training_is_a_point():
+    rows = metrics(50, 0)
+    rows[-1]["validation_loss"] = 1.0
+    lines = {line.get_label(): line.get_marker() for line in plots.curves(rows).axes[0].lines}
+    assert lines["mean"] in ("", "None") and lines["validation"] == "o"
+    assert plots.ledger(rows).axes[4].lines[0].get_marker() == "o"
+
+
+def test_a_students_loss_is_no_cross_entropy():
+    rows = [row | {"label_loss": 1.0} for row in metrics(3, 2)]
+    assert plots.curves(rows).axes[0].get_ylabel() == plots.ledger(rows).axes[4].get_ylabel() == "loss (per frame)"
+    for stage, label in ("Pretraining", "loss (nats per frame)"), ("Distillation", "loss (per frame)"):
+        assert plots.comparison(trainings().assign(measure="loss", stage=stage)).axes[0].get_ylabel() == label
+
+
+def test_matrices_of_other_clients_bear_their_own_names():
+    four = pd.DataFrame(np.eye(4), list("abcd"), list("abcd"))
+    first, second = plots.matrices({"federated": four, "client": four.drop("b").drop(columns="b")}, "NMI").axes[:2]
+    for axes, names in (first, "abcd"), (second, "acd"):
+        assert "".join(text.get_text() for text in axes.get_yticklabels()) == names
+        assert axes.get_ylim() == (len(names) - 0.5, -0.5)
+
+
+def test_ticks_of_many_clusters_are_their_names():
+    counts = pd.DataFrame([np.arange(100)], ["client-000"])  # the last cluster is the most used
+    axes = plots.histograms(counts).axes[0]
+    assert [axes.xaxis.get_major_formatter()(place, 0) for place in (0, 10, 99, 100, -1)] == ["99", "89", "0", "", ""]
+
+
 def test_phones_per_cluster_orders_clusters_by_their_most_likely_phone():
     counts = pd.DataFrame([[0, 9, 1], [9, 1, 0], [1, 0, 0]], ["s", "t", "u"], [10, 11, 12])
     axes = plots.phones_per_cluster(counts).axes[0]

@@ -157,7 +157,7 @@ def projection(frames: np.ndarray, labels: np.ndarray) -> Figure:
     points, variance = centred @ components[:2].T, scale[:2] ** 2 / np.sum(scale**2)
     figure, [axes] = style.panels(width=6, height=4.5)
     axes.scatter(*points.T, s=3, color="#D5D5D5", linewidths=0, rasterized=True)
-    largest = np.argsort(-np.bincount(labels))[:7]
+    largest = np.argsort(-np.bincount(labels))[: min(7, len(np.unique(labels)))]
     for cluster, colour in zip(largest, (*style.PALETTE[:6], style.BLACK), strict=False):
         dots = {"s": 5, "color": colour, "linewidths": 0, "alpha": 0.6, "rasterized": True}
         axes.scatter(*points[labels == cluster].T, **dots, label=str(cluster))
@@ -236,7 +236,7 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str, high: float | None 
     """Square client-by-client tables side by side, on one colour scale from 0 to ``high``."""
     columns = min(len(tables), 3)
     rows = -(-len(tables) // columns)
-    figure, axes = style.panels(rows, columns, width=1.6 + 3 * columns, height=0.5 + 2.9 * rows, sharey=True)
+    figure, axes = style.panels(rows, columns, width=1.6 + 3 * columns, height=0.5 + 2.9 * rows)
     high = max(float(np.nanmax(table)) for table in tables.values()) if high is None else high
     for panel, (name, table) in zip(axes, tables.items(), strict=False):
         image = style.heat_map(panel, table, aspect="equal", cmap="viridis", vmin=0, vmax=high)

@@ -69,9 +69,10 @@ def panels(
 
 
 def ticks(axis: matplotlib.axis.Axis, names: Sequence[Any] | np.ndarray, rotation: float | None = None) -> None:
-    """A tick per name up to ``NAMED`` names; beyond, about ten numbered ticks."""
+    """A tick per name up to ``NAMED`` names; beyond, about ten."""
     if len(names) > NAMED:
         axis.set_major_locator(MaxNLocator(10, integer=True))
+        axis.set_major_formatter(lambda place, _: str(names[int(place)]) if 0 <= place < len(names) else "")
         return
     names = [str(name) for name in names]
     if rotation is None:

@@ -34,7 +34,6 @@ def curves(
     rounds, clients, central = _rows(rows, "round"), _rows(rows, "client"), _rows(centralised, "round")
     kinds = _kinds({*rounds.columns, *central.columns})
     figure, axes = style.panels(1, len(kinds), width=11)
-    marker = "o" if len(rounds) <= style.NAMED else ""
     heard = _add_hours(rounds, clients, central)
     along, unit = ("hours", "hours of speech heard") if heard else ("round", "round")
     for panel, (name, label, title) in zip(axes, kinds, strict=True):
@@ -51,13 +50,14 @@ def curves(
             single = [line.iloc[0] for line in lines if len(line) == 1]  # of which there is no line yet
             panel.scatter([row[along] for row in single], [row[name] for row in single], s=3, color=style.SKY)
         for table, column, text, line in (
-            (rounds, name, "mean", {"color": style.BLUE, "linewidth": 2, "marker": marker}),
-            (central, name, "centralised", {"color": style.RED, "linestyle": "--", "marker": marker}),
-            (rounds, f"validation_{name}", "validation", {"color": style.GREEN, "marker": marker}),
+            (rounds, name, "mean", {"color": style.BLUE, "linewidth": 2}),
+            (central, name, "centralised", {"color": style.RED, "linestyle": "--"}),
+            (rounds, f"validation_{name}", "validation", {"color": style.GREEN}),
         ):
             if column in table:
                 table = table if column == name else table.dropna(subset=[column])
-                panel.plot(table[along], table[column], markersize=3, label=text, **line)
+                marker = "o" if len(table) <= style.NAMED else ""
+                panel.plot(table[along], table[column], marker=marker, markersize=3, label=text, **line)
         if clusters is not None:
             guess = np.log(clusters) if name == "loss" else 1 / clusters
             panel.axhline(guess, color=style.BLACK, linestyle=":", label="guessing")
@@ -86,7 +86,7 @@ def _add_hours(rounds: pd.DataFrame, clients: pd.DataFrame, central: pd.DataFram
 
 def _kinds(measured: Collection[str]) -> list[tuple[str, str, str]]:
     """Name, axis label and title of the panels of what was ``measured``."""
-    nats = "accuracy_masked" in measured and "cosine" not in measured  # no unit of a sum with the distance of layers
+    nats = not {"cosine", "label_loss"} & set(measured)  # a student's loss is a sum of several
     kinds = [
         ("loss", f"loss ({'nats ' if nats else ''}per frame)", "Loss"),
         ("accuracy_masked", "accuracy", "Masked frames"),
@@ -106,7 +106,8 @@ def comparison(table: pd.DataFrame) -> Figure:
     """
     table = table.assign(**table.measure.str.extract("(?P<prefix>validation_)?(?P<measure>.*)").fillna(""))
     stages = dict(list(table.groupby("stage", sort=False)))
-    kinds = {stage: _kinds(set(rows.measure)) for stage, rows in stages.items()}
+    sums = {"Distillation": {"label_loss"}}
+    kinds = {stage: _kinds({*rows.measure} | sums.get(stage, set())) for stage, rows in stages.items()}
     columns, runs = max(map(len, kinds.values())), list(table.run.unique())
     colours = dict(zip(runs, style.PALETTE[:6] * len(runs), strict=False))
     widths = dict(zip(runs, np.linspace(3.2, 1.2, len(runs)) if len(runs) > 1 else [1.6], strict=True))
@@ -153,7 +154,7 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure:
     )
     figure, axes = style.panels(2, 3, width=11, height=5)
     for panel, (title, label, values) in zip(axes, panels, strict=True):
-        marker = "o" if len(rounds) <= style.NAMED else ""
+        marker = "o" if len(values) <= style.NAMED else ""
         panel.plot(values, color=style.BLUE, marker=marker, markersize=3, label="to the server")
         panel.set(xlabel="round", ylabel=label, title=title)
         if values is quality:
