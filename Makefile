@@ -4,6 +4,10 @@ PYTHON ?= python3
 PYTHON312 ?= 3.12
 VENV := .venv
 BIN := $(VENV)/bin
+MADE := $(shell cat $(VENV)/.uv 2>/dev/null)
+ifneq ($(or $(MADE),$(CURDIR)),$(CURDIR))
+$(warning $(VENV) was made in $(MADE), whose code it runs: if that is another copy, rm -rf $(VENV))
+endif
 # Nothing here phones home.
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
@@ -84,7 +88,7 @@ $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedhubert needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "uv==0.13.*"
-	touch $@
+	echo "$(CURDIR)" > $@
 
 $(VENV)/.installed: requirements.lock pyproject.toml $(VENV)/.uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock

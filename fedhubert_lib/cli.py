@@ -33,6 +33,9 @@ DEPLOYED = STAGES[2:]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores the first
+            signal.signal(number, signal.default_int_handler)  # what was started ends, too
     options = parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the locale cannot print is no reason to stop
@@ -198,11 +201,10 @@ def _s3prl(options: argparse.Namespace) -> None:
 
 
 def _deploy(options: argparse.Namespace) -> int | None:
-    """A step of a real federation. Flower's programs end with this one, also by SIGTERM."""
+    """A step of a real federation."""
     from fedhubert_lib import federated
     from fedhubert_lib.federated import deployment
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     named = runs.outputs() / options.run
     run = named if named.is_dir() and not options.run.is_dir() else options.run
     folder = run / deployment.FOLDER

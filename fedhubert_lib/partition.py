@@ -293,6 +293,7 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
     if destination.exists():
         raise PartitionError(f"{destination} already exists; remove it, or export to a new folder")
     with files.atomic(destination) as folder:
+        folder.mkdir(mode=0o700)  # it may wait in a place that others can read
         copy = folder / "01_partition" / "clients" / client
         copy.mkdir(parents=True)
         for part in ("train", "validation"):

@@ -62,11 +62,11 @@ def save(folder: Path, model: Hubert, head: Head | None = None) -> None:
 
 
 def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, str]) -> None:
-    """Make ``folder``: tensors on the CPU as GROUP.safetensors, and ``documents``, texts by name."""
+    """Make ``folder``, as open as the umask says: tensors on the CPU as GROUP.safetensors; ``documents``, texts."""
     folder.mkdir()
     for group, tensors in groups.items():
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, folder / f"{group}.safetensors", metadata={"format": "pt"})
+        (folder / f"{group}.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     for name, text in documents.items():
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -132,6 +132,14 @@ def test_fetch_starts_again_from_a_server_without_ranges(server, tmp_path):
     assert len(server.asked) == 1 + 2 + archives.ATTEMPTS
 
 
+def test_a_page_in_the_place_of_an_archive_costs_nothing_that_has_come(server, tmp_path):
+    server.content["/a"], server.ranges = b"<html>back soon</html>", False
+    (tmp_path / "a.partial").write_bytes(CONTENT[:2_000_000])
+    with pytest.raises(archives.ArchiveError, match="offers 22 bytes, fewer than have come"):
+        archives.fetch(server.url + "/a", tmp_path / "a", md5(CONTENT))
+    assert (tmp_path / "a.partial").read_bytes() == CONTENT[:2_000_000]
+
+
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """Files cannot grow beyond 1 MB: the kernel refuses the write, in the middle of it, as on a full disk."""

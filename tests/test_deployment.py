@@ -1,6 +1,7 @@
 """What a deployment's machines are given: keys, certificates, configuration, commands."""
 
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -130,6 +131,25 @@ def test_a_server_that_cannot_find_itself_says_so(tmp_path, monkeypatch):
     )
     with pytest.raises(deployment.DeploymentError, match=r"does not answer at no-such-host\.invalid .*/etc/hosts"):
         deployment.serve(tmp_path / "f")
+
+
+def test_a_folder_that_was_moved_names_its_own_certificate(folder, tmp_path, monkeypatch):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    monkeypatch.setattr(deployment, "_start", lambda *_: sys.exit("no SuperLink here"))
+    with pytest.raises(SystemExit):
+        deployment.serve(moved)
+    config = tomllib.loads((moved / "flower" / "config.toml").read_text())["superlink"]
+    chosen = config[config["default"]]
+    assert chosen == {"address": "localhost:12345", "root-certificates": str(moved / "server" / "server.pem")}
+
+
+def test_flower_reaches_its_own_server_past_any_proxy(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "intranet")
+    deployment.prepare(tmp_path / "f", ["client-000"], "bench.example.org")
+    of_server, of_node = (
+        deployment.environment(tmp_path / "f" / name)["no_proxy"] for name in ("", "nodes/client-000")
+    )
+    assert "bench.example.org" in of_server and "intranet" in of_server and "bench.example.org" not in of_node
 
 
 def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):

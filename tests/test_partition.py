@@ -229,6 +229,7 @@ def spoken(tmp_path: Path) -> Path:
 
 def test_export_client_copies_its_audio_alone(spoken, tmp_path):
     partition.export_client(spoken, "client-001", tmp_path / "node")
+    assert (tmp_path / "node").stat().st_mode & 0o777 == 0o700, "speakers are nobody else's business"
     lists = [pd.read_parquet(path) for path in (tmp_path / "node").rglob("*.parquet")]
     held = pd.concat(lists)
     utterances = pd.concat(

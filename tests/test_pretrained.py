@@ -65,6 +65,7 @@ def test_round_trip_is_bit_exact(tmp_path, config):
     saved = ours(tmp_path / "checkpoint", config, clusters=7)
     edit(tmp_path / "checkpoint/config.json", position_embedding="conv")  # of an earlier version
     loaded = pretrained.load(tmp_path / "checkpoint")
+    assert len({path.stat().st_mode for path in (tmp_path / "checkpoint").iterdir()}) == 1, "as the umask says"
     assert loaded[0].config == config
     for before, after in zip(saved, loaded, strict=True):
         assert before.state_dict().keys() == after.state_dict().keys()

@@ -613,6 +613,11 @@ def test_bytes_that_are_no_array_are_their_clients_failure(data):
     assert answer.client == "client-001" and "its answer is not understood: " in answer.reason
 
 
+def test_a_clients_reason_steers_no_terminal():
+    records = {"client": {"id": "client-001", "failure": "\x1b[2J\nround 7 of 7 \u202e"}}
+    assert flower.read_reply("client-001", Message(records)).reason == " [2J round 7 of 7  "
+
+
 def test_what_safetensors_does_not_hold_ends_no_stage(tmp_path):
     records = {"client": {"id": "client-001"}, "metrics": {}}
     arrays = {"__metadata__": torch.ones(2), "ordinary": torch.zeros(1)}
@@ -705,6 +710,16 @@ def test_what_a_client_that_was_killed_has_half_written_goes(run):
     (session / ".toy-000001.77.partial.safetensors").write_bytes(b"half")
     client_state.save(home, config, "toy", {"a": torch.ones(1)})
     assert sorted(path.name for path in session.iterdir()) == ["toy-000001.safetensors", "toy-000002.safetensors"]
+
+
+def test_a_client_does_not_begin_anew_for_a_server_that_was_restored(run):
+    home, config = handlers.home(run, CLIENTS[0], "toy", "cpu", True), {"session": "s"}
+    for number in range(1, 11):
+        client_state.save(home, config | {"round": number, "durable": number - 1}, "toy", {"a": torch.ones(1)})
+    assert client_state.load(home, config | {"round": 10, "durable": 9}, "toy") is not None
+    with pytest.raises(ValueError, match="was it restored from a copy"):
+        client_state.load(home, config | {"round": 6, "durable": 5}, "toy")
+    assert client_state.load(home, {"session": "t", "round": 6, "durable": 5}, "toy") is None
 
 
 def test_only_personal_heads_stay_after_the_last_round(run, monkeypatch):

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import files, identity, params, progress, runner, runs, studies
+from fedhubert_lib import cli, files, identity, params, progress, runner, runs, studies
 
 WORK = """\
 with stage.working():
@@ -363,6 +363,19 @@ def test_a_killed_kernel_has_its_exit_code_and_the_stage_resumes(project):
     assert result.returncode == runner.OK
     assert "was not finished: resumes (notebook changed)" in result.stdout
     assert (project.folder("corpus") / "made.bin").read_bytes() == b"[1, 2, 3, 4, 5, 6]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+def test_a_signal_before_the_first_stage_is_one_to_requeue_on(monkeypatch, number):
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)}
+    monkeypatch.setattr(cli, "_ls", lambda options: os.kill(os.getpid(), number))
+    try:
+        for kind in before:
+            signal.signal(kind, signal.SIG_DFL)
+        assert cli.main(["ls"]) == runner.INTERRUPTED
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ serverapp = "fedhubert_lib.federated.flower:server"
 clientapp = "fedhubert_lib.federated.flower:client"
 """
 """The app that Flower carries to every machine: no code at all."""
+_CONFIG = '[superlink]\ndefault = "{0}"\n\n[superlink.{0}]\naddress = "{host}:{port}"\nroot-certificates = {1}\n'
 
 
 class DeploymentError(ChildProcessError):
@@ -101,11 +102,7 @@ def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port:
         shutil.rmtree(unfinished, ignore_errors=True)
     # Flower's own processes on the server's machine come by its loopback address.
     write_server_keys(folder / "server", list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
-    certificate = json.dumps(str(folder / "server" / "server.pem"), ensure_ascii=False)  # which is TOML, too
-    config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:{port}"\n'
-    config += f"root-certificates = {certificate}\n"
     files.write_text(folder / "app" / "pyproject.toml", _PROJECT)
-    files.write_text(folder / "flower" / "config.toml", config)
     address = {"host": host, "port": port}
     for client in clients:
         add_client(folder, client, address)
@@ -228,6 +225,9 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
     if _listens(folder):
         raise DeploymentError(f"{folder}: its address is in use, by a server that runs already; stop that first")
     (folder / REGISTERED).unlink(missing_ok=True)
+    certificate = json.dumps(str((folder / "server" / "server.pem").resolve()), ensure_ascii=False)  # TOML, too
+    config = _CONFIG.format(CONNECTION, certificate, **_address(folder))  # now, since the folder may have moved
+    files.write_text(folder / "flower" / "config.toml", config)
     process = _start(superlink_command(folder, bind), folder, log)
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -261,7 +261,8 @@ def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
             code = supernode.wait()
         finally:
             _end([supernode])
-        print(f"the SuperNode ended (exit code {code}); it starts again in {AGAIN_SECONDS} s", flush=True)
+        why = "0 also where the server answers 401: this clock is wrong, or this key is not registered"
+        print(f"the SuperNode ended (exit code {code}; {why}); it starts again in {AGAIN_SECONDS} s", flush=True)
         time.sleep(AGAIN_SECONDS)
 
 
@@ -270,7 +271,8 @@ def environment(home: Path) -> dict[str, str]:
     # Flower starts further programs by name: those of this interpreter's environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     names = "no_grpc_proxy", "no_proxy", "NO_PROXY"
-    proxies = dict.fromkeys(names, ",".join(filter(None, [*map(os.environ.get, names), LOOPBACK])))
+    direct = [LOOPBACK, *([_address(home)["host"]] if (home / "federation.json").exists() else [])]  # a server's own
+    proxies = dict.fromkeys(names, ",".join(filter(None, [*map(os.environ.get, names), *direct])))
     return os.environ | QUIET | proxies | {"FLWR_HOME": str((home / "flower").resolve()), "PATH": path}
 
 

@@ -172,13 +172,13 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
     """The answer of client ``name``. An error of Flower's, an answer in another client's name, and one that does not
     hold what a reply holds are Failures."""
     if message.has_error():
-        return Failure(name, (message.error.reason or f"Flower's error {message.error.code}")[:LONGEST_REASON])
+        return Failure(name, _plain(message.error.reason or f"Flower's error {message.error.code}"))
     records: Mapping[str, Any] = message.content
     record = records.get("client", {})
     if record.get("id") != name:
         return Failure(name, f"answered in the name of {record.get('id')!r:.100}")
     if "failure" in record:
-        return Failure(name, str(record["failure"])[:LONGEST_REASON])
+        return Failure(name, _plain(str(record["failure"])))
     try:
         metrics = {key: float(value) for key, value in records["metrics"].items()}
         arrays = records["arrays"].to_torch_state_dict()
@@ -186,7 +186,12 @@ def read_reply(name: str, message: Message) -> Reply | Failure:
             raise ValueError(f"{complex_ones[0]:.100} is complex")
         return Reply(name, arrays, metrics)
     except Exception as error:  # bytes of others raise what they like: EOFError, BadZipFile, TokenError, MemoryError
-        return Failure(name, f"its answer is not understood: {type(error).__name__}: {error}"[:LONGEST_REASON])
+        return Failure(name, _plain(f"its answer is not understood: {type(error).__name__}: {error}"))
+
+
+def _plain(reason: str) -> str:
+    """A client's words, cut, and without what would steer the terminal that shows them."""
+    return "".join(letter if letter.isprintable() else " " for letter in reason[:LONGEST_REASON])
 
 
 @server.main()
