@@ -18,7 +18,8 @@ _RUN = f"""\
 A stage is skipped when it is done and its notebook, parameters and inputs have not changed; the reason is printed.
 Where library source or versions alone changed, its results are kept. Where parameters or inputs changed, it starts
 anew, and its results move to RUN/.previous (see fedhubert clean), from where they are taken back when asked for again.
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 let the notebook finish its checkpoint; the same command, without --force, resumes.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR2 let the notebook finish its checkpoint; the same command resumes, without
+--force.
 
 exit codes:
   {runner.OK}   every stage is done

@@ -103,7 +103,8 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
             continue
         reports = training_seeds.reports(done)
         settings = [reports[0]["parameters"].get(setting) for setting in SETTINGS]
-        measured_on[name] = json.dumps([reports[0]["data"], settings])
+        phones = records.all_parameters(done[0]).get("corpus.phones")
+        measured_on[name] = json.dumps([reports[0]["data"], settings, phones])
         one_model = f"{reports[0]['parameters']['seeds']} evaluation seeds of one model"
         spans.setdefault(f"{len(done)} training seeds" if len(done) > 1 else one_model, []).append(name)
         values = training_seeds.means(reports).items()

@@ -332,7 +332,7 @@ class Distill(Federation):
     send_teacher: bool = Field(False, description="send the teacher to clients once; False: they read its folder")
     objectives: list[Objective] = Field(["soft-targets", "distilhubert"], min_length=1, description="losses, summed")
     codebook: Codebook = Field("federated", description="codebook whose labels the k-means loss predicts")
-    temperature: Positive = Field(4.0, description="temperature of the teacher's predictions (soft_weight)")
+    temperature: Positive = Field(4.0, description="temperature of teacher's and student's predictions (soft_weight)")
     soft_weight: Fraction = Field(0.0, description="alpha: weight of the teacher's predictions in soft-targets")
     label_weight: Fraction = Field(1.0, description="beta: weight of the k-means labels in soft-targets")
     teacher_layer: Natural | None = Field(None, description="layer of hubert's clusters; null: half the depth")

@@ -45,8 +45,8 @@ def all_parameters(run: Path) -> dict[str, Any]:
     done = read_json(run / "00_corpus" / "done.json") or {}
     if values.get("corpus.kind") == "folder":
         values["corpus.speech"] = done.get("lists", "unknown")[:16]
-    if values.get("corpus.alignments"):
-        values["corpus.phones"] = done.get("files", {}).get("phones.parquet", "unknown")[:16]
+    if values.get("corpus.alignments") and "files" in done:
+        values["corpus.phones"] = done["files"].get("phones.parquet", "none")[:16]
     return values
 
 

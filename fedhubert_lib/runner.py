@@ -1,9 +1,9 @@
 """Runs a study's notebooks headless: papermill as a library, in order, only those whose work has changed.
 
-Papermill alone does not do the following. Parameters are validated before a kernel starts. SIGTERM, SIGINT and SIGUSR2
-become a KeyboardInterrupt in the running cell, which then has all the time it needs to finish its checkpoint. Success
-is the marker of ``runs.finish``, never the notebook's metadata, which say "completed" after ``sys.exit(0)`` and after a
-kernel that was killed.
+Papermill alone does not do the following. Parameters are validated before a kernel starts. SIGTERM, SIGINT, SIGHUP and
+SIGUSR2 become a KeyboardInterrupt in the running cell, which then has all the time it needs to finish its checkpoint.
+Success is the marker of ``runs.finish``, never the notebook's metadata, which say "completed" after ``sys.exit(0)`` and
+after a kernel that was killed.
 """
 
 import contextlib
@@ -82,7 +82,8 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
                 if state not in (done["identity"]["inputs"].get(name, state), identity.NOTHING):
                     progress.say(f"corpus.{name}: not the files that 00_corpus read; without --from it reads them anew")
     stop = _Stop(force)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # of nohup
     try:
         with runs.holding(folder / ".runner.lock", "fedhubert run"):
             try:

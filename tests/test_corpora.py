@@ -36,6 +36,8 @@ def test_header_equals_soundfile(tmp_path):
         assert header.fingerprint == hashlib.md5(decoded.tobytes(), usedforsecurity=False).hexdigest()
     for subtype in ("PCM_16", "PCM_24", "FLOAT"):
         assert scan.header(str(write(tmp_path / "a.wav", 1_234, subtype=subtype)))[:3] == (1_234, 16_000, 1)
+        soundfile.write(tmp_path / "silence.wav", np.zeros(1_000), 16_000, subtype=subtype)
+        assert scan.header(str(tmp_path / "silence.wav")).reason == ""
 
 
 def test_header_fingerprints_the_audio_alone(tmp_path):

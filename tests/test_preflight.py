@@ -226,6 +226,8 @@ def test_what_superb_needs_is_looked_at_before_the_corpus_is_read(words, tmp_pat
     assert "_background_noise_: no WAV file" in superb(tmp_path, words)
     (words / "stop" / "0c_nohash_0.wav").unlink()
     assert "has no training or no test clip of stop" in superb(tmp_path, words)
+    shutil.rmtree(words / "bed")
+    assert "no test clip of other words, stop" in superb(tmp_path, words)
     assert "the synthetic keywords lack" in problems(tmp_path, "evaluate.task=superb")
 
 

@@ -717,9 +717,10 @@ def test_a_client_does_not_begin_anew_for_a_server_that_was_restored(run):
     for number in range(1, 11):
         client_state.save(home, config | {"round": number, "durable": number - 1}, "toy", {"a": torch.ones(1)})
     assert client_state.load(home, config | {"round": 10, "durable": 9}, "toy") is not None
-    with pytest.raises(ValueError, match="was it restored from a copy"):
+    with pytest.raises(ValueError, match="restored. To begin anew, remove session"):
         client_state.load(home, config | {"round": 6, "durable": 5}, "toy")
     assert client_state.load(home, {"session": "t", "round": 6, "durable": 5}, "toy") is None
+    assert client_state.load(home, {"session": "s", "round": 0}, "toy") is None  # of pooled training
 
 
 def test_only_personal_heads_stay_after_the_last_round(run, monkeypatch):

@@ -130,8 +130,8 @@ def _fetch_rest(url: str, partial: Path, on_progress: Progress) -> None:
         size = size if response.status == 206 else 0  # a server without ranges starts again from the first byte
         length = response.headers.get("Content-Length")
         total = size + int(length) if length else 0
-        if 0 < total < partial.stat().st_size:  # such as a page about maintenance
-            raise ConnectionError(f"the server offers {total:,} bytes, fewer than have come")
+        if not size and total < (come := partial.stat().st_size):  # such as a page about maintenance
+            raise ConnectionError(f"the server offers {total:,} bytes where {come:,} have come; or remove {partial}")
         with partial.open("ab" if size else "wb") as file:
             while block := _read(response):
                 with files.naming(partial):

@@ -37,7 +37,7 @@ BLOCK = 2**20
 LOUDEST = 8.0
 """Sample of a float WAV file beyond which it is no clipped speech of [-1, 1], but of another scale."""
 QUIETEST = 2.0**-16
-"""Peak of a WAV file, but of 16 bits, up to which it holds 16 bit values that were not scaled up; 0 is silence."""
+"""Peak up to which a WAV file of other than 16 bits holds 16 bit values that were not scaled up; 0 is silence."""
 KEYS = ["path", "size", "modified"]
 TYPES = {
     "samples": "int64", "sample_rate": "int32", "channels": "int32", "fingerprint": "str", "reason": "str",

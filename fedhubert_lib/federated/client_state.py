@@ -28,8 +28,10 @@ def load(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | Non
     What comes after the round in which its answer last ``counted``, where the server says so, is dropped: it was lost.
     """
     earlier = {number: file for number, file in saved(home, config, name).items() if number < config["round"]}
-    if not earlier and max(saved(home, config, name), default=0) > config["durable"] + 2 > 2:
-        raise ValueError("the server is at a round before all that this client keeps; was it restored from a copy?")
+    if not earlier and max(saved(home, config, name), default=0) > config.get("durable", 0) + 2 > 2:
+        raise ValueError(
+            "the server is before all rounds that this client keeps: restored? To begin anew, remove session-*"
+        )
     counted = config.get("counted", {}).get(home.client, config["round"])
     for number in [number for number in earlier if number > counted]:
         earlier.pop(number).unlink()

@@ -1,7 +1,7 @@
 """The engine for a real federation: a SuperLink, a SuperNode at each client, ``flwr run`` to connect a stage to them.
 
-``prepare`` writes all that the machines need into one folder: the server's certificate, a key per client, Flower's
-configuration, and a Flower app that only names this library.
+``prepare`` writes all that the machines need into one folder: the server's certificate, a key per client, and a
+Flower app that only names this library. ``register`` adds Flower's configuration.
 
     federation/federation.json, app/, flower/config.toml, server/server.pem, server/server.key
     federation/nodes/CID/ server.pem node.key node.pub node.json   to the machine of client CID, over a safe channel
@@ -88,7 +88,7 @@ class DeploymentError(ChildProcessError):
 
 
 def prepare(folder: Path, clients: Sequence[str], host: str = "127.0.0.1", port: int = PORT) -> None:
-    """Write keys, certificates, configuration and app for ``clients`` and a server that they reach at ``host``.
+    """Write keys, certificates and app for ``clients`` and a server that they reach at ``host``.
 
     ``host`` is a name or an IPv4 address. What an interrupt has left is made anew. Raises FileExistsError where a
     federation was prepared before: new keys would lock its nodes out.
@@ -225,9 +225,6 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
     if _listens(folder):
         raise DeploymentError(f"{folder}: its address is in use, by a server that runs already; stop that first")
     (folder / REGISTERED).unlink(missing_ok=True)
-    certificate = json.dumps(str((folder / "server" / "server.pem").resolve()), ensure_ascii=False)  # TOML, too
-    config = _CONFIG.format(CONNECTION, certificate, **_address(folder))  # now, since the folder may have moved
-    files.write_text(folder / "flower" / "config.toml", config)
     process = _start(superlink_command(folder, bind), folder, log)
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -261,8 +258,10 @@ def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
             code = supernode.wait()
         finally:
             _end([supernode])
-        why = "0 also where the server answers 401: this clock is wrong, or this key is not registered"
-        print(f"the SuperNode ended (exit code {code}; {why}); it starts again in {AGAIN_SECONDS} s", flush=True)
+        why = (
+            "" if code else ", as where the server stops or answers 401: a wrong clock, or a key that it does not know"
+        )
+        print(f"the SuperNode ended (exit code {code}{why}); it starts again in {AGAIN_SECONDS} s", flush=True)
         time.sleep(AGAIN_SECONDS)
 
 
@@ -292,7 +291,9 @@ def free_port() -> int:
 
 def register(folder: Path) -> list[str]:
     """Let in the clients that have not been let in since the running SuperLink began; return them."""
-    _address(folder)  # raises where nothing was prepared
+    certificate = json.dumps(str((folder / "server" / "server.pem").resolve()), ensure_ascii=False)  # TOML, too
+    config = _CONFIG.format(CONNECTION, certificate, **_address(folder))  # now, since the folder may have moved
+    files.write_text(folder / "flower" / "config.toml", config)
     registered = {row["client"] for row in files.read_rows(folder / REGISTERED)}
     new = [path for path in sorted(folder.glob("nodes/[!.]*/node.pub")) if path.parent.name not in registered]
 

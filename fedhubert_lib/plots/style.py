@@ -72,6 +72,7 @@ def ticks(axis: matplotlib.axis.Axis, names: Sequence[Any] | np.ndarray, rotatio
     """A tick per name up to ``NAMED`` names; beyond, about ten."""
     if len(names) > NAMED:
         axis.set_major_locator(MaxNLocator(10, integer=True))
+        axis.set_tick_params(labelrotation=90 if isinstance(axis, XAxis) and len(str(names[0])) > 6 else 0)
         axis.set_major_formatter(lambda place, _: str(names[int(place)]) if 0 <= place < len(names) else "")
         return
     names = [str(name) for name in names]

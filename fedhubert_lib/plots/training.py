@@ -86,7 +86,7 @@ def _add_hours(rounds: pd.DataFrame, clients: pd.DataFrame, central: pd.DataFram
 
 def _kinds(measured: Collection[str]) -> list[tuple[str, str, str]]:
     """Name, axis label and title of the panels of what was ``measured``."""
-    nats = not {"cosine", "label_loss"} & set(measured)  # a student's loss is a sum of several
+    nats = not {"cosine", "label_loss", "divergence"} & set(measured)  # a student's loss is a sum of several
     kinds = [
         ("loss", f"loss ({'nats ' if nats else ''}per frame)", "Loss"),
         ("accuracy_masked", "accuracy", "Masked frames"),
@@ -106,8 +106,9 @@ def comparison(table: pd.DataFrame) -> Figure:
     """
     table = table.assign(**table.measure.str.extract("(?P<prefix>validation_)?(?P<measure>.*)").fillna(""))
     stages = dict(list(table.groupby("stage", sort=False)))
-    sums = {"Distillation": {"label_loss"}}
-    kinds = {stage: _kinds({*rows.measure} | sums.get(stage, set())) for stage, rows in stages.items()}
+    kinds = {
+        stage: _kinds({*rows.measure, *["label_loss"] * (stage == "Distillation")}) for stage, rows in stages.items()
+    }
     columns, runs = max(map(len, kinds.values())), list(table.run.unique())
     colours = dict(zip(runs, style.PALETTE[:6] * len(runs), strict=False))
     widths = dict(zip(runs, np.linspace(3.2, 1.2, len(runs)) if len(runs) > 1 else [1.6], strict=True))
