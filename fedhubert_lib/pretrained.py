@@ -10,7 +10,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -66,7 +65,8 @@ def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], documents: M
     folder.mkdir()
     for group, tensors in groups.items():
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        (folder / f"{group}.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+        safetensors.torch.save_file(tensors, path := folder / f"{group}.safetensors", metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # as the umask says; its own is 0600
     for name, text in documents.items():
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torchaudio
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -95,7 +95,8 @@ def _add_code(model: Hubert, folder: Path) -> None:
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     path = folder / "model.safetensors"
     tensors = {f"log_mel.{name}": tensor for name, tensor in model.feature_extractor.named_buffers()}
-    path.write_bytes(save(load_file(path) | tensors, {"format": "pt"}))
+    save_file(load_file(path) | tensors, path, {"format": "pt"})
+    path.chmod(folder.stat().st_mode & 0o666)  # as pretrained.write
     module = Path(CODE).stem
     classes = {"AutoConfig": f"{module}.FedHubertConfig", "AutoModel": f"{module}.FedHubertModel"}
     for name, change in (
@@ -135,10 +136,11 @@ def to_torchaudio(checkpoint: Path, folder: Path) -> float:
     with files.atomic(folder) as temporary:
         temporary.mkdir()
         files.write_json(temporary / "torchaudio.json", settings | {"sample_rate": audio.SAMPLE_RATE})
-        (temporary / "model.safetensors").write_bytes(save(torchaudio_weights(model)))
+        save_file(torchaudio_weights(model), path := temporary / "model.safetensors")
+        path.chmod(temporary.stat().st_mode & 0o666)  # as pretrained.write
         settings = json.loads((temporary / "torchaudio.json").read_text(encoding="utf-8"))
         exported = torchaudio.models.wav2vec2_model(**settings["model"]).eval()
-        exported.load_state_dict(load_file(temporary / "model.safetensors"))
+        exported.load_state_dict(load_file(path))
 
         def encode(waveforms: Tensor) -> list[Tensor]:
             if settings["normalize"]:
