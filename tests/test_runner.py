@@ -379,7 +379,7 @@ def test_a_signal_before_the_first_stage_is_one_to_requeue_on(monkeypatch, numbe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_lets_the_checkpoint_finish_and_the_same_command_resumes(project, number):
     process = project.until_round_3("--until", "partition")
     process.send_signal(number)

@@ -26,11 +26,12 @@ def load(home: ClientHome, config: Mapping[str, Any], name: str) -> Arrays | Non
     """The tensors called ``name`` from the last round before this one that this client had a part in, else None.
 
     What comes after the round in which its answer last ``counted``, where the server says so, is dropped: it was lost.
+    Raises ValueError where the server was restored from a copy that is older than all that is kept.
     """
     earlier = {number: file for number, file in saved(home, config, name).items() if number < config["round"]}
     if not earlier and max(saved(home, config, name), default=0) > config.get("durable", 0) + 2 > 2:
         raise ValueError(
-            "the server is before all rounds that this client keeps: restored? To begin anew, remove session-*"
+            "the server is before all rounds that are kept here: restored? To begin anew, remove session-*"
         )
     counted = config.get("counted", {}).get(home.client, config["round"])
     for number in [number for number in earlier if number > counted]:

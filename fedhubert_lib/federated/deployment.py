@@ -258,9 +258,7 @@ def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
             code = supernode.wait()
         finally:
             _end([supernode])
-        why = (
-            "" if code else ", as where the server stops or answers 401: a wrong clock, or a key that it does not know"
-        )
+        why = "" if code else ", as where the server stops or answers 401: a wrong clock, or a key unknown to it"
         print(f"the SuperNode ended (exit code {code}{why}); it starts again in {AGAIN_SECONDS} s", flush=True)
         time.sleep(AGAIN_SECONDS)
 
