@@ -103,9 +103,7 @@ def of_run(run: Path, seed: int, device: torch.device, checkpoint: str = "") -> 
             absent[GIVEN_TEACHER] = f"{teacher} is gone"
     if checkpoint:
         folder = Path(checkpoint)
-        # Of RUN/03_pretrain/checkpoint the last part alone would say nothing.
-        title = folder.name if folder.name != "checkpoint" else "/".join(folder.resolve().parts[-3:-1])
-        systems.append(_of_folder("checkpoint", f"checkpoint {title}", folder, device))
+        systems.append(_of_folder("checkpoint", f"checkpoint {short_name(folder)}", folder, device))
     config = systems[0].model.config
     model, digest = untrained(config, seed), hashlib.blake2b(repr((config, seed)).encode(), digest_size=8).hexdigest()
     systems.append(System("random", "random weights", of_model(model, device), digest, model))
@@ -123,6 +121,11 @@ def unusable(run: Path, place: str) -> str:
         return f"{stage.name} is not done"
     why = records.stale(run).get(stage.name.partition("_")[2])
     return f"{stage.name} is {why}; run it again" if why else ""
+
+
+def short_name(path: Path) -> str:
+    """The last part of a path; of RUN/STAGE/checkpoint, as all checkpoints of runs are called, RUN/STAGE."""
+    return path.name if path.name != "checkpoint" else "/".join(path.resolve().parts[-3:-1])
 
 
 def _of_folder(name: str, title: str, folder: Path, device: torch.device) -> System:

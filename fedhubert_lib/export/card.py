@@ -149,10 +149,8 @@ def _whereabouts(stages: Sequence[Path]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """The value of a parameter, a path by its last part, or as RUN/STAGE, since all checkpoints have one name."""
-    if not _outside(value):
-        return value
-    return Path(value).name if Path(value).name != "checkpoint" else "/".join(Path(value).parts[-3:-1])
+    """The value of a parameter, without the folders of this disk."""
+    return systems.short_name(Path(value)) if _outside(value) else value
 
 
 def _updates(stage: Path) -> str:

@@ -8,7 +8,6 @@ need zero mean and unit variance first. ``extract_features`` gives the N layers 
 
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from unittest import mock
 
 import torch
 import torchaudio
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -83,28 +82,26 @@ def to_huggingface(checkpoint: Path, folder: Path) -> float:
     Raises ExportError.
     """
     model, _ = pretrained.load(checkpoint)
+    tensors, documents = model.state_dict(), pretrained.documents(model.config)
+    if not pretrained.published(model.config):
+        tensors |= {f"log_mel.{name}": tensor for name, tensor in model.feature_extractor.named_buffers()}
+        documents = _with_code(documents)
     with files.atomic(folder) as temporary:
-        pretrained.save(temporary, model)
-        if not pretrained.published(model.config):
-            _add_code(model, temporary)
+        pretrained.write(temporary, {"model": tensors}, documents)
         return check_huggingface(model, temporary)
 
 
-def _add_code(model: Hubert, folder: Path) -> None:
-    """Make ``folder`` one whose model is in ``CODE``: the file, its name in the configuration, and its tensors."""
-    shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
-    path = folder / "model.safetensors"
-    tensors = {f"log_mel.{name}": tensor for name, tensor in model.feature_extractor.named_buffers()}
-    save_file(load_file(path) | tensors, path, {"format": "pt"})
-    path.chmod(folder.stat().st_mode & 0o666)  # as pretrained.write
+def _with_code(documents: dict[str, str]) -> dict[str, str]:
+    """``documents`` of a folder whose model is in ``CODE``, which is one of them."""
     module = Path(CODE).stem
     classes = {"AutoConfig": f"{module}.FedHubertConfig", "AutoModel": f"{module}.FedHubertModel"}
+    changed = {CODE: Path(__file__).with_name(CODE).read_text(encoding="utf-8")}
     for name, change in (
         ("config.json", {"architectures": ["FedHubertModel"], "auto_map": classes}),
         ("preprocessor_config.json", {"return_attention_mask": True}),
     ):
-        path = folder / name
-        files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | change)
+        changed[name] = json.dumps(json.loads(documents[name]) | change, indent=2) + "\n"
+    return documents | changed
 
 
 def check_huggingface(model: Hubert, folder: Path) -> float:
@@ -133,17 +130,14 @@ def to_torchaudio(checkpoint: Path, folder: Path) -> float:
     """
     model, _ = load_published(checkpoint, "torchaudio")
     settings = {"model": torchaudio_arguments(model.config), "normalize": model.config.do_normalize}
+    text = json.dumps(settings | {"sample_rate": audio.SAMPLE_RATE}, indent=2) + "\n"
     with files.atomic(folder) as temporary:
-        temporary.mkdir()
-        files.write_json(temporary / "torchaudio.json", settings | {"sample_rate": audio.SAMPLE_RATE})
-        save_file(torchaudio_weights(model), path := temporary / "model.safetensors")
-        path.chmod(temporary.stat().st_mode & 0o666)  # as pretrained.write
-        settings = json.loads((temporary / "torchaudio.json").read_text(encoding="utf-8"))
-        exported = torchaudio.models.wav2vec2_model(**settings["model"]).eval()
-        exported.load_state_dict(load_file(path))
+        pretrained.write(temporary, {"model": torchaudio_weights(model)}, {"torchaudio.json": text})
+        exported = torchaudio.models.wav2vec2_model(**json.loads(text)["model"]).eval()
+        exported.load_state_dict(load_file(temporary / "model.safetensors"))
 
         def encode(waveforms: Tensor) -> list[Tensor]:
-            if settings["normalize"]:
+            if model.config.do_normalize:
                 waveforms = functional.layer_norm(waveforms, waveforms.shape[-1:])
             layers, _ = exported.extract_features(waveforms)
             if model.config.do_stable_layer_norm:  # extract_features leaves the final norm out, forward has it
@@ -181,6 +175,6 @@ def torchaudio_weights(model: Hubert) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         name = re.sub(r"^encoder\.", "encoder.transformer.", name)
         name = re.sub(r"^feature_projection\.", "encoder.feature_projection.", name)
-        weights[name] = tensor.detach().cpu().float().contiguous()
+        weights[name] = tensor
     del weights["masked_spec_embed"]
     return weights
