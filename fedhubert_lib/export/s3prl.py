@@ -144,7 +144,6 @@ def benchmark(
     clips, which s3prl draws with replacement and balanced: not comparable to ``test``, that of the same model on the
     test clips; and the number of ``classes`` among these. Raises ExportError where s3prl fails.
     """
-    pretrained.load(checkpoint, weights=False)  # a broken checkpoint is reported here, not after s3prl has started
     out.mkdir(parents=True, exist_ok=True)
     every = max(1, steps // 10)
     roots = {"speech_commands_root": str((data / "train").resolve())}
