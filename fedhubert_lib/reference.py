@@ -1,13 +1,8 @@
 """Is my curve normal? Reference curves of studies over hours of speech heard, and a run's verdict against them.
 
 A reference is a JSON file of ``params/reference/``, made by ``fedhubert reference`` from runs that differ in their
-training seeds: the commit, the seeds, the parameters, and per measure the mean over seeds with a band around it.
-
-A reference belongs to a run that learns the same: ``TASK`` lists the parameters that must be equal (the speech, the
-targets, the model's shape; of a student its objectives, of an evaluation its clusters and speech). A run that
-differs in one of them has no reference, and the verdict says in which. All other parameters (rates, rounds, clients,
-their partition, masks, seeds) are what studies change; such a run is compared, and the verdict names them. The name of
-the study plays no part.
+training seeds: the commit, the seeds, the parameters, and per measure the mean over seeds with a band around it. It
+belongs to every run that learns the same, whatever its study is called.
 """
 
 import json
@@ -48,7 +43,8 @@ TASK = {
     "distill": _LEARNED | {f"distill.{name}" for name in _SHAPE | _IMITATED},
     "evaluate": _LEARNED | _HEARD | {"evaluate.clusters", "evaluate.unit_minutes", "partition.heldout_speakers"},
 }
-"""By stage, the parameters in which a run must equal its reference."""
+"""By stage, the parameters in which a run must equal its reference: speech, targets, the model's shape; a student's
+objectives, an evaluation's clusters and speech. All others are what studies change; the verdict names them."""
 _ASIDE = training_seeds.IRRELEVANT - {"seed"} | {"validate_every", "decode_check"}
 """Parameters that move no curve."""
 
@@ -195,9 +191,8 @@ def _irrelevant(key: str) -> bool:
 
 
 def _differing(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
-    # "a folder": a reference of an earlier version, which does not say which.
-    there = {name: value for name, value in reference.items() if value != "a folder"}
-    return {name: f"{name} ({v}, there {there[name]})" for name, v in run.items() if v != there.get(name, v)}
+    """Parameters that both have, with another value, and in words with which."""
+    return {name: f"{name} ({v}, there {reference[name]})" for name, v in run.items() if v != reference.get(name, v)}
 
 
 @dataclass(frozen=True)
