@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from fedhubert_lib import cli, files, hubert, params, pretrained, runner, seeds
+from fedhubert_lib import cli, files, hubert, params, pretrained, records, runner, seeds
 from fedhubert_lib.evaluation import extraction, keywords, layers, measures, report, systems, tables, training_seeds
 from fedhubert_lib.export import s3prl
 from fedhubert_lib.index import results
@@ -303,7 +303,7 @@ def test_commands_take_the_name_of_a_run(evaluated, command, monkeypatch, tmp_pa
 def test_intervals_over_training_seeds_need_other_weights(evaluated):
     first = evaluated[1]
     second = json.loads(json.dumps(first)) | {"run": "other"}
-    with pytest.raises(training_seeds.DifferentRunsError, match="the same teacher"):
+    with pytest.raises(records.RunError, match="the same teacher"):
         training_seeds.means([first, second])
     for system in second["systems"]:
         system["digest"] += "other"
@@ -319,7 +319,7 @@ def test_intervals_over_training_seeds_need_other_weights(evaluated):
     assert "over 2 training seeds" in training_seeds.markdown([first, second])
     assert "one training seed, 2 evaluation seeds" in training_seeds.markdown([first])
     second["data"]["words"] = ["yes"]
-    with pytest.raises(training_seeds.DifferentRunsError, match="other speech"):
+    with pytest.raises(records.RunError, match="other speech"):
         training_seeds.means([first, second])
 
 
@@ -345,7 +345,7 @@ def test_table_refuses_runs_that_differ_in_more_than_their_seed(evaluated, tmp_p
         (run / "00_corpus" / "params.yaml").write_text(f"run: {run.name}\nalignments: /{run.name}.json\n")
         done = {"files": {"phones.parquet": str(number)}, "identity": {"inputs": {}}}
         files.write_json(run / "00_corpus" / "done.json", done)
-    with pytest.raises(training_seeds.DifferentRunsError, match=r"differ in corpus.phones \(0, 1\)"):
+    with pytest.raises(records.RunError, match=r"differ in corpus.phones \(0, 1\)"):
         training_seeds.check_one_study(runs)
 
 
@@ -519,7 +519,7 @@ def test_same_centralised_teachers_or_students_and_a_given_teacher_that_is_gone(
         systems = [{"system": system, "digest": digest, "title": system} for system, digest in digests.items()]
         return {"run": name, "data": {"words": []}, "figures": [], "systems": systems}
 
-    with pytest.raises(training_seeds.DifferentRunsError, match=f"the same {same}"):
+    with pytest.raises(records.RunError, match=f"the same {same}"):
         training_seeds.means([one("a", "1"), one("b", "2")])
     figure = {"measure": "pnmi", "value": 0.5, "layer": 0, "seeds": 1}
     figures = [figure | {"system": system} for system in ("student", "teacher")]

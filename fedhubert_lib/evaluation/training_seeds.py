@@ -14,12 +14,8 @@ IRRELEVANT = params.HOW | params.ADDITIONS | {"seed", "root", "keywords_root", "
 """Parameters in which the runs of one table may differ."""
 
 
-class DifferentRunsError(records.RunError):
-    """Runs that cannot stand in one table."""
-
-
 def reports(runs: Sequence[Path]) -> list[Report]:
-    """The reports of ``runs``. Raises DifferentRunsError unless they are of one study and of different seeds."""
+    """The reports of ``runs``. Raises RunError unless they are of one study and of different seeds."""
     evaluated = [tables.read(run) for run in runs]
     check_one_study(runs)
     means(evaluated)
@@ -27,16 +23,16 @@ def reports(runs: Sequence[Path]) -> list[Report]:
 
 
 def draw_along(runs: Sequence[Path], path: Path) -> None:
-    """Draw quality over hours of speech heard as the PNG ``path``. Raises DifferentRunsError."""
+    """Draw quality over hours of speech heard as the PNG ``path``. Raises RunError."""
     evaluated = reports(runs)
     if without := [run["run"] for run in evaluated if not run["along"]]:
-        raise DifferentRunsError(f"{', '.join(without)}: evaluated at its end alone; set evaluate.along: true")
+        raise records.RunError(f"{', '.join(without)}: evaluated at its end alone; set evaluate.along: true")
     with files.atomic(path) as temporary:
         temporary.write_bytes(plots.png(plots.along(tables.along(evaluated))))
 
 
 def check_one_study(runs: Sequence[Path]) -> None:
-    """Raise DifferentRunsError, with what differs, unless ``runs`` differ in seeds, places and machines only."""
+    """Raise RunError, with what differs, unless ``runs`` differ in seeds, places and machines only."""
     recorded = pd.DataFrame(
         {key: str(value) for key, value in records.all_parameters(run).items() if key.split(".")[1] not in IRRELEVANT}
         for run in runs
@@ -44,7 +40,7 @@ def check_one_study(runs: Sequence[Path]) -> None:
     removed = {f"{stage}.{name}": str(value) for stage in params.SECTIONS for name, value in params.REMOVED.items()}
     values = {name: column.dropna().unique() for name, column in recorded.fillna(removed).items()}
     if differing := [f"{name} ({', '.join(texts)})" for name, texts in values.items() if len(texts) > 1]:
-        raise DifferentRunsError(
+        raise records.RunError(
             f"{', '.join(map(str, runs))}: a mean over training seeds needs runs of one study, and these differ in"
             f" {', '.join(differing)}"
         )
@@ -54,16 +50,16 @@ def means(reports: Sequence[Report]) -> dict[tuple[str, str], Interval]:
     """The headline of runs of one study: (system title, measure name) to a mean over their training seeds, or, of a
     single run, over its evaluation seeds.
 
-    What not every run has is left out. Raises DifferentRunsError where the speech differs that was measured on, or two
-    runs hold the same model.
+    What not every run has is left out. Raises RunError where the speech differs that was measured on, or two runs hold
+    the same model.
     """
     first = reports[0]
     if other := [run["run"] for run in reports if run["data"] != first["data"]]:
-        raise DifferentRunsError(f"{', '.join(other)}: measured on other speech than {first['run']}: see their data")
+        raise records.RunError(f"{', '.join(other)}: measured on other speech than {first['run']}: see their data")
     for name in systems.CHECKPOINTS:
         digests = [system["digest"] for run in reports for system in run["systems"] if system["system"] == name]
         if len(set(digests)) < len(digests):
-            raise DifferentRunsError(f"two runs have the same {name}, bit by bit; give runs of different seeds")
+            raise records.RunError(f"two runs have the same {name}, bit by bit; give runs of different seeds")
     chosen = [tables.best(run["figures"]) for run in reports]
     figures = {
         (title, name): [run[system][name] for run in chosen]
