@@ -172,8 +172,7 @@ def probe(
     ``rows``: float32 [clips, layers, width]. As s3prl's ``speech_commands``: Adam at ``rate``, batches of 32, gradient
     norm 1, cross entropy, the checkpoint that is best on validation (looked at 20 times). ``standardise`` first scales
     each layer and dimension by the mean and standard deviation of the training rows: a short training at one rate would
-    otherwise judge the scale of the features (MFCC in tens, layers near one); False: features as they are, as in s3prl;
-    its class-balanced draws, its gain of -3 dB and its unpadded clips are not imitated.
+    otherwise judge the scale of the features (MFCC in tens, layers near one); False: as they are, as in s3prl.
     """
     from sklearn.preprocessing import StandardScaler  # here, since what only checks a study imports this module, too
 

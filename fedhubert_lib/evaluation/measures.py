@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fedhubert_lib.params import Evaluate
 
 ABX_CLIPS = 400
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,8 @@ MEMORY = 8
 """Memory that least squares or k-means of rows takes, in sizes of these rows in float32: at most 7.5, measured."""
 
 
-def _of_seeds(work: Callable[[int], Value], p: "Evaluate", memory: int = 0) -> list[Value]:
+def _of_seeds(work: Callable[[int], Any], p: "Evaluate", memory: int = 0) -> list[Any]:
+    """What ``work`` makes of each evaluation seed."""
     return list(threads.each(work, range(p.seed, p.seed + p.seeds), memory))
 
 

@@ -1,8 +1,7 @@
 """The evaluation of a run: every system on every measure, beside its baselines, as JSON and CSV.
 
 docs/evaluation.md describes the fields of ``report.json``; ``report.csv`` holds its figures alone. Speed differs from
-run to run and is in ``speed.json``: equal runs give equal reports. The results of ``fedhubert s3prl`` are added to the
-report that is there, and an evaluation that is run again keeps them as long as weights and words are the same.
+run to run and is in ``speed.json``: equal runs give equal reports.
 """
 
 import functools
@@ -74,7 +73,6 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
             report["along"] += [place | {key: figure[key] for key in ON_THE_WAY} for figure in best]
         if not report["along"]:
             report["notes"].append("along: 03_pretrain has kept no checkpoint on the way whose hours are known")
-    _add_s3prl(report, run)
     files.write_json(run / tables.STAGE / "speed.json", {one.name: cost.speed(one.encoder) for one in compared})
     _write(run, report)
     if (events := files.events()) is not None:
@@ -111,11 +109,12 @@ def words(run: Path, seed: int) -> str:
 
 def add_s3prl(run: Path) -> None:
     """Put what s3prl has measured since into the report of ``run`` and write it anew."""
-    _add_s3prl(report := tables.read(run), run)
-    _write(run, report)
+    _write(run, tables.read(run))
 
 
 def _write(run: Path, report: dict[str, Any]) -> None:
+    """Write ``report`` with what s3prl has measured."""
+    _add_s3prl(report, run)
     files.write_json(run / tables.STAGE / "report.json", report)
     with files.atomic(run / tables.STAGE / "report.csv") as temporary:
         tables.figures(report).to_csv(temporary, index=False)
