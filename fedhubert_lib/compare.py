@@ -98,7 +98,7 @@ def figures(groups: Groups) -> tuple[pd.DataFrame, list[str]]:
         done = [folder for folder in written if folder not in stale]
         if len(done) < len(folders):
             old = "".join(f"; {folder.name}'s report is {why}: run it again" for folder, why in stale.items())
-            notes.append(f"{name}: {f'{len(done)} of {len(folders)} runs' if done else 'not'} evaluated so far{old}.")
+            notes.append(f"{name}: {len(done)} of {len(folders)} runs evaluated so far{old}.")
         if not done:
             continue
         reports = training_seeds.reports(done)
@@ -128,7 +128,7 @@ def write(groups: Groups, folder: Path) -> str:
         ("Parameters that differ", parameters(groups), ""),
         ("Figures: mean and 95 % interval", compared, " ".join(notes)),
     ):
-        text += [f"{title}:", table.to_string(na_rep="-") if table.size else "none", remark, ""]
+        text.append(f"{title}:\n{table.to_string(na_rep='-') if table.size else 'none'}\n{remark}".rstrip())
         cells.append(f"## {title}\n\n{table.to_html(na_rep='-') if table.size else 'None.'}\n\n{remark}")
     if len(drawn := curves(groups)):
         with files.atomic(folder / PICTURE) as temporary:
@@ -139,4 +139,4 @@ def write(groups: Groups, folder: Path) -> str:
     with files.atomic(folder / "compare.ipynb") as temporary:
         nbformat.write(notebook, temporary)
     page = runner.save_page(folder / "compare.ipynb")
-    return "\n".join([*filter(None, text[:-1]), "", str(page), *([str(folder / PICTURE)] if len(drawn) else [])])
+    return "\n\n".join([*text, f"{page}\n{folder / PICTURE}" if len(drawn) else str(page)])

@@ -141,7 +141,7 @@ def test_figures_have_the_interval_of_the_seeds_that_there_are(outputs):
     assert row["base"] == str(intervals.measure([0.5, 0.6, 0.7])) and row["one"] == "0.400 ± 0.100"
     assert list(table.index.get_level_values(1)) == ["teacher, federated", "MFCC"] and "started" not in table
     words = " ".join(notes)
-    assert "3 training seeds" in words and "2 evaluation seeds" in words and "started: not evaluated" in words
+    assert "3 training seeds" in words and "2 evaluation seeds" in words and "started: 0 of 1 runs evaluated" in words
     report = json.loads((outputs / "one/05_evaluate/report.json").read_text())
     files.write_json(outputs / "one/05_evaluate/report.json", report | {"data": {"words": ["other"]}})
     assert "other words" in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
@@ -162,7 +162,8 @@ def test_the_command_prints_and_writes_a_page_that_fetches_nothing(outputs, tmp_
     make(outputs, "b", rounds=0, accuracy=None, local_steps=9)
     assert cli.main(["compare", "a", str(outputs / "b")]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("pretrain.local_steps", "0.500 ± 0.100", "b: not evaluated", "compare.html"))
+    assert all(word in out for word in ("pretrain.local_steps", "0.500 ± 0.100", "b: 0 of 1 runs", "compare.html"))
+    assert out.count("\n\n") == 3, "a line between tables"
     folder = outputs / "compare-a-b"
     page = (folder / "compare.html").read_text(encoding="utf-8")
     assert "data:image/png;base64" in page and "<script" not in page and 'src="curves' not in page
