@@ -25,6 +25,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "get the right to write there, or set FEDHUBERT_OUTPUTS elsewhere"),
     errno.EROFS: "it is mounted read-only; set FEDHUBERT_OUTPUTS to a folder that can be written",
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder belongs; move it, or name another"),
+    errno.EISDIR: "a folder stands where a file belongs; name a file in it, or another",
     errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
     errno.ENAMETOOLONG: "give the run or the clients shorter names",
     errno.EIO: "the disk does not answer as it should; look at the system's log",
@@ -36,7 +37,7 @@ _REMEDIES = {
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
 
-    Works for a file, and for a folder that does not exist yet. On an error nothing is left behind, and what stood at
+    Works for a file, which replaces no folder, and for a folder. On an error nothing is left behind, and what stood at
     ``path`` before is untouched.
     """
     path = Path(path)
@@ -49,6 +50,8 @@ def atomic(path: Path) -> Iterator[Path]:
             if temporary.is_dir():  # in parallel, so that the file system writes its journal for many files together
                 with ThreadPoolExecutor(32) as pool:
                     list(pool.map(_flush, [*temporary.rglob("*"), temporary]))
+            elif path.is_dir():  # which would go with all that it holds
+                raise explained(errno.EISDIR, path)
             else:
                 _flush(temporary)
             if path.is_dir():  # rename cannot replace a folder that has content

@@ -44,6 +44,15 @@ def test_atomic_replaces_a_link_to_a_folder_and_leaves_that(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "elsewhere"]
 
 
+def test_no_file_replaces_a_folder(tmp_path):
+    """As of ``fedhubert reference RUNS --to params/reference``, without the name of a file."""
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/toy.json").touch()
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        files.write_text(tmp_path / "reference", "{}")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "reference", tmp_path / "reference/toy.json"]
+
+
 def test_write_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "value.json", {"a": float("nan")})
