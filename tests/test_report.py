@@ -355,7 +355,7 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evalua
     fine_tuned, figure = s3prl_figures(run)
     assert fine_tuned["measure"] == "s3prl-fine-tuned-accuracy"
     assert (figure["system"], figure["values"], figure["baseline"]) == ("teacher", [0.5, 0.7], 1 / 11)
-    report.add_s3prl(run)
+    report.write(run, tables.read(run))
     assert tables.read(run) == before
     assert tables.below(before)[0].loc["federated teacher", "keyword accuracy, s3prl"].startswith("0.600")
     notes = [note for note in before["notes"] if note.startswith("s3prl-")]
@@ -367,19 +367,19 @@ def test_s3prls_accuracy_joins_the_report_and_goes_with_weights_and_words(evalua
     leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
     (run / "s3prl" / "teacher-frozen" / "seed-1" / "result.json").unlink()
     shutil.rmtree(run / "s3prl" / "teacher-fine-tuned")
-    report.add_s3prl(run)
+    report.write(run, tables.read(run))
     assert [(figure["measure"], figure["value"]) for figure in s3prl_figures(run)] == [("s3prl-accuracy", 0.9)]
     assert "0.9," in (run / "05_evaluate" / "report.csv").read_text()
 
     done = {"identity": {"inputs": {}}, "outputs": "tables", "speech": "other words"}
     files.write_json(run / "00_corpus" / "done.json", done)
-    report.add_s3prl(run)
+    report.write(run, tables.read(run))
     assert not s3prl_figures(run) and any("words have changed" in note for note in tables.read(run)["notes"])
     leave_s3prl_results(run, before["systems"][0]["digest"], (0.9,))
-    report.add_s3prl(run)
+    report.write(run, tables.read(run))
     assert s3prl_figures(run)
     leave_s3prl_results(run, "of other weights", (0.9,))
-    report.add_s3prl(run)
+    report.write(run, tables.read(run))
     assert not s3prl_figures(run) and any("teacher or its words" in note for note in tables.read(run)["notes"])
 
 

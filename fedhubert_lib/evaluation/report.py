@@ -74,7 +74,7 @@ def run(run: Path, p: "Evaluate", on_progress: OnProgress = lambda *_: None) -> 
         if not report["along"]:
             report["notes"].append("along: 03_pretrain has kept no checkpoint on the way whose hours are known")
     files.write_json(run / tables.STAGE / "speed.json", {one.name: cost.speed(one.encoder) for one in compared})
-    _write(run, report)
+    write(run, report)
     if (events := files.events()) is not None:
         events.figures(run / tables.STAGE, tables.best(report["figures"]), report["along"])
     return report
@@ -107,13 +107,8 @@ def words(run: Path, seed: int) -> str:
     return f"{(records.read_json(run / '00_corpus' / 'done.json') or {}).get('speech')}-{seed}"
 
 
-def add_s3prl(run: Path) -> None:
-    """Put what s3prl has measured since into the report of ``run`` and write it anew."""
-    _write(run, tables.read(run))
-
-
-def _write(run: Path, report: dict[str, Any]) -> None:
-    """Write ``report`` with what s3prl has measured."""
+def write(run: Path, report: dict[str, Any]) -> None:
+    """Write the report of ``run``, as JSON and CSV, with what s3prl has measured until now."""
     _add_s3prl(report, run)
     files.write_json(run / tables.STAGE / "report.json", report)
     with files.atomic(run / tables.STAGE / "report.csv") as temporary:

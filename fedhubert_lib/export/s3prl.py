@@ -206,7 +206,7 @@ def of_run(
             options = {"steps": steps, "rate": rate, "fine_tune": fine_tune, "seed": seed, "device": device}
             files.write_json(path, settings | benchmark(source, data, path.parent, **options))
         results.append(records.read_json(path) or {})
-    report.add_s3prl(run)
+    report.write(run, tables.read(run))
     return results
 
 
