@@ -76,6 +76,7 @@ def run(made, tmp_path):
 
 CPU = torch.device("cpu")
 P = params.Evaluate(run="run", seeds=2, probe_steps=20, clusters=4, unit_minutes=1.0, device="cpu", fine_tune_steps=2)
+SHORT = P.model_copy(update={"seeds": 1, "probe_steps": 2, "fine_tune_steps": 0})
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def trained(run, rounds=(1, 2, 3)):
 
 def test_along_measures_checkpoints_over_hours_and_draws_them(run, evaluated, tmp_path, capsys):
     trained(run)
-    written = report.run(run, P.model_copy(update={"along": True}))
+    written = report.run(run, SHORT.model_copy(update={"along": True}))
     keys = ["system", "round", "hours", "measure", "layer", "value", "low", "high", "values"]
     assert all(list(row) == keys for row in written["along"])
     assert [(row["round"], row["hours"]) for row in written["along"][::4]] == [(1, 0.5), (2, 1.0), (3, 1.5)]
@@ -418,7 +419,7 @@ def test_checkpoint_in_shards_is_evaluated_without_any_training(run):
         save_file({name: tensors[name] for name in tensors if shards[name] == shard}, folder / shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (folder / "model.safetensors").unlink()
-    p = P.model_copy(update={"checkpoint": str(folder)})
+    p = SHORT.model_copy(update={"checkpoint": str(folder)})
     assert names(run, p.checkpoint)[:4] == ["teacher", "student", "checkpoint", "random"]
     for stage in ("01_partition", "03_pretrain", "04_distill"):
         shutil.rmtree(run / stage)
@@ -465,7 +466,7 @@ def test_too_few_clips_and_speakers_are_noted(run):
     clips.assign(speaker=clips["clip"]).to_parquet(path)  # a speaker per clip
     for place in ("00_corpus/manifest.parquet", "01_partition/heldout.parquet"):
         pd.read_parquet(run / place).assign(speaker="one").to_parquet(run / place)
-    written = report.run(run, P.model_copy(update={"fine_tune_steps": 0, "seeds": 1, "probe_steps": 2}))
+    written = report.run(run, SHORT)
     measured = {figure["measure"] for figure in written["figures"]}
     assert "pnmi" in measured and not {"abx-error", "speaker-accuracy", "phone-accuracy"} & measured
     assert [note.partition(":")[0] for note in written["notes"]] == ["abx", "phones", "voice"]
