@@ -8,8 +8,6 @@ from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""
-KINDS = ("plan", "failure", "round", "lloyd")
-"""Of rows that count after their cohort."""
 
 
 def say(line: str) -> None:

@@ -26,6 +26,8 @@ OK, FAILED, USAGE, DIED, INTERRUPTED = 0, 1, 2, 3, 75
 """Exit codes. 75 is EX_TEMPFAIL, "try again later": batch systems can requeue on it."""
 
 UNCHANGED = "unchanged, skipped"
+TAIL = 2**20
+"""Bytes at the end of a metrics.jsonl that the runner looks at: the rows of a cohort of 2,000 clients."""
 
 
 class StageError(Exception):
@@ -232,12 +234,12 @@ def _lock(run: Path) -> contextlib.AbstractContextManager[None]:
 def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterator[None]:
     """Inside the block, print the rounds that a stage writes to metrics.jsonl in ``folder``."""
     over, started = threading.Event(), time.time()
-    looks = {"": _looks(folder / "metrics.jsonl"), "centralised ": _looks(folder / "centralised" / "metrics.jsonl")}
+    paths = {"": folder / "metrics.jsonl", "centralised ": folder / "centralised" / "metrics.jsonl"}
 
     def watch() -> None:
         shown, printed = list[str](), started
         while not over.wait(every):
-            rows = {title: next(look) for title, look in looks.items()}
+            rows = {title: _recent(path) for title, path in paths.items()}
             now = [title + line for title in rows if (line := progress.last_round(rows[title], started))]
             lines = [line for line in now if line not in shown]  # clients' rows come between those of rounds
             shown = now
@@ -257,28 +259,18 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
         thread.join()
 
 
-def _looks(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a metrics.jsonl as of each look; of earlier cohorts ``progress.KINDS``: all would take a gigabyte.
+def _recent(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl that tell how far a training is: the first, which is its plan, and the last ones.
 
-    What was read is not read again, unless a training that resumes has written the file anew.
+    Not all: of 5,000 rounds they are 72 MB, which every look would parse again.
     """
-    older, last, file, end = list[dict[str, Any]](), list[dict[str, Any]](), 0, 0
-    while True:
-        if path.is_file():
-            with path.open("rb") as stream:
-                facts = os.fstat(stream.fileno())
-                if facts.st_ino != file or facts.st_size < end:
-                    older, last, file, end = [], [], facts.st_ino, 0
-                stream.seek(end)
-                for line in stream:
-                    if not line.endswith(b"\n"):  # still growing
-                        break
-                    end += len(line)
-                    if not line.strip():
-                        continue
-                    row = json.loads(line)
-                    if row["kind"] == "cohort":
-                        older += [row for row in last if row["kind"] in progress.KINDS]
-                        last = []
-                    last.append(row)
-        yield older + last
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        lines = [stream.readline()]
+        end = os.fstat(stream.fileno()).st_size
+        if end - TAIL > stream.tell():
+            stream.seek(end - TAIL)
+            stream.readline()  # the rest of a row
+        lines += stream.readlines()
+    return [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]  # the last may still grow
