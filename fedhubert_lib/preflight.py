@@ -4,7 +4,6 @@
 before the first, and again once the corpus and the clients exist.
 """
 
-import contextlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -87,21 +86,6 @@ def _speech(p: params.Corpus, *_: Any) -> None:
         librispeech.home(Path(p.root), [name for name in subsets if not Path(p.root, f"{name}.tar.gz").is_file()])
     if p.kind == "folder":
         folder.speakers(Path(p.root), p.train_subsets + p.test_subsets)
-
-
-def _speakers(p: params.Partition, run: Path, study: studies.Study | None, _: Any) -> None:
-    """Whether the folder has speakers for all clients, before hours go into the rest of a download and reading it."""
-    if study is None or study.corpus.kind == "synthetic":
-        return
-    root, subsets = Path(study.corpus.root), study.corpus.train_subsets
-    with contextlib.suppress(librispeech.CorpusError):  # which _speech names, unless a download brings what is missing
-        plain = study.corpus.kind == "folder"
-        parts = [root] if plain else [librispeech.home(root, subsets) / subset for subset in subsets]
-        count = len({speaker for part in parts for speaker in folder.speakers(part)})
-        clients = p.clients if p.scheme == "speakers" else 1
-        if count < p.heldout_speakers + clients:
-            needs = f"{clients} clients and {p.heldout_speakers} held-out speakers need more; give fewer of either"
-            raise ValueError(f"{study.corpus.root} has {count} speakers, and {needs}")
 
 
 def _words(p: params.Corpus, *_: Any) -> None:
@@ -237,7 +221,6 @@ def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> Non
 CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Corpus, "root", _speech),
     (params.Corpus, "keywords_root", _words),
-    (params.Partition, "clients", _speakers),
     (params.Kmeans | params.Federation, "engine", _engine),
     (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
     (params.Kmeans, "features", _features),

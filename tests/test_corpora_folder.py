@@ -90,8 +90,6 @@ def test_a_folder_of_which_nothing_can_be_used_is_refused(tmp_path):
     [
         (["corpus.root=nowhere"], "corpus.root: .*nowhere: no such file or folder"),
         (["corpus.test_subsets=[ben]"], "corpus.root: of kind folder .* a speaker to train on, ben too, which"),
-        (["partition.clients=3"], "partition.clients: .* has 3 speakers, and 3 clients and 1 held-out"),
-        (["partition.heldout_speakers=3", "partition.scheme=iid"], "partition.clients: .*1 clients and 3 held-out"),
     ],
 )
 def test_what_a_folder_lacks_is_found_before_it_is_read(tree, tmp_path, more, problem):

@@ -249,23 +249,6 @@ def test_a_corpus_without_a_subset_is_refused_unless_its_archive_or_a_download_w
     assert not problems(tmp_path, *settings)
 
 
-@pytest.mark.parametrize("home", ["LibriSpeech", "."])
-def test_speakers_of_librispeech_are_counted_where_its_subsets_are(home, tmp_path):
-    for place in ("train-clean-5/19", "train-clean-5/26", "train-clean-100/26", "test-clean/84"):
-        folder = tmp_path / home / place / "7"
-        folder.mkdir(parents=True)
-        (folder / f"{folder.parent.name}-7-0000.flac").touch()
-    settings = ["corpus.kind=librispeech", f"corpus.root={tmp_path}"]
-    settings += ["corpus.train_subsets=[train-clean-5, train-clean-100]"]
-    told = problems(tmp_path / "run", *settings, "partition.clients=3")
-    assert told.startswith("partition.clients: ") and "has 2 speakers, and 3 clients and 1 held-out speakers" in told
-    anyhow = "partition.scheme=iid"
-    assert not problems(tmp_path / "run", *settings, anyhow)
-    assert "2 held-out" in problems(tmp_path / "run", *settings, anyhow, "partition.heldout_speakers=2")
-    shutil.rmtree(tmp_path / home / "train-clean-100")
-    assert not problems(tmp_path / "run", *settings, "corpus.download=true"), "the download may bring more"
-
-
 def test_a_missing_place_and_one_that_the_run_will_make_are_refused(checkpoint, tmp_path):
     run = tmp_path / "outputs" / "toy"
     (run / "03_pretrain" / "checkpoint").mkdir(parents=True)
