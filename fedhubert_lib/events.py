@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedhubert_lib import params
 from fedhubert_lib.records import RunError
 
 VARIABLE = "FEDHUBERT_TENSORBOARD"
@@ -29,8 +30,7 @@ class Curve:
 
         stages = (path for path in (place, *place.parents) if re.fullmatch("0[0-9]_[a-z]+|own_experiment", path.name))
         stage = next(stages, place)
-        # As all places, a relative one starts at the project's root.
-        root = Path(__file__).parents[1] / os.path.expanduser(os.environ[VARIABLE])
+        root = params.ROOT / os.path.expanduser(os.environ[VARIABLE])
         self._writer = SummaryWriter(str(root / place.relative_to(stage.parent.parent)), purge_step=step)
 
     def add(self, values: Mapping[str, Any], step: int, time: float | None = None) -> None:
