@@ -153,13 +153,8 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
         raise ValueError(f"clients keep {size / 1e9:.1f} GB between rounds, and {free / 1e9:.1f} GB are free; {remedy}")
 
 
-def _features(p: params.Kmeans, _: Path, study: studies.Study | None, __: Any) -> None:
+def _features(p: params.Kmeans, *_: Any) -> None:
     model = _model("" if p.features == "mfcc" else p.features)
-    if model and p.layer == "auto" and study is not None:
-        corpus = study.corpus
-        alone = corpus.kind == "folder" or (corpus.kind == "librispeech" and not corpus.test_subsets)
-        if alone and not study.partition.heldout_speakers:
-            raise ValueError("layer: auto measures layers on speech that no client has; give layer or heldout_speakers")
     if model and p.layer != "auto" and p.layer > (depth := model.config.num_hidden_layers):
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
@@ -188,24 +183,13 @@ def _taught(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> No
         raise ValueError(f"{teacher} has changed since it taught the student of 04; put it back, or distill anew")
 
 
-def _keywords(p: params.Evaluate, run: Path, study: studies.Study | None, coming: Container[str]) -> None:
-    """Whether the clips allow a fair figure; before 00_corpus, whether SUPERB's task has what it needs."""
+def _keywords(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:
+    """Whether the clips, once they are there, allow a fair figure."""
     path = run / "00_corpus" / "keywords.parquet"
     if "corpus" not in coming and path.is_file():
         clips = keywords.read_clips(path)
         if p.task == "superb":
             keywords.superb(clips, p.seed)
-    elif p.task == "superb" and study is not None:
-        root = Path(study.corpus.keywords_root)
-        if study.corpus.keywords == "synthetic":
-            raise ValueError("superb given; it needs background noise, which the synthetic keywords lack: give words")
-        if speech_commands.homes(root):
-            root = speech_commands.home(root)
-            words = {word if word in keywords.COMMANDS else "other words" for word in speech_commands.usable(root)}
-            if missing := sorted({*keywords.COMMANDS, "other words"} - words):
-                lacks = f"{root} has no training or no test clip of {', '.join(missing)}"
-                raise ValueError(f"superb needs ten commands and other words; {lacks}")
-            keywords.noise(root)
 
 
 def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> None:

@@ -61,6 +61,12 @@ class Study(BaseModel):
             if section.codebook not in codebooks:
                 text = f"{section.codebook}, but kmeans.codebooks has {', '.join(codebooks)}; add it there"
                 yield stage, "codebook", text
+        if self.evaluate.task == "superb" and self.corpus.keywords == "synthetic":
+            yield "evaluate", "task", "superb needs background noise, which the synthetic keywords lack; give words"
+        alone = self.corpus.kind == "folder" or self.corpus.kind == "librispeech" and not self.corpus.test_subsets
+        if self.kmeans.features != "mfcc" and self.kmeans.layer == "auto" and alone and not heldout:
+            text = "auto measures layers on speech that no client has; give layer or partition.heldout_speakers"
+            yield "kmeans", "layer", text
         pretrain, distill = self.pretrain, self.distill
         if distill.teacher or "soft-targets" not in distill.objectives:
             return

@@ -276,6 +276,13 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("kmeans.codebooks=[client,client]", "kmeans.codebooks"),
         ("kmeans.features=", "kmeans.features"),
         ("kmeans.layer=6", "kmeans.layer"),
+        (
+            "corpus.kind=librispeech corpus.root=/x corpus.test_subsets=[] partition.heldout_speakers=0"
+            " kmeans.features=/model",
+            "kmeans.layer",
+        ),
+        ("corpus.kind=folder corpus.root=/x partition.heldout_speakers=0 kmeans.features=/model", "kmeans.layer"),
+        ("evaluate.task=superb", "evaluate.task"),
         ("kmeans.codebooks=[central] kmeans.engine=deployment", "kmeans.codebooks"),
         ("kmeans.codebooks=[one-shot] kmeans.noise_multiplier=1", "kmeans.noise_multiplier"),
         ("kmeans.codebooks=[aligned] kmeans.minimum_count=5", "kmeans.minimum_count"),
