@@ -4,7 +4,6 @@ Folders are the run's own, files of results hard links: whatever becomes of the 
 nothing is copied. What is appended to or says whose it is, records, logs and lists of audio, is a copy.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -18,8 +17,6 @@ from fedhubert_lib import files, identity, params, progress, records, runs
 
 LINKED = {".safetensors", ".npy", ".bin", ".parquet", ".flac", ".wav", ".png", ".svg"}
 """Suffixes of files that are never written in place: a new one takes the place of the old one."""
-_UNLINKED = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""Errors of a file system that has no hard links, or not to there; EPERM also of files that are another user's."""
 _AUDIO = Path("00_corpus") / "synthetic"
 
 
@@ -69,9 +66,7 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
             return
         try:
             os.link(old, new)
-        except OSError as error:
-            if error.errno not in _UNLINKED:
-                raise
+        except OSError:  # a file system without hard links, or another one; or a file of another user
             shutil.copy2(old, new)
             copied += 1
 
