@@ -121,8 +121,6 @@ def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
     """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
     if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
         return
-    if not (run / "02_kmeans").is_dir():
-        return
     clusters = recipes.clusters(run, p.codebook)
     for client in federated.client_ids(run, p.codebook):
         labels = Labels(run / "02_kmeans" / "clients" / client / p.codebook)

@@ -242,7 +242,7 @@ def test_a_missing_place_and_one_that_the_run_will_make_are_refused(checkpoint, 
             preflight.check("pretrain", p, run)
     told = problems(run, f"kmeans.features={run / '03_pretrain/checkpoint'}")
     assert told.startswith("kmeans.features: ") and "lies in what this run makes" in told
-    preflight.check("pretrain", params.Pretrain(initial=str(checkpoint)), run)
+    preflight.check("kmeans", params.Kmeans(features=str(checkpoint)), run)
 
 
 def test_a_teacher_that_has_changed_since_is_not_measured_as_the_students(checkpoint, tmp_path):
