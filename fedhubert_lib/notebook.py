@@ -132,7 +132,7 @@ def live_curves(run: Path, stage: str, clusters: int | None = None) -> Iterator[
     The block gets the stage's ``on_row``. ``clusters`` draws what guessing among them would give; the band of the
     reference that belongs to the run is drawn where there is one, else a line says why not. On leaving, also by an
     error, the last figure is drawn, so that a headless run holds the final state, and saved as figures/curves. At most
-    one twentieth of the time goes into drawing.
+    one fiftieth of the time goes into drawing.
     """
     folder, (chosen, words) = run / FOLDERS[stage], reference.of(run, stage)
     band = None if chosen is None else chosen.curves[stage]
