@@ -4,6 +4,7 @@ Folders are the run's own, files of results hard links: whatever becomes of the 
 nothing is copied. What is appended to or says whose it is, records, logs and lists of audio, is a copy.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -32,9 +33,8 @@ def take(stage: str, p: params.Section, run: Path, others: Sequence[Path], now: 
         if why := _differs(stage, p, run, other, done, now):
             progress.say(f"{name}: {why}")
         else:
-            copied = _link(stage, p, run, other, now)
-            note = f"; {copied} files copied: no hard links possible between these folders" if copied else ""
-            progress.say(f"{name}: taken from {other}{note}")
+            _copy(stage, p, run, other, now)
+            progress.say(f"{name}: taken from {other}")
             return True
     return False
 
@@ -55,25 +55,22 @@ def _differs(stage: str, p: Any, run: Path, other: Path, done: dict[str, Any] | 
     return ""
 
 
-def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[str, Any]) -> int:
-    """Make the folder of ``stage`` in ``run`` from that of ``other``; returns how many results had to be copied."""
-    source, copied = other / params.FOLDERS[stage], 0
-
-    def link(old: str, new: str) -> None:
-        nonlocal copied
-        if Path(old).suffix not in LINKED:
-            shutil.copyfile(old, new)
-            return
-        try:
+def _link(old: str, new: str) -> None:
+    """Make ``new`` a hard link to the file of results ``old``, or a copy of it."""
+    if Path(old).suffix in LINKED:
+        with contextlib.suppress(OSError):  # a file system without hard links, or another one; a file of another user
             os.link(old, new)
-        except OSError:  # a file system without hard links, or another one; or a file of another user
-            shutil.copy2(old, new)
-            copied += 1
+            return
+    shutil.copyfile(old, new)
 
+
+def _copy(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[str, Any]) -> None:
+    """Make the folder of ``stage`` in ``run`` from that of ``other``."""
+    source = other / params.FOLDERS[stage]
     for left in run.glob(f".{source.name}.*.partial"):  # by a start that was killed
         shutil.rmtree(left)
     with files.atomic(run / source.name) as folder:
-        shutil.copytree(source, folder, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+        shutil.copytree(source, folder, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
         for place in filter(Path.is_dir, (folder, *folder.rglob("*"))):  # of a run that was made read-only
             place.chmod(place.stat().st_mode | 0o700)
         done, begun = (records.read_json(folder / f"{record}.json") or {} for record in ("done", "begun"))
@@ -94,7 +91,6 @@ def _link(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
         shutil.copy2(executed, run / executed.name)
     facts = {"run": run.name, "seed": p.seed, "git": done["git"], "versions": done["identity"]["versions"]}
     runs.record(run, data=identity.data_fingerprint(run), **facts)
-    return copied
 
 
 def _name_audio(folder: Path, run: Path, audio: Path) -> None:
