@@ -138,10 +138,8 @@ def _clean(options: argparse.Namespace) -> None:
 def _export_client(options: argparse.Namespace) -> None:
     from fedhubert_lib import partition
 
-    try:
+    with _refusing():
         print(partition.export_client(runs.named(options.run), options.client, options.destination, options.at))
-    except ValueError as error:  # a client or folder that cannot be, a table that cannot be read
-        raise runs.RunError(str(error)) from error
 
 
 def _table(options: argparse.Namespace) -> None:
