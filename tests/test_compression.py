@@ -93,8 +93,6 @@ def test_a_diverged_update_is_not_sent(kind):
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="weight has NaN or infinite"):
             compression.encode({"weight": torch.tensor([1.0, value])}, kind)
-    with pytest.raises(ValueError, match="int64"):
-        compression.encode({"weight": torch.tensor([1])}, kind)
 
 
 def spoil(encoded: dict[str, torch.Tensor], **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
