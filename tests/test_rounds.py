@@ -160,8 +160,13 @@ def test_cohorts_come_from_seed_and_round_and_client_ids(run):
     assert drawn != [rounds.cohort(CLIENTS, 3, 0, number, 1) for number in range(1, 40)], "another attempt"
     assert all(len(set(chosen)) == 3 and chosen == sorted(chosen) for chosen in drawn)
     assert {client for chosen in drawn for client in chosen} == set(CLIENTS)
+
+
+@pytest.mark.parametrize("privacy", ["none", "server"])
+def test_a_cohort_that_cannot_be_drawn_ends_nothing_but_the_start(run, privacy):
     with pytest.raises(ValueError, match="cohort of 7 cannot be drawn from 6"):
-        rounds.cohort(CLIENTS, 7, 0, 1)
+        train(run, cohort=7, privacy=privacy, weighting="clients")
+    assert not list((run / "toy").glob("*.jsonl")), "nor is it charged"
 
 
 class LateAndShuffled(InProcessGrid):

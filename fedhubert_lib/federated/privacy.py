@@ -41,10 +41,6 @@ def poisson_cohort(clients: Sequence[str], expected: int, seed: int | None, *key
     It may be empty. It is drawn from the system's entropy, or by (seed, keys): sampling hides no client from those who
     know the cohort.
     """
-    if not 0 < expected <= len(clients):
-        raise ValueError(
-            f"a cohort of {expected} cannot be drawn from {len(clients)} clients; set cohort to 1..clients"
-        )
     generator = random.SystemRandom() if seed is None else seeds.numpy_generator(seed, *keys, "poisson-cohort")
     return [client for client in sorted(clients) if generator.random() < expected / len(clients)]
 

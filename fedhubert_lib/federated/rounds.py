@@ -58,8 +58,6 @@ def cohort(ids: Sequence[str], count: int, seed: int, number: int, attempt: int 
     >>> cohort(["a", "b", "c"], 3, seed=0, number=1)
     ['a', 'b', 'c']
     """
-    if count > len(ids):
-        raise ValueError(f"a cohort of {count} cannot be drawn from {len(ids)} clients; lower cohort")
     generator = seeds.numpy_generator(seed, number, "cohort", attempt)
     return sorted(generator.choice(sorted(ids), count, replace=False).tolist())
 
@@ -120,6 +118,8 @@ class Server:
         self, clients: Clients, p: Federation, task: Task, weights: Arrays, out: Path, on_row: checkpoints.OnRow | None
     ) -> None:
         self.clients, self.p, self.task, self.out, count = clients, p, task, out, len(clients.ids)
+        if p.cohort > count:
+            raise ValueError(f"a cohort of {p.cohort} cannot be drawn from {count} clients; lower cohort")
         self.weights, self.tensors = weights, optimisers.moments(p, weights)
         settings = checkpoints.decisive(p) | {"task": task.name, "clients": count, "first_client": min(clients.ids)}
         session = out / "checkpoints" / "session"  # on disk before clients keep state under it, which no start may lose
