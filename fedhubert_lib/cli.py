@@ -208,13 +208,15 @@ def _deploy(options: argparse.Namespace) -> int | None:
     run = named if named.is_dir() and not options.run.is_dir() else options.run
     folder = run / deployment.FOLDER
     if options.step == "prepare":
-        deployment.prepare(folder, federated.client_ids(run), options.host, options.port)
+        with _refusing():
+            deployment.prepare(folder, federated.client_ids(run), options.host, options.port)
         print(f"{folder}: ready; give each client its folder under nodes/ and nothing else, over a safe channel")
     elif options.step == "server":
         return deployment.serve(folder, options.bind)
     elif options.step == "register":
         for client in options.clients:
-            deployment.add_client(folder, client)
+            with _refusing():
+                deployment.add_client(folder, client)
         print(f"registered: {', '.join(deployment.register(folder)) or 'no new client'}")
     elif options.step == "client":
         deployment.attend(options.node, run, options.device)

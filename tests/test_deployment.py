@@ -198,6 +198,20 @@ def test_a_federation_that_is_not_there_is_named(tmp_path, capsys):
     assert "prepare" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["prepare", "RUN", "--host", "::1"], "give a name or an IPv4"), (["register", "RUN", "a/b"], "'a/b' is no name")],
+)
+def test_a_host_or_client_that_cannot_be_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, reason):
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # of the process that runs the tests
+    deployment.prepare(tmp_path / deployment.FOLDER, CLIENTS)
+    (tmp_path / "01_partition").mkdir()
+    pd.DataFrame({"client": CLIENTS}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
+    assert cli.main(["deploy", *(str(tmp_path) if word == "RUN" else word for word in arguments)]) != 0
+    said = capsys.readouterr().err
+    assert said.startswith("fedhubert: ") and reason in said and said.count("\n") == 1
+
+
 def test_a_run_is_named_or_a_folder_which_comes_first(outputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # of the process that runs the tests
     monkeypatch.setattr(deployment, "serve", lambda folder, bind: print(folder))
