@@ -4,10 +4,9 @@ With ``cohort`` they travel with the weights, and fit a batch as large as the wh
 as it does weights (Local Adam: Cheng and Glasgow 2024, arXiv 2409.13155; Iacob et al. 2025, arXiv 2505.22549). A client
 keeps nothing but a personal head's, and one that is seldom drawn starts from nothing old.
 
-The mean second moment is g^2 + s^2, of a gradient g with the noise s of one client's small batches, so that the mean of
-M clients' steps is shorter than a step on all their batches, divided by the root of g^2 + s^2 / M. That is what clients
-start from here, with the first moment for g (docs/federation.md). It is an estimate: what changes g for all
-counts as noise, clients count alike, and in the local steps the moment drifts back to that of one client's batches.
+A mean second moment is that of one client's small batches; clients start from what one of the cohort's batches
+together would be (``pooled``; docs/federation.md says why). It is an estimate: what changes the gradient for all counts
+as noise, clients count alike, and in the local steps the moment drifts back to that of one client's batches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,7 +69,8 @@ class Sharing(Hook):
 def pooled(moments: Mapping[str, Tensor], clients: int) -> Arrays:
     """``moments``, the mean of the clients', with second moments as gradients of all ``clients``' batches have them.
 
-    Without their bias, the first is g and the second g^2 + s^2, which becomes g^2 + s^2 / ``clients``.
+    Without their bias, the first is the gradient g, and the second g^2 + s^2, with the noise s of one client's batches,
+    which becomes g^2 + s^2 / ``clients``.
     """
     sent = dict(moments)
     for name in moments if clients > 1 else ():

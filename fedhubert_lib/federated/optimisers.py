@@ -76,8 +76,7 @@ class Mean(Collector):
 
 
 # Server optimisers: functions of (parameters, rate, number of the step from 1, weight, update, moments ...) that change
-# weight and moments in place. To add one, write it, name it in OPTIMISERS and params.Optimiser, its rate in
-# params._suited.
+# weight and moments in place. To add one: docs/architecture.md.
 
 
 def fedavg(p: Server, rate: float, number: int, weight: Tensor, update: Tensor) -> None:

@@ -13,8 +13,7 @@ takes part, so that sampling hides nobody: epsilon is that of the client which t
 z / sqrt(cohort). With secure aggregation, which shows sums alone, the noise of all k in a sum hides each, but from
 another client, which knows its own: z sqrt((k - 1) / cohort).
 
-Noise and secret cohorts come from the system's entropy, or, with ``privacy_seeded``, from the seed: then a simulation
-repeats, and nobody is protected. docs/privacy.md says who is hidden from whom, and what epsilon does not cover.
+docs/privacy.md says who is hidden from whom, where the noise comes from, and what epsilon does not cover.
 """
 
 import math
