@@ -78,9 +78,9 @@ def local_update(
         seed: of dropout and layerdrop (``seeds.derive(seed, round, client, "dropout")``); sets torch's global stream.
         optimiser, adjust: a new ``adamw``; what is added to gradients before they are clipped (see ``gradient``).
 
-    Returns sums of the objective's ``measured``, objective_sum, objective_count, steps, audio_seconds, seconds,
-    waiting_seconds (for data), gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and
-    threads: same weights, on a GPU, too. A step that is not finite leaves weights as they are: DivergedError.
+    Returns sums of the objective's ``measured``, objective_count, steps, audio_seconds, seconds, waiting_seconds (for
+    data), gradient_norm (mean, before clipping), learning_rate (last). Same seed, batches and threads: same weights, on
+    a GPU, too. A step that is not finite leaves weights as they are: DivergedError.
     >>> local_update(module, [batch] * 4, objective, p, first_step=0, total_steps=4, seed=0)["steps"]
     4.0
     """
@@ -156,7 +156,7 @@ class _Tally:
         """Count a batch."""
         self.count += sums.count
         self.audio_seconds += batch.seconds
-        for name, value in {"objective_sum": sums.loss.detach(), **sums.measured}.items():
+        for name, value in sums.measured.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.double()
 
     def step(self, number: int, norm: Tensor, group: Sequence[Batch]) -> None:

@@ -19,7 +19,7 @@ from fedhubert_lib.kmeans import targets
 
 TRAINED = {
     *("audio_seconds", "seconds", "waiting_seconds", "steps", "learning_rate", "gradient_norm"),
-    *("objective_sum", "objective_count", "peak_memory_bytes", "update_norm"),
+    *("objective_count", "peak_memory_bytes", "update_norm"),
 }
 PRETRAINED = {
     *("objective", "loss_sum", "unmasked_loss_sum", "penalty_sum"),
