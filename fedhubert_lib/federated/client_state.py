@@ -81,8 +81,8 @@ def _session(home: ClientHome, config: Mapping[str, Any]) -> Path:
 
 def saved(home: ClientHome, config: Mapping[str, Any], name: str) -> dict[int, Path]:
     """The files of ``name`` by round."""
-    files = _session(home, config).glob(f"{name}-*.safetensors")
-    return {int(number): file for file in files if (number := file.stem.removeprefix(f"{name}-")).isdecimal()}
+    paths = _session(home, config).glob(f"{name}-*.safetensors")
+    return {int(number): file for file in paths if (number := file.stem.removeprefix(f"{name}-")).isdecimal()}
 
 
 def personal(update: Update) -> Iterator[None]:

@@ -125,8 +125,8 @@ class Bounding(Hook):
         if p.privacy == "client":
             server.trusted, server.metrics = False, {"learning_rate": math.inf}
         if p.privacy_quantile > 0:
-            noise = 8 * count_std(p) / math.sqrt(p.cohort) if p.privacy == "client" else 0.0
-            server.metrics = {**server.metrics, "within_bound": 0.51 + noise}  # beyond, no client keeps to it
+            of_noise = 8 * count_std(p) / math.sqrt(p.cohort) if p.privacy == "client" else 0.0
+            server.metrics = {**server.metrics, "within_bound": 0.51 + of_noise}  # beyond, no client keeps to it
 
     def draw(self, round) -> list[str] | None:
         """With a trusted server a Poisson cohort; to draw another in place of a small one is not accounted for."""
