@@ -53,12 +53,11 @@ def path(out: Path, number: int) -> Path:
     return out / "checkpoints" / f"round-{number:05d}"
 
 
-def write(
-    out: Path, number: int, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]
-) -> None:
-    """Write round ``number`` and remove earlier ones. ``weights`` are named FILE.NAME (``model.masked_spec_embed``);
-    ``server`` are the tensors that server and hooks keep; ``documents`` are small text files by name."""
-    groups = _by_file(weights)
+def write(out: Path, weights: Arrays, server: Arrays, state: Mapping[str, Any], documents: Mapping[str, str]) -> None:
+    """Write the ``round`` of ``state`` and remove earlier ones. ``weights`` are named FILE.NAME, such as
+    ``model.masked_spec_embed``; ``server`` are the tensors that server and hooks keep; ``documents`` are small text
+    files by name."""
+    number, groups = state["round"], _by_file(weights)
     if number & (number - 1) == 0:  # before the round is done: a kill in between leaves both to be written again
         with files.atomic(out / "checkpoints" / f"model-{number:05d}") as temporary:
             pretrained.write(temporary, {"model": groups["model"]}, documents)

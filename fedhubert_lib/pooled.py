@@ -80,7 +80,7 @@ def train(run: Path, p: Pretrain | Distill, on_row: checkpoints.OnRow | None = N
             row |= {"audio_seconds_per_second": measured["audio_seconds"] / row["seconds"], **meter.used()}
             state["round"] = number
             ledger.row("round", row)
-            checkpoints.write(out, number, weights, named.moments(optimiser, names), state, task.documents)
+            checkpoints.write(out, weights, named.moments(optimiser, names), state, task.documents)
     return checkpoints.save(out / "checkpoint", weights, task.documents)
 
 

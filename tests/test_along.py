@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def write(out: Path, number: int) -> None:
     weights = {"model.a": torch.full((3,), float(number)), "head.b": torch.ones(2)}
-    checkpoints.write(out, number, weights, {"m": torch.ones(100)}, {"round": number}, {"config.json": f"{number}"})
+    checkpoints.write(out, weights, {"m": torch.ones(100)}, {"round": number}, {"config.json": f"{number}"})
 
 
 def test_models_stay_while_checkpoints_go(tmp_path):

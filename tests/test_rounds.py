@@ -792,7 +792,7 @@ def test_a_run_of_another_seed_does_not_resume(run):
 
 def test_checkpoints_of_other_shapes_kinds_or_names_are_refused(tmp_path):
     weights, server = {"model.a": torch.ones(3)}, {"m": torch.ones(2)}
-    checkpoints.write(tmp_path, 1, weights, server, {"round": 1, "settings": {}}, {})
+    checkpoints.write(tmp_path, weights, server, {"round": 1, "settings": {}}, {})
     wrong = [({"model.a": torch.ones(1)}, server), (weights, server | {"n": torch.ones(1)})]
     for others in (*wrong, (weights, {"m": torch.ones(2, dtype=torch.float64)})):
         with pytest.raises(checkpoints.CheckpointError, match="does not hold this model's tensors"):

@@ -194,9 +194,9 @@ class Server:
         sent, self._counted = self.clients.since(self._counted), dict(self.clients.bytes)
         return sent
 
-    def save(self, number: int) -> None:
-        """Start to write the checkpoint of round ``number``, in a second thread while the next round's clients work."""
-        arguments = (self.out, number, self.weights, self.tensors, dict(self.state), self.task.documents)
+    def save(self) -> None:
+        """Start to write the checkpoint of the round, in a second thread while the next round's clients work."""
+        arguments = (self.out, self.weights, self.tensors, dict(self.state), self.task.documents)
         self.saving = self.writer.submit(checkpoints.write, *arguments)
 
     def settle(self) -> None:
@@ -270,7 +270,7 @@ class Round:
             server.state["reference_norm"] = statistics.median(self.norms)
         server.state["round"] = number
         server.ledger.row("round", row)
-        server.save(number)
+        server.save()
 
     def _usable(self, replies: Iterator[Reply | Failure]) -> Iterator[tuple[Reply, float]]:
         """Replies whose updates fit, with their norms; others are recorded."""
