@@ -186,6 +186,7 @@ def test_a_notebook_without_a_parameters_cell_starts_nothing(project):
     assert not project.run.exists()
 
 
+@pytest.mark.slow
 def test_a_stage_whose_files_were_changed_starts_anew(project):
     project.environment["FEDHUBERT_OUTPUTS"] = "elsewhere"  # a relative path counts from the project
     project.run = project.root / "elsewhere" / "study"
