@@ -64,7 +64,7 @@ def test_clips_from_lists_of_other_systems(rewrite, encoding, root):
         ("yes\n", r"testing_list\.txt, line 1: 'yes' is not WORD/FILE\.wav"),
         ("yes/1a_nohash_0.wav\n", "is in the other list, too"),
         ("yes/0a_nohash_0.wav\nno/2a_nohash_0.wav\nbed/2a_nohash_0.wav\n", "voice 0a is in .*train.*, as are 1 others"),
-        ("yes/9z_nohash_0.wav\n", r"fewer than two words .*\(clips: train 12, validation 3, test 0; in the lists 4\)"),
+        ("yes/9z_nohash_0.wav\n", "fewer than two words .* the lists name 4 clips"),
     ],
 )
 def test_clips_refuse_lists_that_do_not_fit(content, words, root):
@@ -79,11 +79,10 @@ def test_clips_refuse_lists_that_are_not_text(root):
         read(root)
 
 
-def test_files_that_are_not_named_as_clips_are_counted_where_no_words_are_left(root):
+def test_files_that_are_not_named_as_clips_make_no_word(root):
     for path in root.glob("*/*.wav"):
         path.rename(path.with_suffix(".flac"))
-    (root / "bed" / ".DS_Store").touch()
-    with pytest.raises(CorpusError, match=r"15 files such as bed/0a_nohash_0\.flac are not WORD/"):
+    with pytest.raises(CorpusError, match=r"of 0 words \(WORD/SPEAKER_nohash_TAKE\.wav\)"):
         speech_commands.usable(root)
 
 

@@ -20,7 +20,6 @@ COLUMNS = ["clip", "path", "word", "speaker", "split", "samples", "sample_rate",
 _CLIP = re.compile(r"^(?P<word>[^/]+)/(?P<speaker>[^/.][^/]*)_nohash_\d+\.wav$")
 _FORM = "WORD/SPEAKER_nohash_TAKE.wav"
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
-SPLITS = ("train", *LISTS)
 
 
 def homes(root: Path) -> list[Path]:
@@ -76,17 +75,15 @@ def usable(root: Path) -> set[str]:
     Raises CorpusError when there are fewer than two.
     """
     split = lists(root)
-    names, refused = set(), []
+    names = set()
     for folder in words(root):
-        clips = [f"{folder.name}/{name}" for name in os.listdir(folder) if not name.startswith(".")]
-        refused += [clip for clip in clips if not _CLIP.fullmatch(clip)]
-        if {"train", "test"} <= {split.get(clip, "train") for clip in clips if _CLIP.fullmatch(clip)}:
+        clips = [clip for name in os.listdir(folder) if _CLIP.fullmatch(clip := f"{folder.name}/{name}")]
+        if {"train", "test"} <= {split.get(clip, "train") for clip in clips}:
             names.add(folder.name)
     if len(names) < 2:
-        other = f"{len(refused):,} files such as {min(refused)} are not {_FORM}; " if refused else ""
         raise CorpusError(
-            f"corpus.keywords_root: {root} has a training and a test clip of {len(names)} words, and its lists name "
-            f"{len(split):,} clips; {other}unpack whole folders of words, and both lists, from one archive"
+            f"corpus.keywords_root: {root} has a training and a test clip of {len(names)} words ({_FORM}), and its"
+            f" lists name {len(split):,} clips; unpack whole folders of words, and both lists, from one archive"
         )
     return names
 
@@ -117,12 +114,11 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
         for word, rows in table[good].groupby("word"):
             if missing := {"train", "test"} - set(rows["split"]):
                 table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
-        counts = ", ".join(f"{name} {(table.loc[good, 'split'] == name).sum():,}" for name in SPLITS)
         good = table["reason"] == ""
         if table.loc[good, "word"].nunique() < 2:
             raise CorpusError(
-                f"{root}: fewer than two words have a training and a test clip (clips: {counts}; in the lists "
-                f"{len(split):,}); unpack whole folders of words beside both lists"
+                f"{root}: fewer than two words have a training and a test clip that can be used, and the lists name "
+                f"{len(split):,} clips; unpack whole folders of words beside both lists"
             )
     if long := (table.loc[good, "samples"] > SAMPLE_RATE).sum():  # see keywords.one_second
         notes.append((str(root), f"{long:,} of {good.sum():,} clips are longer than 1 s: their middle second is used"))
