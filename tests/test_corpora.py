@@ -435,6 +435,16 @@ def test_prepare_names_missing_and_empty_folders(tree, tmp_path):
         corpora.speech_commands.home(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("usable", [True, False])
+def test_prepare_refuses_keywords_of_fewer_than_two_words(usable, tmp_path):
+    words = keyword_tree(tmp_path / "words")
+    for clip in words.glob("no/0c*.wav" if usable else "*/*.wav"):
+        clip.write_bytes(b"")
+    p = params.Corpus(keywords="speech-commands", keywords_root=str(words))
+    with pytest.raises(corpora.CorpusError, match="fewer than two words .*; (2 x word no has no test|6 x empty file)"):
+        corpora._keywords(tmp_path, words, p, lambda *_: None)
+
+
 def test_prepare_refuses_a_speaker_in_training_and_test(tree, tmp_path):
     write(tree / "dev-clean-2" / "26" / "8" / "26-8-0000.flac")
     with pytest.raises(corpora.CorpusError, match=r"\['26'\] are in a training and in a test subset"):

@@ -11,7 +11,7 @@ import torch
 from test_corpora import BROKEN, keyword_tree, write
 
 from fedhubert_lib import audio, batching, corpora, params, partition, preflight, runs, studies
-from fedhubert_lib.corpora import alignments, scan
+from fedhubert_lib.corpora import alignments, folder, scan
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.kmeans import reading
 
@@ -81,8 +81,10 @@ def test_a_folder_of_which_nothing_can_be_used_is_refused(tmp_path):
         prepare(tmp_path / "run", tmp_path / "wide")
     write(tmp_path / "flat" / "1.wav")
     (tmp_path / "flat" / "ana").mkdir()
-    with pytest.raises(corpora.CorpusError, match="no folder of a speaker"):
+    with pytest.raises(corpora.CorpusError, match="to train on; 1 x lies in no speaker's folder"):
         prepare(tmp_path / "run", tmp_path / "flat")
+    with pytest.raises(corpora.CorpusError, match="no folder of a speaker"):
+        folder.speakers(tmp_path / "flat")
 
 
 @pytest.mark.parametrize(

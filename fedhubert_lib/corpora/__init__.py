@@ -61,7 +61,6 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
 def _speech(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[Path, list[str], list[str]]:
     """The folder of the speech, its training subsets and its test subsets; a plain folder has none."""
     if p.kind == "folder":
-        folder.speakers(Path(p.root), p.train_subsets + p.test_subsets)
         return Path(p.root), [], []
     if p.kind == "synthetic":
         root = out / "synthetic" / "LibriSpeech"
@@ -89,8 +88,10 @@ def _keywords(out: Path, root: Path, p: params.Corpus, on_progress: Progress) ->
     """The keyword clips below ``root``, and (path, reason) of those left out."""
     scanned = scan.scan(speech_commands.words(root), out / "scan_keywords.parquet", on_progress, decode=p.decode_check)
     keywords, excluded = speech_commands.clips(root, scanned)
-    if keywords.empty:
-        raise CorpusError(f"{root}: no usable clip among {len(scanned)} files; {_reasons(excluded)}")
+    if keywords["word"].nunique() < 2:
+        raise CorpusError(
+            f"{root}: fewer than two words have a training and a test clip that can be used; {_reasons(excluded)}"
+        )
     return keywords, excluded
 
 

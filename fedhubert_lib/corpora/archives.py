@@ -72,8 +72,7 @@ def provide(
     if any(folder.is_dir() for folder in folders) or not (archive.exists() or download):
         return
     if published is None:
-        why = "unpack it by hand, or" if archive.exists() else "no such archive;"
-        raise ArchiveError(f"{archive}: {why} correct its name; published are {', '.join(PUBLISHED)}")
+        raise ArchiveError(f"{archive}: correct its name or unpack it by hand; published are {', '.join(PUBLISHED)}")
     root.mkdir(parents=True, exist_ok=True)
     with files.locked(root / f".{name}.lock") as free:
         if not free:

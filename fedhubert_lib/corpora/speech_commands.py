@@ -93,7 +93,7 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
 
     The reasons also list what a part of the corpus lacks: entries of the lists, words without a training or test clip,
     validation clips altogether (then some voices move from training to validation); and how many clips exceed a second.
-    Raises CorpusError when fewer than two words are left, or when a voice is in two splits.
+    Raises CorpusError when a voice is in two splits.
     """
     table = scanned.assign(clip=scanned["path"].str.slice(len(str(root.absolute())) + 1))
     table = table.join(table["clip"].str.extract(_CLIP))
@@ -102,24 +102,18 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     table["split"] = table["clip"].map(split).fillna("train")
     notes = _missing(root, split, set(table["clip"]))
     good = table["reason"] == ""
-    if good.any():
-        if not (table.loc[good, "split"] == "validation").any():
-            notes.append((str(root / LISTS["validation"]), _choose_validation(table, good)))
-        splits = table[good].groupby("speaker")["split"].unique()
-        if len(both := splits[splits.str.len() > 1]):
-            raise CorpusError(
-                f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a"
-                " metric would not be that of unseen voices. Unpack the official lists again"
-            )
-        for word, rows in table[good].groupby("word"):
-            if missing := {"train", "test"} - set(rows["split"]):
-                table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
-        good = table["reason"] == ""
-        if table.loc[good, "word"].nunique() < 2:
-            raise CorpusError(
-                f"{root}: fewer than two words have a training and a test clip that can be used, and the lists name "
-                f"{len(split):,} clips; unpack whole folders of words beside both lists"
-            )
+    if not (table.loc[good, "split"] == "validation").any():
+        notes.append((str(root / LISTS["validation"]), _choose_validation(table, good)))
+    splits = table[good].groupby("speaker")["split"].unique()
+    if len(both := splits[splits.str.len() > 1]):
+        raise CorpusError(
+            f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a"
+            " metric would not be that of unseen voices. Unpack the official lists again"
+        )
+    for word, rows in table[good].groupby("word"):
+        if missing := {"train", "test"} - set(rows["split"]):
+            table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
+    good = table["reason"] == ""
     if long := (table.loc[good, "samples"] > SAMPLE_RATE).sum():  # see keywords.one_second
         notes.append((str(root), f"{long:,} of {good.sum():,} clips are longer than 1 s: their middle second is used"))
     excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(notes, columns=["path", "reason"])])
