@@ -39,10 +39,7 @@ LOUDEST = 8.0
 QUIETEST = 2.0**-16
 """Peak up to which a WAV file of other than 16 bits holds 16 bit values that were not scaled up; 0 is silence."""
 KEYS = ["path", "size", "modified"]
-TYPES = {
-    "samples": "int64", "sample_rate": "int32", "channels": "int32", "fingerprint": "str", "reason": "str",
-    "decoded": "bool",
-}  # fmt: skip
+TYPES = {"samples": "int64", "sample_rate": "int32", "fingerprint": "str", "reason": "str", "decoded": "bool"}
 UNREADABLE = "cannot be read"
 """Start of a reason that may vanish though the file has not changed: such a file is read again."""
 
@@ -52,7 +49,6 @@ class Header(NamedTuple):
 
     samples: int = 0
     sample_rate: int = 0
-    channels: int = 0
     fingerprint: str = ""
     """Of the audio alone: the FLAC header's MD5 of the samples, or BLAKE2b of a WAV file's samples."""
     reason: str = ""
@@ -73,7 +69,7 @@ def header(path: str, decode: bool = False) -> Header:
             try:
                 with soundfile.SoundFile(path) as sound:
                     fingerprint, reason = _flac(sound, start, decode) if start[:4] == b"fLaC" else _wav(sound)
-                    return Header(sound.frames, sound.samplerate, sound.channels, fingerprint, reason)
+                    return Header(sound.frames, sound.samplerate, fingerprint, reason)
             except soundfile.SoundFileError as error:
                 file.readall()  # a disk that fails looks like damage: it says so here
                 return Header(reason=f"truncated or damaged: {error}")
@@ -172,13 +168,13 @@ def scan(
     the same as then is not opened again. The cache is brought up to date. Threads wait for the disk while one of them
     parses.
 
-    Returns columns path, size, modified (ns), samples, sample_rate, channels, fingerprint, reason, decoded.
+    Returns columns path, size, modified (ns), samples, sample_rate, fingerprint, reason, decoded.
     """
     rows = [row for root in roots for row in listing(root.absolute())]
     table = pd.DataFrame(sorted(rows), columns=KEYS).astype({"size": "int64", "modified": "int64"})
     cached = pd.read_parquet(cache) if cache and cache.exists() else _table(table[:0], [], decode)
     usable = ~cached["reason"].str.startswith(UNREADABLE) & (cached["decoded"] | (not decode))
-    table = table.merge(cached[usable], on=KEYS, how="left")
+    table = table.merge(cached.loc[usable, [*KEYS, *TYPES]], on=KEYS, how="left")
     unread = table["decoded"].isna()
     before, todo = table[~unread].astype(TYPES), table.loc[unread, KEYS]
     headers: list[Header] = []
