@@ -40,10 +40,7 @@ def home(root: Path) -> Path:
 
 def words(root: Path) -> list[Path]:
     """The folders of the words, without _background_noise_ and the like."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
-    if not folders:
-        raise CorpusError(f"{root} has no folder of a word; unpack the archive again")
-    return folders
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
 
 
 def lists(root: Path) -> dict[str, str]:

@@ -41,7 +41,6 @@ def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapp
     out. Frames are those of two hours at most, so that no client counts for more.
     """
     frames = reading.in_memory(home, config)
-    _require(home, len(frames), 1)
     rng = seeds.numpy_generator(config["seed"], "kmeans-local", home.client)
     centroids = clustering.fit(frames, min(config["local"], len(frames)), rng)
     counts = torch.bincount(clustering.nearest(frames, centroids), minlength=len(centroids)).double()
@@ -78,7 +77,11 @@ def fit(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any
     path = _kept(home, config)
     if not path.exists():
         frames = reading.in_memory(home, config)
-        _require(home, len(frames), config["clusters"])
+        if len(frames) < config["clusters"]:
+            raise ValueError(
+                f"{home.client} has {len(frames)} frames to fit {config['clusters']} clusters; lower clusters, raise"
+                " sample_fraction, or give the client more speech (01_partition: minimum_minutes)"
+            )
         rng = seeds.numpy_generator(config["seed"], "kmeans-client", home.client)
         centroids = clustering.fit(frames, config["clusters"], rng).float()
         facts = {"frames": len(frames), "inertia": clustering.inertia(frames, centroids)}
@@ -140,14 +143,6 @@ def _kept(home: ClientHome, config: Mapping[str, Any]) -> Path:
     settings = {**config, "kind": "client", "utterances": reading.digest(reading.utterances(home))}
     settings.pop("made", None)  # of the labels
     return reading.folder_for(home.state / "codebook", settings) / "client.safetensors"
-
-
-def _require(home: ClientHome, frames: int, needed: int) -> None:
-    if frames < needed:
-        raise ValueError(
-            f"{home.client} has {frames} frames to fit {needed} clusters; lower clusters, raise sample_fraction, or"
-            " give the client more speech (01_partition: minimum_minutes)"
-        )
 
 
 def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
