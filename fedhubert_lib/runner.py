@@ -237,12 +237,14 @@ def _progress(folder: Path, every: float = 2.0, silence: float = 60.0) -> Iterat
     paths = {"": folder / "metrics.jsonl", "centralised ": folder / "centralised" / "metrics.jsonl"}
 
     def watch() -> None:
-        shown, printed = list[str](), started
+        shown, printed = dict[str, Any](), started
         while not over.wait(every):
             rows = {title: _recent(path) for title, path in paths.items()}
-            now = [title + line for title in rows if (line := progress.last_round(rows[title], started))]
-            lines = [line for line in now if line not in shown]  # clients' rows come between those of rounds
-            shown = now
+            # Its row tells a round from the one before: the time left changes when an early one is not read any more.
+            rounds = {title: row for title in rows for row in rows[title] if row["kind"] in ("round", "lloyd")}
+            changed = [title for title, row in rounds.items() if row != shown.get(title)]
+            lines = [title + line for title in changed if (line := progress.last_round(rows[title], started))]
+            shown |= rounds
             if not lines and time.time() - printed > silence:
                 work = [f"; {text}" for title in rows if (text := progress.at_work(rows[title], started))]
                 lines = [f"running for {timedelta(seconds=round(time.time() - started))}{''.join(work)}"]

@@ -4,7 +4,6 @@ Folders are the run's own, files of results hard links: whatever becomes of the 
 nothing is copied. What is appended to or says whose it is, records, logs and lists of audio, is a copy.
 """
 
-import contextlib
 import os
 import shutil
 import time
@@ -57,11 +56,13 @@ def _differs(stage: str, p: Any, run: Path, other: Path, done: dict[str, Any] | 
 
 def _link(old: str, new: str) -> None:
     """Make ``new`` a hard link to the file of results ``old``, or a copy of it."""
-    if Path(old).suffix in LINKED:
-        with contextlib.suppress(OSError):  # a file system without hard links, or another one; a file of another user
-            os.link(old, new)
-            return
-    shutil.copyfile(old, new)
+    if Path(old).suffix not in LINKED:
+        shutil.copyfile(old, new)
+        return
+    try:
+        os.link(old, new)
+    except OSError:  # a file system without hard links, or another one; a file of another user
+        shutil.copy2(old, new)  # with its mode, since a personal head is its client's alone, and its time
 
 
 def _copy(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[str, Any]) -> None:

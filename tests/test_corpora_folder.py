@@ -11,7 +11,7 @@ import torch
 from test_corpora import BROKEN, keyword_tree, write
 
 from fedhubert_lib import audio, batching, corpora, params, partition, preflight, runs, studies
-from fedhubert_lib.corpora import alignments, folder, scan
+from fedhubert_lib.corpora import alignments, scan
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.kmeans import reading
 
@@ -81,10 +81,11 @@ def test_a_folder_of_which_nothing_can_be_used_is_refused(tmp_path):
         prepare(tmp_path / "run", tmp_path / "wide")
     write(tmp_path / "flat" / "1.wav")
     (tmp_path / "flat" / "ana").mkdir()
-    with pytest.raises(corpora.CorpusError, match="to train on; 1 x lies in no speaker's folder"):
-        prepare(tmp_path / "run", tmp_path / "flat")
     with pytest.raises(corpora.CorpusError, match="no folder of a speaker"):
-        folder.speakers(tmp_path / "flat")
+        prepare(tmp_path / "run", tmp_path / "flat")
+    write(tmp_path / "LibriSpeech" / "test-clean" / "1.wav")  # a library's folder, taken for a plain one
+    with pytest.raises(corpora.CorpusError, match="a speaker to train on, test-clean too"):
+        prepare(tmp_path / "run", tmp_path / "LibriSpeech", "corpus.test_subsets=[test-clean]")
 
 
 @pytest.mark.parametrize(

@@ -551,3 +551,11 @@ def test_features_are_kept_by_clips_not_by_words(tmp_path):
     speech, system = measures.Speech(clips, None, tmp_path), systems.System("s", "s", None, "digest")
     place = speech.features(system, clips)
     assert place == speech.features(system, clips.assign(word="z")) != speech.features(system, clips.assign(path="p"))
+
+
+def test_a_short_name_shows_no_folder_behind_a_link(tmp_path):
+    (tmp_path / "private/grant/checkpoint").mkdir(parents=True)
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "models/base/checkpoint").symlink_to(tmp_path / "private/grant/checkpoint")
+    assert systems.short_name(tmp_path / "models/base/checkpoint") == "models/base"
+    assert systems.short_name(tmp_path / "models/base") == "base"

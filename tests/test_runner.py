@@ -462,6 +462,25 @@ def test_a_round_is_printed_once_however_many_rows_follow(tmp_path, monkeypatch)
     assert shown == [f"{tmp_path.name}: round 1", f"{tmp_path.name}: round 2"]
 
 
+def test_a_round_is_printed_once_when_rows_before_it_are_not_read_any_more(tmp_path, monkeypatch):
+    """The time left is then another one."""
+    shown, rows = [], tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(progress, "say", shown.append)
+    monkeypatch.setattr(runner, "TAIL", 200)  # bytes: three rows
+    files.append_row(rows, {"kind": "plan", "rounds": 9, "time": time.time()})
+    for number, seconds in ((1, 60), (2, 600)):
+        files.append_row(rows, {"kind": "round", "round": number, "seconds": seconds, "time": time.time() + 60})
+    with runner._progress(tmp_path, every=0.01):
+        for _ in range(6000):
+            if shown:
+                break
+            time.sleep(0.01)
+        for _ in range(4):
+            files.append_row(rows, {"kind": "client", "client": "a", "time": time.time()})
+            time.sleep(0.1)
+    assert [line.split(",")[0] for line in shown] == [f"{tmp_path.name}: round 2 of 9"]
+
+
 def test_a_look_reads_the_plan_and_the_last_rows(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     assert runner._recent(path) == []

@@ -168,11 +168,12 @@ def test_without_hard_links_results_are_copied(other, monkeypatch):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refused)
+    private = other / "02_kmeans/codebooks/federated/weights.npy"
+    private.chmod(0o600)
     assert take(other.with_name("b"), other) == STAGES
-    assert not os.path.samefile(
-        other / "02_kmeans/codebooks/federated/weights.npy",
-        other.with_name("b") / "02_kmeans/codebooks/federated/weights.npy",
-    )
+    copied = other.with_name("b") / "02_kmeans/codebooks/federated/weights.npy"
+    assert copied.stat().st_mode & 0o777 == 0o600 and copied.stat().st_mtime == private.stat().st_mtime
+    assert not os.path.samefile(private, copied)
 
 
 def test_listing_and_sizes_tell_what_is_shared_and_from_where(other):

@@ -61,6 +61,7 @@ def prepare(run: Path, p: params.Corpus, on_progress: Progress = lambda *_: None
 def _speech(out: Path, p: params.Corpus, on_progress: Progress) -> tuple[Path, list[str], list[str]]:
     """The folder of the speech, its training subsets and its test subsets; a plain folder has none."""
     if p.kind == "folder":
+        folder.speakers(Path(p.root), p.train_subsets + p.test_subsets)
         return Path(p.root), [], []
     if p.kind == "synthetic":
         root = out / "synthetic" / "LibriSpeech"

@@ -125,7 +125,7 @@ def unusable(run: Path, place: str) -> str:
 
 def short_name(path: Path) -> str:
     """The last part of a path; of RUN/STAGE/checkpoint, as all checkpoints of runs are called, RUN/STAGE."""
-    return path.name if path.name != "checkpoint" else "/".join(path.resolve().parts[-3:-1])
+    return path.name if path.name != "checkpoint" else "/".join(path.absolute().parts[-3:-1])
 
 
 def _of_folder(name: str, title: str, folder: Path, device: torch.device) -> System:

@@ -41,6 +41,8 @@ def local_centroids(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapp
     out. Frames are those of two hours at most, so that no client counts for more.
     """
     frames = reading.in_memory(home, config)
+    if not len(frames):
+        raise ValueError(f"{home.client} has no frame to fit clusters on; give it speech, its samples at 16 kHz")
     rng = seeds.numpy_generator(config["seed"], "kmeans-local", home.client)
     centroids = clustering.fit(frames, min(config["local"], len(frames)), rng)
     counts = torch.bincount(clustering.nearest(frames, centroids), minlength=len(centroids)).double()
