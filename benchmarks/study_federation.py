@@ -173,6 +173,11 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "long": {
         **{name: _steps(BEST[name], 10, 2.5) for name in ("pooled", "FedAvg")},  # mini.yaml of 707a942
         **{f"FedAvg, cohort's moments, H {n}": _steps(BEST["FedAvg, cohort's moments"], n, 2.5) for n in (5, 10)},
+        "pooled, 4 clients": _steps(BEST["pooled"] | {"cohort": 4}, 10, 5),
+        **{
+            f"FedAvg, cohort's moments, 4 clients, H {n}": _steps(BEST["FedAvg, cohort's moments"] | {"cohort": 4}, n, 5)
+            for n in (10, 50)
+        },
     },
     "cohorts": {
         f"{name}, {cohort} clients": arm | {"cohort": cohort, "rounds": 40 * 8 // cohort}
