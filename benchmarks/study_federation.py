@@ -175,8 +175,9 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **{f"FedAvg, cohort's moments, H {n}": _steps(BEST["FedAvg, cohort's moments"], n, 2.5) for n in (5, 10)},
         "pooled, 4 clients": _steps(BEST["pooled"] | {"cohort": 4}, 10, 5),
         **{
-            f"FedAvg, cohort's moments, 4 clients, H {n}": _steps(arm | {"cohort": 4}, n, 5)
-            for arm in (BEST["FedAvg, cohort's moments"],)
+            f"FedAvg, cohort's moments, 4 clients, H {n}": _steps(
+                BEST["FedAvg, cohort's moments"] | {"cohort": 4}, n, 5
+            )
             for n in (10, 50)
         },
     },
