@@ -134,8 +134,9 @@ def test_the_exports_that_are_shown_are_made(form, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_of_one_preset_runs(tmp_path):
-    options = ["--presets", "tiny", "--seconds", "1", "--repeats", "1", "--only", "ours", "--checkpointing", ""]
-    command = [sys.executable, "benchmarks/bench_model.py", *options, "--out", str(tmp_path / "out.json")]
+    options = ["--presets", "tiny", "--clips", "1", "--seconds", "1", "--repeats", "1", "--only", "ours"]
+    options += ["--checkpointing", "", "--out", str(tmp_path / "out.json")]
+    command = [sys.executable, "benchmarks/bench_model.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.json").is_file()
