@@ -92,6 +92,48 @@ def test_a_killed_call_keeps_its_codebook_and_leaves_no_half_text(checkpoint, fo
         unit_text.write(checkpoint, folder, out, clusters=6)
 
 
+def test_a_killed_call_resumes_after_its_last_whole_line(checkpoint, folder, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.txt", tmp_path / "units.txt"
+    facts = unit_text.write(checkpoint, folder, whole, clusters=5)
+    passed, through = [], hidden.states
+
+    def states(model, waveforms, *more):
+        passed.append(len(waveforms))
+        return through(model, waveforms, *more) if sum(passed) < 4 else 1 / 0
+
+    monkeypatch.setattr(unit_text.threads, "count", lambda: 1)
+    codebook = tmp_path / "whole.txt.codebook.safetensors"
+    monkeypatch.setattr(hidden, "states", states)
+    with pytest.raises(ZeroDivisionError):
+        unit_text.write(checkpoint, folder, out, codebook=codebook)
+    (part,) = tmp_path.glob("units.txt.*.part")
+    assert part.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:3])
+    with part.open("ab") as text:
+        text.write(b"three|1 2")
+    monkeypatch.setattr(hidden, "states", lambda *given: passed.append(given[1]) or through(*given))
+    passed.clear()
+    assert unit_text.write(checkpoint, folder, out, codebook=codebook) == facts
+    assert len(passed) == 1 and out.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+def test_lines_of_other_units_are_not_taken_up(checkpoint, folder, tmp_path, monkeypatch):
+    """Of a call with another codebook, other recordings, or runs merged."""
+    unit_text.write(checkpoint, folder, tmp_path / "first.txt", clusters=5)
+    codebook, out = tmp_path / "first.txt.codebook.safetensors", tmp_path / "units.txt"
+    other = tmp_path / "other"
+    unit_text.write(checkpoint, folder, other, clusters=6)
+    monkeypatch.setattr(unit_text.clustering, "nearest", lambda *_: 1 / 0)
+    for speech, chosen in (
+        (folder, {"codebook": codebook}),
+        (folder, {"codebook": codebook, "deduplicate": True}),
+        (folder, {"codebook": other.with_name("other.codebook.safetensors")}),
+        (folder / "a", {"codebook": codebook}),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            unit_text.write(checkpoint, speech, out, **chosen)
+    assert len(list(tmp_path.glob("units.txt.*.part"))) == 4
+
+
 def test_a_long_recording_has_all_its_frames(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(hidden, "FORWARD_SAMPLES", 20 * audio.HOP)
     (tmp_path / "speech").mkdir()

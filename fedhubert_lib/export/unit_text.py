@@ -45,10 +45,11 @@ def write(
     """Write the units of all recordings in ``folder`` to the text file ``out``; returns what it holds.
 
     ``codebook`` is the file of an earlier call. Without it, ``clusters`` are fitted on ``layer`` (1 is the first; the
-    default is the middle one) from ``seed`` and kept beside ``out``, named OUT.codebook.safetensors; a call that was
-    killed after that takes them from there. ``out`` is written as a whole or not at all.
+    default is the middle one) from ``seed`` and kept beside ``out``, named OUT.codebook.safetensors. The same call
+    after one that was killed takes them from there, and goes on in OUT.ID.part, which becomes ``out``.
 
-    Raises ExportError where ``out`` exists, a recording cannot be used, or the codebook belongs to another model.
+    Raises ExportError where ``out`` exists or is being written, a recording cannot be used, or the codebook belongs to
+    another model.
     """
     if out.exists():
         raise ExportError(f"{out} is there already; name another, or remove it")
@@ -57,6 +58,7 @@ def write(
     table = recordings(folder)
     place = codebook or out.with_name(f"{out.name}.codebook.safetensors")
     made: dict[str, Any] = {"model": digest(model.state_dict())}
+    speech = _hash(table[["name", "samples", "fingerprint"]].to_csv())
     depth = model.config.num_hidden_layers
     if layer is not None:
         made["layer"] = layer
@@ -64,20 +66,43 @@ def write(
             raise ExportError(f"layer {layer} asked for; the layers of {checkpoint} are 1 to {depth}")
     if codebook is None:
         made = {"layer": max(1, depth // 2), "clusters": clusters, "seed": seed} | made
-        made["speech"] = hashlib.sha256(table[["name", "samples", "fingerprint"]].to_csv().encode()).hexdigest()[:16]
+        made["speech"] = speech
         if not place.exists():
             _fit(model, table, made, place, device)
     centroids, layer = _read(place, made)
-    frames, runs, used = 0, 0, np.zeros(len(centroids), bool)
-    with files.atomic(out) as temporary, temporary.open("w", encoding="utf-8") as text:
-        for name, states in _states(model, table, layer, device, "units"):
-            labels = clustering.nearest(states, centroids).numpy()
-            shortened = units.runs(labels)
-            text.write(f"{name}|{' '.join(map(str, shortened if deduplicate else labels))}\n")
-            frames, runs, used[labels] = frames + len(labels), runs + len(shortened), True
-    hours = float(table.samples.sum()) / audio.SAMPLE_RATE / 3600
-    counted = {"recordings": len(table), "hours": hours, "units used": int(used.sum()), "mean run": frames / runs}
+    same = json.dumps([made, speech, layer, deduplicate, digest({"centroids": centroids})])
+    part = out.with_name(f"{out.name}.{_hash(same)}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.locked(out.with_name(f".{out.name}.lock")) as free, files.naming(part):
+        if not free or out.exists():
+            raise ExportError(f"{out}: another process writes it or has done so; name another file")
+        with part.open("ab+") as text:
+            text.seek(0)
+            written = text.read()
+            text.truncate(written.rfind(b"\n") + 1)  # without a line that a kill has cut off
+            for name, states in _states(model, table[written.count(b"\n") :], layer, device, "units"):
+                labels = clustering.nearest(states, centroids).numpy()
+                line = f"{name}|{' '.join(map(str, units.runs(labels) if deduplicate else labels))}\n"
+                text.write(line.encode())
+        part.replace(out)
+    used, runs = _count(out, len(centroids))
+    frames, hours = table.samples.map(audio.frame_count).sum(), table.samples.sum() / audio.SAMPLE_RATE / 3600
+    counted = {"recordings": len(table), "hours": float(hours), "units used": used, "mean run": float(frames / runs)}
     return {"layer": layer, **counted}
+
+
+def _count(path: Path, clusters: int) -> tuple[int, int]:
+    """How many units the text ``path`` uses, and how many runs of one unit it has."""
+    used, runs = np.zeros(clusters, bool), 0
+    with path.open(encoding="utf-8", newline="\n") as text:
+        for line in text:
+            labels = np.array(line.rpartition("|")[2].split(), int)
+            used[labels], runs = True, runs + len(units.runs(labels))
+    return int(used.sum()), runs
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def recordings(folder: Path) -> pd.DataFrame:
