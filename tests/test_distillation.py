@@ -120,6 +120,16 @@ def test_a_student_that_starts_as_a_public_teacher_hears_as_it_does(run):
     assert '"do_normalize": true' in task.documents["preprocessor_config.json"]
     home = handlers.homes(run, ["client-000"], "distill", "cpu")["client-000"]
     assert distillation.lesson(home, weights, {**task.config, "session": "a", "round": 1}).normalise
+    student = task.config["student"] | {"model": task.config["student"]["model"] | {"do_normalize": False}}
+    lesson = distillation.lesson(home, weights, {**task.config, "student": student, "session": "a", "round": 1})
+    assert not lesson.normalise, "one of the two hears speech as it is"
+
+
+def test_another_seed_starts_from_another_student_in_every_part(run):
+    objectives = ["soft-targets", "distilhubert"]
+    first, second = (distillation.begin(run, distill(objectives=objectives, seed=seed))[1] for seed in (0, 1))
+    for part in ("model.", "head.", "regressors."):
+        assert any(not torch.equal(first[name], second[name]) for name in first if name.startswith(part))
 
 
 def test_distilhubert_leaves_no_layer_out(run):

@@ -48,6 +48,8 @@ def test_what_changes_an_update_comes_before_what_protects_and_packs_it():
     order = [client.split(":")[0] for client, *_ in hooks.HOOKS if client]
     assert order[-3:] == ["privacy", "secure", "compression"]
     assert order.index("moments") < order.index("scaffold")
+    undone = [server.split(":")[0] for server in hooks.AT_SERVER]
+    assert undone[:3] == ["compression", "secure", "privacy"], "a server clips what it has decoded"
 
 
 def reference(make, steps: list[dict[str, torch.Tensor]], rates: list[float] | None = None) -> dict[str, torch.Tensor]:

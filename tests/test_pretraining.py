@@ -13,6 +13,7 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from federation import CODEBOOK, TONES, digest, make, pretrain, rows
@@ -35,7 +36,7 @@ from fedhubert_lib import (
     training,
     weights,
 )
-from fedhubert_lib.federated import compression, flower, handlers, moments, optimisers, rounds, wire
+from fedhubert_lib.federated import compression, flower, handlers, local, moments, optimisers, rounds, wire
 from fedhubert_lib.federated.protocol import ClientHome
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -205,6 +206,15 @@ def test_local_epochs_are_passes_over_what_each_client_has(run):
     last = [row for row in ledger if row["kind"] == "round"][-1]
     assert last["steps"] == 2 * 3
     assert last["learning_rate"] == pytest.approx(1e-3 / (3 * 3))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [([0.5] * 9, 0), ([1.0, 0.5, 0.5], 1), ([1.5] * 9, 3), ([30.0] * 9, 3), ([1.5] * 99, 4)]
+)
+def test_validation_batches_are_those_that_crops_of_usable_utterances_fill(tmp_path, seconds, steps):
+    pd.DataFrame({"samples": [int(16_000 * one) for one in seconds]}).to_parquet(tmp_path / "validation.parquet")
+    home = ClientHome("client-000", data=tmp_path, labels=tmp_path, state=tmp_path)
+    assert recipes.validation_steps(home, pretrain(batch_seconds=4.0, crop_seconds=1.5)) == steps
 
 
 def test_local_steps_bound_local_epochs(run):
@@ -399,7 +409,7 @@ def plain_sgd(monkeypatch) -> float:
 
 def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, plain_sgd):
     """Without momentum c_i - c + (x - y) / (K eta) is what the client keeps."""
-    rate, (task, weights) = plain_sgd, pretraining.begin(run, pretrain(**SCAFFOLD))
+    rate, (task, weights) = plain_sgd, pretraining.begin(run, pretrain(**SCAFFOLD, local_epochs=1, local_steps=9))
     arrays = weights | {f"control/{name}": torch.full_like(t, 1e-3) for name, t in weights.items()}
     client = "client-001"
     home = ClientHome(
@@ -411,6 +421,7 @@ def test_scaffolds_variate_under_plain_sgd_is_option_ii(run, plain_sgd):
     message = dict(task.config) | {"round": 1, "session": "a", "durable": 0, "counted": {client: 0}}
     change, measured = pretraining.update(home, arrays, message)
     kept = load_file(home.state / "session-a/control-000001.safetensors")
+    assert measured["steps"] == 3, "an epoch"
     for name in weights:
         expected = -1e-3 - change[name] / (measured["steps"] * rate)
         torch.testing.assert_close(kept[name], expected, rtol=1e-3, atol=2e-5)
@@ -486,6 +497,40 @@ def test_validation_reads_no_training_speech(tmp_path):
     assert pretraining.validate(home, weights, task.config | message)[1]["masked_frames"] > 0
 
 
+ROUND = {"round": 1, "session": "a", "durable": 0}
+
+
+def test_a_client_gives_unmasked_frames_the_weight_that_the_study_sets(run):
+    home = handlers.homes(run, ["client-000"], "pretrain", "cpu")["client-000"]
+    task, weights = pretraining.begin(run, pretrain(unmasked_weight=2.0, unmasked_decay=0.5))
+    lesson = pretraining.lesson(home, weights, task.config | ROUND)
+    (batch,) = local._batches(home, "train", lesson, 1, 1)
+    measured = lesson.objective(batch, 0.25).measured  # half of the decay: half of unmasked_weight
+    expected = measured["loss_sum"] + 1.0 * measured["unmasked_loss_sum"] + 10 * measured["penalty_sum"]
+    torch.testing.assert_close(measured["objective"], expected)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_clients_normalise_utterances_for_a_model_that_wants_it(run, part):
+    home = handlers.homes(run, ["client-000"], "pretrain", "cpu")["client-000"]
+    task, weights = pretraining.begin(run, pretrain())
+    for wanted in (False, True):
+        model = {"model": task.config["model"] | {"do_normalize": wanted}}
+        lesson = pretraining.lesson(home, weights, task.config | model | ROUND)
+        (batch,) = local._batches(home, part, lesson, 1, 1)
+        assert batch.normalised == wanted
+
+
+def test_validation_is_with_the_personal_head_of_the_round_just_done(run):
+    home = handlers.homes(run, ["client-000"], "pretrain", "cpu")["client-000"]
+    task, weights = pretraining.begin(run, pretrain(head="personal"))
+    shared = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+    losses = [pretraining.validate(home, shared, task.config | ROUND)[1]["loss_sum"]]  # with the head as drawn
+    pretraining.update(home, shared, task.config | ROUND)
+    losses.append(pretraining.validate(home, shared, task.config | ROUND)[1]["loss_sum"])
+    assert losses[0] != losses[1]
+
+
 def test_clients_leave_the_servers_tensors_alone(run):
     task, weights = pretraining.begin(run, pretrain())
     before = digest(weights)
@@ -535,6 +580,12 @@ def test_pretraining_can_start_from_a_checkpoint(run, tmp_path):
     first = pretraining.run(run, pretrain(rounds=1))
     _, weights = pretraining.begin(run, pretrain(initial=str(first)))
     assert digest(weights) == digest(weights_of(first))
+
+
+def test_another_seed_starts_from_another_model_and_head(run):
+    first, second = (pretraining.begin(run, pretrain(seed=seed))[1] for seed in (0, 1))
+    for part in ("model.", "head."):
+        assert any(not torch.equal(first[name], second[name]) for name in first if name.startswith(part))
 
 
 def test_a_codebook_that_was_not_made_is_named(run):
@@ -667,6 +718,7 @@ def test_panel_and_cohort_are_draws_of_their_own():
     ids = [f"client-{number:03d}" for number in range(50)]
     p = pretrain(cohort=5)
     assert rounds.panel(ids, p) == rounds.panel(ids, p) != rounds.cohort(ids, 5, p.seed, 1)
+    assert rounds.panel(ids, p) != rounds.panel(ids, pretrain(cohort=5, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -695,9 +747,20 @@ def test_draws_of_batches_and_steps_come_from_seed_round_and_client(tmp_path, mo
     monkeypatch.setattr(training, "local_update", lambda *a, **o: drawn.append(o["seed"]) or update(*a, **o))
     pretraining.run(run, pretrain(rounds=2, local_steps=1, seed=3))
     asked = [row for row in files.read_rows(run / "03_pretrain/metrics.jsonl") if row["kind"] == "client"]
+    cohorts = [rounds.cohort(federated.client_ids(run), 2, 3, number) for number in (1, 2)]
+    assert [row["client"] for row in asked] == [client for cohort in cohorts for client in cohort]
     assert [key for key in keys if key[1]] == [(3, row["round"], row["client"]) for row in asked]
     assert len({key[2] for key in keys if not key[1]}) > 1, "each client validates on batches of its own"
     assert len(set(drawn)) == len(asked), "dropout"
+
+
+def test_each_round_of_pooled_training_draws_batches_and_dropout_anew(run, monkeypatch):
+    keys, drawn, original, update = [], [], batching.batches, training.local_update
+    monkeypatch.setattr(batching, "batches", lambda *a, **o: keys.append(a[3]) or original(*a, **o))
+    monkeypatch.setattr(training, "local_update", lambda *a, **o: drawn.append(o["seed"]) or update(*a, **o))
+    pooled.train(run, pretrain(rounds=3, local_steps=1, seed=5))
+    assert [key for key in keys if key[2] == "all"] == [(5, number, "all") for number in (1, 2, 3)]
+    assert len(set(drawn)) == 3
 
 
 def test_a_cohorts_second_moment_is_that_of_one_large_batch(tmp_path):

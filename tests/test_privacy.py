@@ -123,6 +123,13 @@ def test_a_round_sums_clipped_updates_and_adds_the_noise_of_the_multiplier(where
     assert not torch.equal(mean, release(p, number=2)[0])
 
 
+@pytest.mark.parametrize("where", ["server", "client"])
+def test_updates_get_more_noise_where_a_noisy_count_takes_part_of_the_privacy(where):
+    p = parameters(privacy=where, privacy_noise=2.0, privacy_quantile=0.5)
+    multiplier = (1 / 2**2 - 1 / (2 * 2) ** 2) ** -0.5  # 2.31: the count of sensitivity 1/2 has noise of 2
+    assert float(release(p)[0].std()) == pytest.approx(multiplier * 0.5 / 16, rel=0.03)
+
+
 def test_noise_that_a_seed_gives_is_not_what_is_added():
     """Neither the server nor a client, which all know the seed and every key, can take it away again."""
     p = parameters(privacy="client", privacy_noise=2.0)
@@ -155,6 +162,9 @@ def test_one_client_more_changes_the_sum_by_no_more_than_its_bound_even_at_the_f
     assert not sums[2].any() and sums[3].any()
     for fewer, more in itertools.pairwise(sums):
         assert float((more - fewer).norm()) <= 0.5 + 1e-6
+    p = parameters(secure_aggregation=True, privacy_quantile=0.5, privacy_seeded=True)
+    bounds = [privacy.release({"a": torch.zeros(1)}, p, 0.5, 1, count, count / 2) for count in (0, 3)]
+    assert math.log(bounds[0] / bounds[1]) == pytest.approx(0.2 / 2 / 16), "nor the count of those within it by more"
 
 
 @pytest.mark.parametrize("where", ["server", "client"])

@@ -413,6 +413,16 @@ def test_a_round_below_its_quorum_stops_the_run_which_then_resumes_with_other_dr
     assert rounds.cohort(CLIENTS, 4, 0, 4, 6) != rounds.cohort(CLIENTS, 4, 0, 4, 0)
 
 
+def test_a_quorum_is_rounded_up_to_whole_clients(run):
+    task = rounds.Task("toy", {}, averages)
+    for quorum, needed in ((0.5, 3), (0.4, 2), (0.41, 3), (0.0, 1)):
+        p, out = pretrain(cohort=5, quorum=quorum), run / str(quorum)
+        with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), out) as server:
+            this_round = next(server.rounds())
+            this_round.ask(this_round.draw())
+            assert this_round.quorum == needed
+
+
 def test_of_two_answers_there_is_no_median(run, monkeypatch):
     def handler(home, arrays, config):
         return pull(home, arrays, config) if home.client in CLIENTS[:2] else explode(arrays, config)
@@ -607,6 +617,17 @@ def test_a_control_variate_that_no_gradients_give_is_refused(run, monkeypatch):
     assert norms[0].items() <= norms[1].items()  # of the weights alone
 
 
+def test_scaffolds_variate_moves_by_the_share_of_all_clients_that_answered(run):
+    """Half of them here, three of a cohort of four: only so it stays the mean of every client's."""
+    p, task = pretrain(server="scaffold", cohort=4), rounds.Task("toy", {}, averages)
+    with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / "toy") as server:
+        (hook,) = server.hooks
+        server.state["counted"] = {}
+        change = {name: torch.ones_like(control) for name, control in hook.control.items()}
+        hook.step(SimpleNamespace(clients=CLIENTS[:3], number=1), change)
+        assert {float(value) for c in hook.control.values() for value in c.flatten()} == {0.5}
+
+
 HUGE = b"\x93NUMPY\x01\x00F\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}".ljust(70)
 
 
@@ -728,6 +749,25 @@ def test_a_client_does_not_begin_anew_for_a_server_that_was_restored(run):
     assert client_state.load(home, {"session": "s", "round": 0}, "toy") is None  # of pooled training
 
 
+def test_a_client_keeps_what_it_had_before_a_round_that_may_be_repeated(run):
+    """However long ago it was last asked: it had no part in rounds 2 to 4."""
+    home, config = handlers.home(run, CLIENTS[0], "toy", "cpu", True), {"session": "s"}
+    for number, durable in ((1, 0), (5, 3)):
+        message = config | {"round": number, "durable": durable}
+        client_state.save(home, message, "toy", {"a": torch.tensor(number)})
+    assert client_state.load(home, message, "toy") == {"a": 1}
+
+
+def test_a_server_calls_no_round_durable_that_is_not_on_disk(run, monkeypatch):
+    def look(home, arrays, config):
+        assert config["durable"] == max(config["round"] - 2, 0) <= max(checkpoints.rounds(run / "toy"), default=0)
+        return pull(home, arrays, config)
+
+    monkeypatch.setitem(handlers.HANDLERS, "toy.update", look)
+    train(run, rounds=4)
+    assert not failures(run)
+
+
 def test_only_personal_heads_stay_after_the_last_round(run, monkeypatch):
     def keeps_a_head(home, arrays, config):
         client_state.save(home, config, "personal", {"head.a": torch.ones(1)})
@@ -750,11 +790,26 @@ def test_what_clients_did_not_forget_at_the_end_goes_with_the_next_start(run, mo
     assert not list((run / "clients").glob("*/session-*/*"))
 
 
+def test_clients_forget_nothing_while_rounds_are_left(run):
+    p, task = pretrain(cohort=6, rounds=2, batch_seconds=16.0), rounds.Task("toy", {}, averages)
+    with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / "toy") as server:
+        this_round = next(server.rounds())
+        this_round.step(this_round.collect(this_round.ask(this_round.draw())))
+        this_round.save()
+    assert len(list((run / "clients").glob("*/session-*/toy-000001.safetensors"))) == 6
+
+
 def test_a_copy_beside_the_checkpoints_is_none_of_them(run):
     train(run, rounds=2)
     shutil.copytree(checkpoints.path(run / "toy", 2), run / "toy/checkpoints/round-00002-copy")
     assert checkpoints.rounds(run / "toy")[-1] == 2
     train(run, rounds=2)
+
+
+def test_the_last_round_is_validated_whatever_comes_before(run):
+    train(run, rounds=5, validate_every=2)
+    done = [row for row in files.read_rows(run / "toy/metrics.jsonl") if row["kind"] == "round"]
+    assert [row["round"] for row in done if "validation_loss" in row] == [2, 4, 5]
 
 
 def test_the_ledger_adds_up(run):
@@ -769,6 +824,8 @@ def test_the_ledger_adds_up(run):
     assert last["client_seconds"] == pytest.approx(0.03)
     assert last["loss"] == 2.0
     assert last["validation_loss"] == 5.0
+    norms = [row["update_norm"] for row in ledger[-4:-1]]
+    assert checkpoints.read(run / "toy", 2)[2]["reference_norm"] == sorted(norms)[1], "outliers are told by it"
 
 
 def test_a_server_takes_the_median_where_it_says_so(run):
@@ -788,6 +845,17 @@ def test_a_run_of_another_seed_does_not_resume(run):
     train(run, rounds=2)
     with pytest.raises(checkpoints.CheckpointError, match="seed: 0 -> 1"):
         train(run, rounds=2, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [(CLIENTS[:5], "clients: 6 -> 5"), (["client-006", *CLIENTS[1:]], "first_client: client-000 -> client-001")],
+)
+def test_a_run_of_other_clients_does_not_resume(run, ids, message):
+    train(run, rounds=2)
+    pd.DataFrame({"client": ids}).to_parquet(run / "01_partition" / "clients.parquet")
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        train(run, rounds=2)
 
 
 def test_checkpoints_of_other_shapes_kinds_or_names_are_refused(tmp_path):

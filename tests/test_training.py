@@ -249,6 +249,19 @@ def test_dropout_follows_its_seed_alone():
     assert ends[0] == ends[1] != ends[2]
 
 
+def test_gradients_that_a_failed_update_left_are_no_part_of_the_next_clients():
+    """One module serves one client after another."""
+    ends = []
+    for left in (0.0, 1.0):
+        module = make()
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, left)
+        options = {"first_step": 0, "total_steps": 9, "seed": 0}
+        training.local_update(module, [random_batch(2)], objective(module), pretrain(), **options)
+        ends.append(digest(module.state_dict()))
+    assert ends[0] == ends[1]
+
+
 def test_validation_hears_no_dropout():
     module = make(hubert.replace(CONFIG, hidden_dropout=0.5)).train()
     one, again = (training.evaluate(module, [random_batch(2)], objective(module), "float32") for _ in range(2))
@@ -281,6 +294,8 @@ def test_the_objective_knows_the_fraction_of_all_steps_that_are_done():
         training.local_update(module, [random_batch(2)] * 2, watched, p, first_step=first_step, total_steps=4, seed=0)
     assert seen == [0.0, 0.25, 0.5, 0.75]
     assert [objectives.unmasked_weight(2.0, 0.5, progress) for progress in seen] == [2.0, 1.0, 0.0, 0.0]
+    training.evaluate(module, [random_batch(2)], watched, "float32")
+    assert seen[4:] == [1.0], "validation is of the loss of the end, so that rounds compare"
     assert objectives.unmasked_weight(2.0, 0.0, 0.75) == 2.0
 
 
