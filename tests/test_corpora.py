@@ -342,6 +342,13 @@ def test_utterances_in_two_subsets_count_once(tree, tmp_path):
     assert excluded[["path", "reason"]].values.tolist() == [[str(twin), f"its utterance is already there: {first}"]]
 
 
+def test_recordings_without_a_fingerprint_are_no_copies_of_each_other():
+    """An encoder that writes to a pipe leaves the MD5 of a FLAC file at zero."""
+    table = pd.DataFrame({"path": list("abcd"), "utterance": list("abcd"), "reason": ""})
+    found = librispeech.without_copies(table.assign(fingerprint=["0" * 32, "0" * 32, "f" * 32, "f" * 32]))
+    assert found.reason.tolist() == ["", "", "", "same audio as c"]
+
+
 def test_prepare_uses_or_excludes_every_file(tree, tmp_path):
     chapter = tree / "train-clean-5" / "19" / "7"
     (chapter / "19-7-0000.flac").rename(chapter / "19-7-0000.FLAC")

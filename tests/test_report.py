@@ -203,7 +203,7 @@ def test_words_are_measured_on_the_layer_that_is_best_on_validation_clips(monkey
     result = measures.of_system(systems.System("a", "a", systems.mfcc, "a"), speech, p)
     values = {(figure["measure"], figure["layer"]): figure["value"] for figure in result.figures}
     assert values["layer-accuracy", 0] > 0.9 > 0.5 > values["layer-accuracy", 1]
-    assert values["abx-error", 1] < 0.1 and values["moments-accuracy", 1] < 0.5
+    assert values["abx-error", 1] < 0.1 and values["moments-accuracy", 1] < 0.5 and values["nearest-accuracy", 1] < 0.5
     assert drawn == [0.5, 0.5]  # by the probe, and by that on moments
 
 
@@ -472,10 +472,13 @@ def test_too_few_clips_and_speakers_are_noted(run):
     assert [note.partition(":")[0] for note in written["notes"]] == ["abx", "phones", "voice"]
 
 
-def test_held_out_speech_is_of_no_training_speaker(run):
+def test_held_out_speech_is_of_no_training_speaker(run, monkeypatch):
     table, phones = layers.held_out(run, 1.0, 0)
     assert set(table.speaker) == {"3", "4", "5"} and set(phones.utterance) == set(table.utterance)
     assert len(layers.held_out(run, 0.01, 0)[0]) == 1
+    assert len({layers.held_out(run, 0.01, seed)[0].utterance[0] for seed in range(9)}) > 1, "drawn by the seed"
+    monkeypatch.setattr(layers, "LONGEST", 8_000)
+    assert len(layers.held_out(run, 1 / 60, 0)[0]) == 2, "of a long utterance only what is used counts"
 
 
 @pytest.mark.parametrize("lacking", ["speech", "phones"])

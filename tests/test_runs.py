@@ -417,6 +417,8 @@ def test_what_an_earlier_version_recorded_of_the_same_inputs_counts(outputs):
     codebook = recorded["02_kmeans"]["codebooks"]["federated"]
     before = {"00_corpus": recorded["00_corpus"]["training"], "02_kmeans": codebook}
     before |= {"03_pretrain": recorded["03_pretrain"]["outputs"]}
+    clustered = identity.of("kmeans", params.Kmeans(), outputs / "toy")["inputs"]
+    assert clustered["00_corpus"] == before["00_corpus"], "phones, by which units are measured, are read, too"
     now = identity.of("distill", params.Distill(), outputs / "toy")
     assert all(now["inputs"][name] != hash for name, hash in before.items())
     assert identity.compare(now | {"inputs": now["inputs"] | before}, now).results == ""

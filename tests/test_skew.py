@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from sklearn.cluster import MiniBatchKMeans
 
 from fedhubert_lib import audio, params, partition, skew
 
@@ -77,11 +78,21 @@ def test_acoustic_counts_separate_sounds(spoken):
 def test_acoustic_counts_fit_on_a_sample(spoken, monkeypatch):
     read = []
     plain = audio.read
-    monkeypatch.setattr(audio, "read", lambda path, *span: read.append(path) or plain(path, *span))
+    monkeypatch.setattr(audio, "read", lambda *place: read.append(place) or plain(*place))
     monkeypatch.setattr(skew, "FIT_UTTERANCES", 7)
     counts = skew.acoustic_counts(spoken, seed=0, clusters=4)
-    assert len(read) == 7 + 20 and len(set(read[:7])) == 7 and set(read[7:]) == set(spoken.path)
+    paths = [path for path, *_ in read]
+    assert len(paths) == 7 + 20 and len(set(paths[:7])) == 7 and set(paths[7:]) == set(spoken.path)
+    assert {(start, stop) for _, start, stop, _ in read} == {(8_000, 72_000)}, "the middle of five seconds"
     assert (counts.sum(1) == 398).all()
+
+
+def test_acoustic_clusters_hear_the_scale_that_they_were_fitted_on(spoken, monkeypatch):
+    heard, predict = [], MiniBatchKMeans.predict
+    monkeypatch.setattr(MiniBatchKMeans, "predict", lambda self, rows: heard.append(rows) or predict(self, rows))
+    skew.acoustic_counts(spoken, seed=0, clusters=4)
+    frames = np.concatenate(heard)
+    np.testing.assert_allclose([frames.mean(0), frames.std(0)], [[0] * 39, [1] * 39], atol=1e-2)
 
 
 def test_clients_table():
