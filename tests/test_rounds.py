@@ -617,7 +617,7 @@ def test_a_control_variate_that_no_gradients_give_is_refused(run, monkeypatch):
     assert norms[0].items() <= norms[1].items()  # of the weights alone
 
 
-def test_scaffolds_variate_moves_by_the_share_of_all_clients_that_answered(run):
+def test_scaffolds_variate_moves_by_the_fraction_of_all_clients_that_answered(run):
     """Half of them here, three of a cohort of four: only so it stays the mean of every client's."""
     p, task = pretrain(server="scaffold", cohort=4), rounds.Task("toy", {}, averages)
     with federated.connect(run) as clients, rounds.serving(clients, p, task, initial(), run / "toy") as server:
