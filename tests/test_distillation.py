@@ -172,6 +172,8 @@ def test_run_does_not_change_the_teacher(run):
     distillation.run(run, distill(initial="teacher"))
     after = distillation.read_teacher(run, distill())
     assert torch.equal(before, after.model(waveforms).last) and distillation.digest(after) == name
+    after.model.config = hubert.replace(after.model.config, do_normalize=not after.model.config.do_normalize)
+    assert distillation.digest(after) != name, "with equal weights another teacher"
 
 
 def test_send_once_and_keep_by_digest(run, monkeypatch):

@@ -167,7 +167,7 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(table, tmp_path, front_en
     config = hubert.preset("tiny", front_end, num_hidden_layers=2, conv_dim=(16,) * 7)
     encoder = systems.of_model(systems.untrained(config, 0), torch.device("cpu"))
     clips = keywords.read_clips(table)
-    moments, units = extraction.clips(encoder, clips, tmp_path / "a", whole=np.array([7, 2, 40]), batch=32)
+    moments, units = extraction.clips(encoder, clips, tmp_path / "a", whole=np.array([40, 2, 7]), batch=32)
     single, _ = extraction.clips(encoder, clips.iloc[[7]], tmp_path / "b", batch=1)
     assert moments.shape == (54, 2, 3, 192)
     np.testing.assert_allclose(moments[7], single[0], atol=2e-5)
@@ -175,8 +175,8 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(table, tmp_path, front_en
     np.testing.assert_allclose(moments[7], [frames.mean(1), frames.std(1, unbiased=False)], atol=2e-5)
     # The frames of the clips that were asked for, in that order, as far as angles between them go.
     assert units.shape == (3, 3, 49, 192)
-    np.testing.assert_allclose(units[0], torch.nn.functional.normalize(frames, dim=-1), atol=1e-3)
-    assert np.abs(units[1] - units[0]).max() > 0.01
+    np.testing.assert_allclose(units[2], torch.nn.functional.normalize(frames, dim=-1), atol=1e-3)
+    assert np.abs(units[1] - units[2]).max() > 0.01
 
 
 def test_half_a_clip_is_not_taken_for_the_clip(table):
