@@ -110,7 +110,7 @@ def test_a_killed_call_resumes_after_its_last_whole_line(checkpoint, folder, tmp
     assert part.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:3])
     with part.open("ab") as text:
         text.write(b"three|1 2")
-    monkeypatch.setattr(hidden, "states", lambda *given: passed.append(given[1]) or through(*given))
+    monkeypatch.setattr(hidden, "states", lambda *arguments: passed.append(arguments[1]) or through(*arguments))
     passed.clear()
     assert unit_text.write(checkpoint, folder, out, codebook=codebook) == facts
     assert len(passed) == 1 and out.read_bytes() == whole.read_bytes() and not part.exists()

@@ -7,6 +7,7 @@ earlier ones. Recordings pass through the model one by one: their units depend o
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def write(
 
     ``codebook`` is the file of an earlier call. Without it, ``clusters`` are fitted on ``layer`` (1 is the first; the
     default is the middle one) from ``seed`` and kept beside ``out``, named OUT.codebook.safetensors. The same call
-    after one that was killed takes them from there, and goes on in OUT.ID.part, which becomes ``out``.
+    after one that was killed takes them from there, and resumes OUT.ID.part, which becomes ``out`` when it is whole.
 
     Raises ExportError where ``out`` exists or is being written, a recording cannot be used, or the codebook belongs to
     another model.
@@ -76,16 +77,17 @@ def write(
     with files.locked(out.with_name(f".{out.name}.lock")) as free, files.naming(part):
         if not free or out.exists():
             raise ExportError(f"{out}: another process writes it or has done so; name another file")
-        with part.open("ab+") as text:
-            text.seek(0)
-            written = text.read()
+        written = part.read_bytes() if part.exists() else b""
+        with part.open("ab") as text:
             text.truncate(written.rfind(b"\n") + 1)  # without a line that a kill has cut off
             for name, states in _states(model, table[written.count(b"\n") :], layer, device, "units"):
                 labels = clustering.nearest(states, centroids).numpy()
                 line = f"{name}|{' '.join(map(str, units.runs(labels) if deduplicate else labels))}\n"
                 text.write(line.encode())
+            text.flush()
+            os.fsync(text.fileno())
+        used, runs = _count(part, len(centroids))
         part.replace(out)
-    used, runs = _count(out, len(centroids))
     frames, hours = table.samples.map(audio.frame_count).sum(), table.samples.sum() / audio.SAMPLE_RATE / 3600
     counted = {"recordings": len(table), "hours": float(hours), "units used": used, "mean run": float(frames / runs)}
     return {"layer": layer, **counted}
