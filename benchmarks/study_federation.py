@@ -210,6 +210,13 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         f"{name}, {taught}": _steps(BEST[name], steps) | {"objectives": ["soft-targets"]} | weights
         for taught, weights in TAUGHT.items()
         for name, steps in (("pooled", 10), ("FedAvg, cohort's moments", 5))
+    }
+    | {
+        f"{name}, {taught}, 2 layers": _steps(BEST[name], steps)
+        | {"objectives": ["soft-targets"], "layers": 2}
+        | TAUGHT[taught]
+        for taught in ("labels alone", "teacher's layers and labels")
+        for name, steps in (("pooled", 10), ("FedAvg, cohort's moments", 5))
     },
 }
 """Arms of each study, with their parameters of the stage beyond those of mini.yaml and SHORT."""
