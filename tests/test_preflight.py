@@ -128,7 +128,7 @@ def test_the_disk_holds_what_clients_keep_between_rounds(tmp_path, monkeypatch):
     pd.DataFrame({"client": [*"abcdef"]}).to_parquet(tmp_path / "01_partition" / "clients.parquet")
     told = problems(tmp_path, *large, first="kmeans")
     assert told.startswith("pretrain.local_state: clients keep 8.6 GB between rounds, and 1.0 GB are free; give local")
-    told = problems(tmp_path, *large, "pretrain.cohort=6", "partition.clients=6", first="kmeans")
+    told = problems(tmp_path, *large, "pretrain.cohort=6", "partition.clients=6", "corpus.speakers=7", first="kmeans")
     assert "clients keep 12.9 GB" in told, "of a client in every round those that a resumed run may need, too"
     for less in ("pretrain.local_state=cohort", "pretrain.engine=deployment"):
         assert not problems(tmp_path, *large, less, "distill.local_state=keep", first="kmeans")
