@@ -349,6 +349,17 @@ def test_every_kind_end_to_end(run):
     assert 0.6 < table.loc["federated", "fit_fraction"] < 1  # all that is for training
     assert np.isnan(table.bytes_up["central"])
     assert table.bytes_up["federated"] > 0
+    homes = [home(run, one) for one in clients.ids]
+    frames = [
+        sum(map(audio.frame_count, reading.sampled(one, {"seed": 0, "sample_fraction": 1}).samples)) for one in homes
+    ]
+    cost = json.loads((run / "02_kmeans" / "codebooks" / "aligned" / "codebook.json").read_text())["cost"]
+    assert cost["reference"] == clients.ids[int(np.argmax(frames))] and len(set(frames)) == 3
+    alone = [pandas.read_parquet(one.data / "phones.parquet") for one in homes]
+    counted = [units.count_phones(p, labels_of(run, one), 8)[1] for p, one in zip(alone, clients.ids, strict=True)]
+    alone = [units.quality_of_counts(table, 0) for table in counted]
+    within = np.average([one["pnmi"] for one in alone], weights=[one["frames"] for one in alone])
+    assert table.loc["federated", "pnmi_within"] == pytest.approx(within, rel=1e-9)
     # A start that was killed at its very end finds all of this, and asks nobody for anything but to tidy up.
     again = Direct(run)
     pandas.testing.assert_frame_equal(kmeans.run(run, settings(codebooks=KINDS, normalisation="speaker"), again), table)
@@ -370,6 +381,13 @@ def test_first_minutes_of_public_speech_may_have_no_phones(run, monkeypatch):
     phones[(phones.utterance != first) | (phones.start_sample > 41 * audio.HOP)].to_parquet(path)
     table = kmeans.run(run, settings(codebooks=["federated", "client"]), Direct(run))
     assert table.heldout_pnmi.isna().tolist() == [False, True] and table.agreement_nmi["client"] < 1
+
+
+def test_of_many_clients_some_from_all_over_say_how_far_they_agree(run, monkeypatch):
+    monkeypatch.setattr(stage, "AGREEMENT_CLIENTS", 2)
+    kmeans.run(run, settings(codebooks=["client"]), Direct(run))
+    agreement = json.loads((run / "02_kmeans" / "quality.json").read_text())["agreement"]["client"]
+    assert agreement["clients"] == ["client-000", "client-002"] and len(agreement["nmi"]) == 2
 
 
 def test_labels_are_those_of_every_second_mfcc_frame(run):
