@@ -83,5 +83,7 @@ def test_without_hours_there_is_no_quality_on_the_way(tmp_path, monkeypatch):
         for number in (1, 2, 3):
             files.append_row(folder / "metrics.jsonl", {"kind": "round", "round": number, "audio_seconds": seconds})
         assert list(systems.along(tmp_path, CPU)) == expected
+    (folder / "metrics.jsonl").unlink()
+    assert list(systems.along(tmp_path, CPU)) == [], "without a ledger nobody knows how much was heard"
     (folder / "checkpoint" / "config.json").unlink()
     assert list(systems.along(tmp_path, CPU)) == [], "training that was stopped has no end to stand beside"

@@ -536,6 +536,7 @@ def test_read_textgrids_and_fold_phones(form, tmp_path):
         (textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "B")])[:-20], "not a complete TextGrid"),
         (textgrid(1.0, [(0.0, 1.0, "AA")]).replace('"phones"', '"Phonemes"'), "no tier phones; it has words, Phonemes"),
         ("nonsense", "not a complete TextGrid"),
+        (textgrid(1.0, [(0.0, 0.5, "A\nA"), (0.5, 1.0, "B")]), r"'A\nA' is no phone"),  # a line of a message
         ("ooBinaryFile\x08TextGrid", "not a complete TextGrid"),
         (textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "\udcff" * 9000)]), "invalid start byte)"),
         ("[" * 100_000, "not a complete TextGrid"),

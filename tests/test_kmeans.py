@@ -360,6 +360,7 @@ def test_every_kind_end_to_end(run):
     alone = [units.quality_of_counts(table, 0) for table in counted]
     within = np.average([one["pnmi"] for one in alone], weights=[one["frames"] for one in alone])
     assert table.loc["federated", "pnmi_within"] == pytest.approx(within, rel=1e-9)
+    assert 0 < table.inertia["client"] < table.inertia["federated"] < 39, "a frame's; without clusters it is 39"
     # A start that was killed at its very end finds all of this, and asks nobody for anything but to tidy up.
     again = Direct(run)
     pandas.testing.assert_frame_equal(kmeans.run(run, settings(codebooks=KINDS, normalisation="speaker"), again), table)
@@ -798,6 +799,12 @@ BAD = {
         (at(-1), "below 0 .contingency"),
         (at(1e12), "no speech gives .contingency"),
     ],
+    ("federated", "label", "phones"): [
+        (
+            lambda names: torch.tensor([*b"\n".join([b"low"] * bytes(names.tolist()).count(b"\n"))]),
+            "names a phone twice",
+        ),
+    ],
     ("federated", "label", "runs"): [(lambda runs: -runs, "below 0 .runs")],
     ("client", "fit", "frames"): [(None, "lacks a figure .frames"), (lambda frames: np.nan, "figure .frames")],
 }
@@ -925,6 +932,10 @@ def test_minimum_count_hides_small_clusters(run):
     config |= {"minimum_count": 10**6}
     with pytest.raises(server.KmeansError, match="minimum_count: 1000000"):
         server.lloyd(exchange, config, centroids, rounds=1, tolerance=0.0)
+    row = kmeans.run(run, settings(minimum_count=40), Direct(run)).loc["federated"]
+    assert row.fit_frames > 0 and "fit_fraction" not in row, "of frames of which some are not told"
+    central = kmeans.run(run, settings(codebooks=["central"], minimum_count=10**6), Direct(run)).loc["central"]
+    assert central.fit_frames > row.fit_frames, "the baseline, for which no client sends anything, hides nothing"
 
 
 def test_noise_has_its_standard_deviation(run):

@@ -158,7 +158,7 @@ def _textgrid(utterance: str, path: Path) -> Alignment:
 
 
 def _span(begin: Any, end: Any, phone: Any) -> tuple[float, float, str]:
-    if not isinstance(phone, str):
+    if not isinstance(phone, str) or "\n" in phone.strip():  # clients send names of phones as lines
         raise TypeError(f"{phone!r} is no phone")
     return float(begin), float(end), phone
 

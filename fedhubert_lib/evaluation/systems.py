@@ -146,7 +146,7 @@ def along(run: Path, device: torch.device) -> Iterator[tuple[int, float, System]
         heard = np.cumsum([row["audio_seconds"] for row in rows], dtype=float) / 3600
         kept = () if unusable(run, place) else folder.parent.glob("checkpoints/model-*")
         models = {int(path.name[6:]): path for path in kept if path.name[6:].isdecimal()}
-        if models:
+        if models and rows:
             models[rows[-1]["round"]] = folder
         for row, hours in zip(rows, heard, strict=True):
             if row["round"] in models and np.isfinite(hours):  # to a server that is not trusted nobody says them

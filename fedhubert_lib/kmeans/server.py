@@ -99,7 +99,10 @@ def _unusable(
     """Why a reply cannot be used; empty when it can."""
     arrays, clusters, lengths, like = reply.arrays, config["clusters"], set[int](), dict(like)
     if "phones" in arrays:
-        like["contingency"] = (len(phone_names(arrays["phones"])), clusters)
+        names = phone_names(arrays["phones"])
+        if len({*names}) < len(names):
+            return "its answer names a phone twice"
+        like["contingency"] = (len(names), clusters)
     for name, shape in like.items():
         if name not in arrays:
             return f"its answer has no {name}"
