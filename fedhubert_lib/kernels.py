@@ -31,28 +31,20 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.p > 0 and x.device.type == "cpu" and pay_on(x.device):
-            return BitDropout.apply(x, self.p)
+            return bit_dropout(x, self.p)
         return super().forward(x)
 
 
-class BitDropout(torch.autograd.Function):
+def bit_dropout(x: Tensor, probability: float) -> Tensor:
     """Dropout whose probability is a multiple of 2^-16, and fits a scale in x's type: 0.1 becomes 0.0986 in bfloat16.
 
     The expectation stays that of x.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        scale = torch.tensor(1 / (1 - probability), dtype=x.dtype).item()
-        dropped = round((1 - 1 / scale) * 65_536)
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        noise = (bits[: x.numel()] >= dropped - 32_768).view(x.shape).to(x.dtype).mul_(scale)
-        ctx.save_for_backward(noise)
-        return x * noise
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.saved_tensors[0], None
+    scale = torch.tensor(1 / (1 - probability), dtype=x.dtype).item()
+    dropped = round((1 - 1 / scale) * 65_536)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    noise = (bits[: x.numel()] >= dropped - 32_768).view(x.shape).to(x.dtype).mul_(scale)
+    return x * noise
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -65,7 +57,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     scores = (q * (q.shape[-1] ** -0.5)) @ k.mT
     with torch.autocast("cpu", enabled=False):  # computes in float32 anyway; autocast would copy in and out
         weights = scores.softmax(-1)
-    return (BitDropout.apply(weights, dropout) if dropout else weights) @ v
+    return (bit_dropout(weights, dropout) if dropout else weights) @ v
 
 
 def front_end(layers: nn.Sequential, waveforms: Tensor) -> Tensor:
