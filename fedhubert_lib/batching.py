@@ -89,7 +89,6 @@ class Plan(NamedTuple):
     320 (T - 1) + 400.
     """
 
-    step: int
     rows: np.ndarray
     starts: np.ndarray
     samples: int
@@ -100,12 +99,10 @@ def plans(samples: np.ndarray, p: LocalTraining, keys: Keys) -> Iterator[Plan]:
 
     Raises ValueError when no utterance is long enough, or a crop does not fit into a batch.
     """
-    step = 0
     for generator, cut in _passes(samples, p, keys):
         for index in generator.permutation(len(cut)):
             rows, length = cut[index]
-            yield Plan(step, rows, HOP * generator.integers(0, (samples[rows] - length) // HOP + 1), length)
-            step += 1
+            yield Plan(rows, HOP * generator.integers(0, (samples[rows] - length) // HOP + 1), length)
 
 
 def steps_of(samples: np.ndarray, passes: int, p: LocalTraining, keys: Keys) -> int:
@@ -175,7 +172,7 @@ def batches(
     on_gpu = torch.device(device).type == "cuda"
     workers = torch.get_num_threads() if on_gpu else 1
 
-    def load(plan: Plan) -> Batch:
+    def load(step: int, plan: Plan) -> Batch:
         frames = frame_count(plan.samples)
         waveforms = torch.empty(len(plan.rows), plan.samples)
         targets = np.empty((len(plan.rows), frames), dtype=np.int64)
@@ -187,7 +184,7 @@ def batches(
             stretch = _read(paths[row], begin, end, whole)
             waveforms[i] = (audio.normalise(stretch) if normalise else stretch)[first - begin : last - begin]
             targets[i] = _crop_labels(labels, utterances[row], whole, first, frames)
-            draw = seeds.numpy_generator(*keys, "mask", plan.step, i)
+            draw = seeds.numpy_generator(*keys, "mask", step, i)
             mask[i] = masking.spans(frames, draw, p.mask_probability, p.mask_length)
         names = tuple(utterances[plan.rows])
         batch = Batch(waveforms, torch.from_numpy(targets), torch.from_numpy(mask), names, normalise)
@@ -196,8 +193,8 @@ def batches(
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         pending: deque[Future[Batch]] = deque()
         try:
-            for plan in islice(plans(samples, p, keys), steps):
-                pending.append(pool.submit(load, plan))
+            for step, plan in enumerate(islice(plans(samples, p, keys), steps)):
+                pending.append(pool.submit(load, step, plan))
                 if len(pending) > workers + AHEAD:
                     yield pending.popleft().result()
             while pending:
