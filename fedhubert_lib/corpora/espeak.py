@@ -42,19 +42,15 @@ ARPABET = {
 FOLD = {mnemonic: phone for phone, mnemonics in ARPABET.items() for mnemonic in mnemonics.split()}
 
 
-class _Id(ctypes.Union):
-    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
-
-
 class _Event(ctypes.Structure):
-    """espeak_EVENT: type, identifier, text position, length, audio position, sample, user data, id."""
+    """espeak_EVENT: type, identifier, text position, length, audio position, sample, user data, id (a phoneme's)."""
 
     _fields_ = [
         ("type", ctypes.c_int),
         ("_unused", ctypes.c_int * 4),
         ("sample", ctypes.c_int),
         ("_user_data", ctypes.c_void_p),
-        ("id", _Id),
+        ("phoneme", ctypes.c_char * 8),
     ]
 
 
@@ -79,8 +75,8 @@ def main() -> None:
             chunks.append(ctypes.string_at(samples, 2 * count))
         i = 0
         while events[i].type != EVENT_END:
-            if events[i].type == EVENT_PHONEME:  # .string ends at the first NUL: the rest of its 8 bytes is stale
-                mnemonics.append((events[i].sample, events[i].id.string.decode()))
+            if events[i].type == EVENT_PHONEME:  # .phoneme ends at the first NUL: the rest of its 8 bytes is stale
+                mnemonics.append((events[i].sample, events[i].phoneme.decode()))
             i += 1
         return 0
 
