@@ -24,7 +24,6 @@ Held-out speakers are taken out first and belong to no client; the corpus's test
 """
 
 import heapq
-import itertools
 import shutil
 from pathlib import Path
 
@@ -87,19 +86,16 @@ def assign(run: Path, p: params.Partition) -> pd.DataFrame:
 def _split(owner: np.ndarray, rows: np.ndarray, count: int) -> list[np.ndarray]:
     """``rows`` of each owner 0 … count-1, in order; those of no owner (-1) are left out."""
     order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(count + 1))
-    return [np.asarray(rows)[order[start:end]] for start, end in itertools.pairwise(bounds)]
+    return np.split(np.asarray(rows)[order], np.searchsorted(owner[order], np.arange(count + 1)))[1:-1]
 
 
 def _write_phones(run: Path, folder: Path, utterances: pd.Series, client: np.ndarray, names: list[str]) -> None:
     """Each client's part of ``00_corpus/phones.parquet``, beside its lists; nothing where there is no such file."""
     path = run / "00_corpus" / "phones.parquet"
-    if not path.exists():
+    if not path.exists() or not pq.read_metadata(path).num_rows:
         return
     table = pq.read_table(path, columns=alignments.PHONES.names, read_dictionary=["utterance", "phone"])
     table = table.unify_dictionaries().combine_chunks()
-    if not len(table):
-        return
     coded = table["utterance"].chunk(0)
     owner = pd.Series(client, utterances).reindex(coded.dictionary.to_pylist(), fill_value=-1).to_numpy()
     owner = owner[coded.indices.to_numpy()]
