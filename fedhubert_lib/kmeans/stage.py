@@ -109,7 +109,7 @@ def _codebook(
         stored = {name: folder / f"{name}.npy" for name in client.ARRAYS}
         codebook = {name: torch.from_numpy(np.load(file)) for name, file in stored.items() if file.exists()}
         return codebook, json.loads(path.read_text(encoding="utf-8"))["cost"]
-    codebook, cost = _fit(run, p, exchange, config, before, lambda row: log({**row, "codebook": kind}))
+    codebook, cost = _fit(run, p, exchange, config, lambda row: log({**row, "codebook": kind}))
     if kind != "central":  # whose cost would be that of pooling the data
         cost |= exchange.clients.since(before)
     cost["fit_seconds"] = time.perf_counter() - started
@@ -125,15 +125,9 @@ def _codebook(
     return codebook, cost
 
 
-def _fit(
-    run: Path,
-    p: "Kmeans",
-    exchange: Exchange,
-    config: dict[str, Any],
-    before: Mapping[str, int],
-    log: Log,
-) -> tuple[Arrays, dict[str, Any]]:
-    kind, progress = config["kind"], run / "02_kmeans" / "codebooks" / config["kind"] / "lloyd.safetensors"
+def _fit(run: Path, p: "Kmeans", exchange: Exchange, config: dict[str, Any], log: Log) -> tuple[Arrays, dict[str, Any]]:
+    kind, before = config["kind"], dict(exchange.clients.bytes)
+    progress = run / "02_kmeans" / "codebooks" / kind / "lloyd.safetensors"
     if kind == "random-projection":
         return server.random_projection(config), {"rounds": 0}
     if kind in ("client", "aligned"):
