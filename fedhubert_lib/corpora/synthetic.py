@@ -245,19 +245,17 @@ def _clip(waveform: np.ndarray, spans: list[Span], samples: int) -> np.ndarray:
 
 
 def _write_tables(folder: Path, speakers: list[dict], spoken: list[Spoken]) -> None:
-    """Write SPEAKERS.TXT, the chapters' transcripts and the phones."""
+    """Write SPEAKERS.TXT, the chapters' transcripts and the phones into the new ``folder``."""
     rows, phones = [], []
     for speaker, times in zip(speakers, spoken, strict=True):
         minutes = sum(samples for samples, _ in times.values()) / SAMPLE_RATE / 60
         rows.append(f"{speaker['name']} | {speaker['sex']} | {speaker['subset']} | {minutes:.2f} | Synthetic voice")
-        transcripts: dict[Path, list[str]] = {}
         for utterance in speaker["utterances"][: len(times)]:
             path = folder / speaker["below"] / utterance["path"]
             chapter = path.with_name(f"{speaker['name']}-{path.parent.name}.trans.txt")
-            transcripts.setdefault(chapter, []).append(f"{path.stem} {sentences.transcript(utterance['text'])}\n")
+            with chapter.open("a", encoding="utf-8") as transcript:
+                transcript.write(f"{path.stem} {sentences.transcript(utterance['text'])}\n")
             phones += [(path.stem, *span) for span in times[utterance["path"]][1]]
-        for chapter, lines in transcripts.items():
-            chapter.write_text("".join(lines), encoding="utf-8")
     header = ";ID | SEX | SUBSET | MINUTES | NAME\n"
     (folder / "SPEAKERS.TXT").write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
     table = pd.DataFrame(phones, columns=alignments.PHONES.names)
