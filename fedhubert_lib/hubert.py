@@ -165,10 +165,13 @@ class LogMel(nn.Module):
         """Waveforms [B, S] to float32 [B, T, 160]."""
         with torch.autocast(waveforms.device.type, enabled=False):
             frames = waveforms.float().unfold(1, RECEPTIVE_FIELD, HOP // 2)
-            frames = frames - frames.mean(-1, keepdim=True)
-            previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
-            spectrum = torch.fft.rfft((frames - 0.97 * previous) * self.window, n=512)
-            return self.stacked(spectrum.abs().square() @ self.mels)
+            return self.stacked(self.spectrum(frames).abs().square() @ self.mels)
+
+    def spectrum(self, frames: Tensor) -> Tensor:
+        """Frames [..., 400] without their mean, after pre-emphasis and window, to complex [..., 257]: a linear map."""
+        frames = frames - frames.mean(-1, keepdim=True)
+        previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
+        return torch.fft.rfft((frames - 0.97 * previous) * self.window, n=512)
 
     @staticmethod
     def stacked(x: Tensor) -> Tensor:

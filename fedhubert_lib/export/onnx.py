@@ -4,7 +4,6 @@ Input ``waveforms`` [B, S] float32 at 16 kHz; output ``hidden_states`` [N + 1, B
 model's output. Quantising the convolutions, too, would save little more and be slower than float32.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from fedhubert_lib.hubert import Hubert, LogMel
 OPSET = 18
 INT8_COSINE = 0.99
 """Smallest mean cosine between a frame of the last layer in int8 and in float32."""
-FFT = 512
 
 
 class HiddenStates(nn.Module):
@@ -45,13 +43,9 @@ class ConvLogMel(LogMel):
 
     def __init__(self) -> None:
         super().__init__()
-        size = RECEPTIVE_FIELD
-        centre = torch.eye(size, dtype=torch.float64) - 1 / size
-        emphasis = torch.eye(size, dtype=torch.float64) - 0.97 * torch.diag(torch.ones(size - 1).double(), -1)
-        emphasis[0, 0] = 1 - 0.97  # kaldi repeats the first sample
-        angle = torch.outer(torch.arange(FFT // 2 + 1), torch.arange(size)) * (2 * math.pi / FFT)
-        transform = torch.cat([angle.double().cos(), angle.double().sin()]) * self.window.double() @ emphasis @ centre
-        self.register_buffer("transform", transform.float()[:, None])
+        of_samples = self.spectrum(torch.eye(RECEPTIVE_FIELD, dtype=torch.float64))
+        transform = torch.cat([of_samples.real, of_samples.imag], dim=1).T.float()
+        self.register_buffer("transform", transform[:, None])
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Waveforms [B, S] to [B, T, 160]."""
