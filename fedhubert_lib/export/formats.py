@@ -7,7 +7,6 @@ need zero mean and unit variance first. ``extract_features`` gives the N layers 
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,10 +170,8 @@ def torchaudio_arguments(config: HubertConfig) -> dict[str, Any]:
 
 def torchaudio_weights(model: Hubert) -> dict[str, Tensor]:
     """The weights of ``model`` under torchaudio's names; the mask embedding, for pretraining only, is left out."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        name = re.sub(r"^encoder\.", "encoder.transformer.", name)
-        name = re.sub(r"^feature_projection\.", "encoder.feature_projection.", name)
-        weights[name] = tensor
-    del weights["masked_spec_embed"]
-    return weights
+    return {
+        **model.feature_extractor.state_dict(prefix="feature_extractor."),
+        **model.feature_projection.state_dict(prefix="encoder.feature_projection."),
+        **model.encoder.state_dict(prefix="encoder.transformer."),
+    }
