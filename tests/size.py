@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_614,
+    "library, lines": 16_581,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,
