@@ -199,7 +199,8 @@ def other_rate(folder: Path) -> None:
         ("num_hidden_layers", 1.5), ("num_hidden_layers", 10**6), ("intermediate_size", []), ("hidden_size", "96"),
         ("num_conv_pos_embeddings", 0), ("num_attention_heads", -1), ("num_attention_heads", 0), ("conv_dim", 64),
         ("conv_kernel", [10, 3, 3, 3, 3, 2, "2"]), ("layer_norm_eps", "nan"), ("layer_norm_eps", -1.0),
-        ("hidden_dropout", [0.1]), ("layerdrop", 5), ("feat_proj_layer_norm", "yes"), ("do_stable_layer_norm", 2),
+        ("hidden_dropout", [0.1]), ("layerdrop", 5), ("attention_dropout", 1.0),
+        ("feat_proj_layer_norm", "yes"), ("do_stable_layer_norm", 2),
     ],
 )  # fmt: skip
 def test_settings_of_another_type_or_size_are_named(name, value, tmp_path):
