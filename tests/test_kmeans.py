@@ -384,6 +384,18 @@ def test_first_minutes_of_public_speech_may_have_no_phones(run, monkeypatch):
     assert table.heldout_pnmi.isna().tolist() == [False, True] and table.agreement_nmi["client"] < 1
 
 
+def test_units_of_public_speech_are_those_of_its_features_normalised(run):
+    table = kmeans.run(run, settings(normalisation="speaker"), Direct(run))
+    heldout = pandas.read_parquet(run / "01_partition" / "heldout.parquet")
+    parts = [features.mfcc([audio.read(path)])[0][::2] for path in heldout.path]
+    frames, lengths = torch.cat(parts), dict(zip(heldout.utterance, map(len, parts), strict=True))
+    frames = (frames - frames.mean(0)) / frames.std(0, correction=0)  # of one speaker
+    phones = units.frame_phones(pandas.read_parquet(run / "00_corpus" / "phones.parquet"), lengths)
+    heard = clustering.nearest(frames, torch.from_numpy(codebook(run))).numpy()
+    expected = units.quality(heard[phones != ""], phones[phones != ""], 0)["pnmi"]
+    assert table.heldout_pnmi["federated"] == pytest.approx(expected, abs=0.01)
+
+
 def test_of_many_clients_some_from_all_over_say_how_far_they_agree(run, monkeypatch):
     monkeypatch.setattr(stage, "AGREEMENT_CLIENTS", 2)
     kmeans.run(run, settings(codebooks=["client"]), Direct(run))
