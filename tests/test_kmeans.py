@@ -385,22 +385,32 @@ def test_first_minutes_of_public_speech_may_have_no_phones(run, monkeypatch):
 
 
 def test_units_of_public_speech_are_those_of_its_features_normalised(run):
-    table = kmeans.run(run, settings(normalisation="speaker"), Direct(run))
+    """Where a phone is known; where clients label them, in the mean over clients."""
+    known = pandas.read_parquet(path := run / "00_corpus" / "phones.parquet")
+    known[known.start_sample > 8_000].to_parquet(path)
+    clients = Direct(run)
+    table = kmeans.run(run, settings(codebooks=["federated", "client"], normalisation="speaker"), clients)
     heldout = pandas.read_parquet(run / "01_partition" / "heldout.parquet")
     parts = [features.mfcc([audio.read(path)])[0][::2] for path in heldout.path]
     frames, lengths = torch.cat(parts), dict(zip(heldout.utterance, map(len, parts), strict=True))
     frames = (frames - frames.mean(0)) / frames.std(0, correction=0)  # of one speaker
-    phones = units.frame_phones(pandas.read_parquet(run / "00_corpus" / "phones.parquet"), lengths)
+    phones = units.frame_phones(pandas.read_parquet(path), lengths)
+    spoken = phones != ""
+    assert 0.3 < spoken.mean() < 0.95
     heard = clustering.nearest(frames, torch.from_numpy(codebook(run))).numpy()
-    expected = units.quality(heard[phones != ""], phones[phones != ""], 0)["pnmi"]
+    expected = units.quality(heard[spoken], phones[spoken], 0)["pnmi"]
     assert table.heldout_pnmi["federated"] == pytest.approx(expected, abs=0.01)
+    labels = [reply.arrays["labels"].numpy() for action, reply in clients.replies if action == "kmeans.probe"]
+    qualities = [units.quality(one[spoken], phones[spoken], 0)["pnmi"] for one in labels]
+    assert table.heldout_pnmi["client"] == pytest.approx(np.mean(qualities)) and len({*qualities}) == 3
 
 
 def test_of_many_clients_some_from_all_over_say_how_far_they_agree(run, monkeypatch):
     monkeypatch.setattr(stage, "AGREEMENT_CLIENTS", 2)
-    kmeans.run(run, settings(codebooks=["client"]), Direct(run))
+    table = kmeans.run(run, settings(codebooks=["client"]), Direct(run))
     agreement = json.loads((run / "02_kmeans" / "quality.json").read_text())["agreement"]["client"]
     assert agreement["clients"] == ["client-000", "client-002"] and len(agreement["nmi"]) == 2
+    assert table.agreement_nmi["client"] == agreement["nmi"][0][1] < 1, "of one with itself it is 1"
 
 
 def test_labels_are_those_of_every_second_mfcc_frame(run):
