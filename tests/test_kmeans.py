@@ -974,6 +974,16 @@ def test_noise_has_its_standard_deviation(run):
     assert answers[0]["inertias"].sum() == 0
 
 
+def test_the_first_utterances_by_their_draws_are_taken_as_long_as_they_fit():
+    rng = np.random.default_rng(0)
+    table = pandas.DataFrame({"utterance": [f"u{n}" for n in range(20)], "samples": rng.integers(16_000, 160_000, 20)})
+    lengths, order = table.samples.map(audio.frame_count), np.argsort(reading.rank({"seed": 0}, table.utterance))
+    for frames in (600, 1_500, 4_000):
+        chosen = reading.within(table, {"seed": 0}, frames).index
+        assert chosen.tolist() == sorted(order[: len(chosen)])
+        assert lengths[chosen].sum() <= frames < lengths[order[: len(chosen) + 1]].sum()
+
+
 def test_sample_fraction(run):
     clients, rows = Direct(run), []
     everything = kmeans.run(run, settings(), clients).loc["federated", "fit_frames"]

@@ -58,6 +58,26 @@ def test_a_reference_is_mean_and_prediction_interval_over_seeds(folder):
     assert str(ROOT) not in (folder / "toy.json").read_text(), "no path of this machine"
 
 
+def test_runs_of_which_two_have_one_training_seed_make_no_reference(tmp_path):
+    runs = [make(tmp_path / f"r{n}", LOSS + 0.01 * n, f"pretrain.seed={min(n, 1)}") for n in range(3)]
+    with pytest.raises(records.RunError, match=r"\[0, 1, 1\].*all of another pretrain.seed"):
+        reference.make(runs)
+
+
+def test_curves_need_the_hours_of_every_round_and_leave_out_a_students_loss(tmp_path):
+    """Of hours that one round lacks the later ones are too few; a student's loss holds frames at a falling weight."""
+    for stage in ("03_pretrain", "04_distill"):
+        for number, seconds in enumerate((3600.0, 3600.0, 3600.0), 1):
+            row = {"kind": "round", "round": number, "loss": 2.0, "validation_loss": 2.0, "audio_seconds": seconds}
+            files.append_row(tmp_path / stage / "metrics.jsonl", row)
+    assert reference.curves(tmp_path, "pretrain").keys() == {"loss", "validation_loss"}
+    taught = reference.curves(tmp_path, "distill")
+    assert taught.keys() == {"validation_loss"} and taught["validation_loss"].hours.tolist() == [1.0, 2.0, 3.0]
+    files.append_row(tmp_path / "03_pretrain/metrics.jsonl", row | {"round": 4, "audio_seconds": None})
+    files.append_row(tmp_path / "03_pretrain/metrics.jsonl", row | {"round": 5})
+    assert reference.curves(tmp_path, "pretrain") == {}
+
+
 @pytest.mark.parametrize(
     ("change", "belongs", "word"),
     [
