@@ -130,7 +130,11 @@ def test_a_reference_of_one_point_is_compared_with_the_end_of_a_curve():
     one = {"pnmi": pd.DataFrame({"hours": [4.0], "mean": [0.5], "band": [0.05]})}
     curve = {"pnmi": pd.DataFrame({"hours": [1.0, 2.0, 4.0], "value": [0.2, 0.3, 0.4]})}
     (place,) = reference.positions(curve, one)
-    assert (place.place, place.since) == ("below", 4.0)
+    assert (place.place, place.since) == ("below", 4.0) and place.worse
+    band = {"pnmi": pd.DataFrame({"hours": [1.0, 2.0, 3.0, 4.0], "mean": 0.5, "band": 0.05})}
+    curve = {"pnmi": band["pnmi"].assign(value=[0.5, 0.5, 0.7, 0.7])}
+    (place,) = reference.positions(curve, band)
+    assert (place.place, place.since) == ("above", 3.0) and not place.worse
 
 
 def test_a_reference_of_a_plain_folder_is_of_its_recordings(tmp_path):
@@ -160,6 +164,15 @@ def test_of_two_references_of_one_study_the_nearest_belongs(tmp_path, folder):
         run = make(tmp_path / f"run{clusters}", LOSS, f"kmeans.clusters={clusters}")
         chosen, words = reference.of(run, "pretrain", tmp_path)
         assert chosen.parameters["kmeans.clusters"] == clusters and "differs" not in words
+    for old, new in (
+        ('"pretrain.cohort": 3', '"pretrain.cohort": 2'),
+        ('"pretrain.rounds": 2', '"pretrain.rounds": 9'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "a.json").write_text(text)
+    words = reference.of(make(tmp_path / "run"), "pretrain", tmp_path)[1]
+    assert "cohort (3, there 2)" in words, "one that has learned the same is nearer, whatever else differs"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +215,10 @@ def test_only_seeds_of_one_study_make_a_reference(tmp_path):
     files.write_json(stale / "03_pretrain/done.json", done)
     files.write_json(stale / "02_kmeans/done.json", {"identity": {"inputs": {}}, "outputs": "a newer one"})
     wrong["pretrain is made from an older 02_kmeans"] = [one, stale]
+    taught = make(tmp_path / "taught", LOSS, "pretrain.seed=1")
+    inputs = {"identity": {"inputs": {"03_pretrain": "an older one"}}, "outputs": "student"}
+    files.write_json(taught / "04_distill/done.json", inputs)
+    wrong["distill is made from an older 03_pretrain"] = [one, taught]
     for word, runs in wrong.items():
         with pytest.raises(records.RunError, match=word):
             reference.make(runs)
