@@ -982,6 +982,9 @@ def test_the_first_utterances_by_their_draws_are_taken_as_long_as_they_fit():
         chosen = reading.within(table, {"seed": 0}, frames).index
         assert chosen.tolist() == sorted(order[: len(chosen)])
         assert lengths[chosen].sum() <= frames < lengths[order[: len(chosen) + 1]].sum()
+    hours = pandas.DataFrame({"utterance": ["a", "b"], "samples": 3_600 * audio.SAMPLE_RATE})
+    kept = reading.within(hours, {"seed": 0}, 30_000).samples
+    assert kept.nunique() == 1 and 29_900 < kept.map(audio.frame_count).sum() <= 30_000, "an equal part of each"
 
 
 def test_sample_fraction(run):
