@@ -35,7 +35,7 @@ from fedhubert_lib import (
 )
 from fedhubert_lib.federated import handlers, noise
 from fedhubert_lib.federated.protocol import ClientHome, Clients, Failure, Reply
-from fedhubert_lib.kmeans import client, clustering, hidden, private, reading, server, stage
+from fedhubert_lib.kmeans import client, clustering, hidden, private, public, reading, server, stage
 
 KINDS = ["federated", "one-shot", "client", "aligned", "random-projection", "central"]
 
@@ -403,6 +403,29 @@ def test_units_of_public_speech_are_those_of_its_features_normalised(run):
     labels = [reply.arrays["labels"].numpy() for action, reply in clients.replies if action == "kmeans.probe"]
     qualities = [units.quality(one[spoken], phones[spoken], 0)["pnmi"] for one in labels]
     assert table.heldout_pnmi["client"] == pytest.approx(np.mean(qualities)) and len({*qualities}) == 3
+
+
+def test_public_speech_is_held_out_else_of_the_test_split_and_has_phones_where_any_has(tmp_path):
+    def heard() -> tuple[list[str], bool]:
+        table, phones = public.speech(tmp_path, {"seed": 0})
+        return table.utterance.tolist(), phones is not None
+
+    rows = [
+        (name, f"{name}.flac", "s", 16_000, split) for name, split in (("a", "train"), ("b", "test"), ("c", "test"))
+    ]
+    manifest = pandas.DataFrame(rows, columns=["utterance", "path", "speaker", "samples", "split"])
+    (tmp_path / "00_corpus").mkdir()
+    (tmp_path / "01_partition").mkdir()
+    assert heard() == ([], False)
+    manifest.to_parquet(tmp_path / "00_corpus/manifest.parquet")
+    assert heard() == (["b", "c"], False)
+    phones = pandas.DataFrame({"utterance": ["a", "a", "c"], "start_sample": [0, 8_000, 0], "end_sample": 12_000})
+    phones.assign(phone=["AH", "B", "AH"]).to_parquet(tmp_path / "00_corpus/phones.parquet")
+    assert heard() == (["c"], False), "one phone, and frames without one, tell nothing of units"
+    manifest[manifest.utterance != "c"].to_parquet(tmp_path / "01_partition/heldout.parquet")
+    assert heard() == (["a"], True)
+    manifest[:0].to_parquet(tmp_path / "01_partition/heldout.parquet")
+    assert heard() == (["c"], False)
 
 
 def test_of_many_clients_some_from_all_over_say_how_far_they_agree(run, monkeypatch):

@@ -779,3 +779,14 @@ def test_a_closed_pipe_is_quiet(outputs):
     command = f"{sys.executable} -m fedhubert_lib.cli ls | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == "" and done.stdout.strip() in ("0", "141")
+
+
+@pytest.mark.parametrize("part", ["outputs", "speech", "heard", "training", "lists", "learnt", "federated"])
+def test_a_stage_may_rest_on_any_part_of_an_earlier_one(tmp_path, part):
+    """Of a codebook, a codebook's labels or what is federated a stage made earlier stands, whatever else was added."""
+    for place, made in ((part, "now"), ("codebooks", {"federated": "now"}), ("targets", {"federated": "now"})):
+        files.write_json(tmp_path / "03_pretrain/done.json", {place: made, "identity": {"inputs": {}}})
+        for rests, states in (("now", []), ("then", ["distill"])):
+            inputs = {"identity": {"inputs": {"03_pretrain": rests}}, "outputs": "student"}
+            files.write_json(tmp_path / "04_distill/done.json", inputs)
+            assert list(records.stale(tmp_path)) == states
