@@ -97,3 +97,16 @@ def test_no_gpu(monkeypatch):
     with pytest.raises(MemoryError, match=r"4 workers' steps need 16.0 GiB, and 10.0 are free"):
         workers("pool", "cpu")
     assert workers("pool", "cpu", 8.0) == 4
+
+
+@pytest.mark.parametrize(("devices", "cohort", "turns", "workers"), [(4, 6, 20, 4), (4, 3, 10, 3), (1, 6, 60, 1)])
+def test_a_plan_counts_rounds_clients_and_the_turns_of_workers(tmp_path, monkeypatch, devices, cohort, turns, workers):
+    pretend(monkeypatch, 0, 100 * GIB)
+    monkeypatch.setattr(pool, "devices", lambda device: ["cpu"] * devices)
+    monkeypatch.setattr(planning.recipes, "clusters", lambda run, codebook: 10)
+    changes = {"rounds": 5, "local_steps": 2, "cohort": cohort, "engine": "pool", "device": "cpu"}
+    plan = planning.plan(tmp_path, P.model_copy(update=changes | {"centralised": False}))
+    assert (plan.steps, plan.turns, plan.workers) == (10 * cohort, turns, workers)
+    assert plan.seconds == turns * 0.5
+    beside = planning.plan(tmp_path, P.model_copy(update=changes | {"centralised": True}))
+    assert beside.pooled == beside.seconds - plan.seconds > 0
