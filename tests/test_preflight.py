@@ -134,6 +134,8 @@ def test_the_disk_holds_what_clients_keep_between_rounds(tmp_path, monkeypatch):
         assert not problems(tmp_path, *large, less, "distill.local_state=keep", first="kmeans")
     told = problems(tmp_path, *large, "pretrain.local_state=reset", "pretrain.server=scaffold", first="kmeans")
     assert told == "pretrain.local_state: clients keep 4.3 GB between rounds, and 1.0 GB are free; make room"
+    told = problems(tmp_path, *large, "pretrain.local_state=reset", "pretrain.compression=int8", first="kmeans")
+    assert told == "pretrain.local_state: clients keep 4.3 GB between rounds, and 1.0 GB are free; make room", "lost"
     kept = tmp_path / "03_pretrain/clients/a/session-0/moments-000001.safetensors"
     kept.parent.mkdir(parents=True)
     with kept.open("wb") as stream:
@@ -255,6 +257,10 @@ def test_a_teacher_that_has_changed_since_is_not_measured_as_the_students(checkp
     change(checkpoint, hidden_dropout=0.5)
     with pytest.raises(runs.RunError, match="has changed since it taught the student"):
         preflight.check("evaluate", params.Evaluate(), run)
+    files.write_json(run / "03_pretrain/done.json", {"identity": {"inputs": {}}, "outputs": "now"})
+    older = {"identity": {"inputs": {"teacher": then, "03_pretrain": "then"}}}
+    files.write_json(run / "04_distill/done.json", older)
+    preflight.check("evaluate", params.Evaluate(), run)  # a stale student is left out of the table
 
 
 def test_a_notebook_checks_its_stage_alone(checkpoint, tmp_path):

@@ -562,3 +562,17 @@ def test_a_short_name_shows_no_folder_behind_a_link(tmp_path):
     (tmp_path / "models/base/checkpoint").symlink_to(tmp_path / "private/grant/checkpoint")
     assert systems.short_name(tmp_path / "models/base/checkpoint") == "models/base"
     assert systems.short_name(tmp_path / "models/base") == "base"
+
+
+def test_clips_that_most_seeds_got_wrong_come_first_with_what_they_were_taken_for():
+    spoken = ["a", "a", "b", keywords.SILENCE, "b"]
+    clips = pd.DataFrame({"clip": list("vwxyz"), "word": spoken, "split": "test"})
+    task = keywords.task(clips)
+    heard = [["a", "b", "b", "a", "a"], ["a", "b", "b", "a", keywords.SILENCE], ["a", "b", "a", "a", keywords.SILENCE]]
+    outcomes = [keywords.Outcome(0.0, np.array([task.words.index(word) for word in of_seed]), 0.0) for of_seed in heard]
+    result = measures.Result("teacher", outcomes=outcomes)
+    counts, missed = report._mistakes(result, measures.Speech(clips, task, ROOT))
+    expected = [("w", "a", "b", 3), ("z", "b", keywords.SILENCE, 3), ("x", "b", "a", 1)]
+    assert [tuple(clip.values()) for clip in missed] == expected, "of silence there is nothing to listen to"
+    silence, a, b = (task.words.index(word) for word in (keywords.SILENCE, "a", "b"))
+    assert (counts[a][a], counts[a][b], counts[b][silence], counts[silence][a]) == (3, 3, 2, 3)
