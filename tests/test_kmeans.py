@@ -701,6 +701,21 @@ def test_labels_of_another_partition_are_not_kept(run):
     assert labels_of(run, "client-001").utterances[:3] == table.utterance.tolist()
 
 
+def test_a_codebook_of_other_utterances_is_fitted_anew(run):
+    """By the client, which keeps it whatever the server has begun anew."""
+
+    def frames() -> dict[str, float]:
+        exchange, config = prepared(run, settings())
+        fitted = exchange.ask("fit", {}, {**config, "kind": "client"})
+        return {reply.client: reply.metrics["frames"] for reply in fitted}
+
+    before, path = frames(), run / "01_partition" / "clients" / "client-001" / "train.parquet"
+    lengths = pandas.read_parquet(path).samples.map(audio.frame_count)
+    assert before["client-001"] == lengths.sum() and frames() == before
+    pandas.read_parquet(path).iloc[1:].to_parquet(path, index=False)
+    assert frames() == before | {"client-001": lengths[1:].sum()}
+
+
 def test_what_leaves_a_client(run):
     """Replies hold K x D sums and K counts, nothing that grows with a client's frames; labels only of public frames."""
     clients = Direct(run)

@@ -858,6 +858,17 @@ def test_a_run_of_other_clients_does_not_resume(run, ids, message):
         train(run, rounds=2)
 
 
+def test_a_run_of_another_task_does_not_resume(run):
+    train(run, rounds=2)
+    p, task = pretrain(cohort=4, rounds=2, batch_seconds=16.0), rounds.Task("distill", {}, averages)
+    with (
+        federated.connect(run) as clients,
+        pytest.raises(checkpoints.CheckpointError, match="task: toy -> distill"),
+        rounds.serving(clients, p, task, initial(), run / "toy"),
+    ):
+        raise AssertionError("weights of another task were taken up")
+
+
 def test_checkpoints_of_other_shapes_kinds_or_names_are_refused(tmp_path):
     weights, server = {"model.a": torch.ones(3)}, {"m": torch.ones(2)}
     checkpoints.write(tmp_path, weights, server, {"round": 1, "settings": {}}, {})
