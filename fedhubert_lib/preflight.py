@@ -95,6 +95,14 @@ def _words(p: params.Corpus, *_: Any) -> None:
         speech_commands.usable(speech_commands.home(root))
 
 
+def _speakers(p: params.Partition, _: Path, study: studies.Study | None, coming: Container[str]) -> None:
+    """Whether the built-in corpus, not made yet, will have a speaker for each client."""
+    if study is None or "corpus" not in coming or (study.corpus.kind, p.scheme) != ("synthetic", "speakers"):
+        return
+    if p.clients > (left := study.corpus.speakers - p.heldout_speakers):
+        raise ValueError(f"{p.clients}, but corpus.speakers less heldout_speakers are {left}; give that or fewer")
+
+
 def _engine(p: Any, *_: Any) -> None:
     if p.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError("ray given, but it is not installed; run: make ray")
@@ -203,6 +211,7 @@ def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> Non
 CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Corpus, "root", _speech),
     (params.Corpus, "keywords_root", _words),
+    (params.Partition, "clients", _speakers),
     (params.Kmeans | params.Federation, "engine", _engine),
     (params.Kmeans | params.Federation | params.Evaluate, "device", _device),
     (params.Kmeans, "features", _features),

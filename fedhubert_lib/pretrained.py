@@ -147,7 +147,7 @@ def read_config(folder: Path) -> HubertConfig:
         name = (".".join(map(str, first["loc"])) + ": ").removeprefix(": ")  # none: values that do not go together
         raise ValueError(f"{path}: {name}{first['msg'].removeprefix('Value error, ')}") from error
     for name, value in asdict(config).items():
-        largest = 1 - 2**-16 if "drop" in name else LARGEST  # of all there is nothing left
+        largest = 1 - 2**-16 if "drop" in name else LARGEST  # at 1 nothing is left to scale
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, str | bool) and not isinstance(number, int) <= number <= largest:
                 raise ValueError(f"{path}: {name} is {value}, which no model can have")

@@ -55,9 +55,6 @@ class Study(BaseModel):
         if self.corpus.kind == "synthetic" and heldout >= speakers:
             yield "partition", "heldout_speakers", f"{heldout} of corpus.speakers: {speakers}; leave some to train on"
         clients, codebooks = self.partition.clients, self.kmeans.codebooks
-        if self.corpus.kind == "synthetic" and self.partition.scheme == "speakers" and clients > speakers - heldout > 0:
-            text = f"{clients}, but corpus.speakers less heldout_speakers are {speakers - heldout}; give that or fewer"
-            yield "partition", "clients", text
         for stage, section in ("pretrain", self.pretrain), ("distill", self.distill):
             if section.cohort > clients:
                 yield stage, "cohort", f"{section.cohort}, but partition.clients is {clients}; give that or fewer"

@@ -150,11 +150,12 @@ def test_figures_have_the_interval_of_the_seeds_that_there_are(outputs):
     assert "settings; figures do not compare" in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
     files.write_json(outputs / "one/05_evaluate/report.json", report)
     assert "do not compare" not in " ".join(compare.figures(compare.groups(["base", "one"]))[1])
-    for run, aligner in (("one", "a"), ("two", "b")):
-        aligned = make(outputs, run + "-aligned") / "00_corpus"
+    for run, aligner in (("a", "one"), ("b", "one"), ("c", "another")):
+        aligned = make(outputs, f"phones-{run}") / "00_corpus"
         (aligned / "params.yaml").write_text(yaml.safe_dump(params.Corpus(alignments="/phones").model_dump()))
         files.write_json(aligned / "done.json", {"files": {"phones.parquet": aligner}, "identity": {"inputs": {}}})
-    assert "do not compare" in " ".join(compare.figures(compare.groups(["one-aligned", "two-aligned"]))[1])
+    assert "do not compare" not in " ".join(compare.figures(compare.groups(["phones-a", "phones-b"]))[1])
+    assert "do not compare" in " ".join(compare.figures(compare.groups(["phones-a", "phones-c"]))[1])
     (outputs / "base-2/05_evaluate/report.json").unlink()
     assert "base: 2 of 3 runs evaluated so far." in " ".join(compare.figures(compare.groups(["base"]))[1])
     files.write_json(outputs / "base-1/03_pretrain/done.json", {"identity": {"inputs": {}}, "outputs": "now"})

@@ -273,7 +273,6 @@ def test_relative_places_start_at_the_project(tmp_path, monkeypatch):
         ("corpus.keywords=speech-commands", "corpus.keywords_root"),
         ("corpus.kind=librispeech corpus.root=/x corpus.test_subsets=[train-clean-100]", "corpus.test_subsets"),
         ("partition.heldout_speakers=6", "partition.heldout_speakers"),
-        ("partition.clients=6", "partition.clients"),  # of 5 speakers that are not held out
         ("kmeans.codebooks=[client,client]", "kmeans.codebooks"),
         ("kmeans.features=", "kmeans.features"),
         ("kmeans.layer=6", "kmeans.layer"),

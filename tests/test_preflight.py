@@ -143,6 +143,14 @@ def test_the_disk_holds_what_clients_keep_between_rounds(tmp_path, monkeypatch):
     assert not problems(tmp_path, *large, first="kmeans")
 
 
+def test_clients_of_whole_speakers_are_no_more_than_the_synthetic_ones_left(tmp_path):
+    told = problems(tmp_path, "partition.clients=6")
+    assert told == "partition.clients: 6, but corpus.speakers less heldout_speakers are 5; give that or fewer"
+    assert not problems(tmp_path, "partition.clients=5")
+    assert not problems(tmp_path, "partition.clients=12", "partition.scheme=iid")
+    assert not problems(tmp_path, "partition.clients=12", first="kmeans"), "a partition from another site"
+
+
 def test_clusters_are_compared_with_the_frames_that_there_are(tmp_path):
     for stage in ("00_corpus", "01_partition"):
         (tmp_path / stage).mkdir()

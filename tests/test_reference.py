@@ -258,16 +258,16 @@ def test_noise_of_rounds_of_few_clients_is_no_rate_that_is_too_high(tmp_path, ri
     assert bool(diagnosis._rate({"learning_rate": 0.1}, [], rounds, np.full(20, 0.05))) == accused
 
 
-def test_a_loss_that_rises_again_is_told_with_its_round(tmp_path):
+def test_a_loss_that_rises_again_is_told_with_its_round():
     loss = [3.0, 2.4, 2.0, 2.1, 2.3, 2.25]
     rounds = pd.DataFrame({"round": range(1, 7), "loss": loss})
     told = diagnosis._rate({"learning_rate": 0.1}, [], rounds, np.full(20, 0.05))
-    assert told == "learning rate too high, at 0.1: the loss rises by 0.30 nats until round 5. Lower it"
+    assert "0.30" in told and "round 5" in told and "round 6" not in told
     assert not diagnosis._rate({"learning_rate": 0.1}, [], rounds[:4].assign(loss=loss[:3] + [2.08]), None)
 
 
 @pytest.mark.parametrize(
-    ("head", "loss", "accuracy", "found"),
+    ("head", "loss", "accuracy", "shown"),
     [
         ("shared", 2.30, 0.1, True),
         ("shared", 2.30, 0.2, False),
@@ -275,29 +275,29 @@ def test_a_loss_that_rises_again_is_told_with_its_round(tmp_path):
         ("personal", 2.30, 0.1, False),
     ],
 )
-def test_a_plateau_has_loss_and_accuracy_of_guessing(tmp_path, head, loss, accuracy, found):
+def test_a_plateau_has_loss_and_accuracy_of_guessing(tmp_path, head, loss, accuracy, shown):
     """Of ten labels, all as frequent. A personal head guesses by its client's frequencies, which nobody knows."""
     run = make(tmp_path / "run", np.full(3, loss), f"pretrain.head={head}")
     row = {"kind": "round", "round": 4, "loss": loss, "accuracy_masked": accuracy, "accuracy_unmasked": 0.3}
     files.append_row(run / "03_pretrain" / "metrics.jsonl", row)
     (folder := run / "02_kmeans" / "codebooks" / "federated").mkdir(parents=True)
     np.save(folder / "counts.npy", np.ones(10))
-    assert [cause.startswith(WORDS["plateau"]) for cause in diagnosis.causes(run)] == [True] * found
+    assert [cause.startswith(WORDS["plateau"]) for cause in diagnosis.causes(run)] == [True] * shown
 
 
 @pytest.mark.parametrize(("lag", "side"), [(5, "before"), (-5, "after")])
 def test_labels_after_their_audio_fit_what_was_before_them(tmp_path, monkeypatch, lag, side):
     monkeypatch.setattr(diagnosis, "agreement", lambda *place: pd.Series({0: 0.3, lag: 0.8}))
     told = diagnosis._shifted(tmp_path, {"codebook": "federated"}, pd.Series(), None)
-    assert f"80% of the labels fit the audio 100 ms {side} them, 30% that beside them" in told
+    assert all(word in told for word in ("80%", f"100 ms {side}", "30%"))
 
 
-@pytest.mark.parametrize(("head", "same", "found"), [("shared", 0.3, 1), ("shared", 0.6, 0), ("personal", 0.3, 0)])
-def test_codebooks_that_disagree_are_told_under_a_shared_head(tmp_path, head, same, found):
+@pytest.mark.parametrize(("head", "same", "shown"), [("shared", 0.3, 1), ("shared", 0.6, 0), ("personal", 0.3, 0)])
+def test_codebooks_that_disagree_are_told_under_a_shared_head(tmp_path, head, same, shown):
     files.write_json(tmp_path / "02_kmeans/quality.json", {"codebooks": {"client": {"agreement_same": same}}})
     rows = [{"kind": "client", "client": name, "accuracy_masked": x} for name, x in (("a", 0.1), ("b", 0.2))]
     told = diagnosis._codebooks(tmp_path, {"head": head, "codebook": "client"}, rows)
-    assert ("30% of the same frames" in told and "0.100 to 0.200" in told) == found
+    assert ("30% of the same frames" in told and "0.100 to 0.200" in told) == shown
 
 
 WORDS = {

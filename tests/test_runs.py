@@ -783,7 +783,7 @@ def test_a_closed_pipe_is_quiet(outputs):
 
 @pytest.mark.parametrize("part", ["outputs", "speech", "heard", "training", "lists", "learnt", "federated"])
 def test_a_stage_may_rest_on_any_part_of_an_earlier_one(tmp_path, part):
-    """Of a codebook, a codebook's labels or what is federated a stage made earlier stands, whatever else was added."""
+    """A later stage stays valid when the part that it used is the same, whatever else was added."""
     for place, made in ((part, "now"), ("codebooks", {"federated": "now"}), ("targets", {"federated": "now"})):
         files.write_json(tmp_path / "03_pretrain/done.json", {place: made, "identity": {"inputs": {}}})
         for rests, states in (("now", []), ("then", ["distill"])):
