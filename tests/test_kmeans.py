@@ -701,6 +701,21 @@ def test_labels_of_another_partition_are_not_kept(run):
     assert labels_of(run, "client-001").utterances[:3] == table.utterance.tolist()
 
 
+def test_draws_of_a_clients_clusters_are_those_of_client_and_study(run, monkeypatch):
+    monkeypatch.setattr(reading, "in_memory", lambda home, config: blobs())
+
+    def centroids(action: str, client_id: str, seed: int) -> torch.Tensor:
+        config = server.settings(settings(seed=seed)) | {"kind": "client", "local": 8}
+        answer, _ = handlers.HANDLERS[f"kmeans.{action}"](home(run, client_id), {}, config)
+        return (answer or client.lend(home(run, client_id), {}, config)[0])["centroids"]
+
+    for action in ("local_centroids", "fit"):
+        first = centroids(action, "client-000", 0)
+        assert torch.equal(first, centroids(action, "client-000", 0))
+        for other in (("client-001", 0), ("client-000", 1)):
+            assert not torch.allclose(first, centroids(action, *other))
+
+
 def test_a_codebook_of_other_utterances_is_fitted_anew(run):
     """By the client, which keeps one of the same utterances whatever the server has begun anew."""
 
