@@ -701,6 +701,24 @@ def test_labels_of_another_partition_are_not_kept(run):
     assert labels_of(run, "client-001").utterances[:3] == table.utterance.tolist()
 
 
+@pytest.mark.parametrize(("second", "rounds"), [(10.0, 2), (0.0, 5)])
+def test_lloyd_does_not_settle_while_a_cluster_is_empty_and_fills_it_by_the_seed(second, rounds):
+    """The inertia does not change; an empty cluster begins anew beside the one that is spread most."""
+    answer = {"sums": torch.tensor([[10.0] * 3, [2 * second] * 3]), "counts": torch.tensor([10.0, second])}
+    answer |= {"inertias": torch.tensor([5.0, second / 10])}
+    clients = SimpleNamespace(bytes={}, since=lambda before: {})
+    exchange = SimpleNamespace(clients=clients, ask=lambda *_, **__: [Reply("a", dict(answer), {})])
+    ends = []
+    for seed in (0, 0, 1):
+        config = {"seed": seed, "noise_multiplier": 0, "minimum_count": 0}
+        centroids, stats = server.lloyd(
+            exchange, config, torch.tensor([[1.0] * 3, [2.0] * 3]), rounds=5, tolerance=1e-4
+        )
+        assert stats["round"] == rounds
+        ends.append(centroids.flatten().tolist())
+    assert ends[0] == ends[1] and (ends[0] == ends[2]) == bool(second)
+
+
 def test_draws_of_a_clients_clusters_are_those_of_client_and_study(run, monkeypatch):
     monkeypatch.setattr(reading, "in_memory", lambda home, config: blobs())
 
