@@ -295,6 +295,29 @@ def test_start_weighs_local_centroids_by_their_frames():
     assert centroids.item() == pytest.approx(0.1)
 
 
+def test_start_draws_local_centroids_by_their_frames():
+    """One frame far away takes no cluster from two hours at each of two places."""
+    points, counts = torch.tensor([[0.0], [1.0], [100.0]]), torch.tensor([360_000.0, 360_000.0, 1.0]).double()
+    exchange = SimpleNamespace(
+        ids=["a"], ask=lambda *_, **__: [Reply("a", {"centroids": points, "counts": counts}, {})]
+    )
+    for seed in range(5):
+        centroids, _ = server.start(exchange, {"clusters": 2, "width": 1, "seed": seed})
+        assert sorted(centroids.flatten().tolist()) == pytest.approx([0.0, 1.0], abs=0.01)
+
+
+@pytest.mark.parametrize(("clusters", "clients", "local"), [(100, 8, 100), (500, 100, 250), (500, 10_000, 16)])
+def test_local_centroids_of_all_clients_together_do_not_grow_with_their_number(clusters, clients, local):
+    def answers(*asked, **__):
+        assert asked[2]["local"] == local
+        points = torch.arange(clusters).float()[:, None]
+        return [Reply("a", {"centroids": points, "counts": torch.ones(clusters).double()}, {})]
+
+    config = {"clusters": clusters, "width": 1, "seed": 0}
+    centroids, _ = server.start(SimpleNamespace(ids=range(clients), ask=answers), config)
+    assert len(centroids) == clusters
+
+
 def test_local_centroids_come_with_their_numbers_of_frames(run):
     exchange, config = prepared(run, settings())
     for reply in exchange.ask("local_centroids", {}, {**config, "local": 4}):
