@@ -224,6 +224,14 @@ def test_lloyd_fills_empty_clusters():
     assert (counts > 0).all()
 
 
+def test_an_empty_cluster_begins_beside_the_widest_by_its_standard_deviation():
+    counts, inertias = torch.tensor([100.0, 0.0, 50.0]).double(), torch.tensor([400.0, 0.0, 50.0]).double()
+    sums = torch.tensor([[300.0, 0.0], [0.0, 0.0], [0.0, 50.0]]).double()
+    moved = clustering.update(sums, counts, inertias, torch.zeros(3, 2), np.random.default_rng(0))
+    assert (moved[0] - moved[1]).norm().item() == pytest.approx(2 * 0.1 * 2.0), "a tenth of it to either side"
+    assert ((moved[0] + moved[1]) / 2).tolist() == pytest.approx([3.0, 0.0]) and moved[2].tolist() == [0.0, 1.0]
+
+
 def test_a_mean_of_scaled_counts_is_that_of_the_counts():
     """Clipping before noise scales sums and counts of a client alike, also below one frame."""
     sums, counts = torch.tensor([[6.0, 3.0], [1.0, 1.0]]), torch.tensor([3.0, 2.0])
@@ -1269,3 +1277,30 @@ def test_a_layer_is_chosen_among_all_but_the_input_normalised_and_for_one_checkp
         described["checkpoint"] = checkpoint
         hidden.choose(tmp_path, p, "cpu", lambda row: None)
     assert asked == [[1, 2, 3]] * 2 and len(scaled) == 6
+
+
+def test_a_layer_is_scored_on_frames_whose_phone_is_known(monkeypatch, tmp_path):
+    """Two layers of 60 frames: the first tells two phones apart, the second frames that have one from the others."""
+    phones = np.array(["a", "b", ""] * 20)
+    one_hot = torch.eye(2)
+    parts = [torch.stack([one_hot[(phones == "b").astype(int)], one_hot[(phones == "").astype(int)]])]
+    described = {"model": {"num_hidden_layers": 2}, "checkpoint": "one", "normalisation": "none"}
+    monkeypatch.setattr(hidden, "describe", lambda p, layer: (described, {}))
+    monkeypatch.setattr(hidden.public, "speech", lambda *_: (pandas.DataFrame({"speaker": ["s"]}), phones))
+    monkeypatch.setattr(hidden.public, "extracted", lambda *_: parts)
+    rows = []
+    p = params.Kmeans(features="x", layer="auto", clusters=2)
+    assert hidden.choose(tmp_path, p, "cpu", rows.append) == 1
+    assert rows[0]["scores"] == pytest.approx([1.0, 0.0])
+
+
+def test_states_of_a_model_that_hears_speech_normalised_do_not_know_its_scale():
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = hubert.preset("large", **small, conv_dim=(16,) * 7)
+    assert config.do_normalize
+    model, speech = hubert.Hubert(config).eval(), 0.1 * torch.randn(8_000, generator=torch.Generator().manual_seed(0))
+    (plain,), (louder,) = (hidden.states(model, [waveform], [1]) for waveform in (speech, 5 * speech + 0.3))
+    torch.testing.assert_close(plain, louder, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        whole = model(audio.normalise(speech)[None], hidden_states=True, normalised=True).hidden[1]
+    torch.testing.assert_close(plain, whole, rtol=1e-3, atol=1e-3)
