@@ -207,15 +207,12 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         **{f"noise {noise:g}": MANY | CLIPPED | {"privacy_noise": noise} for noise in (0.0, 0.04, 0.12)},
     },
     "distill": {
-        f"{name}, {taught}": _steps(BEST[name], steps) | {"objectives": ["soft-targets"]} | weights
-        for taught, weights in TAUGHT.items()
-        for name, steps in (("pooled", 10), ("FedAvg, cohort's moments", 5))
-    }
-    | {
-        f"{name}, {taught}, 2 layers": _steps(BEST[name], steps)
-        | {"objectives": ["soft-targets"], "layers": 2}
-        | TAUGHT[taught]
-        for taught in ("labels alone", "teacher's layers and labels")
+        f"{name}, {taught}{size}": _steps(BEST[name], steps) | {"objectives": ["soft-targets"]} | TAUGHT[taught] | shape
+        for size, shape, students in (
+            ("", {}, TAUGHT),
+            (", 2 layers", {"layers": 2}, ("labels alone", "teacher's layers and labels")),
+        )
+        for taught in students
         for name, steps in (("pooled", 10), ("FedAvg, cohort's moments", 5))
     },
 }
