@@ -96,8 +96,8 @@ def _quality(run: Path) -> Curves:
 def make(runs: Sequence[Path]) -> Reference:
     """The reference of runs of one study with different training seeds. Raises RunError where they are something else.
 
-    The band is where the curve of another seed lies 19 times in 20: mean ± t(n-1) s sqrt(1 + 1/n) by Student's t, with
-    s² averaged over a tenth of the points, three at least, since of few seeds at one point it is hardly known.
+    The band is where the running median of another seed lies 19 times in 20: mean ± t(n-1) s sqrt(1 + 1/n) by Student's
+    t, with s² averaged over a tenth of the points, three at least, since of few seeds at one point it is hardly known.
     """
     for run in runs:
         if not (run / "03_pretrain" / "done.json").exists():
@@ -125,10 +125,15 @@ def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Hours, mean and band of curves of seeds as far as the shortest goes; the ends, where one was not ``along``."""
     count, points = len(of_seeds), min(map(len, of_seeds))
     of_seeds = [curve[-1:] if points == 1 else curve[:points] for curve in of_seeds]
-    hours, values = (np.array([curve[column] for curve in of_seeds]) for column in ("hours", "value"))
+    hours, values = (np.array([read(curve) for curve in of_seeds]) for read in (lambda curve: curve.hours, _median))
     variance = pd.Series(values.var(0, ddof=1)).rolling(max(3, points // 10), center=True, min_periods=1).mean()
     factor = scipy.stats.t.ppf(0.975, count - 1) * np.sqrt(1 + 1 / count)
     return pd.DataFrame({"hours": hours.mean(0), "mean": values.mean(0), "band": factor * np.sqrt(variance)})
+
+
+def _median(curve: pd.DataFrame) -> pd.Series:
+    """The running median of a curve, over a tenth of its points: rounds scatter more than seeds do."""
+    return curve.value.rolling(max(1, len(curve) // 10), center=True, min_periods=1).median()
 
 
 def _parameters(run: Path) -> dict[str, Any]:
@@ -220,16 +225,16 @@ class Position:
 
 
 def positions(run: Curves, reference: Curves) -> Iterator[Position]:
-    """Where each measure of a run ends, and since when: of its running median over a tenth of the points, since one
-    point in 20 is outside by chance. Hours that one of both has not heard are left out."""
+    """Where the running median of each measure of a run ends, and since when. Hours that one of both has not heard are
+    left out."""
     for name, band in reference.items():
         if name not in run:
             continue
-        median = run[name].value.rolling(max(1, len(run[name]) // 10), min_periods=1).median()
-        curve = run[name].assign(value=median)
+        curve = run[name]
         curve = curve[curve.hours.between(band.hours.iloc[0] * 0.95, band.hours.iloc[-1] * 1.05)]
         if curve.empty:
             continue
+        curve = curve.assign(value=_median(curve))
         mean, half = (np.interp(curve.hours, band.hours, band[column]) for column in ("mean", "band"))
         side = np.sign(curve.value - mean) * (abs(curve.value - mean) > half)
         before = np.flatnonzero(side != side.iloc[-1])
