@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or runner.OK
     except (runner.StageError, studies.ParameterError, runs.RunError) as error:
-        print(f"fedhubert: {error}", file=sys.stderr)
+        progress.say(f"fedhubert: {error}", sys.stderr)
         return error.code if isinstance(error, runner.StageError) else runner.USAGE
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough: print to nowhere from now on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno is not None and error.filename is not None:
             error = files.explained(error.errno, error.filename)
-        print(f"fedhubert: {error}", file=sys.stderr)
+        progress.say(f"fedhubert: {error}", sys.stderr)
         return runner.FAILED
     except KeyboardInterrupt:
         return runner.INTERRUPTED
@@ -87,9 +87,9 @@ def _run_seeds(options: argparse.Namespace, name: str, stages: Sequence[str]) ->
 
     others = compare.groups([options.like]).popitem()[1] if options.like else []
     folders: list[Path] = []
-    for seed in dict.fromkeys(options.seeds):
-        overrides = [*options.set, f"pretrain.seed={seed}", f"distill.seed={seed}"]
-        study = studies.load(options.study, overrides, f"{name}-{seed}")
+    seeds = {seed: [*options.set, f"pretrain.seed={seed}", f"distill.seed={seed}"] for seed in options.seeds}
+    loaded = [(seed, studies.load(options.study, changes, f"{name}-{seed}")) for seed, changes in seeds.items()]
+    for seed, study in loaded:
         like = [other for other in others if other.name.endswith(f"-{seed}")] or others[:1]
         progress.say(f"{study.run}:")
         runner.run(study, stages, options.force, [*like, *folders[:1]])

@@ -4,18 +4,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 Rows = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""
 
 
-def say(line: str) -> None:
-    """Print a line of what a long work does. A reader that has gone, such as ``head``, is no reason to stop it."""
+def say(line: str, to: TextIO | None = None) -> None:
+    """Print a line of what a long work does. A reader that has gone, as ``head`` or a terminal, or a full disk under
+    the log is no reason to stop it."""
+    to = to or sys.stdout
     try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(line, file=to, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
 
 
 def last_round(rows: Rows, since: float = 0.0) -> str:

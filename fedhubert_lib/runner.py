@@ -51,11 +51,11 @@ class _Stop:
             progress.say(f"{name}: already stopping; the notebook is finishing its checkpoint")
             return
         self.by = name
-        progress.say(f"{name}: stopping; the notebook finishes its checkpoint first")
         # To the kernel alone, not to its group: its workers end with it, and in order. Between two cells the kernel
         # ignores this; ``check`` is called there.
         if self.kernel is not None and self.kernel.has_kernel:
             os.kill(self.kernel.provisioner.pid, signal.SIGINT)
+        progress.say(f"{name}: stopping; the notebook finishes its checkpoint first")
 
     def check(self, **cell: Any) -> None:
         if self.by:
@@ -91,10 +91,16 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
             try:
                 with _lock(folder):
                     runs.record(folder, study=study.study)
+                    for stage in stages if force else ():  # also of those that an interruption leaves for another call
+                        runs.forced(folder, stage).touch()
                 for number, stage in enumerate(stages, start=1):
-                    _stage(stage, getattr(study, stage), folder, force, like, stop)
+                    _stage(stage, getattr(study, stage), folder, like, stop)
                     if stage in ("corpus", "partition"):  # now more is known about the stages to come
                         preflight.study(study, stages[number:], folder)
+            except (StageError, runs.RunError) as error:
+                for stage in stages if getattr(error, "code", FAILED) != INTERRUPTED else ():
+                    runs.forced(folder, stage).unlink(missing_ok=True)  # else what is asked for again is this
+                raise
             finally:  # inside the lock: refused, it is another runner that has begun nothing yet
                 if {path.name for path in folder.glob("*")} <= {".lock", ".runner.lock", "run.json"}:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -116,12 +122,12 @@ def needed(future: runs.Outlook, executed: Path) -> tuple[bool, str]:
     return True, "its notebook was not saved, or was run by hand: its results are kept"
 
 
-def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence[Path], stop: _Stop) -> None:
+def _stage(stage: str, p: params.Section, run: Path, like: Sequence[Path], stop: _Stop) -> None:
     """Run one stage, or print why not."""
     name, folder = params.FOLDERS[stage], run / params.FOLDERS[stage]
     executed, unfinished = run / f"{name}.ipynb", run / f"{name}.unfinished.ipynb"
     stop.check()
-    future = runs.outlook(stage, p, run, force)
+    future, forced = runs.outlook(stage, p, run), runs.forced(run, stage).exists()
     if taken := future.kind == "anew" and future.changes.results != "forced":
         with _lock(run):
             taken = sharing.take(stage, p, run, like, future.identity)
@@ -136,8 +142,6 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
         progress.say(f"{name}: {why}")
     if not work:
         return
-    if force:
-        runs.forced(run, stage).touch()
     began, before = time.time(), runs.read_json(folder / "done.json")
     try:
         with _progress(folder):
@@ -149,9 +153,10 @@ def _stage(stage: str, p: params.Section, run: Path, force: bool, like: Sequence
             raise StageError("failed: a cell between its parameters and runs.start has overridden a parameter", FAILED)
     except StageError as error:
         with _lock(run):
-            if error.code != INTERRUPTED:  # else what is asked for again is this
-                runs.forced(run, stage).unlink(missing_ok=True)
             _record_failure(stage, run, error, before)
+            begun = runs.read_json(folder / "begun.json") or {"started": 0}
+            if forced and error.code == INTERRUPTED and begun["started"] < began:  # back is what was to be replaced
+                runs.forced(run, stage).touch()
         where = f"\n{name}: its cells so far: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error
     unfinished.replace(executed)

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import ROOT
 
-from fedhubert_lib import cli, files, identity, params, progress, runner, runs, studies
+from fedhubert_lib import cli, files, identity, params, preflight, progress, runner, runs, studies
 
 WORK = """\
 with stage.working():
@@ -235,13 +236,14 @@ def test_a_clock_that_was_set_back_costs_no_results(outputs, monkeypatch):
     p, run = params.Corpus(run="toy"), outputs / "toy"
     done = {"identity": identity.of("corpus", p, run), "outputs": "", "files": {}, "finished": time.time() + 3600}
     files.write_json(run / "00_corpus/done.json", done)
+    runs.forced(run, "corpus").touch()
 
     def dies(*_: object) -> None:
         raise runner.StageError("its kernel died", runner.DIED)
 
     monkeypatch.setattr(runner, "_execute", dies)
     with pytest.raises(runner.StageError, match="its kernel died"):
-        runner._stage("corpus", p, run, True, (), runner._Stop(True))
+        runner._stage("corpus", p, run, (), runner._Stop(True))
     assert runs.state(run, "corpus")["state"] == "done"
 
 
@@ -377,6 +379,62 @@ def test_a_signal_before_the_first_stage_is_one_to_requeue_on(monkeypatch, numbe
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def test_a_terminal_that_is_closed_stops_no_line_of_work():
+    """It fails as a full disk does, of which the system has a device."""
+    work = "import sys; from fedhubert_lib import progress\nfor to in (None, sys.stderr): progress.say('a', to)"
+    with Path("/dev/full").open("w") as full:
+        again = "\nprogress.say('b'); print('c', flush=True)"
+        assert subprocess.run([sys.executable, "-c", work + again], stdout=full, stderr=full, cwd=ROOT).returncode == 0
+
+
+def test_a_signal_reaches_the_kernel_before_a_terminal_that_may_be_gone(monkeypatch):
+    done: list[object] = []
+    monkeypatch.setattr(runner.os, "kill", lambda *signalled: done.append(signalled))
+    monkeypatch.setattr(progress, "say", lambda line: done.append("said"))
+    stop = runner._Stop(False)
+    stop.kernel = SimpleNamespace(has_kernel=True, provisioner=SimpleNamespace(pid=7))
+    stop(signal.SIGHUP, None)
+    assert done == [(7, signal.SIGINT), "said"]
+
+
+@pytest.mark.parametrize("stage", ["corpus", "partition"])
+def test_what_was_forced_and_interrupted_is_asked_for_still(outputs, monkeypatch, stage):
+    """Before the stage wrote anything: its earlier results are back, and the same command resumes without --force."""
+    study, stages, stop_in, made = studies.load(ROOT / "params/toy.yaml"), ["corpus", "partition"], "", []
+
+    def execute(name: str, p: params.Section, output: Path, stop: object) -> None:
+        begun = runs.start(name, p.model_dump())
+        if name == stop_in:
+            with pytest.raises(KeyboardInterrupt), begun.working():
+                raise KeyboardInterrupt
+            raise runner.StageError("stopped", runner.INTERRUPTED)
+        with begun.working():
+            (begun.folder / "made.bin").write_text(name)
+            made.append(name)
+        runs.finish(begun, {})
+        output.write_text("{}")
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(preflight, "study", lambda *_: None)
+    runner.run(study, stages)
+    assert made == stages
+    stop_in = stage
+    with pytest.raises(runner.StageError):
+        runner.run(study, stages, force=True)
+    assert all((outputs / "toy" / params.FOLDERS[name] / "done.json").exists() for name in stages), "as they were"
+    stop_in = ""
+    runner.run(study, stages)
+    assert made == [*stages, *stages]
+    runner.run(study, stages)
+    assert made == [*stages, *stages]
+
+
+def test_a_seed_that_cannot_be_is_refused_before_the_first_run(outputs, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("it ran"))
+    assert cli.main(["run", str(ROOT / "params/toy.yaml"), "--seeds", "0", "-1"]) == runner.USAGE
+    assert "pretrain.seed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
