@@ -23,6 +23,8 @@ _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
+RECORDS = ("quality.json", "metrics.jsonl", "report.json", "report.csv")
+"""What a stage tells of its work: data of no later stage."""
 _PLACES = ("centralised/checkpoint/", "checkpoint/", "clients/", "clusters/", "codebooks/")
 """Folders that stages write data into, beside their top; others hold copies and exports."""
 EXCLUDED, KEYWORDS, PHONES = "excluded.parquet", "keywords.parquet", "phones.parquet"
@@ -143,14 +145,15 @@ def _changed(kind: str, words: Iterable[str]) -> str:
 def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     """Hashes of a stage's data for its done.json: ``outputs``, and of parts that a later stage reads alone.
 
-    ``files``: of each file. ``speech``: wherever the tables say audio is; ``heard``: without what was left out;
-    ``training``: without the words to evaluate on; ``lists``: without phones, too; ``learnt``: without the
-    manifest, too, since 03 and 04 read the lists of 01_partition instead. ``codebooks``: each one's labels and
-    centroids; ``targets``: without phones. ``federated``: without pooled training.
+    ``files``: of each file; ``records``: which of RECORDS there are. ``speech``: wherever the tables say audio is;
+    ``heard``: without what was left out; ``training``: without the words to evaluate on; ``lists``: without phones,
+    too; ``learnt``: without the manifest, too, since 03 and 04 read the lists of 01_partition instead. ``codebooks``:
+    each one's labels and centroids; ``targets``: without phones. ``federated``: without pooled training.
     """
     data = _data(folder)
     kept = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
     parts: dict[str, Any] = {"outputs": _combined(data), "files": kept}
+    parts["records"] = [name for name in RECORDS if (folder / name).is_file()]
     if isinstance(p, params.Kmeans):
         of_kinds = {kind: {n: value for n, value in data.items() if kind in n.split("/")} for kind in p.codebooks}
         parts["codebooks"] = {kind: _combined(of_kind) for kind, of_kind in of_kinds.items()}
@@ -206,9 +209,10 @@ def cells(path: Path, text: str | None = None) -> list[Cell]:
 
 
 def library() -> dict[str, str]:
-    """SHA-256 of each file of the library."""
+    """SHA-256 of each file of the library; what an editor keeps beside them, under a name with a dot first, is none."""
     package = params.ROOT / "fedhubert_lib"
-    return {path.relative_to(package).as_posix(): _sha256(path) for path in sorted(package.rglob("*.py"))}
+    names = [path.relative_to(package) for path in sorted(package.rglob("*.py"))]
+    return {name.as_posix(): _sha256(package / name) for name in names if not any(p[0] == "." for p in name.parts)}
 
 
 def versions() -> dict[str, str]:

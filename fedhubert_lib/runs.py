@@ -159,6 +159,9 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     The caller holds the run's lock.
     """
     run, folder, replaced = stage.run, stage.folder, ""
+    if future.changes.code and stage.name == "evaluate" and (cache := folder / "features").is_dir():
+        shutil.rmtree(cache)
+        progress.say(f"removed: {cache}, since other code may compute other features")
     if future.source is not None:
         take_back(run, stage.name, future.source)
     elif future.kind == "anew":
@@ -221,11 +224,8 @@ class Outlook:
     """back: where it is now."""
 
 
-def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Outlook:
-    """The fate of the folder of ``stage`` in ``run`` once work with the parameters ``p`` begins; ``force``: anew.
-
-    Raises RunError where the stage cannot begin: see ``identity.of``.
-    """
+def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
+    """The fate of the folder of ``stage`` once work with ``p`` begins. Raises RunError where it cannot begin."""
     lost = lost_audio(run)
     if lost and stage != "corpus":
         raise RunError(
@@ -236,7 +236,7 @@ def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Ou
     done = read_json(folder / "done.json")
     work = done or read_json(folder / "begun.json")
     changes = identity.compare(work["identity"], now) if work else Changes()
-    if force or forced(run, stage).exists():
+    if forced(run, stage).exists():
         changes = Changes("forced")
     elif work is None and _has_results(folder):
         changes = Changes("no record of what made it")
@@ -256,6 +256,10 @@ def outlook(stage: str, p: params.Section, run: Path, force: bool = False) -> Ou
         if all(model.name == "checkpoint" and any(model.parent.glob("checkpoints/round-*")) for model in models):
             return Outlook("resume", f"{DAMAGED}: {damaged[0]}; made again from the last round", changes, now)
         changes = Changes(DAMAGED)
+    elif gone := [name for name in done.get("records", ()) if not (folder / name).is_file()]:
+        if stage in ("pretrain", "distill"):
+            raise RunError(f"{folder / gone[0]}: gone; put it back, or train anew with --from {stage} --force")
+        return Outlook("resume", f"{DAMAGED}: {gone[0]}; made again", changes, now)
     else:
         if lost:
             changes = Changes(additions=f"{lost}: no such file: the run was moved; its tables are written again")
@@ -335,7 +339,10 @@ def lost_audio(run: Path) -> Path | None:
 
     for name in ("manifest.parquet", "keywords.parquet"):
         if (table := run / "00_corpus" / name).is_file():
-            first = Path(next(parquet.ParquetFile(table).iter_batches(1, columns=["path"]))["path"][0].as_py())
+            try:
+                first = Path(next(parquet.ParquetFile(table).iter_batches(1, columns=["path"]))["path"][0].as_py())
+            except (OSError, ValueError, StopIteration):  # no table: ``identity.damaged`` tells
+                continue
             if "synthetic" in first.parts and not first.exists():
                 return first
     return None

@@ -520,6 +520,62 @@ def test_code_and_versions_are_shown_and_results_kept(monkeypatch, outputs, caps
     ), "as it was before"
 
 
+def test_a_record_that_is_gone_is_made_again_or_asked_for(outputs):
+    """Its absence is no change of data; a training would have to be repeated."""
+    for stage in ("corpus", "partition", "kmeans", "pretrain"):
+        do(stage, name={"kmeans": "quality.json", "pretrain": "metrics.jsonl"}.get(stage, "made.bin"))
+    folders = {stage: outputs / "toy" / params.FOLDERS[stage] for stage in ("kmeans", "pretrain")}
+
+    def outlook(stage: str) -> str:
+        return runs.outlook(stage, params.SECTIONS[stage](), outputs / "toy").kind
+
+    assert outlook("kmeans") == outlook("pretrain") == "done"
+    (folders["kmeans"] / "quality.json").unlink()
+    (folders["pretrain"] / "metrics.jsonl").unlink()
+    assert outlook("kmeans") == "resume"
+    with pytest.raises(runs.RunError, match=r"metrics.jsonl: gone; put it back"):
+        outlook("pretrain")
+
+
+def test_a_damaged_table_of_the_corpus_is_made_anew(outputs):
+    for content in (b"", b"PAR1"):
+        stage = begin()
+        with stage.working():
+            (stage.folder / "synthetic").mkdir(exist_ok=True)
+            pd.DataFrame({"utterance": ["u"], "path": ["/u.flac"]}).to_parquet(stage.folder / "manifest.parquet")
+        runs.finish(stage, {})
+        (stage.folder / "manifest.parquet").write_bytes(content)
+        future = runs.outlook("corpus", params.Corpus(), outputs / "toy")
+        assert future.kind == "anew" and runs.DAMAGED in future.words
+
+
+def test_files_of_an_editor_are_no_part_of_the_library(tmp_path, monkeypatch):
+    (package := tmp_path / "fedhubert_lib/.ipynb_checkpoints").mkdir(parents=True)
+    (package / "a-checkpoint.py").touch()
+    (package.parent / "a.py").touch()
+    (package.parent / ".#a.py").symlink_to("somebody@here.1234")
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    assert identity.library().keys() == {"a.py"}
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_features_of_other_code_are_computed_again(monkeypatch, outputs, done, capsys):
+    for stage in ("corpus", "partition", "kmeans", "pretrain"):
+        do(stage)
+    stage = begin("evaluate")
+    kept = stage.folder / "features"
+    with stage.working():
+        kept.mkdir()
+    if done:
+        runs.finish(stage, {})
+    with begin("evaluate").working():
+        assert kept.is_dir()
+    library = identity.library()
+    monkeypatch.setattr(identity, "library", lambda: library | {"features.py": "other"})
+    with begin("evaluate").working():
+        assert not kept.exists() and f"removed: {kept}" in capsys.readouterr().out
+
+
 def test_a_copy_of_what_other_code_works_on_is_made_once_and_is_no_stage(monkeypatch, outputs):
     folder, library = do("corpus"), identity.library()
     monkeypatch.setattr(identity, "library", lambda: library | {"federated/keys.py": "other"})
