@@ -440,6 +440,12 @@ def test_prepare_names_missing_and_empty_folders(tree, tmp_path):
     assert not (tmp_path / "run" / "00_corpus" / "manifest.parquet").exists()
     with pytest.raises(corpora.CorpusError, match="holds no Speech Commands folder"):
         corpora.speech_commands.home(tmp_path / "empty")
+    for path in [path for path in (tree / "train-clean-5").rglob("*") if path.is_file()]:
+        path.unlink()
+    shutil.rmtree(tree / "dev-clean-2")
+    (tree / "dev-clean-2/1").mkdir(parents=True)
+    with pytest.raises(corpora.CorpusError, match="no usable utterance to train on; there is no audio file"):
+        prepare(tmp_path / "run", tree)
 
 
 @pytest.mark.parametrize(
@@ -448,9 +454,10 @@ def test_prepare_names_missing_and_empty_folders(tree, tmp_path):
         ("no/0c*.wav", "2 x word no has no test clip"),
         ("*/*.wav", "6 x empty file"),
         ("*", "1 x 2 of its 2 clips are missing"),
+        ("*/0b*.wav", "1 x none of its clips can be used"),
     ],
 )
-def test_prepare_refuses_keywords_of_fewer_than_two_words(spoiled, reason, tmp_path):
+def test_prepare_refuses_too_few_keywords(spoiled, reason, tmp_path):
     words = keyword_tree(tmp_path / "words")
     for place in list(words.glob(spoiled)):
         if place.is_dir():
@@ -458,7 +465,7 @@ def test_prepare_refuses_keywords_of_fewer_than_two_words(spoiled, reason, tmp_p
         elif place.suffix == ".wav":
             place.write_bytes(b"")
     p = params.Corpus(keywords="speech-commands", keywords_root=str(words))
-    with pytest.raises(corpora.CorpusError, match=f"fewer than two words .*; {reason}"):
+    with pytest.raises(corpora.CorpusError, match=f"it takes two words .*; .*{reason}"):
         corpora._keywords(tmp_path, words, p, lambda *_: None)
 
 

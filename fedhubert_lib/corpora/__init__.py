@@ -89,9 +89,10 @@ def _keywords(out: Path, root: Path, p: params.Corpus, on_progress: Progress) ->
     """The keyword clips below ``root``, and (path, reason) of those left out."""
     scanned = scan.scan(speech_commands.words(root), out / "scan_keywords.parquet", on_progress, decode=p.decode_check)
     keywords, excluded = speech_commands.clips(root, scanned)
-    if keywords["word"].nunique() < 2:
+    if keywords["word"].nunique() < 2 or "validation" not in set(keywords["split"]):
         raise CorpusError(
-            f"{root}: fewer than two words have a training and a test clip that can be used; {_reasons(excluded)}"
+            f"{root}: too few usable clips: it takes two words with training and test clips, and another voice to"
+            f" validate on; {_reasons(excluded)}"
         )
     return keywords, excluded
 

@@ -91,7 +91,7 @@ def without_copies(table: pd.DataFrame) -> pd.DataFrame:
         usable = table[(table["reason"] == "") & ~table[column].isin(["", "0" * 32])]
         first = usable.drop_duplicates(column).set_index(column)["path"]
         copies = usable[usable[column].duplicated()]
-        table.loc[copies.index, "reason"] = words + " " + copies[column].map(first)
+        table.loc[copies.index, "reason"] = words + " " + copies[column].map(first).astype("str")
     return table
 
 

@@ -98,23 +98,28 @@ def clips(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     split = lists(root)
     table["split"] = table["clip"].map(split).fillna("train")
     notes = _missing(root, split, set(table["clip"]))
-    good = table["reason"] == ""
-    if not (table.loc[good, "split"] == "validation").any():
-        notes.append((str(root / LISTS["validation"]), _choose_validation(table, good)))
-    splits = table[good].groupby("speaker")["split"].unique()
+    splits = table[table["reason"] == ""].groupby("speaker")["split"].unique()
     if len(both := splits[splits.str.len() > 1]):
         raise CorpusError(
             f"{root}: voice {both.index[0]} is in {' and in '.join(both.iloc[0])}, as are {len(both) - 1} others; a"
             " metric would not be that of unseen voices. Unpack the official lists again"
         )
-    for word, rows in table[good].groupby("word"):
-        if missing := {"train", "test"} - set(rows["split"]):
-            table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
-    good = table["reason"] == ""
+    good = _of_whole_words(table)
+    if not (table.loc[good, "split"] == "validation").any():
+        notes.append((str(root / LISTS["validation"]), _choose_validation(table, good)))
+        good = _of_whole_words(table)
     if long := (table.loc[good, "samples"] > SAMPLE_RATE).sum():  # see keywords.one_second
         notes.append((str(root), f"{long:,} of {good.sum():,} clips are longer than 1 s: their middle second is used"))
     excluded = pd.concat([table.loc[~good, ["path", "reason"]], pd.DataFrame(notes, columns=["path", "reason"])])
     return table.loc[good, COLUMNS].sort_values("clip").reset_index(drop=True), excluded.reset_index(drop=True)
+
+
+def _of_whole_words(table: pd.DataFrame) -> pd.Series:
+    """Give a reason to the clips of words without a training or a test clip; True for each clip that has none."""
+    for word, rows in table[table["reason"] == ""].groupby("word"):
+        if missing := {"train", "test"} - set(rows["split"]):
+            table.loc[rows.index, "reason"] = f"word {word} has no {' and no '.join(sorted(missing))} clip here"
+    return table["reason"] == ""
 
 
 def _missing(root: Path, split: dict[str, str], clips: set[str]) -> list[tuple[str, str]]:
@@ -134,4 +139,4 @@ def _choose_validation(table: pd.DataFrame, good: pd.Series) -> str:
     voices = sorted(set(table.loc[train, "speaker"]), key=lambda voice: hashlib.sha256(voice.encode()).digest())
     chosen = voices[: max(1, len(voices) // 8)]
     table.loc[train & table["speaker"].isin(chosen), "split"] = "validation"
-    return f"all of its clips are missing: {len(chosen)} of the {len(voices)} training voices are kept for validation"
+    return f"none of its clips can be used: {len(chosen)} of the {len(voices)} training voices are kept for validation"

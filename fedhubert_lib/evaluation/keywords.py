@@ -51,7 +51,7 @@ def read_clips(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise KeywordError(f"{path} is missing; run the corpus stage with a keywords corpus first")
     clips = pd.read_parquet(path).sort_values("clip", ignore_index=True)
-    if "validation" not in set(clips.split):  # all were of words that 00 has left out
+    if "validation" not in set(clips.split):  # as 00 of an earlier version may have left it
         raise KeywordError(f"{path}: no clip of the validation split; fetch the corpus again, with its lists")
     return clips
 
