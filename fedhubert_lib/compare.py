@@ -123,14 +123,17 @@ def write(groups: Groups, folder: Path) -> str:
             training_seeds.check_one_study(folders)
     text, cells = [], [f"# {', '.join(groups)}, compared"]
     compared, notes = figures(groups)
+    drawn = curves(groups)
+    missing = [name for name in groups if drawn.empty or name not in set(drawn["run"])]
+    untold = f"No curves of {', '.join(missing)}: no round yet, or nobody says how much was heard." if missing else ""
     for title, table, remark in (
-        ("Runs", states(groups), ""),
+        ("Runs", states(groups), untold),
         ("Parameters that differ", parameters(groups), ""),
         ("Figures: mean and 95 % interval", compared, " ".join(notes)),
     ):
         text.append(f"{title}:\n{table.to_string(na_rep='-') if table.size else 'none'}\n{remark}".rstrip())
         cells.append(f"## {title}\n\n{table.to_html(na_rep='-') if table.size else 'None.'}\n\n{remark}")
-    if len(drawn := curves(groups)):
+    if len(drawn):
         with files.atomic(folder / PICTURE) as temporary:
             temporary.write_bytes(plots.png(plots.comparison(drawn)))
         what = "A lower loss and higher accuracies at the same hours are better, for the same targets and objectives."

@@ -92,7 +92,9 @@ def test_a_training_whose_clients_do_not_say_how_much_they_heard_has_no_curve_an
     make(outputs, "plain")
     groups = compare.groups(["private-1", "plain"])
     assert set(compare.curves(groups).run) == {"plain"}
-    assert compare.write(groups, outputs / "beside")
+    assert "No curves of private-1: " in compare.write(groups, outputs / "beside")
+    assert "No curves of private-1: " in compare.write(compare.groups(["private-1"]), outputs / "beside")
+    assert "No curves" not in compare.write(compare.groups(["plain"]), outputs / "beside")
 
 
 def test_curves_are_those_on_validation_speech_over_hours_heard(outputs):

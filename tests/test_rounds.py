@@ -469,6 +469,7 @@ def test_a_private_round_of_nobody_is_a_round(run):
         assert row["epsilon"] == pytest.approx(accounting.epsilon([(1 / 6, 1.0, row["round"])], 1e-5))
         assert row["update_norm"] > 0.1  # the noise
         assert (row["loss"] is None) == (row["learning_rate"] is None) == (row["clients"] == 0)
+        assert row["audio_seconds"] is not None and (row["audio_seconds"] == 0) == (row["clients"] == 0)
     assert checkpoints.rounds(run / "toy") == [12]  # the best by a loss without noise is not told
 
 

@@ -356,7 +356,7 @@ class Round:
     def _cost(self) -> dict[str, Any]:
         """Rates, times, and bytes, of validation and of attempts that failed, too; None where clients do not say."""
         seconds, sums = time.perf_counter() - self.began, self.sums if self.server.trusted else {}
-        audio_seconds = sums.get("audio_seconds")
+        audio_seconds = sums.get("audio_seconds", 0.0 if self.server.trusted else None)  # 0: nobody was drawn
         failed = self.server.ledger.failed
         return self.server.meter.used() | {
             "server_rate": optimisers.rate(self.p, self.number),
@@ -367,7 +367,7 @@ class Round:
             "steps": sums.get("steps"),
             "client_seconds": sums.get("seconds"),
             "audio_seconds": audio_seconds,
-            "audio_seconds_per_second": audio_seconds and audio_seconds / seconds,
+            "audio_seconds_per_second": audio_seconds / seconds if audio_seconds else None,
         }
 
 
