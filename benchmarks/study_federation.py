@@ -281,7 +281,7 @@ def arm(study: str, name: str, seed: int, base: Path, out: Path) -> dict[str, An
         result["new_voices"] = on_new_voices(base, checkpoint, p, out)
     if study in EVALUATED:
         model, _ = pretrained.load(checkpoint)
-        result["figures"] = figures(systems.of_model(model, torch.device("cpu")), base, out)
+        result["figures"] = figures(systems.of_model(model, torch.device("cpu")), base, run)
     return result
 
 

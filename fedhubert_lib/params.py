@@ -270,7 +270,9 @@ class Machine(Section):
         "auto", description="precision of local steps; auto: bfloat16 where the machine is faster with it"
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
-    threads: Count = Field(0, description="threads of a client; 0: all cores; on CPUs with engine pool 1 is fastest")
+    threads: Count = Field(
+        0, le=1024, description="threads of a client; 0: all cores; on CPUs with engine pool 1 is fastest"
+    )
 
 
 class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
@@ -283,7 +285,7 @@ class Federation(Machine, Transport, Privacy, Server, LocalTraining, Model):
             yield "conv_width", f"{self.conv_width}, but front_end is logmel, which has no convolutions"
         if self.crop_seconds > self.batch_seconds:
             yield "crop_seconds", f"{self.crop_seconds}; a batch holds batch_seconds: {self.batch_seconds} at most"
-        frames = audio.frame_count(min(int(self.crop_seconds * audio.SAMPLE_RATE), audio.SHORTEST))
+        frames = audio.frame_count(int(min(self.crop_seconds * audio.SAMPLE_RATE, audio.SHORTEST)))
         if self.mask_length > frames:
             yield "mask_length", f"{self.mask_length}; the shortest clip that a batch may hold has {frames} frames"
         if self.server in ("trimmed-mean", "median") and self.cohort < 3:

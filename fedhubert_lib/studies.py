@@ -25,6 +25,8 @@ from fedhubert_lib import params
 from fedhubert_lib.params import FOLDERS, SECTIONS, SUITED, Count, Federation, Name, Section
 
 Key = tuple[str, ...]
+ODD = (ValueError, LookupError, TypeError)
+"""What reading YAML raises beside YAMLError: no UTF-8, a number without end, a tag that does not fit its value."""
 """``("seed",)`` at the top level, ``("kmeans", "clusters")`` in a section."""
 
 _SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
@@ -235,9 +237,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
             if alias := next((event for event in yaml.parse(file) if isinstance(event, AliasEvent)), None):
                 raise YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1}: write the value itself")
         raw, root = yaml.load(path), yaml.compose(path)
-    except (OSError, RecursionError, ValueError, YAMLError) as error:  # ValueError: no UTF-8, a number without end
+    except (OSError, RecursionError, *ODD, YAMLError) as error:
         raise ParameterError(f"{path}: cannot be read as YAML: {error}") from None
-    if not isinstance(raw, dict):
+    if not isinstance(raw, dict) or not isinstance(root, MappingNode):
         raise ParameterError(f"{path}: empty, or not a study: 'key: value' lines and sections are expected")
     places: dict[Key, str] = {}
     for name, content in root.value:
@@ -284,5 +286,5 @@ def _value(schema: type[BaseModel], name: str, text: str) -> Any:
         return text
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError, ValueError):  # ValueError: a number without end; the schema says what it wants
+    except (YAMLError, RecursionError, *ODD):  # the schema says what it wants
         return text

@@ -204,7 +204,7 @@ def written(stage) -> str:
 def test_card_of_data_training_and_results(stage):
     text = written(stage)
     assert text.startswith("---\nlicense: cc-by-4.0\n") and "Not evaluated" in text
-    assert "1.00 h, 5 utterances, 2 speakers" in text
+    assert "1.00 h, 5 utterances, 2 speakers" in text and "rounds done: unknown" in text
     assert "clients: 2 with 0.1 to 0.9 h of it each, partition scheme unknown" in text
     assert "* distill: no reference curves" in text and "* evaluate: " not in text
     assert "parameters: teacher place, privacy none, rounds 3, codebook federated\n" in text
@@ -218,7 +218,7 @@ def test_card_of_data_training_and_results(stage):
     shutil.rmtree(stage.parent / "02_kmeans")
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 1, "loss": 2.5})
     files.append_row(stage / "metrics.jsonl", {"kind": "round", "round": 2, "loss": None})  # with privacy: client
-    assert "last loss: 2.5" in written(stage)
+    assert "last loss: 2.5" in written(stage) and "rounds done: 2" in written(stage)
 
     figure = {"system": "student", "measure": "keyword-accuracy", "layer": None, "seeds": 2}
     figure |= {"value": 0.5, "low": 0.4, "high": 0.6, "values": [0.45, 0.55]}

@@ -163,6 +163,17 @@ def test_damage_is_not_shared_and_a_real_federation_neither(other, outputs, caps
     assert not (outputs / "b/02_kmeans").exists() and not list((outputs / "b").glob(".*partial*"))
 
 
+def test_a_stage_that_the_other_run_begins_again_meanwhile_is_refused(other, monkeypatch):
+    def begins(*_: object) -> str:
+        (other / "02_kmeans/done.json").unlink(missing_ok=True)
+        return ""
+
+    assert take(other.with_name("b"), other, kmeans={"clusters": 9}) == STAGES[:2]
+    monkeypatch.setattr(sharing, "_differs", begins)
+    with pytest.raises(runs.RunError, match="02_kmeans: is being worked on"):
+        take(other.with_name("b"), other)
+
+
 def test_without_hard_links_results_are_copied(other, monkeypatch):
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")

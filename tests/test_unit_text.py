@@ -161,6 +161,13 @@ def test_what_cannot_be_used_is_named_before_the_work(
         unit_text.write(checkpoint, folder, tmp_path / "units.txt")
 
 
+def test_a_place_that_cannot_be_written_is_named_before_the_work(folder, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(unit_text, "_fit", lambda *_: pytest.fail("k-means was computed"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        unit_text.write(checkpoint, folder, tmp_path / "file/units.txt")
+
+
 def test_few_frames_many_layers_and_empty_folders(folder, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(hidden, "states", lambda *_: pytest.fail("work was begun"))
     for options in ({"clusters": 999}, {"clusters": 0}, {"layer": 3}, {"layer": 0}):

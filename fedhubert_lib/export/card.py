@@ -120,7 +120,7 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
         clients=len(clients),
         shares=f"{clients.hours.min():.2g} to {clients.hours.max():.2g}",
         scheme=parameters(run / "01_partition").get("scheme", "unknown"),
-        rounds=len(rounds),
+        rounds=len(rounds) or "unknown",
         loss=f"{losses[-1]:.4f}" if losses else "not told: no noise covers it" if private else "unknown",
         # Neither how this machine ran it, nor folders on its disk.
         training=", ".join(f"{n} {_shown(v)}" for n, v in p.items() if n not in params.HOW and str(v)),

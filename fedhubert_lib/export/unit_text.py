@@ -68,15 +68,15 @@ def write(
     if codebook is None:
         made = {"layer": max(1, depth // 2), "clusters": clusters, "seed": seed} | made
         made["speech"] = speech
-        if not place.exists():
-            _fit(model, table, made, place, device)
-    centroids, layer = _read(place, made)
-    same = json.dumps([made, speech, layer, deduplicate, digest({"centroids": centroids})])
-    part = out.with_name(f"{out.name}.{_hash(same)}.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with files.locked(out.with_name(f".{out.name}.lock")) as free, files.naming(part):
+    out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is told before k-means
+    with files.locked(out.with_name(f".{out.name}.lock")) as free, files.naming(out):
         if not free or out.exists():
             raise ExportError(f"{out}: another process writes it or has done so; name another file")
+        if codebook is None and not place.exists():
+            _fit(model, table, made, place, device)
+        centroids, layer = _read(place, made)
+        same = json.dumps([made, speech, layer, deduplicate, digest({"centroids": centroids})])
+        part = out.with_name(f"{out.name}.{_hash(same)}.part")
         written = part.read_bytes() if part.exists() else b""
         with part.open("ab") as text:
             text.truncate(written.rfind(b"\n") + 1)  # without a line that a kill has cut off
