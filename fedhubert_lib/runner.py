@@ -271,10 +271,9 @@ def _recent(path: Path) -> list[dict[str, Any]]:
 
     Not all: of 5,000 rounds they are 72 MB, which every look would parse again.
     """
-    if not path.is_file():
-        return []
-    with path.open("rb") as stream:
-        lines = [stream.readline()]
+    lines: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:  # it may move aside at any moment
+        lines.append(stream.readline())
         end = os.fstat(stream.fileno()).st_size
         if end - TAIL > stream.tell():
             stream.seek(end - TAIL)
