@@ -124,7 +124,8 @@ def write(groups: Groups, folder: Path) -> str:
     text, cells = [], [f"# {', '.join(groups)}, compared"]
     compared, notes = figures(groups)
     drawn = curves(groups)
-    missing = [name for name in groups if drawn.empty or name not in set(drawn["run"])]
+    members = set() if drawn.empty else set(drawn.member)
+    missing = [folder.name for folders in groups.values() for folder in folders if folder.name not in members]
     untold = f"No curves of {', '.join(missing)}: no round yet, or nobody says how much was heard." if missing else ""
     for title, table, remark in (
         ("Runs", states(groups), untold),

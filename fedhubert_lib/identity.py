@@ -23,7 +23,8 @@ _PACKAGES = ("torch", "torchaudio", "flwr", "numpy", "scikit-learn", "pandas", "
 _CACHES = {"checkpoints", "features", "synthetic"}
 """Folders that no later stage reads: checkpoints of rounds, cached features, audio that the manifest stands for."""
 _DATA = {".bin", ".npy", ".parquet", ".safetensors"}
-RECORDS = ("quality.json", "metrics.jsonl", "report.json", "report.csv")
+RECORDS = {"kmeans": ["quality.json"], "evaluate": ["report.json", "report.csv"]}
+RECORDS |= dict.fromkeys(("pretrain", "distill"), ["metrics.jsonl"])
 """What a stage tells of its work: data of no later stage."""
 _PLACES = ("centralised/checkpoint/", "checkpoint/", "clients/", "clusters/", "codebooks/")
 """Folders that stages write data into, beside their top; others hold copies and exports."""
@@ -153,7 +154,7 @@ def results(stage: str, p: params.Section, folder: Path) -> dict[str, Any]:
     data = _data(folder)
     kept = {name: value for name, value in data.items() if "/session-" not in name}  # which clients may free
     parts: dict[str, Any] = {"outputs": _combined(data), "files": kept}
-    parts["records"] = [name for name in RECORDS if (folder / name).is_file()]
+    parts["records"] = [name for name in RECORDS.get(stage, ()) if (folder / name).is_file()]
     if isinstance(p, params.Kmeans):
         of_kinds = {kind: {n: value for n, value in data.items() if kind in n.split("/")} for kind in p.codebooks}
         parts["codebooks"] = {kind: _combined(of_kind) for kind, of_kind in of_kinds.items()}
@@ -181,6 +182,11 @@ def damaged(folder: Path, done: Mapping[str, Any]) -> list[str]:
     """
     now = _data(folder)
     return [name for name, value in done["files"].items() if now.get(name) != value and _is_made(name)]
+
+
+def gone(folder: Path, done: Mapping[str, Any]) -> list[str]:
+    """The records that a stage had when it was ``done`` and that are missing now; earlier versions told none."""
+    return [name for name in done.get("records", ()) if not (folder / name).is_file()]
 
 
 def listings(p: params.Section) -> dict[str, str]:

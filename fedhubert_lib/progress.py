@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def say(line: str, to: TextIO | None = None) -> None:
     """Print a line of what a long work does. A reader that has gone, as ``head`` or a terminal, or a full disk under
-    the log is no reason to stop it."""
+    the log is no reason to stop it: what it prints from then on is lost."""
     to = to or sys.stdout
     try:
         print(line, file=to, flush=True)

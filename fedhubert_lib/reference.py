@@ -125,15 +125,17 @@ def _band(of_seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Hours, mean and band of curves of seeds as far as the shortest goes; the ends, where one was not ``along``."""
     count, points = len(of_seeds), min(map(len, of_seeds))
     of_seeds = [curve[-1:] if points == 1 else curve[:points] for curve in of_seeds]
-    hours, values = (np.array([read(curve) for curve in of_seeds]) for read in (lambda curve: curve.hours, _median))
+    hours = np.array([curve.hours for curve in of_seeds])
+    values = np.array([_median(curve, hours.max()) for curve in of_seeds])
     variance = pd.Series(values.var(0, ddof=1)).rolling(max(3, points // 10), center=True, min_periods=1).mean()
     factor = scipy.stats.t.ppf(0.975, count - 1) * np.sqrt(1 + 1 / count)
     return pd.DataFrame({"hours": hours.mean(0), "mean": values.mean(0), "band": factor * np.sqrt(variance)})
 
 
-def _median(curve: pd.DataFrame) -> pd.Series:
-    """The running median of a curve, over a tenth of its points: rounds scatter more than seeds do."""
-    return curve.value.rolling(max(1, len(curve) // 10), center=True, min_periods=1).median()
+def _median(curve: pd.DataFrame, hours: float) -> np.ndarray:
+    """The running median of a curve, over a tenth of ``hours``: rounds scatter more than seeds do."""
+    over_time = curve.value.set_axis(pd.to_timedelta(curve.hours, unit="h"))
+    return over_time.rolling(pd.Timedelta(hours=hours / 10), center=True, closed="both").median().to_numpy()
 
 
 def _parameters(run: Path) -> dict[str, Any]:
@@ -234,7 +236,7 @@ def positions(run: Curves, reference: Curves) -> Iterator[Position]:
         curve = curve[curve.hours.between(band.hours.iloc[0] * 0.95, band.hours.iloc[-1] * 1.05)]
         if curve.empty:
             continue
-        curve = curve.assign(value=_median(curve))
+        curve = curve.assign(value=_median(curve, band.hours.iloc[-1]))
         mean, half = (np.interp(curve.hours, band.hours, band[column]) for column in ("mean", "band"))
         side = np.sign(curve.value - mean) * (abs(curve.value - mean) > half)
         before = np.flatnonzero(side != side.iloc[-1])

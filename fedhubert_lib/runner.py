@@ -83,7 +83,7 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
             for name, state in identity.listings(study.corpus).items():
                 if state not in (done["identity"]["inputs"].get(name, state), identity.NOTHING):
                     progress.say(f"corpus.{name}: not the files that 00_corpus read; without --from it reads them anew")
-    stop = _Stop(force)
+    stop, marks = _Stop(force), [runs.forced(folder, stage) for stage in stages] if force else []
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
     before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # of nohup
     try:
@@ -91,18 +91,18 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
             try:
                 with _lock(folder):
                     runs.record(folder, study=study.study)
-                    for stage in stages if force else ():  # also of those that an interruption leaves for another call
-                        runs.forced(folder, stage).touch()
+                    for mark in marks:
+                        mark.touch()
                 for number, stage in enumerate(stages, start=1):
                     _stage(stage, getattr(study, stage), folder, like, stop)
                     if stage in ("corpus", "partition"):  # now more is known about the stages to come
                         preflight.study(study, stages[number:], folder)
-            except (StageError, runs.RunError) as error:
-                for stage in stages if getattr(error, "code", FAILED) != INTERRUPTED else ():
-                    runs.forced(folder, stage).unlink(missing_ok=True)  # else what is asked for again is this
+            except BaseException as error:
+                for mark in marks if getattr(error, "code", FAILED) != INTERRUPTED else ():
+                    mark.unlink(missing_ok=True)  # a failure takes back what --force asked for, a signal does not
                 raise
             finally:  # inside the lock: refused, it is another runner that has begun nothing yet
-                if {path.name for path in folder.glob("*")} <= {".lock", ".runner.lock", "run.json"}:
+                if {p.name for p in folder.glob("*") if p not in marks} <= {".lock", ".runner.lock", "run.json"}:
                     shutil.rmtree(folder, ignore_errors=True)
     finally:
         for number, handler in before.items():
@@ -143,6 +143,7 @@ def _stage(stage: str, p: params.Section, run: Path, like: Sequence[Path], stop:
     if not work:
         return
     began, before = time.time(), runs.read_json(folder / "done.json")
+    started = (runs.read_json(folder / "begun.json") or {}).get("started")
     try:
         with _progress(folder):
             _execute(stage, p, unfinished, stop)
@@ -154,9 +155,9 @@ def _stage(stage: str, p: params.Section, run: Path, like: Sequence[Path], stop:
     except StageError as error:
         with _lock(run):
             _record_failure(stage, run, error, before)
-            begun = runs.read_json(folder / "begun.json") or {"started": 0}
-            if forced and error.code == INTERRUPTED and begun["started"] < began:  # back is what was to be replaced
-                runs.forced(run, stage).touch()
+            begun = runs.read_json(folder / "begun.json") or {}
+            if forced and error.code == INTERRUPTED and begun.get("started") == started:
+                runs.forced(run, stage).touch()  # what was to be replaced is back
         where = f"\n{name}: its cells so far: {unfinished}" if unfinished.exists() else ""
         raise StageError(f"{name}: {error}{where}", error.code) from error
     unfinished.replace(executed)

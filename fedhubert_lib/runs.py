@@ -159,16 +159,13 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     The caller holds the run's lock.
     """
     run, folder, replaced = stage.run, stage.folder, ""
-    if future.changes.code and stage.name == "evaluate" and (cache := folder / "features").is_dir():
-        shutil.rmtree(cache)
-        progress.say(f"removed: {cache}, since other code may compute other features")
     if future.source is not None:
         take_back(run, stage.name, future.source)
     elif future.kind == "anew":
         replaced = clear(run, stage.name)
-    elif future.kind == "done" and future.changes.code and stage.name not in ("pretrain", "distill"):
+    elif future.changes.code and stage.name not in ("pretrain", "distill"):
         done, aside = read_json(folder / "done.json"), _aside(run, stage.name)
-        if all(read_json(earlier / "done.json") != done for earlier in previous(run, stage.name)):
+        if done and all(read_json(earlier / "done.json") != done for earlier in previous(run, stage.name)):
             # Other code may give other results in their place; a training has none left. Without begun.json no copy,
             # which lacks audio, is taken back for the whole.
             left = shutil.ignore_patterns(".*", "begun.json", "checkpoints", "features", "synthetic")
@@ -179,6 +176,9 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
     begun = read_json(folder / "begun.json") or {"started": time.time(), "replaced": replaced}
+    if identity.compare(begun.get("identity", stage.identity), stage.identity).code and (folder / "features").is_dir():
+        shutil.rmtree(folder / "features")  # of 05: a cache
+        progress.say(f"removed: {folder / 'features'}, since other code may compute other features")
     if begun["started"] < stage.began:
         note = {"time": clock(time.time()), "changes": str(identity.compare(begun["identity"], stage.identity))}
         begun |= {"started": time.time(), "resumed": [*begun.get("resumed", []), note]}
@@ -256,10 +256,10 @@ def outlook(stage: str, p: params.Section, run: Path) -> Outlook:
         if all(model.name == "checkpoint" and any(model.parent.glob("checkpoints/round-*")) for model in models):
             return Outlook("resume", f"{DAMAGED}: {damaged[0]}; made again from the last round", changes, now)
         changes = Changes(DAMAGED)
-    elif gone := [name for name in done.get("records", ()) if not (folder / name).is_file()]:
+    elif gone := identity.gone(folder, done):
         if stage in ("pretrain", "distill"):
             raise RunError(f"{folder / gone[0]}: gone; put it back, or train anew with --from {stage} --force")
-        return Outlook("resume", f"{DAMAGED}: {gone[0]}; made again", changes, now)
+        return Outlook("resume", "; ".join(filter(None, (f"{DAMAGED}: {gone[0]}", *changes))), changes, now)
     else:
         if lost:
             changes = Changes(additions=f"{lost}: no such file: the run was moved; its tables are written again")

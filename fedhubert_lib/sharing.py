@@ -77,7 +77,7 @@ def _copy(stage: str, p: params.Section, run: Path, other: Path, now: Mapping[st
         done, begun = (records.read_json(folder / f"{record}.json") or {} for record in ("done", "begun"))
         if not done:
             raise runs.RunError(f"{source}: is being worked on; wait until it is done, or do without --like")
-        if identity.damaged(folder, done):
+        if identity.damaged(folder, done) or identity.gone(folder, done):
             raise runs.RunError(f"{source}: {runs.DAMAGED}; run that stage there again, or do without --like")
         origin = {"run": str(other), "outputs": done["outputs"], "time": runs.clock(time.time())}
         if stage in ("corpus", "partition"):

@@ -25,10 +25,10 @@ from fedhubert_lib import params
 from fedhubert_lib.params import FOLDERS, SECTIONS, SUITED, Count, Federation, Name, Section
 
 Key = tuple[str, ...]
-ODD = (ValueError, LookupError, TypeError)
-"""What reading YAML raises beside YAMLError: no UTF-8, a number without end, a tag that does not fit its value."""
 """``("seed",)`` at the top level, ``("kmeans", "clusters")`` in a section."""
 
+_ODD = (ValueError, LookupError, TypeError)
+"""What reading YAML raises beside YAMLError: no UTF-8, a number without end, a tag that does not fit its value."""
 _SHAPE = {"layers", "hidden_size", "attention_heads", "feed_forward_size", "conv_width"}
 """Parameters that a student does not inherit from its teacher's pretraining."""
 _INHERITED = (Federation.model_fields.keys() | {"codebook"}) - Section.model_fields.keys() - _SHAPE
@@ -237,7 +237,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
             if alias := next((event for event in yaml.parse(file) if isinstance(event, AliasEvent)), None):
                 raise YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1}: write the value itself")
         raw, root = yaml.load(path), yaml.compose(path)
-    except (OSError, RecursionError, *ODD, YAMLError) as error:
+    except (OSError, RecursionError, *_ODD, YAMLError) as error:
         raise ParameterError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(raw, dict) or not isinstance(root, MappingNode):
         raise ParameterError(f"{path}: empty, or not a study: 'key: value' lines and sections are expected")
@@ -286,5 +286,5 @@ def _value(schema: type[BaseModel], name: str, text: str) -> Any:
         return text
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError, *ODD):  # the schema says what it wants
+    except (YAMLError, RecursionError, *_ODD):  # the schema says what it wants
         return text

@@ -431,6 +431,35 @@ def test_what_was_forced_and_interrupted_is_asked_for_still(outputs, monkeypatch
     assert made == [*stages, *stages]
 
 
+def test_a_failure_takes_back_what_was_forced(outputs, monkeypatch):
+    study = studies.load(ROOT / "params/toy.yaml")
+    for error in (runner.StageError("failed", runner.FAILED), runs.RunError("refused"), OSError("full")):
+
+        def fails(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(runner, "_execute", fails)
+        monkeypatch.setattr(preflight, "study", lambda *_: None)
+        (outputs / "toy").mkdir()
+        (mark := runs.forced(outputs / "toy", "kmeans")).touch()  # of a call before, which a signal has ended
+        with pytest.raises(type(error)):
+            runner.run(study, ["corpus", "partition"], force=True)
+        assert mark.exists() and not runs.forced(outputs / "toy", "partition").exists()
+        shutil.rmtree(outputs / "toy")
+
+
+def test_seeds_that_were_forced_are_all_to_be_made_anew(outputs, monkeypatch):
+    (outputs / "toy-1").mkdir()
+
+    def stopped(*_: object) -> None:
+        raise runner.StageError("stopped", runner.INTERRUPTED)
+
+    monkeypatch.setattr(runner, "run", stopped)
+    words = ["run", str(ROOT / "params/toy.yaml"), "--seeds", "0", "1", "--force", "--until", "corpus"]
+    assert cli.main(words) == runner.INTERRUPTED
+    assert runs.forced(outputs / "toy-1", "corpus").exists() and not (outputs / "toy-0").exists()
+
+
 def test_a_seed_that_cannot_be_is_refused_before_the_first_run(outputs, monkeypatch, capsys):
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("it ran"))
     assert cli.main(["run", str(ROOT / "params/toy.yaml"), "--seeds", "0", "-1"]) == runner.USAGE

@@ -522,17 +522,18 @@ def test_code_and_versions_are_shown_and_results_kept(monkeypatch, outputs, caps
 
 def test_a_record_that_is_gone_is_made_again_or_asked_for(outputs):
     """Its absence is no change of data; a training would have to be repeated."""
-    for stage in ("corpus", "partition", "kmeans", "pretrain"):
-        do(stage, name={"kmeans": "quality.json", "pretrain": "metrics.jsonl"}.get(stage, "made.bin"))
-    folders = {stage: outputs / "toy" / params.FOLDERS[stage] for stage in ("kmeans", "pretrain")}
+    told = {"kmeans": "quality.json", "pretrain": "metrics.jsonl", "evaluate": "report.json"}
+    for stage in ("corpus", "partition", "kmeans", "pretrain", "evaluate"):
+        do(stage, name=told.get(stage, "made.bin"))
+    folders = {stage: outputs / "toy" / params.FOLDERS[stage] for stage in told}
 
     def outlook(stage: str) -> str:
         return runs.outlook(stage, params.SECTIONS[stage](), outputs / "toy").kind
 
-    assert outlook("kmeans") == outlook("pretrain") == "done"
-    (folders["kmeans"] / "quality.json").unlink()
-    (folders["pretrain"] / "metrics.jsonl").unlink()
-    assert outlook("kmeans") == "resume"
+    assert {outlook(stage) for stage in told} == {"done"}
+    for stage, name in told.items():
+        (folders[stage] / name).unlink()
+    assert outlook("kmeans") == outlook("evaluate") == "resume"
     with pytest.raises(runs.RunError, match=r"metrics.jsonl: gone; put it back"):
         outlook("pretrain")
 
@@ -574,6 +575,33 @@ def test_features_of_other_code_are_computed_again(monkeypatch, outputs, done, c
     monkeypatch.setattr(identity, "library", lambda: library | {"features.py": "other"})
     with begin("evaluate").working():
         assert not kept.exists() and f"removed: {kept}" in capsys.readouterr().out
+
+
+def test_features_of_other_code_are_computed_again_where_earlier_work_is_taken_back(monkeypatch, outputs):
+    for stage in ("corpus", "partition", "kmeans", "pretrain"):
+        do(stage)
+    kept = do("evaluate", name="features/a.npy").parent / "05_evaluate/features"
+    do("evaluate", name="features/b.npy", seed=1)
+    assert [path.name for path in kept.iterdir()] == ["b.npy"]
+    library = identity.library()
+    monkeypatch.setattr(identity, "library", lambda: library | {"features.py": "other"})
+    with begin("evaluate").working():
+        assert not kept.exists()
+    (aside,) = runs.previous(outputs / "toy", "evaluate")
+    assert (aside / "features/b.npy").exists(), "of its code, as long as nobody asks for it"
+
+
+def test_a_missing_report_under_other_code_is_made_again_beside_a_copy(monkeypatch, outputs):
+    for stage in ("corpus", "partition", "kmeans"):
+        do(stage, name="quality.json")
+    library = identity.library()
+    monkeypatch.setattr(identity, "library", lambda: library | {"features.py": "other"})
+    (outputs / "toy/02_kmeans/quality.json").unlink()
+    future = runs.outlook("kmeans", params.Kmeans(), outputs / "toy")
+    assert future.kind == "resume" and "library changed" in future.words
+    with begin("kmeans").working():
+        pass
+    assert [path.name for path in runs.previous(outputs / "toy", "kmeans")] == ["02_kmeans-1"]
 
 
 def test_a_copy_of_what_other_code_works_on_is_made_once_and_is_no_stage(monkeypatch, outputs):

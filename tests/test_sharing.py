@@ -157,6 +157,9 @@ def test_damage_is_not_shared_and_a_real_federation_neither(other, outputs, caps
     assert "real federation" in capsys.readouterr().out
     np.save(other / "02_kmeans/mine.npy", np.arange(4))  # somebody's copy beside the results is no damage
     assert take(outputs / "c", other) == STAGES
+    (other / "03_pretrain/metrics.jsonl").unlink()
+    with pytest.raises(runs.RunError, match="03_pretrain: files that it made are missing"):
+        take(outputs / "d", other)
     np.save(other / "02_kmeans/codebooks/federated/weights.npy", np.arange(4))
     with pytest.raises(runs.RunError, match="02_kmeans: files that it made are missing or were changed"):
         take(outputs / "b", other)
