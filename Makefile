@@ -31,8 +31,8 @@ lab: $(VENV)/.installed ## open JupyterLab on the notebooks, on this machine onl
 test: $(VENV)/.installed-test ## the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leaves out; in three processes, since they wait much
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 3 --dist loadfile --no-loadscope-reorder
+test-all: $(VENV)/.installed-test ## the slow tests only: what `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed-test ## time the parts that have to be fast against their peers, on an idle machine
 	for file in benchmarks/bench_*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
