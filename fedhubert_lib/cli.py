@@ -89,14 +89,13 @@ def _run_seeds(options: argparse.Namespace, name: str, stages: Sequence[str]) ->
     folders: list[Path] = []
     seeds = {seed: [*options.set, f"pretrain.seed={seed}", f"distill.seed={seed}"] for seed in options.seeds}
     loaded = [(seed, studies.load(options.study, changes, f"{name}-{seed}")) for seed, changes in seeds.items()]
-    for stage in stages if options.force else ():  # a signal in one run leaves the others to be made anew
-        for folder in filter(Path.is_dir, (runs.outputs() / study.run for _, study in loaded)):
-            runs.forced(folder, stage).touch()
-    for seed, study in loaded:
-        like = [other for other in others if other.name.endswith(f"-{seed}")] or others[:1]
-        progress.say(f"{study.run}:")
-        runner.run(study, stages, options.force, [*like, *folders[:1]])
-        folders.append(runs.outputs() / study.run)
+    begun = [runs.outputs() / study.run for _, study in loaded if (runs.outputs() / study.run).is_dir()]
+    with runner.forcing([runs.forced(run, stage) for run in begun for stage in stages] if options.force else []):
+        for seed, study in loaded:
+            like = [other for other in others if other.name.endswith(f"-{seed}")] or others[:1]
+            progress.say(f"{study.run}:")
+            runner.run(study, stages, options.force, [*like, *folders[:1]])
+            folders.append(runs.outputs() / study.run)
     if "evaluate" in stages:
         print(training_seeds.markdown(training_seeds.reports(folders)))
 

@@ -91,22 +91,31 @@ def run(study: studies.Study, stages: Sequence[str], force: bool = False, like: 
             try:
                 with _lock(folder):
                     runs.record(folder, study=study.study)
-                    for mark in marks:
-                        mark.touch()
-                for number, stage in enumerate(stages, start=1):
-                    _stage(stage, getattr(study, stage), folder, like, stop)
-                    if stage in ("corpus", "partition"):  # now more is known about the stages to come
-                        preflight.study(study, stages[number:], folder)
-            except BaseException as error:
-                for mark in marks if getattr(error, "code", FAILED) != INTERRUPTED else ():
-                    mark.unlink(missing_ok=True)  # a failure takes back what --force asked for, a signal does not
-                raise
+                with forcing(marks):
+                    for number, stage in enumerate(stages, start=1):
+                        _stage(stage, getattr(study, stage), folder, like, stop)
+                        if stage in ("corpus", "partition"):  # now more is known about the stages to come
+                            preflight.study(study, stages[number:], folder)
             finally:  # inside the lock: refused, it is another runner that has begun nothing yet
                 if {p.name for p in folder.glob("*") if p not in marks} <= {".lock", ".runner.lock", "run.json"}:
                     shutil.rmtree(folder, ignore_errors=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def forcing(marks: Sequence[Path]) -> Iterator[None]:
+    """Mark stages (``runs.forced``) to start anew. A failure inside the block takes it back, a signal does not."""
+    for mark in marks:
+        mark.touch()
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) and getattr(error, "code", FAILED) != INTERRUPTED:
+            for mark in marks:
+                mark.unlink(missing_ok=True)
+        raise
 
 
 def needed(future: runs.Outlook, executed: Path) -> tuple[bool, str]:

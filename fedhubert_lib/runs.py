@@ -176,9 +176,10 @@ def _begin(stage: Stage, future: "Outlook") -> None:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
     begun = read_json(folder / "begun.json") or {"started": time.time(), "replaced": replaced}
-    if identity.compare(begun.get("identity", stage.identity), stage.identity).code and (folder / "features").is_dir():
-        shutil.rmtree(folder / "features")  # of 05: a cache
-        progress.say(f"removed: {folder / 'features'}, since other code may compute other features")
+    cache = folder / "features"  # of 05
+    if cache.is_dir() and identity.compare(begun.get("identity", stage.identity), stage.identity).code:
+        shutil.rmtree(cache)
+        progress.say(f"removed: {cache}, since other code may compute other features")
     if begun["started"] < stage.began:
         note = {"time": clock(time.time()), "changes": str(identity.compare(begun["identity"], stage.identity))}
         begun |= {"started": time.time(), "resumed": [*begun.get("resumed", []), note]}

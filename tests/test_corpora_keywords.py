@@ -108,6 +108,9 @@ def test_clips_of_a_part_of_the_corpus(root):
     clips, excluded = read(root)
     assert len(splits(clips)["validation"]) == 1 and set(clips.word) == {"no", "yes"}
     assert any("1 of the 3 training voices are kept" in reason for reason in excluded.reason)
+    clips[clips.split != "validation"].to_parquet(root / "keywords.parquet")  # of an earlier version
+    with pytest.raises(keywords.KeywordError, match="no clip of the validation split"):
+        keywords.read_clips(root / "keywords.parquet")
 
 
 def test_a_clip_recorded_anew_in_its_place_is_another(root):

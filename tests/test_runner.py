@@ -448,16 +448,19 @@ def test_a_failure_takes_back_what_was_forced(outputs, monkeypatch):
         shutil.rmtree(outputs / "toy")
 
 
-def test_seeds_that_were_forced_are_all_to_be_made_anew(outputs, monkeypatch):
+def test_all_seeds_that_were_forced_are_made_anew_after_a_signal(outputs, monkeypatch):
     (outputs / "toy-1").mkdir()
 
-    def stopped(*_: object) -> None:
-        raise runner.StageError("stopped", runner.INTERRUPTED)
-
-    monkeypatch.setattr(runner, "run", stopped)
     words = ["run", str(ROOT / "params/toy.yaml"), "--seeds", "0", "1", "--force", "--until", "corpus"]
-    assert cli.main(words) == runner.INTERRUPTED
-    assert runs.forced(outputs / "toy-1", "corpus").exists() and not (outputs / "toy-0").exists()
+    for code in (runner.INTERRUPTED, runner.FAILED):
+
+        def ends(*_: object, code: int = code) -> None:
+            raise runner.StageError("ended", code)
+
+        monkeypatch.setattr(runner, "run", ends)
+        assert cli.main(words) == code
+        assert runs.forced(outputs / "toy-1", "corpus").exists() == (code == runner.INTERRUPTED)
+    assert not (outputs / "toy-0").exists()
 
 
 def test_a_seed_that_cannot_be_is_refused_before_the_first_run(outputs, monkeypatch, capsys):

@@ -42,14 +42,14 @@ def held_out(run: Path, minutes: float, seed: int, clusters: int = 0) -> tuple[p
     table = table.sort_values("utterance").iloc[seeds.numpy_generator(seed, "held-out").permutation(len(table))]
     seconds = table.samples.clip(upper=LONGEST).cumsum() / audio.SAMPLE_RATE
     table = table[seconds.shift(fill_value=0) < 60 * minutes].sort_values("utterance", ignore_index=True)
-    of_each = dict(zip(table.utterance, frame_counts(table), strict=True))
-    if (frames := int(sum(of_each.values()))) < clusters:
+    counts = dict(zip(table.utterance, frame_counts(table), strict=True))
+    if (frames := int(sum(counts.values()))) < clusters:
         raise ValueError(
             f"evaluate.clusters: {clusters} given, but the held-out speech with phones has {frames} frames; give fewer,"
             " or raise evaluate.unit_minutes"
         )
     phones = phones[phones.utterance.isin(set(table.utterance))]
-    if len(said := set(units.frame_phones(phones, of_each)) - {""}) < 2:
+    if len(said := set(units.frame_phones(phones, counts)) - {""}) < 2:
         raise NoPhonesError(f"all that the held-out speech says is {''.join(said)!r}; look at corpus.alignments")
     return table, phones
 
