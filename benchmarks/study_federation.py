@@ -217,7 +217,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Arms of each study, with their parameters of the stage beyond those of mini.yaml and SHORT."""
-EVALUATED = ("parity", "heads", "bytes", "privacy", "many", "distill")
+EVALUATED = ("parity", "cohorts", "heads", "bytes", "privacy", "many", "distill")
 """Studies whose arms are measured on words and phones, too: it takes half as long as a short training."""
 
 
