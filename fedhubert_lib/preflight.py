@@ -12,23 +12,13 @@ from typing import Any
 
 import torch
 
-from fedhubert_lib import (
-    distillation,
-    federated,
-    files,
-    hubert,
-    identity,
-    params,
-    pretrained,
-    progress,
-    recipes,
-    records,
-    resources,
-    studies,
-)
+from fedhubert_lib import distillation, federated, files, identity, params, pretrained, recipes, records, resources
 from fedhubert_lib.corpora import archives, folder, librispeech, speech_commands
 from fedhubert_lib.evaluation import keywords, layers
+from fedhubert_lib.hubert import Head, Hubert
 from fedhubert_lib.labels import Labels
+from fedhubert_lib.progress import say
+from fedhubert_lib.studies import Study
 from fedhubert_lib.teaching import Teacher
 
 
@@ -37,12 +27,12 @@ def check(stage: str, p: params.Section, run: Path) -> None:
     _refuse({stage: p}, run, None)
 
 
-def study(study: studies.Study, stages: Sequence[str], run: Path) -> None:
+def study(study: Study, stages: Sequence[str], run: Path) -> None:
     """Raise RunError, with all that is wrong, unless ``stages`` of ``study`` can run one after the other."""
     _refuse({stage: getattr(study, stage) for stage in stages}, run, study)
 
 
-def _refuse(sections: dict[str, params.Section], run: Path, study: studies.Study | None) -> None:
+def _refuse(sections: dict[str, params.Section], run: Path, study: Study | None) -> None:
     """Raise RunError with all problems of ``sections``: first those of places that parameters name, then the rest."""
     if (events := files.events()) is not None:
         events.check()
@@ -64,7 +54,7 @@ def _places(stage: str, p: params.Section, run: Path, *_: Any) -> Iterator[tuple
 
 
 def _problems(
-    stage: str, p: params.Section, run: Path, study: studies.Study | None, coming: Container[str]
+    stage: str, p: params.Section, run: Path, study: Study | None, coming: Container[str]
 ) -> Iterator[tuple[str, str]]:
     """Parameters that keep ``stage`` from working, and why; its ``study`` tells what those before it are going to make.
 
@@ -95,7 +85,7 @@ def _words(p: params.Corpus, *_: Any) -> None:
         speech_commands.usable(speech_commands.home(root))
 
 
-def _speakers(p: params.Partition, _: Path, study: studies.Study | None, coming: Container[str]) -> None:
+def _speakers(p: params.Partition, _: Path, study: Study | None, coming: Container[str]) -> None:
     """Whether the built-in corpus, not made yet, will have a speaker for each client."""
     if study is None or "corpus" not in coming or (study.corpus.kind, p.scheme) != ("synthetic", "speakers"):
         return
@@ -125,7 +115,7 @@ def _cohort(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
             raise ValueError(f"{p.cohort} given, but 01_partition made {clients} clients; give that or fewer")
 
 
-def _labels(p: Any, run: Path, study: studies.Study | None, _: Any) -> None:
+def _labels(p: Any, run: Path, study: Study | None, _: Any) -> None:
     """Whether the labels that 02_kmeans made are whole: one client's would end pooled training after the federation."""
     if study is not None or p.engine == "deployment" or "hubert" in getattr(p, "objectives", ()):
         return
@@ -148,7 +138,7 @@ def _kept(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     try:
         initial = _model(p.initial if first and copies else "")
         with torch.device("meta"):
-            model = initial or hubert.Hubert(recipes.model_config(p))
+            model = initial or Hubert(recipes.model_config(p))
     except (OSError, ValueError):  # the checks of the model and of `initial` say so
         return
     rounds = min(p.rounds, 3 if p.cohort == clients else 2)
@@ -165,15 +155,15 @@ def _features(p: params.Kmeans, *_: Any) -> None:
         raise ValueError(f"layer {p.layer} given, but {p.features} has {depth} layers; give one of them")
 
 
-def _teacher(p: params.Distill, run: Path, study: studies.Study | None, coming: Container[str]) -> None:
+def _teacher(p: params.Distill, run: Path, study: Study | None, coming: Container[str]) -> None:
     """Whether the student can learn from its teacher; that of 03_pretrain to come is what the study describes."""
     clusters = study.kmeans.clusters if study and "kmeans" in coming else None
     with torch.device("meta"):
         if p.teacher or study is None or "pretrain" not in coming:
             teacher = Teacher(*pretrained.load(distillation.teacher_folder(run, p), weights=False))
         else:
-            model = _model(study.pretrain.initial) or hubert.Hubert(recipes.model_config(study.pretrain))
-            teacher = Teacher(model, hubert.Head(model.config, study.kmeans.clusters))
+            model = _model(study.pretrain.initial) or Hubert(recipes.model_config(study.pretrain))
+            teacher = Teacher(model, Head(model.config, study.kmeans.clusters))
         distillation.check_teacher(run, p, teacher, clusters)
 
 
@@ -205,7 +195,7 @@ def _units(p: params.Evaluate, run: Path, _: Any, coming: Container[str]) -> Non
         try:
             layers.held_out(run, p.unit_minutes, p.seed, p.clusters)
         except layers.NoPhonesError as error:  # no refusal: words need none, and 02 measures clients' phones
-            progress.say(f"05_evaluate measures neither PNMI nor phones: {error}")
+            say(f"05_evaluate measures neither PNMI nor phones: {error}")
 
 
 CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (

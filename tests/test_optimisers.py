@@ -135,7 +135,7 @@ def test_everything_stays_float32(server):
 
 def test_the_running_mean_is_the_weighted_mean():
     steps, weights = updates(9), [3.0, 1000.0, 1.0, 7.0, 0.5, 20.0, 1e4, 2.0, 11.0]
-    mean = optimisers.Mean()
+    mean = optimisers.Collector()
     for update, weight in zip(steps, weights, strict=True):
         mean.add({name: tensor.clone() for name, tensor in update.items()}, weight)
     for name, tensor in mean.result().items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedhubert_lib import training, weights
 from fedhubert_lib.federated import client_state
 from fedhubert_lib.federated.hooks import Hook, Update
-from fedhubert_lib.federated.optimisers import Mean, UpdateError, check, checked_norm
+from fedhubert_lib.federated.optimisers import Collector, UpdateError, check, checked_norm
 from fedhubert_lib.federated.protocol import Arrays
 from fedhubert_lib.params import Federation
 
@@ -52,7 +52,7 @@ class Sharing(Hook):
     def message(self, round) -> None:
         round.payload |= pooled(self.moments, len(round.asked))
 
-    def collector(self, round) -> Mean:
+    def collector(self, round) -> Collector:
         return _Mean(self.p)
 
     def step(self, round, update: dict[str, Tensor]) -> None:
@@ -81,7 +81,7 @@ def pooled(moments: Mapping[str, Tensor], clients: int) -> Arrays:
     return sent
 
 
-class _Mean(Mean):
+class _Mean(Collector):
     """The mean of updates and moments. Its norm is that of the update; moments are bounded, since gradients are."""
 
     def __init__(self, p: Federation) -> None:

@@ -6,7 +6,6 @@ running one: beside weights and moments the server holds it and the update that 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +19,12 @@ class UpdateError(ValueError):
     """An update that cannot be used: it does not fit the model, or holds a NaN or an infinity."""
 
 
-class Collector(Protocol):
-    """Takes one update at a time and returns what the server steps along."""
+class Collector:
+    """Takes one update at a time and returns what the server steps along: here the running weighted mean, float32."""
+
+    def __init__(self) -> None:
+        self._mean: Arrays = {}
+        self._weight = 0.0
 
     def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
         """The norm of ``update``; NaN where it cannot be seen. Raises UpdateError where it does not fit ``like``."""
@@ -29,9 +32,16 @@ class Collector(Protocol):
 
     def add(self, update: Arrays, weight: float) -> None:
         """Take ``update``: its tensors may be kept and overwritten. ``weight`` is above 0."""
+        self._weight += weight
+        if not self._mean:
+            self._mean = dict(update)
+            return
+        for name, mean in self._mean.items():
+            mean.lerp_(update[name], weight / self._weight)
 
     def result(self) -> Arrays:
         """The collected update; the collector is spent. Empty where nothing was added."""
+        return self._mean
 
 
 def check(update: Mapping[str, Tensor], like: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
@@ -53,26 +63,6 @@ def checked_norm(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> fl
     if not math.isfinite(norm):
         raise UpdateError("the update holds a NaN or an infinity")
     return norm
-
-
-class Mean(Collector):
-    """The weighted mean of the updates, running, in float32."""
-
-    def __init__(self) -> None:
-        self._mean: Arrays = {}
-        self._weight = 0.0
-
-    def add(self, update: Arrays, weight: float) -> None:
-        """Move the mean towards ``update`` by its fraction of the weight so far."""
-        self._weight += weight
-        if not self._mean:
-            self._mean = dict(update)
-            return
-        for name, mean in self._mean.items():
-            mean.lerp_(update[name], weight / self._weight)
-
-    def result(self) -> Arrays:
-        return self._mean
 
 
 # Server optimisers: functions of (parameters, rate, number of the step from 1, weight, update, moments ...) that change

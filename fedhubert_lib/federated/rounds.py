@@ -238,7 +238,7 @@ class Round:
         for hook in self.server.hooks:
             hook.message(self)
         collectors = (hook.collector(self) for hook in self.server.hooks)
-        self.collector = next(filter(None, collectors), None) or optimisers.Mean()
+        self.collector = next(filter(None, collectors), None) or optimisers.Collector()
         return self.server.ask("update", self.message, self.asked, self.payload) if self.asked else iter(())
 
     def collect(self, replies: Iterator[Reply | Failure]) -> Arrays | None:

@@ -75,12 +75,12 @@ class Control(Hook):
             control.add_(update.pop(name), alpha=fraction)
 
 
-class _Means(optimisers.Mean):
+class _Means(optimisers.Collector):
     """The mean of the updates as they weigh, and beside it that of the changes of the c_i, which count alike."""
 
     def __init__(self, farthest: float) -> None:
         super().__init__()
-        self._changes, self._farthest = optimisers.Mean(), farthest
+        self._changes, self._farthest = optimisers.Collector(), farthest
 
     def norm(self, update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> float:
         """That of the weights' change. A change of c_i that is too large is refused."""
