@@ -99,8 +99,8 @@ def _engine(p: Any, *_: Any) -> None:
 
 
 def _device(p: Any, *_: Any) -> None:
-    # A Ray cluster may have other devices than this machine, which trains on pooled data and makes codebooks.
-    if getattr(p, "engine", "") != "ray" or getattr(p, "centralised", True):
+    # Clients may have other devices than this machine, which trains on pooled data and makes codebooks.
+    if getattr(p, "engine", "") not in ("ray", "deployment") or getattr(p, "centralised", True):
         resources.resolve(p.device)
 
 

@@ -79,7 +79,7 @@ def test_private_keys_are_private_and_stay_where_they_belong(folder):
 def test_keys_are_not_made_twice(folder):
     with pytest.raises(FileExistsError, match="has keys already"):
         deployment.prepare(folder, CLIENTS)
-    with pytest.raises(FileExistsError, match="client-001"):
+    with pytest.raises(FileExistsError, match="client-001.*without its name lets it in"):
         deployment.add_client(folder, "client-001")
 
 
@@ -162,7 +162,21 @@ def test_commands_name_tls_and_keys_and_nothing_insecure(folder, tmp_path):
     assert settings == {"client": "client-001", "run": str(tmp_path / "a run"), "device": "cpu"}
     with pytest.raises(deployment.DeploymentError, match="cuda:99"):
         deployment.supernode_command(folder / "nodes" / "client-001", tmp_path, "cuda:99")
+    with pytest.raises(deployment.DeploymentError, match='a"run: Flower takes no path with a double quote'):
+        deployment.supernode_command(folder / "nodes" / "client-001", tmp_path / 'a"run')
     assert deployment.environment(folder)["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_a_temporary_folder_whose_path_is_too_long_for_a_socket_is_named(folder, tmp_path, monkeypatch):
+    (long := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr(deployment.wire.tempfile, "tempdir", str(long))
+    monkeypatch.setattr(deployment, "_listens", lambda _: True)
+    folder.rename(moved := tmp_path / deployment.FOLDER)
+    try:
+        with pytest.raises(deployment.DeploymentError, match="x/fedhubert-.*/socket: .*; set TMPDIR to a shorter path"):
+            deployment.connect(tmp_path, CLIENTS, "cpu").__enter__()
+    finally:
+        moved.rename(folder)
 
 
 def test_a_client_without_speech_does_not_start_its_node(folder, tmp_path, monkeypatch):

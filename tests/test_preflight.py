@@ -100,6 +100,9 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     cluster = ("pretrain.device=cuda:1", "pretrain.engine=ray")
     assert "pretrain.device: device 'cuda:1'" in problems(tmp_path, *cluster), "on which pooled data are trained, too"
     assert not problems(tmp_path, *cluster, "pretrain.centralised=false"), "a cluster may have others"
+    clients = ("pretrain.device=cuda:1", "pretrain.engine=deployment")
+    assert "'cuda:1'" in problems(tmp_path, *clients)
+    assert "'cuda:1'" not in problems(tmp_path, *clients, "pretrain.centralised=false"), "nodes choose theirs"
     assert not problems(tmp_path, "evaluate.device=cuda:0", "kmeans.device=cuda")
 
 

@@ -33,6 +33,7 @@ from fedhubert_lib import (
     pretrained,
     pretraining,
     recipes,
+    threads,
     training,
     weights,
 )
@@ -215,6 +216,24 @@ def test_validation_batches_are_those_that_crops_of_usable_utterances_fill(tmp_p
     pd.DataFrame({"samples": [int(16_000 * one) for one in seconds]}).to_parquet(tmp_path / "validation.parquet")
     home = ClientHome("client-000", data=tmp_path, labels=tmp_path, state=tmp_path)
     assert recipes.validation_steps(home, pretrain(batch_seconds=4.0, crop_seconds=1.5)) == steps
+
+
+def test_threads_are_those_of_the_study_at_a_client_whose_process_has_others(run, monkeypatch):
+    """In training and in validation."""
+    seen, (task, weights) = [], pretraining.begin(run, pretrain(threads=1))
+
+    def counted(function):
+        return lambda *values, **options: seen.append(torch.get_num_threads()) or function(*values, **options)
+
+    for function in (training.local_update, training.evaluate):
+        monkeypatch.setattr(training, function.__name__, counted(function))
+    client = "client-001"
+    folders = (run / "01_partition/clients", run / "02_kmeans/clients", run / "03_pretrain/clients")
+    home = ClientHome(client, *(folder / client for folder in folders))
+    with threads.limited(2):
+        for handler in (pretraining.update, pretraining.validate):
+            handler(home, weights, task.config | {"round": 1, "session": "a", "durable": 0})
+    assert seen == [1, 1]
 
 
 def test_local_steps_bound_local_epochs(run):

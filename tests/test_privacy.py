@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedhubert_lib import files, params, seeds
+from fedhubert_lib import files, params, seeds, training
 from fedhubert_lib.federated import accounting, noise, privacy
 from fedhubert_lib.federated.protocol import ClientHome
 
@@ -55,6 +55,18 @@ def test_clip_bounds_the_norm_and_keeps_the_direction():
             assert all(torch.equal(clipped[name], update[name]) for name in update)
     with pytest.raises(ValueError, match="NaN"):
         noise.clip({"a": torch.tensor([math.nan])}, 1.0)
+
+
+def test_a_client_does_not_tell_by_its_learning_rate_how_many_steps_its_speech_makes():
+    told = []
+    for steps in (3, 8):
+        p = parameters(privacy="client", privacy_noise=1.0, local_epochs=1, local_steps=10, rounds=4)
+        measured = {"learning_rate": training.rate(p.learning_rate, p.warmup_fraction, 2 * steps - 1, 4 * steps)}
+        config = {"clip": 0.5, "round": 2}
+        update = SimpleNamespace(p=p, change=arrays(), config=config, home=home(), measured=measured)
+        list(privacy.protected(update))
+        told.append(update.measured)
+    assert told[0] == told[1] == {"learning_rate": training.rate(p.learning_rate, p.warmup_fraction, 19, 40)}
 
 
 def test_noise_is_normal_and_only_a_seed_repeats_it():

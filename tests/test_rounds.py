@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import multiprocessing
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,7 +230,7 @@ class Forgetful(InProcessGrid):
 
     def push_messages(self, messages):
         pushed = super().push_messages(messages)
-        self.until |= {name: time.monotonic() + (self._waiting[name].ttl or 99) for name in pushed}
+        self.until |= {name: time.monotonic() + (self._waiting[name].ttl or 43_200) for name in pushed}
         return pushed
 
     def pull_messages(self, message_ids):
@@ -279,6 +281,66 @@ def test_nodes_that_say_nothing_cost_the_start_no_longer_than_it_waits(run, monk
     clients.wait(flower.WAIT_SECONDS)
     assert flower.WAIT_SECONDS <= clock[0] <= flower.WAIT_SECONDS + 2
     assert clients.connected(0) == {} and clock[0] <= flower.WAIT_SECONDS + 2
+
+
+class Restarted(InProcessGrid):
+    """The third client's node is away for a moment, while the first one's answer is waited for. As Flower, it hands no
+    message out again."""
+
+    pulls = 0
+
+    def get_node_ids(self):
+        return [node for node in self.configs if node != 4 or self.pulls != 2]
+
+    def pull_messages(self, message_ids):
+        for name in message_ids:
+            marked = self._waiting[name].content["request"]["action"] == "toy.mark"
+            node = self._waiting[name].dst_node_id if marked else 0
+            self.pulls += node == 2
+            if node != 4 and (node != 2 or self.pulls > 3):
+                yield from super().pull_messages([name])
+
+
+def test_a_node_that_was_restarted_while_it_worked_holds_up_no_round(run, monkeypatch):
+    for name in ("POLL_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(flower, name, 0)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.mark", lambda *_: ({}, {"mark": 1.0}))
+    clients = flower.GridClients(Restarted(run, CLIENTS, monkeypatch), CLIENTS)
+    answers = list(clients.ask("toy.mark"))
+    assert [answer.client for answer in answers if isinstance(answer, protocol.Reply)] == CLIENTS[:2] + CLIENTS[3:]
+    assert answers[2].reason == "its node left while it worked"
+
+
+def test_a_node_whose_name_was_lost_is_asked_again(run, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(flower, "POLL_SECONDS", 0)
+    grid, lost = Forgetful(run, CLIENTS, monkeypatch), []
+
+    def pulled(identifiers):
+        for name in identifiers:
+            lost.extend([name] if not lost and grid._waiting[name].dst_node_id == 2 else [])
+            if name not in lost:
+                yield from pull_messages([name])
+            elif time.monotonic() > grid.until[name]:
+                yield Failed(None, reply_to=grid._waiting[name])
+
+    pull_messages = grid.pull_messages
+    monkeypatch.setattr(grid, "pull_messages", pulled)
+    clients = flower.GridClients(grid, CLIENTS)
+    clock[0] = 1.0
+    seen = []
+    for clock[0] in (1.0, 100.0, 300.0, 301.0):
+        seen.append(CLIENTS[0] in clients.connected(-1))
+    assert seen == [False, False, False, True]
+
+
+def test_requests_to_clients_that_are_not_connected_are_no_bytes(run, monkeypatch):
+    grid = InProcessGrid(run, CLIENTS[:2], monkeypatch)
+    clients = flower.GridClients(grid, CLIENTS)
+    monkeypatch.setitem(handlers.HANDLERS, "toy.mark", lambda *_: ({}, {"mark": 1.0}))
+    assert len(list(clients.ask("toy.mark", arrays={"a": torch.zeros(250)}))) == 6
+    assert clients.bytes == {"bytes_down": 2_000, "bytes_up": 0}
 
 
 def failures(run: Path) -> list[dict]:
@@ -654,6 +716,28 @@ def test_what_safetensors_does_not_hold_ends_no_stage(tmp_path):
     arrays = flower.ArrayRecord({"a": Array(np.ones(2, np.complex128))})
     answer = flower.read_reply("client-001", Message(records | {"arrays": arrays}))
     assert answer.reason == "its answer is not understood: ValueError: a is complex"
+
+
+def test_names_that_no_file_holds_are_their_clients_failure(tmp_path):
+    """Of arrays and metrics: they are a client's, of any length."""
+
+    class Talkative(protocol.Clients):
+        def answers(self, request):
+            yield protocol.Reply("client-000", {}, {"x" * 101_000_000: 1.0})
+            yield protocol.Reply("client-001", {}, {"x": 1.0})
+
+    stage, server = multiprocessing.Pipe()
+    request = {"action": "a", "config": {}, "clients": CLIENTS[:2], "timeout": None}
+    wire.write(path := tmp_path / "request-0", request, {})
+    for sent in (str(path), wire.NEXT, wire.NEXT, wire.END):
+        wire.send(stage, sent)
+    answers = []
+    monitor = threading.Thread(target=lambda: answers.extend(wire.read_answer(Path(wire.receive(stage))) for _ in "ab"))
+    monitor.start()
+    wire.serve(server, Talkative(CLIENTS[:2]))
+    monitor.join()
+    assert "its answer is not passed on" in answers[0].reason
+    assert answers[1].metrics == {"x": 1.0}
 
 
 def test_an_unknown_action_is_a_failure(run):

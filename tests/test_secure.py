@@ -106,6 +106,9 @@ def test_values_beyond_the_clipping_norm_are_refused(tmp_path):
 def test_malformed_answers_are_refused():
     with pytest.raises(UpdateError, match="public key"):
         secure.public_key({"public": torch.zeros(31, dtype=torch.uint8)})
+    for low in (0, 1):  # points of low order, with which no peer could exchange a secret
+        with pytest.raises(UpdateError, match="secret with nobody"):
+            secure.public_key({"public": torch.tensor([low] + [0] * 31, dtype=torch.uint8)})
     like = {"weight": torch.zeros(3)}
     for wrong in ({}, {"weight": torch.zeros(3)}, {"weight": torch.zeros(4, dtype=torch.int32)}):
         with pytest.raises(UpdateError):
@@ -187,9 +190,9 @@ def test_the_noise_of_clients_has_room():
 
 
 @pytest.mark.parametrize("answering", ["ab", "abc"])
-def test_two_keys_are_no_round_and_three_are_scaled_by_the_clip_of_the_message(answering):
+def test_two_keys_are_no_round_and_three_are_scaled_by_the_clip_of_the_message(answering, tmp_path):
     p = params.Pretrain(secure_aggregation=True, weighting="clients", cohort=4)
-    key = {"public": torch.zeros(32, dtype=torch.uint8)}
+    key, _ = secure.keys(home(tmp_path, "client-0"), {}, config())
     server = SimpleNamespace(p=p, weights={"w": torch.zeros(2)}, ask=lambda *_: [Reply(one, key) for one in answering])
     hook, round = secure.Summing(server), SimpleNamespace(message={}, row={}, cohort=list("abc"), quorum=2, number=1)
     hook.message(round)

@@ -114,7 +114,7 @@ def add_client(folder: Path, client: str, address: dict[str, Any] | None = None)
     address = address or _address(folder)
     node = folder / "nodes" / wire.checked_name("client", client)
     if node.exists():
-        raise FileExistsError(f"{node}: this client has its key already")
+        raise FileExistsError(f"{node}: this client has its key; `deploy register` without its name lets it in")
     with files.atomic(node) as temporary:
         write_node_keys(temporary)
         shutil.copy(folder / "server" / "server.pem", temporary)
@@ -189,6 +189,8 @@ def supernode_command(node: Path, run: Path, device: str = "cpu") -> list[str]:
         settings = {"client": client, "run": str(run.resolve()), "device": resources.resolve(device)}
     except ValueError as error:
         raise DeploymentError(str(error)) from error
+    if '"' in settings["run"]:
+        raise DeploymentError(f"{settings['run']}: Flower takes no path with a double quote; move the folder")
     return [
         "flower-supernode",
         *("--root-certificates", str(node / "server.pem")),
@@ -325,7 +327,10 @@ def connect(run: Path, ids: Sequence[str], device: str) -> Iterator[Clients]:
     log = folder / "logs" / "flwr-run.log"
     with wire.folder() as scratch, socket.socket(socket.AF_UNIX) as listener:
         address = str(scratch / "socket")  # not in the run folder: such addresses have 107 characters at most
-        listener.bind(address)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise DeploymentError(f"{address}: {error}; set TMPDIR to a shorter path") from error
         listener.listen()
         command = ["run", str(folder / "app"), CONNECTION, "--stream", "--run-config", f"socket={json.dumps(address)}"]
         process = _start(["flwr", *command], folder, log)

@@ -23,6 +23,7 @@ from fedhubert_lib.federated import handlers, wire
 from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, Request
 
 POLL_SECONDS = 0.05
+LOOK_SECONDS = 1.0
 IDENTIFY_SECONDS = 120.0
 """Time that a request waits for a new node to name its client: the node's process has to import PyTorch."""
 WAIT_SECONDS = 120
@@ -84,21 +85,27 @@ class GridClients(Clients):
         """Nodes that were asked before."""
         self._late: list[str] = []
         """Messages whose answers came too late, or still may: unread they stay in Flower's memory."""
+        self._looked = 0.0
+        """When it last looked for nodes that are away."""
 
     def answers(self, request: Request) -> Answers:
-        """A client that is not connected is a Failure, not an exception. One that is late costs its answer alone."""
+        """A client that is not connected is a Failure, not an exception. One that is late costs its answer alone.
+
+        Flower hands a message out once: a node that was seen to be away, however briefly, will not answer any more.
+        """
         self._late = [identifier for identifier in self._late if not self._pull([identifier])]
         connected = self.connected()
         nodes = {name: connected[name] for name in request.clients if name in connected}
         identifiers = dict(zip(nodes, self._push(request, list(nodes.values())), strict=True))
         deadline = time.monotonic() + (math.inf if request.timeout is None else request.timeout)
+        away: set[str] = set()
         for name in request.clients:
             if name not in identifiers:
-                yield Failure(name, "not connected")
+                yield Failure(name, "not connected", reached=False)
             elif identifiers[name] is None:
-                yield Failure(name, "Flower could not take its message")
+                yield Failure(name, "Flower could not take its message", reached=False)
             else:
-                yield self._answer(name, identifiers[name], deadline)
+                yield self._answer(name, identifiers[name], deadline, nodes, away)
 
     def wait(self, seconds: float) -> None:
         """Wait until all clients are connected, or ``seconds`` have passed. Nodes appear as they activate."""
@@ -117,7 +124,7 @@ class GridClients(Clients):
         """
         nodes = set(self._grid.get_node_ids())
         if unnamed := sorted(nodes - {*self._names, *self._asked.values()}):
-            sent = self._push(Request("identify", {}, {}, (), None), unnamed)
+            sent = self._push(Request("identify", {}, {}, (), IDENTIFY_SECONDS), unnamed)
             self._asked |= {identifier: node for identifier, node in zip(sent, unnamed, strict=True) if identifier}
         new, deadline = set(unnamed) - self._met, time.monotonic() + (IDENTIFY_SECONDS if seconds is None else seconds)
         self._met |= new
@@ -149,15 +156,22 @@ class GridClients(Clients):
         messages = [Message(content, node, MessageType.TRAIN, ttl=lives) for content, node in pairs]
         return list(self._grid.push_messages(messages))
 
-    def _answer(self, name: str, identifier: str, deadline: float) -> Reply | Failure:
+    def _answer(
+        self, name: str, identifier: str, deadline: float, nodes: Mapping[str, int], away: set[str]
+    ) -> Reply | Failure:
+        """``away`` takes the clients among ``nodes`` that are not connected while this waits."""
         while True:  # ends: past a message's time to live Flower answers with an error
-            late = time.monotonic() > deadline
+            now = time.monotonic()
+            if now >= self._looked + LOOK_SECONDS:
+                self._looked, here = now, set(self._grid.get_node_ids())
+                away |= {client for client, node in nodes.items() if node not in here}
+            lost = name in away  # before the last look for its answer
             for message in self._pull([identifier]):
                 if message.metadata.reply_to_message_id == identifier:  # not one that another node has slipped in
                     return read_reply(name, message)
-            if late:
+            if lost or now > deadline:
                 self._late.append(identifier)
-                return Failure(name, "no answer before the deadline")
+                return Failure(name, "its node left while it worked" if lost else "no answer before the deadline")
             time.sleep(POLL_SECONDS)
 
     def _pull(self, identifiers: Sequence[str]) -> list[Message]:
@@ -165,6 +179,8 @@ class GridClients(Clients):
             return list(self._grid.pull_messages(identifiers))
         except Exception:  # bytes of others raise what they like; Flower has dropped them, and now says so
             logger.warning("an answer could not be unpacked", exc_info=True)
+            if len(identifiers) > 1:  # there may be another
+                return [message for identifier in identifiers for message in self._pull([identifier])]
             return list(self._grid.pull_messages(identifiers))
 
 

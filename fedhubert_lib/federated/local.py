@@ -70,7 +70,8 @@ def validate(home: ClientHome, lesson: Lesson) -> dict[str, float]:
     """Sums of the objective on the validation utterances of ``home``; none where it has none to use."""
     steps = recipes.validation_steps(home, lesson.p)
     batches = _batches(home, "validation", lesson, 0, steps) if steps else ()
-    return training.evaluate(lesson.module, batches, lesson.objective, lesson.p.precision)
+    with threads.limited(lesson.p.threads):
+        return training.evaluate(lesson.module, batches, lesson.objective, lesson.p.precision)
 
 
 def _batches(home: ClientHome, part: str, lesson: Lesson, number: int, steps: int) -> Iterator[batching.Batch]:

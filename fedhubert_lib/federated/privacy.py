@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from fedhubert_lib import seeds
+from fedhubert_lib import seeds, training
 from fedhubert_lib.federated import accounting, noise, optimisers
 from fedhubert_lib.federated.hooks import Hook, Update
 from fedhubert_lib.federated.protocol import Arrays, ClientHome
@@ -83,8 +83,10 @@ def protected(update: Update) -> Iterator[None]:
     """Bound the update, add the client's part of the noise, and keep back the metrics, as the study asks."""
     yield
     p = update.p
-    if p.privacy == "client":  # nothing else is for a server that is not trusted
-        update.measured = {"learning_rate": update.measured["learning_rate"]}
+    if p.privacy == "client":  # nothing else is for a server that is not trusted, nor how many steps `local_epochs` are
+        last = update.config["round"] * p.local_steps - 1
+        rate = training.rate(p.learning_rate, p.warmup_fraction, last, p.rounds * p.local_steps)
+        update.measured = {"learning_rate": rate}
     update.measured |= protect(update.change, p, update.config["clip"], update.home, update.config["round"])
 
 

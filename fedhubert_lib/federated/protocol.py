@@ -62,6 +62,8 @@ class Failure:
 
     client: str
     reason: str
+    reached: bool = True
+    """Whether the request has travelled to it."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,10 @@ class Clients(ABC):
         return self._last
 
     def _counted(self, request: Request) -> Answers:
-        self.bytes["bytes_down"] += size(request.arrays) * len(request.clients)
+        asked = size(request.arrays)
         with closing(self.answers(request)) as answers:
             for answer in answers:
+                self.bytes["bytes_down"] += asked if isinstance(answer, Reply) or answer.reached else 0
                 self.bytes["bytes_up"] += size(answer.arrays) if isinstance(answer, Reply) else 0
                 yield answer
 

@@ -175,4 +175,9 @@ def public_key(arrays: Mapping[str, Tensor]) -> str:
     key = arrays.get("public")
     if key is None or key.dtype != torch.uint8 or key.shape != (32,):
         raise UpdateError("its answer holds no public key")
-    return key.numpy().tobytes().hex()
+    content = key.numpy().tobytes()
+    try:  # a point of low order would make the exchange of each of its peers fail
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(content))
+    except ValueError:
+        raise UpdateError("its public key makes a secret with nobody") from None
+    return content.hex()
