@@ -315,8 +315,8 @@ def _add_evaluation(add: Callable) -> None:
         "--codebook", type=Path, metavar="FILE", help="of an earlier call (default: fitted on the folder, and kept)"
     )
     argument("--layer", type=int, help="1 is the first (default: the middle one)")
-    argument("--clusters", type=int, default=100, help="to fit (default: 100)")
-    argument("--seed", type=int, default=0, help="of the recordings that are fitted on, and of k-means (default: 0)")
+    argument("--clusters", type=int, help="to fit (default: 100)")
+    argument("--seed", type=int, help="of the recordings that are fitted on, and of k-means (default: 0)")
     argument("--deduplicate", action="store_true", help="one unit for each run of the same")
     argument("--device", default="cpu", help="cpu, cuda, auto")
 

@@ -31,7 +31,10 @@ class Ragged:
         self.folder = Path(folder)
         index, remedy = self.folder / "index.parquet", f"delete {self.folder}, run 02_kmeans again"
         if not index.exists():
-            raise LabelsError(f"{self.folder}: no index.parquet, {name} absent or unfinished; run 02_kmeans again")
+            raise LabelsError(
+                f"{self.folder}: no index.parquet, {name} absent or unfinished; run 02_kmeans again"
+                " (--force, where clients are on other machines)"
+            )
         try:
             table = pd.read_parquet(index)
         except (OSError, ValueError) as error:

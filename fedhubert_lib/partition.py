@@ -24,6 +24,7 @@ Held-out speakers are taken out first and belong to no client; the corpus's test
 """
 
 import heapq
+import os
 import shutil
 from pathlib import Path
 
@@ -263,11 +264,14 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
 def validation_mask(client: np.ndarray, samples: np.ndarray, p: params.Partition) -> np.ndarray:
     """Which rows are for validation: ``p.validation_fraction`` of each client's utterances, rounded; bool [utterances].
 
-    At least one where the fraction is not zero and the client has two; a client always keeps one to train on: one that
-    is long enough for it, of ``samples`` [utterances], where it has such.
+    At least one where the fraction is not zero and the client has two; a client always keeps one to train on. Where
+    some are long enough to be used, of ``samples`` [utterances], that is one of them, and so is one for validation
+    where there are two.
     """
     draw = pd.Series(seeds.numpy_generator(p.seed, "partition", "validation").random(len(client)))
-    draw += draw == draw.where(samples >= SHORTEST).groupby(client).transform("max")
+    usable = draw.where(samples >= SHORTEST).groupby(client)
+    last, first = draw == usable.transform("max"), draw == usable.transform("min")
+    draw += last.astype(float) - (first & ~last)
     count = np.bincount(client)
     kept = np.round(p.validation_fraction * count).clip(int(p.validation_fraction > 0), count - 1)
     return (draw.groupby(client).rank(method="first") <= kept[client]).to_numpy()
@@ -312,6 +316,25 @@ def export_client(run: Path, client: str, destination: Path, at: Path | None = N
     return destination
 
 
-def can_train(data: Path) -> bool:
-    """Whether the client's folder ``data`` lists a training utterance that is long enough for it."""
-    return (pd.read_parquet(data / "train.parquet", columns=["samples"])["samples"] >= SHORTEST).any()
+def check_lists(data: Path) -> None:
+    """Raise PartitionError unless the lists in a client's folder ``data``, which others may have made, can be used."""
+    listed: set[str] = set()
+    for part in ("train", "validation"):
+        path = data / f"{part}.parquet"
+        table = pd.read_parquet(path)
+        if missing := {"utterance", "path", "speaker", "samples"} - set(table):
+            raise PartitionError(f"{path}: no column {', '.join(sorted(missing))}")
+        for column in ("utterance", "path", "speaker"):
+            if not all(isinstance(value, str) and value for value in table[column]):
+                raise PartitionError(f"{path}: column {column} holds something else than text")
+        if len(table) and table.samples.dtype.kind not in "iu":
+            raise PartitionError(
+                f"{path}: column samples holds {table.samples.dtype}; the length at 16 kHz is expected"
+            )
+        if twice := listed.intersection(table.utterance) or set(table.utterance[table.utterance.duplicated()]):
+            raise PartitionError(f"{path}: {min(twice)} is listed twice; give each utterance its name")
+        listed.update(table.utterance)
+        if gone := [file for file in table.path if not (os.path.isabs(file) and os.path.exists(file))]:
+            raise PartitionError(f"{path}: {gone[0]} is no absolute path of a file; {len(gone)} are not")
+        if part == "train" and not (table.samples >= SHORTEST).any():
+            raise PartitionError(f"{path} lists no utterance that is long enough; give it longer speech")

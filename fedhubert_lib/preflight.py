@@ -108,6 +108,19 @@ def _model(folder: str) -> Any:
     return pretrained.load(folder, weights=False)[0] if folder else None
 
 
+def _initial(p: params.Pretrain, *_: Any) -> None:
+    """Whether the checkpoint to start from is of the sizes that are asked for: a model that is trained on keeps its."""
+    if (model := _model(p.initial)) is None:
+        return
+    sizes = {"layers": model.config.num_hidden_layers, "hidden_size": model.config.hidden_size}
+    sizes |= {"attention_heads": model.config.num_attention_heads, "feed_forward_size": model.config.intermediate_size}
+    for name, size in sizes.items():
+        if getattr(p, name) not in (None, size):
+            raise ValueError(
+                f"{p.initial} has {name} {size}, but {getattr(p, name)} is given; set it to {size}, or null"
+            )
+
+
 def _cohort(p: Any, run: Path, _: Any, coming: Container[str]) -> None:
     if "partition" not in coming and (run / "01_partition" / "clients.parquet").is_file():
         clients = len(federated.client_ids(run, "" if "kmeans" in coming else p.codebook))
@@ -209,7 +222,7 @@ CHECKS: tuple[tuple[Any, str, Callable[..., object]], ...] = (
     (params.Federation, "cohort", _cohort),
     (params.Federation, "codebook", _labels),
     (params.Federation, "local_state", _kept),
-    (params.Pretrain, "initial", lambda p, *_: _model(p.initial)),
+    (params.Pretrain, "initial", _initial),
     (params.Distill, "teacher", _teacher),
     (params.Evaluate, "checkpoint", lambda p, *_: _model(p.checkpoint)),
     (params.Evaluate, "run", _taught),

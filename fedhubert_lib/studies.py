@@ -251,6 +251,8 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
             places[tuple(node.value for node in key)] = place
     if (base := raw.pop("base", None)) is None:
         return raw, places
+    if "\0" in str(base):
+        raise ParameterError(f"{places['base',]}: base: {base!r} is no name of a file")
     under = path.parent / os.path.expanduser(str(base))
     if under.resolve() in (path.resolve(), *above):
         raise ParameterError(f"{places['base',]}: base: {base} builds on this file; name another")

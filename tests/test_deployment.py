@@ -179,12 +179,26 @@ def test_a_temporary_folder_whose_path_is_too_long_for_a_socket_is_named(folder,
         moved.rename(folder)
 
 
-def test_a_client_without_speech_does_not_start_its_node(folder, tmp_path, monkeypatch):
+def test_a_client_whose_lists_cannot_be_used_does_not_start_its_node(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(deployment, "_start", lambda *_: pytest.fail("started"))
     lists = tmp_path / "01_partition" / "clients" / "client-001"
     lists.mkdir(parents=True)
-    pd.DataFrame({"samples": [8_000]}).to_parquet(lists / "train.parquet")
-    with pytest.raises(deployment.DeploymentError, match="client-001: train.parquet lists no utterance"):
+    (tmp_path / "a.flac").touch()
+    good = {"utterance": ["a"], "path": [str(tmp_path / "a.flac")], "speaker": ["84"], "samples": [16_000]}
+    for changes, reason in (
+        ({"samples": [8_000]}, "train.parquet lists no utterance that is long enough"),
+        ({"samples": [1.5]}, "train.parquet: column samples holds float64"),
+        ({"speaker": [84]}, "train.parquet: column speaker holds something else than text"),
+        ({"path": ["a.flac"]}, "train.parquet: a.flac is no absolute path"),
+        ({"path": ["/gone.flac"]}, "train.parquet: /gone.flac is no absolute path of a file"),
+        ({}, "validation.parquet: a is listed twice"),
+    ):
+        pd.DataFrame(good | changes).to_parquet(lists / "train.parquet")
+        pd.DataFrame(good).to_parquet(lists / "validation.parquet")
+        with pytest.raises(deployment.DeploymentError, match=f"client-001/{reason}"):
+            deployment.attend(folder / "nodes" / "client-001", tmp_path)
+    pd.DataFrame(good)[["path", "samples"]].to_parquet(lists / "train.parquet")
+    with pytest.raises(deployment.DeploymentError, match="train.parquet: no column speaker, utterance"):
         deployment.attend(folder / "nodes" / "client-001", tmp_path)
 
 

@@ -832,6 +832,19 @@ def test_failed_client_stops_the_stage_and_is_tried_again_alone(run, action, mon
         assert {Path(path).name[:2] for path in read} == {"s1", "s3"}  # client-001, and public speech
 
 
+@pytest.mark.parametrize("kind", ["client", "aligned"])
+def test_a_client_that_was_away_when_the_others_fitted_their_codebooks_fits_its_later(run, kind):
+    rows = [{"client": f"client-00{number}", "train_utterances": 4, "hours": 0.01} for number in range(3)]
+    pandas.DataFrame(rows).to_parquet(run / "01_partition" / "clients.parquet")
+    clients = Direct(run)
+    clients.failing = {"client-001": "kmeans.fit", "client-002": "kmeans.label"}
+    kmeans.run(run, settings(codebooks=[kind], missing_clients=1), clients)
+    assert federated.client_ids(run, kind) == ["client-000", "client-001"]
+    clients.failing = {}
+    assert kmeans.run(run, settings(codebooks=[kind]), clients).loc[kind, "clients"] == 3
+    assert federated.client_ids(run, kind) == [row["client"] for row in rows]
+
+
 def test_missing_clients_are_left_out_of_training(run):
     """As many as the study states: pretraining and its pooled twin then use exactly the clients that have labels."""
     rows = [{"client": f"client-00{number}", "train_utterances": 4, "hours": 0.01} for number in range(3)]
@@ -847,7 +860,13 @@ def test_missing_clients_are_left_out_of_training(run):
     assert len(owned) == 2 and set(pooled.utterances(homes.values())["utterance"]) == set.union(*owned)
     with federated.connect(run, codebook="federated") as connected:
         assert connected.ids == ["client-000", "client-002"]
+    clients.failing = {}
+    assert kmeans.run(run, settings(missing_clients=1), clients).loc["federated", "clients"] == 2, "nothing to do"
+    before = codebook(run)
+    assert kmeans.run(run, settings(), clients).loc["federated", "clients"] == 3, "it is wanted now, and back"
+    np.testing.assert_array_equal(codebook(run), before)
     shutil.rmtree(run / "02_kmeans")
+    clients.failing = {"client-001": "kmeans.features"}
     clients.failing |= {"client-002": "kmeans.lloyd"}
     kmeans.run(run, settings(missing_clients=1), clients)  # one at a time: client-002 has labels
     shutil.rmtree(run / "02_kmeans")
@@ -1292,6 +1311,25 @@ def test_a_layer_is_scored_on_frames_whose_phone_is_known(monkeypatch, tmp_path)
     p = params.Kmeans(features="x", layer="auto", clusters=2)
     assert hidden.choose(tmp_path, p, "cpu", rows.append) == 1
     assert rows[0]["scores"] == pytest.approx([1.0, 0.0])
+
+
+def test_pieces_of_a_long_recording_are_equal(tmp_path, monkeypatch):
+    """A rest of a few frames would be no speech to a model."""
+    monkeypatch.setattr(reading, "BATCH_SAMPLES", 100 * audio.HOP)
+    heard = []
+
+    def states(model, waveforms, layers, device):
+        heard.extend(audio.frame_count(len(waveform)) for waveform in waveforms)
+        return [torch.zeros(1, heard[-1], 2) for _ in waveforms]
+
+    monkeypatch.setattr(hidden, "model_of", lambda *_: None)
+    monkeypatch.setattr(hidden, "states", states)
+    samples = 202 * audio.HOP + 100
+    soundfile.write(path := tmp_path / "long.wav", np.zeros(samples), audio.SAMPLE_RATE)
+    table = pandas.DataFrame({"utterance": ["long"], "path": [str(path)], "speaker": ["a"], "samples": [samples]})
+    config = {"features": "hidden", "layer": 1}
+    ((_, (frames,)),) = reading.extracted({}, config, table, "cpu")
+    assert heard == [68, 68, 66] and frames.shape[1] == audio.frame_count(samples) == sum(heard)
 
 
 def test_states_of_a_model_that_hears_speech_normalised_do_not_know_its_scale():

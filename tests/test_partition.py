@@ -201,7 +201,9 @@ def test_validation_mask_leaves_something_to_train_on():
         assert not mask[4] and np.bincount(client[mask]).tolist() == [0, 1, 2]
         more = np.where(np.arange(6) > 3, 16_000, 8_000)  # one of two
         mask = partition.validation_mask(client, more, params.Partition(validation_fraction=0.5, seed=seed))
-        assert not mask[4:].all() and np.bincount(client[mask]).tolist() == [0, 1, 2]
+        assert mask[4:].sum() == 1 and np.bincount(client[mask]).tolist() == [0, 1, 2], "and the other is validated on"
+        mask = partition.validation_mask(client, more, params.Partition(validation_fraction=0.01, seed=seed))
+        assert mask[4:].sum() == 1 and np.bincount(client[mask]).tolist() == [0, 1, 1]
 
 
 def test_client_names_sort_as_numbers():

@@ -88,6 +88,18 @@ def test_the_teacher_to_come_is_judged_by_the_parameters_of_pretraining(tmp_path
     assert not problems(tmp_path, *same, *others, first="distill"), "one that is there is judged as it is"
 
 
+def test_a_checkpoint_of_other_sizes_than_are_set_is_refused(tmp_path):
+    small = hubert.preset("small", num_hidden_layers=2, hidden_size=64, num_attention_heads=2)
+    pretrained.save(tmp_path / "checkpoint", hubert.Hubert(small))
+    start = f"pretrain.initial={tmp_path / 'checkpoint'}"
+    wanted = ["pretrain.layers=2", "pretrain.hidden_size=64", "pretrain.attention_heads=null"]
+    wanted += ["pretrain.feed_forward_size=null", "pretrain.conv_width=null"]
+    assert not problems(tmp_path, start, *wanted)
+    assert "has layers 2, but 6 is given; set it to 2, or null" in problems(
+        tmp_path, start, *wanted, "pretrain.layers=6"
+    )
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = problems(tmp_path, "kmeans.device=cuda", "evaluate.device=cuda:1", "distill.device=cpu")

@@ -38,16 +38,16 @@ def write(
     *,
     codebook: Path | None = None,
     layer: int | None = None,
-    clusters: int = 100,
-    seed: int = 0,
+    clusters: int | None = None,
+    seed: int | None = None,
     deduplicate: bool = False,
     device: str = "cpu",
 ) -> dict[str, float]:
     """Write the units of all recordings in ``folder`` to the text file ``out``; returns what it holds.
 
-    ``codebook`` is the file of an earlier call. Without it, ``clusters`` are fitted on ``layer`` (1 is the first; the
-    default is the middle one) from ``seed`` and kept beside ``out``, named OUT.codebook.safetensors. The same call
-    after one that was killed takes them from there, and resumes OUT.ID.part, which becomes ``out`` when it is whole.
+    ``codebook`` is the file of an earlier call. Without it, ``clusters`` (100) are fitted on ``layer`` (1 is the first;
+    the default is the middle one) from ``seed`` (0) and kept beside ``out``, named OUT.codebook.safetensors. The same
+    call after one that was killed takes them from there, and resumes OUT.ID.part, which becomes ``out`` when whole.
 
     Raises ExportError where ``out`` exists or is being written, a recording cannot be used, or the codebook belongs to
     another model.
@@ -58,16 +58,15 @@ def write(
     model = pretrained.load(checkpoint)[0].to(device)
     table = recordings(folder)
     place = codebook or out.with_name(f"{out.name}.codebook.safetensors")
+    asked = {"layer": layer, "clusters": clusters, "seed": seed}
     made: dict[str, Any] = {"model": digest(model.state_dict())}
+    made |= {name: value for name, value in asked.items() if value is not None}
     speech = _hash(table[["name", "samples", "fingerprint"]].to_csv())
     depth = model.config.num_hidden_layers
-    if layer is not None:
-        made["layer"] = layer
-        if not 1 <= layer <= depth:
-            raise ExportError(f"layer {layer} asked for; the layers of {checkpoint} are 1 to {depth}")
+    if layer is not None and not 1 <= layer <= depth:
+        raise ExportError(f"layer {layer} asked for; the layers of {checkpoint} are 1 to {depth}")
     if codebook is None:
-        made = {"layer": max(1, depth // 2), "clusters": clusters, "seed": seed} | made
-        made["speech"] = speech
+        made = {"layer": max(1, depth // 2), "clusters": 100, "seed": 0} | made | {"speech": speech}
     out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is told before k-means
     with files.locked(out.with_name(f".{out.name}.lock")) as free, files.naming(out):
         if not free or out.exists():

@@ -171,7 +171,7 @@ def extracted(
     """Features of each batch of utterances of ``table``, computed: float32 [L, frames, D] for each utterance.
 
     Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint. Recordings longer than a batch
-    are read in pieces; their MFCCs are those of the whole, to the bit.
+    are read in equal pieces, by which a model that asks for it normalises; MFCCs are those of the whole, to the bit.
     """
     hidden = optional("hidden") if config["features"] == "hidden" else None
     model = hidden and hidden.model_of(arrays, config, device)
@@ -183,7 +183,8 @@ def extracted(
         return [frames[None, ::2] for frames in features.mfcc([waveform.to(device) for waveform in waveforms])]
 
     def in_pieces(path: str, samples: int) -> Tensor:
-        count, size, parts = audio.frame_count(samples), BATCH_SAMPLES // audio.HOP, []
+        count, parts = audio.frame_count(samples), []
+        size = -(-count // -(-count * audio.HOP // BATCH_SAMPLES))  # equal ones, as in hidden.states
         for first in range(0, count, size):
             last, start = min(count, first + size), max(0, first * audio.HOP - beside)
             stop = min(samples, (last - 1) * audio.HOP + audio.RECEPTIVE_FIELD + beside)
