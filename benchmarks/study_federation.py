@@ -100,7 +100,9 @@ def _sized(clients: int, pooled: tuple[float, ...], server_rates: tuple[float, .
     return {
         **_tried(f"pooled, {name}", size, *((rate,) for rate in pooled)),
         **_tried(f"FedAvg, {name}", size, *((0.004, rate) for rate in server_rates)),
-        **_tried(f"FedAvg, cohort's moments, {name}", size | COHORT, (0.004, 1.0), (0.004, 1.5), (0.006, 1.0)),
+        **_tried(
+            f"FedAvg, cohort's moments, {name}", size | COHORT, (0.003, 1.0), (0.004, 1.0), (0.004, 1.5), (0.006, 1.0)
+        ),
     }
 
 
@@ -128,8 +130,8 @@ TAUGHT: dict[str, dict[str, Any]] = {
 """Beside labels alone."""
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
-        **_sized(4, (0.003, 0.004, 0.006), (1.0, 1.5, 2.0)),
-        **_sized(16, (0.004, 0.006, 0.008), (1.5, 2.0, 3.0)),
+        **_sized(4, (0.002, 0.003, 0.004, 0.006), (1.0, 1.5, 2.0)),
+        **_sized(16, (0.003, 0.004, 0.006, 0.008), (1.5, 2.0, 3.0)),
         **_tried("pooled", {}, (0.003,), (0.004,), (0.006,), (0.008,)),
         **_tried("FedAvg", {}, (0.004, 1.5), (0.004, 2.0), (0.006, 1.5), (0.008, 1.0), (0.008, 1.5)),
         **_tried("Nesterov", NESTEROV, (0.004, 0.7, 0.6), (0.004, 0.5, 0.8), (0.003, 0.7, 0.7)),
