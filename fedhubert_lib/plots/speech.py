@@ -37,10 +37,10 @@ def clients(held: pd.DataFrame) -> Figure:
     for panel, (title, label, values, colour) in zip(axes, bars, strict=True):
         values = values.to_numpy(float)
         if label == "length (s)":
-            panel.bar(place, held.longest - held.shortest, bottom=held.shortest, color=colour)
+            _bars(panel, held.longest, colour, held.shortest)
             panel.hlines(values, place - 0.4, place + 0.4, color=style.BLACK)
         else:
-            panel.bar(place, values, color=colour)
+            _bars(panel, values, colour)
         if np.isfinite(values).any():
             panel.axhline(np.nanmedian(values), color=style.BLACK, linestyle=":")
         style.ticks(panel.xaxis, held.index)
@@ -85,10 +85,12 @@ def partition_schemes(schemes: Mapping[str, pd.DataFrame], summaries: Mapping[st
     return figure
 
 
-def _bars(panel: Axes, values: pd.Series, colour: str) -> None:
-    """Bars as one patch with gaps: 4,600 patches of 2,300 clients take 17 s."""
-    edges = (np.arange(len(values))[:, None] + [-0.4, 0.4]).ravel()
-    panel.stairs(np.column_stack([values, values * np.nan]).ravel()[:-1], edges, fill=True, color=colour)
+def _bars(panel: Axes, tops: Any, colour: str, bottoms: Any = 0.0) -> None:
+    """Bars from ``bottoms`` to ``tops`` [clients] as one patch with gaps: 4,600 patches of 2,300 clients take 17 s."""
+    edges = (np.arange(len(tops))[:, None] + [-0.4, 0.4]).ravel()
+    steps = np.column_stack([tops, np.full(len(tops), np.nan)]).ravel()[:-1]
+    baseline = np.repeat(np.broadcast_to(bottoms, len(tops)), 2)[:-1]
+    panel.stairs(steps, edges, baseline=baseline, fill=True, color=colour)
 
 
 @style.styled
