@@ -221,7 +221,8 @@ def _deploy(options: argparse.Namespace) -> int | None:
                 deployment.add_client(folder, client)
         print(f"registered: {', '.join(deployment.register(folder)) or 'no new client'}")
     elif options.step == "client":
-        deployment.attend(options.node, run, options.device)
+        with _refusing():
+            deployment.attend(options.node, run, options.device)
     else:
         deployment.check_records(run)
         run = run.resolve()

@@ -321,7 +321,7 @@ class Pretrain(Federation):
 
     codebook: Codebook = Field("federated", description="codebook whose labels are predicted")
     head: Literal["shared", "personal"] = Field("shared", description="personal: each client keeps its own")
-    initial: Place = Field("", description="checkpoint folder to start from, as it is; empty: random weights")
+    initial: Place = Field("", description="checkpoint folder to start from, with its sizes; empty: random weights")
 
 
 class Distill(Federation):

@@ -264,9 +264,8 @@ def _at_least(client: np.ndarray, table: pd.DataFrame, p: params.Partition) -> n
 def validation_mask(client: np.ndarray, samples: np.ndarray, p: params.Partition) -> np.ndarray:
     """Which rows are for validation: ``p.validation_fraction`` of each client's utterances, rounded; bool [utterances].
 
-    At least one where the fraction is not zero and the client has two; a client always keeps one to train on. Where
-    some are long enough to be used, of ``samples`` [utterances], that is one of them, and so is one for validation
-    where there are two.
+    At least one where the fraction is not zero and the client has two; a client always keeps one to train on. That one
+    is long enough to be used, of ``samples`` [utterances], where any is, and one for validation is where two are.
     """
     draw = pd.Series(seeds.numpy_generator(p.seed, "partition", "validation").random(len(client)))
     usable = draw.where(samples >= SHORTEST).groupby(client)
@@ -326,7 +325,7 @@ def check_lists(data: Path) -> None:
             raise PartitionError(f"{path}: no column {', '.join(sorted(missing))}")
         for column in ("utterance", "path", "speaker"):
             if not all(isinstance(value, str) and value for value in table[column]):
-                raise PartitionError(f"{path}: column {column} holds something else than text")
+                raise PartitionError(f"{path}: column {column} holds something other than text")
         if len(table) and table.samples.dtype.kind not in "iu":
             raise PartitionError(
                 f"{path}: column samples holds {table.samples.dtype}; the length at 16 kHz is expected"
@@ -334,7 +333,7 @@ def check_lists(data: Path) -> None:
         if twice := listed.intersection(table.utterance) or set(table.utterance[table.utterance.duplicated()]):
             raise PartitionError(f"{path}: {min(twice)} is listed twice; give each utterance its name")
         listed.update(table.utterance)
-        if gone := [file for file in table.path if not (os.path.isabs(file) and os.path.exists(file))]:
-            raise PartitionError(f"{path}: {gone[0]} is no absolute path of a file; {len(gone)} are not")
+        if gone := [file for file in table.path if not (os.path.isabs(file) and os.path.isfile(file))]:
+            raise PartitionError(f"{path}: {gone[0]}: no such file, or no absolute path ({len(gone)} such rows)")
         if part == "train" and not (table.samples >= SHORTEST).any():
-            raise PartitionError(f"{path} lists no utterance that is long enough; give it longer speech")
+            raise PartitionError(f"{path}: lists no utterance that is long enough; give it longer speech")

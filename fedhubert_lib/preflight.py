@@ -108,9 +108,10 @@ def _model(folder: str) -> Any:
     return pretrained.load(folder, weights=False)[0] if folder else None
 
 
-def _initial(p: params.Pretrain, *_: Any) -> None:
-    """Whether the checkpoint to start from is of the sizes that are asked for: a model that is trained on keeps its."""
-    if (model := _model(p.initial)) is None:
+def _initial(p: params.Pretrain, run: Path, *_: Any) -> None:
+    """Whether the checkpoint to start from has the sizes that are set: a model that is trained on keeps its sizes."""
+    model = _model(p.initial)
+    if model is None or (run / "03_pretrain" / "checkpoints").exists():  # begun when these sizes were ignored
         return
     sizes = {"layers": model.config.num_hidden_layers, "hidden_size": model.config.hidden_size}
     sizes |= {"attention_heads": model.config.num_attention_heads, "feed_forward_size": model.config.intermediate_size}

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fedhubert_lib import cli, params
+from fedhubert_lib import cli, params, partition
 from fedhubert_lib.federated import deployment
 
 CLIENTS = ["client-000", "client-001"]
@@ -186,19 +186,19 @@ def test_a_client_whose_lists_cannot_be_used_does_not_start_its_node(folder, tmp
     (tmp_path / "a.flac").touch()
     good = {"utterance": ["a"], "path": [str(tmp_path / "a.flac")], "speaker": ["84"], "samples": [16_000]}
     for changes, reason in (
-        ({"samples": [8_000]}, "train.parquet lists no utterance that is long enough"),
+        ({"samples": [8_000]}, "train.parquet: lists no utterance that is long enough"),
         ({"samples": [1.5]}, "train.parquet: column samples holds float64"),
-        ({"speaker": [84]}, "train.parquet: column speaker holds something else than text"),
-        ({"path": ["a.flac"]}, "train.parquet: a.flac is no absolute path"),
-        ({"path": ["/gone.flac"]}, "train.parquet: /gone.flac is no absolute path of a file"),
+        ({"speaker": [84]}, "train.parquet: column speaker holds something other than text"),
+        ({"path": ["a.flac"]}, "train.parquet: a.flac: no such file, or no absolute path"),
+        ({"path": ["/gone.flac"]}, "train.parquet: /gone.flac: no such file"),
         ({}, "validation.parquet: a is listed twice"),
     ):
         pd.DataFrame(good | changes).to_parquet(lists / "train.parquet")
         pd.DataFrame(good).to_parquet(lists / "validation.parquet")
-        with pytest.raises(deployment.DeploymentError, match=f"client-001/{reason}"):
+        with pytest.raises(partition.PartitionError, match=f"client-001/{reason}"):
             deployment.attend(folder / "nodes" / "client-001", tmp_path)
     pd.DataFrame(good)[["path", "samples"]].to_parquet(lists / "train.parquet")
-    with pytest.raises(deployment.DeploymentError, match="train.parquet: no column speaker, utterance"):
+    with pytest.raises(partition.PartitionError, match="train.parquet: no column speaker, utterance"):
         deployment.attend(folder / "nodes" / "client-001", tmp_path)
 
 

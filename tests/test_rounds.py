@@ -306,7 +306,7 @@ def test_a_node_that_was_restarted_while_it_worked_holds_up_no_round(run, monkey
         monkeypatch.setattr(flower, name, 0)
     monkeypatch.setitem(handlers.HANDLERS, "toy.mark", lambda *_: ({}, {"mark": 1.0}))
     clients = flower.GridClients(Restarted(run, CLIENTS, monkeypatch), CLIENTS)
-    answers = list(clients.ask("toy.mark"))
+    answers = list(clients.ask("toy.mark", timeout=30))
     assert [answer.client for answer in answers if isinstance(answer, protocol.Reply)] == CLIENTS[:2] + CLIENTS[3:]
     assert answers[2].reason == "its node left while it worked"
 
@@ -327,12 +327,37 @@ def test_a_node_whose_name_was_lost_is_asked_again(run, monkeypatch):
 
     pull_messages = grid.pull_messages
     monkeypatch.setattr(grid, "pull_messages", pulled)
-    clients = flower.GridClients(grid, CLIENTS)
-    clock[0] = 1.0
-    seen = []
-    for clock[0] in (1.0, 100.0, 300.0, 301.0):
+    clients, seen = flower.GridClients(grid, CLIENTS), []
+    for clock[0] in (1.0, 100.0, 300.0):
         seen.append(CLIENTS[0] in clients.connected(-1))
-    assert seen == [False, False, False, True]
+    assert seen == [False, False, True]
+
+
+def test_a_node_that_was_busy_joins_however_seldom_it_is_looked_for(run, monkeypatch):
+    """Its name comes within its message's time, and the next round begins after that."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(flower, "POLL_SECONDS", 0)
+    monkeypatch.setattr(time, "sleep", lambda _: clock.__setitem__(0, clock[0] + 20.0))
+    grid = Forgetful(run, CLIENTS, monkeypatch)
+
+    def pulled(identifiers):
+        for name in identifiers:
+            message = grid._waiting.get(name)
+            action = message.content["request"]["action"] if message else ""
+            busy = message and message.dst_node_id == 2 and action == "identify" and clock[0] < 150
+            slow = message and message.dst_node_id == 5 and action == "toy.mark" and clock[0] < 600
+            if not busy and not slow:
+                yield from pull_messages([name])
+
+    pull_messages = grid.pull_messages
+    monkeypatch.setattr(grid, "pull_messages", pulled)
+    monkeypatch.setattr(grid, "configs", {n: c for n, c in grid.configs.items() if n != 3})
+    monkeypatch.setitem(handlers.HANDLERS, "toy.mark", lambda *_: ({}, {"mark": 1.0}))
+    clients = flower.GridClients(grid, CLIENTS)
+    first = {answer.client for answer in clients.ask("toy.mark") if isinstance(answer, protocol.Reply)}
+    assert CLIENTS[0] not in first and CLIENTS[3] in first and clock[0] >= 600
+    assert CLIENTS[0] in clients.connected(-1)
 
 
 def test_requests_to_clients_that_are_not_connected_are_no_bytes(run, monkeypatch):
@@ -729,13 +754,17 @@ def test_names_that_no_file_holds_are_their_clients_failure(tmp_path):
     stage, server = multiprocessing.Pipe()
     request = {"action": "a", "config": {}, "clients": CLIENTS[:2], "timeout": None}
     wire.write(path := tmp_path / "request-0", request, {})
-    for sent in (str(path), wire.NEXT, wire.NEXT, wire.END):
-        wire.send(stage, sent)
     answers = []
-    monitor = threading.Thread(target=lambda: answers.extend(wire.read_answer(Path(wire.receive(stage))) for _ in "ab"))
-    monitor.start()
+
+    def asking():
+        wire.send(stage, str(path))
+        for _ in CLIENTS[:2]:
+            wire.send(stage, wire.NEXT)
+            answers.append(wire.read_answer(Path(wire.receive(stage))))
+        wire.send(stage, wire.END)
+
+    threading.Thread(target=asking, daemon=True).start()
     wire.serve(server, Talkative(CLIENTS[:2]))
-    monitor.join()
     assert "its answer is not passed on" in answers[0].reason
     assert answers[1].metrics == {"x": 1.0}
 

@@ -49,8 +49,8 @@ def write(
     the default is the middle one) from ``seed`` (0) and kept beside ``out``, named OUT.codebook.safetensors. The same
     call after one that was killed takes them from there, and resumes OUT.ID.part, which becomes ``out`` when whole.
 
-    Raises ExportError where ``out`` exists or is being written, a recording cannot be used, or the codebook belongs to
-    another model.
+    Raises ExportError where ``out`` exists or is being written, a recording cannot be used, or the codebook is of
+    another model or of other settings than are given.
     """
     if out.exists():
         raise ExportError(f"{out} is there already; name another, or remove it")
@@ -157,7 +157,7 @@ def _read(place: Path, expected: dict[str, Any]) -> tuple[Tensor, int]:
         raise ExportError(f"{place}: no codebook of fedhubert units ({error})") from error
     if differing := [name for name, value in expected.items() if made.get(name) != value]:
         raise ExportError(
-            f"{place}: made with another {', '.join(differing)}; name another output, or give what it is of"
+            f"{place}: made with another {' and another '.join(differing)}; name another output, or give what it is of"
         )
     return centroids, layer
 

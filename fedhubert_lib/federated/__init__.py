@@ -36,7 +36,7 @@ def connect(run: Path, engine: str = "inprocess", device: str = "cpu", codebook:
     has not been written.
     """
     ids = client_ids(run, codebook)
-    if engine not in ("ray", "deployment") or device == "auto":  # whose machines may have other devices than this one
+    if engine not in ("ray", "deployment") or device == "auto":  # clients may have other devices
         device = resources.resolve(device)
     module = importlib.import_module(f"fedhubert_lib.federated.{engine}")  # Ray, and Flower, only where chosen
     with module.connect(run, ids, device) as clients:

@@ -248,14 +248,11 @@ def _superlink(folder: Path, bind: str | None = None, log: Path | None = None) -
 def attend(node: Path, run: Path, device: str = "cpu") -> NoReturn:
     """Run a client's SuperNode until this process is stopped, and start it anew when it ends.
 
-    A server that was restarted knows its key, not its session. Raises DeploymentError where ``run`` lists nothing
-    that this client can train on.
+    A server that was restarted knows its key, not its session. Raises PartitionError where the lists in ``run``
+    cannot be used.
     """
     client = json.loads((node / "node.json").read_text(encoding="utf-8"))["client"]
-    try:
-        partition.check_lists(run / "01_partition" / "clients" / client)
-    except partition.PartitionError as error:
-        raise DeploymentError(str(error)) from error
+    partition.check_lists(run / "01_partition" / "clients" / client)
     while True:
         supernode = _start(supernode_command(node, run, device), node)
         try:

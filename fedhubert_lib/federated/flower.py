@@ -91,7 +91,8 @@ class GridClients(Clients):
     def answers(self, request: Request) -> Answers:
         """A client that is not connected is a Failure, not an exception. One that is late costs its answer alone.
 
-        Flower hands a message out once: a node that was seen to be away, however briefly, will not answer any more.
+        A node that was seen to be away, however briefly, is not waited for: Flower hands a message out once, and the
+        process that took it may be gone.
         """
         self._late = [identifier for identifier in self._late if not self._pull([identifier])]
         connected = self.connected()
@@ -123,25 +124,29 @@ class GridClients(Clients):
         taken whenever it comes, and a node that failed is asked again. A client that two nodes say they are is neither.
         """
         nodes = set(self._grid.get_node_ids())
+        self._take_names()
         if unnamed := sorted(nodes - {*self._names, *self._asked.values()}):
             sent = self._push(Request("identify", {}, {}, (), IDENTIFY_SECONDS), unnamed)
             self._asked |= {identifier: node for identifier, node in zip(sent, unnamed, strict=True) if identifier}
         new, deadline = set(unnamed) - self._met, time.monotonic() + (IDENTIFY_SECONDS if seconds is None else seconds)
         self._met |= new
-        while self._asked:
-            for message in self._pull(list(self._asked)):
-                node = self._asked.pop(message.metadata.reply_to_message_id, None)  # a node may send what it likes
-                if node is not None and not message.has_error():
-                    records: Mapping[str, Any] = message.content
-                    self._names[node] = str(records.get("client", {}).get("id"))
-            if new.isdisjoint(self._asked.values()) or time.monotonic() > deadline:
-                break
+        self._take_names()
+        while not new.isdisjoint(self._asked.values()) and time.monotonic() <= deadline:
             time.sleep(POLL_SECONDS)
+            self._take_names()
         here = {node: name for node, name in self._names.items() if node in nodes and name in self.ids}
         counts = Counter(here.values())
         for name in [name for name, count in counts.items() if count > 1]:
             logger.warning("%d nodes say that they are %r; left out until one is left", counts[name], name)
         return {name: node for node, name in here.items() if counts[name] == 1}
+
+    def _take_names(self) -> None:
+        """Read the names that have come."""
+        for message in self._pull(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(message.metadata.reply_to_message_id, None)  # a node may send what it likes
+            if node is not None and not message.has_error():
+                records: Mapping[str, Any] = message.content
+                self._names[node] = str(records.get("client", {}).get("id"))
 
     def _push(self, request: Request, nodes: Sequence[int]) -> list[Any]:
         """Send ``request`` to ``nodes``: Flower's identifier of the message to each, or None.
@@ -165,6 +170,7 @@ class GridClients(Clients):
             if now >= self._looked + LOOK_SECONDS:
                 self._looked, here = now, set(self._grid.get_node_ids())
                 away |= {client for client, node in nodes.items() if node not in here}
+                self._take_names()  # before Flower forgets them
             lost = name in away  # before the last look for its answer
             for message in self._pull([identifier]):
                 if message.metadata.reply_to_message_id == identifier:  # not one that another node has slipped in
@@ -179,7 +185,7 @@ class GridClients(Clients):
             return list(self._grid.pull_messages(identifiers))
         except Exception:  # bytes of others raise what they like; Flower has dropped them, and now says so
             logger.warning("an answer could not be unpacked", exc_info=True)
-            if len(identifiers) > 1:  # there may be another
+            if len(identifiers) > 1:  # another may be as bad: one by one
                 return [message for identifier in identifiers for message in self._pull([identifier])]
             return list(self._grid.pull_messages(identifiers))
 

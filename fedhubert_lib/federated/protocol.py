@@ -63,7 +63,7 @@ class Failure:
     client: str
     reason: str
     reached: bool = True
-    """Whether the request has travelled to it."""
+    """Whether the request was sent to it."""
 
 
 @dataclass(frozen=True)

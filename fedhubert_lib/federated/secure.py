@@ -179,5 +179,5 @@ def public_key(arrays: Mapping[str, Tensor]) -> str:
     try:  # a point of low order would make the exchange of each of its peers fail
         X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(content))
     except ValueError:
-        raise UpdateError("its public key makes a secret with nobody") from None
+        raise UpdateError("no secret can be agreed on with its public key") from None
     return content.hex()

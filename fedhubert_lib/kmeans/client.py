@@ -150,7 +150,7 @@ def _kept(home: ClientHome, config: Mapping[str, Any]) -> Path:
 def _codebook(home: ClientHome, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
     """The codebook of the message, or the one kept here, in the order that fits the message's ``reference`` best."""
     if "centroids" not in arrays:
-        fit(home, {}, config)  # where it is a client that was away when the others did
+        fit(home, {}, config)  # nothing to do unless this client was away when the others fitted theirs
         kept, reference = load_file(_kept(home, config)), arrays.get("reference")
         arrays = kept if reference is None else {"centroids": clustering.matched(kept["centroids"], reference)}
     return {name: arrays[name].to(home.device) for name in ARRAYS if name in arrays}

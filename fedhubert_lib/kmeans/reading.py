@@ -171,7 +171,8 @@ def extracted(
     """Features of each batch of utterances of ``table``, computed: float32 [L, frames, D] for each utterance.
 
     Those of the message have L = 1; ``layers`` asks for other layers of its checkpoint. Recordings longer than a batch
-    are read in equal pieces, by which a model that asks for it normalises; MFCCs are those of the whole, to the bit.
+    are read in equal pieces; a model that normalises its input does so piece by piece. MFCCs are those of the whole, to
+    the bit.
     """
     hidden = optional("hidden") if config["features"] == "hidden" else None
     model = hidden and hidden.model_of(arrays, config, device)

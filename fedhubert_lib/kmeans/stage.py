@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ def run(
     settings = json.loads(json.dumps(config | p.model_dump(include={"codebooks", "lloyd_rounds", "tolerance"})))
     if finished.exists():
         stored = json.loads(finished.read_text(encoding="utf-8"))
-        if stored["settings"] == settings and all(_labelled(folder, kind, p, len(clients.ids)) for kind in p.codebooks):
+        if stored["settings"] == settings and all(_labelled(folder, kind, p, clients.ids) for kind in p.codebooks):
             list(clients.ask("kmeans.forget"))  # a start that was killed here had nothing else to do
             return _table(stored["codebooks"])
         finished.unlink()  # codebooks and labels of other settings take the place of those that it is of
@@ -81,14 +81,14 @@ def run(
     return _table(rows)
 
 
-def _labelled(folder: Path, kind: str, p: "Kmeans", clients: int) -> bool:
-    """Whether a codebook and all its labels are still there, of all ``clients`` but those that may miss. Of labels in a
-    real federation the clients alone know."""
+def _labelled(folder: Path, kind: str, p: "Kmeans", ids: Sequence[str]) -> bool:
+    """Whether a codebook and its labels are still there, those of all ``ids`` but as many as may be missing. Of
+    labels in a real federation the clients alone know."""
     path = folder / "codebooks" / kind / "codebook.json"
     if not path.exists():
         return False
-    labelled = json.loads(path.read_text(encoding="utf-8"))["labelled"]
-    if clients - len(labelled) > p.missing_clients:
+    labelled = json.loads(path.read_text(encoding="utf-8")).get("labelled", ids)
+    if len(ids) - len(labelled) > p.missing_clients:
         return False
     folders = (folder / "clients" / client / kind for client in labelled)
     return p.engine == "deployment" or all((of_client / "index.parquet").exists() for of_client in folders)
