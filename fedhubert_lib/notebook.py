@@ -91,7 +91,7 @@ def sounds(clips: Mapping[str, torch.Tensor]) -> None:
 
 
 def _player(waveform: torch.Tensor) -> Audio:
-    samples = waveform[: int(SOUND_SECONDS * audio.SAMPLE_RATE)].numpy()
+    samples = waveform[: int(SOUND_SECONDS * audio.SAMPLE_RATE)].clamp(-1, 1).numpy()  # as a loudspeaker does
     return Audio(samples, rate=audio.SAMPLE_RATE, normalize=False)
 
 

@@ -199,7 +199,9 @@ def _irrelevant(key: str) -> bool:
 
 def _differing(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
     """Parameters that both have, with another value, and in words with which."""
-    return {name: f"{name} ({v}, there {reference[name]})" for name, v in run.items() if v != reference.get(name, v)}
+    differing = {name: (v, reference[name]) for name, v in run.items() if v != reference.get(name, v)}
+    shown = {name: ["nothing" if v == "" else v for v in values] for name, values in differing.items()}
+    return {name: f"{name} ({here}, there {there})" for name, (here, there) in shown.items()}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,10 @@ def memory_limit() -> int:
 
 def _slurm() -> list[int]:
     """Slurm's limit of memory on this node in bytes, if it has set one: a cluster may not enforce it."""
-    return [mebibytes << 20] if (mebibytes := int(os.environ.get("SLURM_MEM_PER_NODE") or 0)) else []
+    node, core, cores = (
+        int(os.environ.get(f"SLURM_{n}") or 0) for n in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
+    )
+    return [mebibytes << 20] if (mebibytes := node or core * cores) else []
 
 
 def free_memory(device: "torch.device") -> int:

@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_718,
+    "library, lines": 16_759,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,

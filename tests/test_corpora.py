@@ -74,6 +74,12 @@ def unscaled_wav(path: Path) -> None:
     soundfile.write(path, RNG.integers(-3_000, 3_000, 8_000).astype("int32"), 16_000, subtype="PCM_32")
 
 
+def sized(content: bytes, size: int, samples: bytes = b"") -> bytes:
+    """A WAV file whose header gives ``size`` bytes, and ``samples`` as the length of its samples."""
+    content = content[:4] + (size - 8).to_bytes(4, "little") + content[8:]
+    return content[:40] + samples + content[40 + len(samples) :]
+
+
 BROKEN = {
     "integers.wav": (integers_wav, "not scaled to"),
     "unscaled.wav": (unscaled_wav, "e-06: not scaled to"),
@@ -91,6 +97,11 @@ BROKEN = {
     "half.wav": (lambda path: path.write_bytes(write(path).read_bytes()[:9_000]), "truncated: 9000 of 32044 bytes"),
     "head.wav": (lambda path: path.write_bytes(write(path).read_bytes()[:20]), "truncated: 20 of 32044 bytes"),
     "stream.wav": (lambda path: path.write_bytes(b"RIFF\xff\xff\xff\xff" + write(path).read_bytes()[8:]), "no length"),
+    "cut.wav": (
+        lambda path: path.write_bytes(sized(write(path).read_bytes(), 20_000)[:20_000]),
+        "19956 of 32000 bytes",
+    ),
+    "killed.wav": (lambda path: path.write_bytes(sized(write(path).read_bytes(), 44, b"\0\0\0\0")), "no length"),
     "dangling.flac": (lambda path: path.symlink_to("nowhere"), "cannot be read: No such file"),
     "loop.flac": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
     "pipe.flac": (lambda path: os.mkfifo(path), "not a plain file"),
@@ -538,6 +549,7 @@ def test_read_textgrids_and_fold_phones(form, tmp_path):
         (textgrid(1.0, [(0.0, 0.6, "AA"), (0.5, 1.0, "B")]), "B from 0.5 to 1.0 s overlaps"),
         (textgrid(1.0, [(0.0, 1.5, "AA")]), "leaves the audio"),
         (textgrid(1.0, [(0.6, 0.5, "AA"), (0.6, 1.0, "B")]), "AA from 0.6 to 0.5"),
+        (textgrid(1.0, [(-0.5, 1.0, "AA")]), "a time below 0: -0.5"),
         (textgrid(1.0, [(0.0, 0.5, "AA")]), "truncated at 0.5 of 1.0 s"),
         (short(textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "B")]))[:-9], "truncated at 0.5 of 1.0 s"),
         (textgrid(1.0, [(0.0, 0.5, "AA"), (0.5, 1.0, "B")])[:-20], "not a complete TextGrid"),

@@ -59,6 +59,9 @@ def test_every_other_file_is_left_out_with_its_reason(tree, tmp_path):
     write(tree / "alone.wav")
     samples, rate = soundfile.read(tree / "ben" / "tuesday" / "1.wav", dtype="int16")
     soundfile.write(tree / "ben" / "z.flac", samples, rate)
+    values = soundfile.read(write(tree / "ben" / "sixteen.wav", 9_001), dtype="int16")[0] / 2**15
+    for subtype in ("PCM_24", "FLOAT"):
+        soundfile.write(tree / "ben" / f"{subtype}.wav", values, rate, subtype=subtype)
     for hidden in (".trash/1.wav", "ana/.2.wav", "ana/.trash/1.wav"):
         write(tree / hidden)
     manifest, excluded = prepare(tmp_path / "run", tree)
@@ -68,6 +71,8 @@ def test_every_other_file_is_left_out_with_its_reason(tree, tmp_path):
     assert reasons.str.startswith("hidden").sum() == 3
     assert reasons[str(tree / "ben" / "monday" / "a" / "1.wav")] == f"same audio as {copy}"
     assert reasons[str(tree / "ben" / "z.flac")] == f"same audio as {tree / 'ben' / 'tuesday' / '1.wav'}"
+    same = [str(tree / "ben" / name) for name in ("FLOAT.wav", "PCM_24.wav", "sixteen.wav")]
+    assert [reasons.get(path) for path in same] == [None, *[f"same audio as {same[0]}"] * 2]
     assert reasons[str(tree / "ana" / "1.wav")] == f"its utterance is already there: {twin}"
     everything = {str(path) for path in tree.rglob("*") if not path.is_dir()}
     assert set(manifest.path) | set(excluded.path) == everything

@@ -124,6 +124,9 @@ def test_padded_clips_of_a_log_mel_export_are_as_alone(checkpoint, tmp_path, mon
     for clip, state in zip(clips, states, strict=True):
         alone = build("pre-norm logmel")(clip[None]).last[0]
         torch.testing.assert_close(state[: len(alone)], alone, atol=1e-4, rtol=0)
+    batch["attention_mask"][1, 399:] = 0
+    with pytest.raises(ValueError, match="clip 1 of the batch has 399 samples"):
+        exported(**batch)
     long = formats.noise(1, 80_000)  # samples that float16 cannot count
     assert (exported.half()(long.half()).last_hidden_state - build("pre-norm logmel")(long).last).abs().max() < 0.1
 
@@ -203,12 +206,19 @@ def written(stage) -> str:
 
 def test_card_of_data_training_and_results(stage):
     text = written(stage)
-    assert text.startswith("---\nlicense: cc-by-4.0\n") and "Not evaluated" in text
+    assert text.startswith("---\nlicense: other\n") and "Not evaluated" in text, "the teacher has one of its own"
     assert "1.00 h, 5 utterances, 2 speakers" in text and "rounds done: unknown" in text
     assert "clients: 2 with 0.1 to 0.9 h of it each, partition scheme unknown" in text
     assert "* distill: no reference curves" in text and "* evaluate: " not in text
     assert "parameters: teacher place, privacy none, rounds 3, codebook federated\n" in text
     assert "Trained on the speech named above, and what place had heard; other" in text
+    before = (stage / "params.yaml").read_text()
+    (stage / "params.yaml").write_text("codebook: federated\nrounds: 3\n")
+    assert "license: cc-by-4.0\n" in written(stage) and "speech: LibriSpeech (CC BY 4.0)" in written(stage)
+    manifest = stage.parent / "00_corpus" / "manifest.parquet"
+    pd.read_parquet(manifest).assign(subset="clinic").to_parquet(manifest)
+    assert "license: other\n" in written(stage) and "speech: folders in the layout of LibriSpeech" in written(stage)
+    (stage / "params.yaml").write_text(before)
     (stage.parent / "02_kmeans").mkdir()
     codebook = stage.parent / "02_kmeans" / "codebooks" / "federated" / "codebook.json"
     files.write_json(codebook, {"labelled": ["client-000"]})  # 02 went on without the other

@@ -158,6 +158,13 @@ def test_sounds_can_be_played_without_a_file(displayed):
     np.testing.assert_allclose(samples, waveform.numpy(), atol=1e-4)
 
 
+def test_sounds_beyond_full_scale_can_be_played(displayed):
+    """Which float WAV files hold, and every resampler makes."""
+    notebook.sounds({"loud": torch.tensor([0.0, 1.3, -1.0001] * 400)})
+    samples, _ = soundfile.read(io.BytesIO(base64.b64decode(displayed[0].data.split("base64,")[1].split('"')[0])))
+    np.testing.assert_allclose(samples[:3], [0, 1, -1], atol=1e-4)
+
+
 def test_properties_are_readable(displayed):
     values = {"git": {"commit": "abc", "dirty": False}, "gpus": [], "peak_memory_bytes": 2**30, "<b>": 1}
     values |= {"bytes": 2**20, "seconds": 150.0, "client_seconds": 9.5}

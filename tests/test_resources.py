@@ -99,6 +99,10 @@ def test_memory_that_slurm_grants_counts_where_a_cluster_enforces_none(monkeypat
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")
     assert resources.memory_limit() == 4 << 30
     assert resources.free_memory(torch.device("cpu")) < (4 << 30) - (100 << 20), "less what this process holds"
+    monkeypatch.delenv("SLURM_MEM_PER_NODE")
+    for name, value in {"MEM_PER_CPU": "1024", "CPUS_ON_NODE": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert resources.memory_limit() == 3 << 30
 
 
 def test_hardware_and_meter_of_this_machine():

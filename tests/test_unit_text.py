@@ -1,9 +1,14 @@
 """Units as text: each line is its recording's alone, codebooks are used again, and what is no speech is refused."""
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import SMALL
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fedhubert_lib import audio, cli, hubert, pretrained, seeds
 from fedhubert_lib.export import formats, unit_text
@@ -41,8 +46,8 @@ def test_a_line_holds_the_nearest_centroids_of_its_recording(checkpoint, folder,
     assert "recordings 4" in capsys.readouterr().out
     written = lines(out)
     assert list(written) == ["a b", "a/one", "a/two", "three"]
-    centroids, layer = unit_text._read(tmp_path / "units.txt.codebook.safetensors", {})
     model = pretrained.load(checkpoint)[0]
+    centroids, layer = unit_text._read(tmp_path / "units.txt.codebook.safetensors", {}, model.config)
     for name in LENGTHS:
         states = model(audio.read(folder / name)[None], hidden_states=True).hidden[layer][0].detach()
         assert written[name.rpartition(".")[0]] == clustering.nearest(states, centroids).tolist()
@@ -161,6 +166,21 @@ def test_what_cannot_be_used_is_named_before_the_work(
     monkeypatch.setattr(hidden, "states", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(formats.ExportError, match=match):
         unit_text.write(checkpoint, folder, tmp_path / "units.txt")
+
+
+def test_a_codebook_that_does_not_fit_the_model_is_refused(folder, checkpoint, tmp_path, monkeypatch):
+    unit_text.write(checkpoint, folder, tmp_path / "units.txt", clusters=3)
+    place = tmp_path / "units.txt.codebook.safetensors"
+    with safe_open(place, "pt") as stored:
+        good, made = stored.get_tensor("centroids"), json.loads(stored.metadata()["units"])
+    monkeypatch.setattr(hidden, "states", lambda *_: pytest.fail("work was begun"))
+    for centroids, layer in (
+        (good * torch.nan, made["layer"]), (good[:, 1:], made["layer"]), (good[0], made["layer"]),
+        (good[:0], made["layer"]), (good, -1), (good, 99),
+    ):  # fmt: skip
+        save_file({"centroids": centroids.contiguous()}, place, {"units": json.dumps(made | {"layer": layer})})
+        with pytest.raises(formats.ExportError, match="do not fit the model"):
+            unit_text.write(checkpoint, folder, tmp_path / "others.txt", codebook=place)
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(folder, checkpoint, tmp_path, monkeypatch):

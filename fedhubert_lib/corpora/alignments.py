@@ -143,8 +143,11 @@ def _alignments(root: Path, samples: dict[str, int], on_progress: Progress) -> I
 def _textgrid(utterance: str, path: Path) -> Alignment:
     """One utterance in Praat's format."""
     try:
+        text = files.read_text(path)
+        if below := re.search(r"^\s*(?:xmin|xmax) *= *(-[\d.]*[1-9].*)", text, re.MULTILINE):  # praatio drops the sign
+            return Alignment(utterance, path, reason=f"has a time below 0: {below[1]:.20}")
         # Not openTextgrid, which refuses intervals that overlap by a rounding of their times.
-        grid = textgrid_io.parseTextgridStr(files.read_text(path), includeEmptyIntervals=True)
+        grid = textgrid_io.parseTextgridStr(text, includeEmptyIntervals=True)
         seconds, tiers = float(grid["xmax"]), {tier["name"]: tier["entries"] for tier in grid["tiers"]}
         if "phones" not in tiers:
             return Alignment(utterance, path, reason=f"no tier phones; it has {', '.join(tiers) or 'none'}")

@@ -11,7 +11,7 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ THREADS = 8
 SAVE_EVERY = 60.0
 """Seconds after which what was read is saved, so that a scan that is killed resumes from there."""
 SUFFIXES = (".flac", ".wav")
+NO_LENGTH = "WAV header gives no length: it was written to a pipe, or its writer was stopped; convert it to a file"
 FLAC_HEADER = 42
 """Bytes of the mark and of STREAMINFO (RFC 9639), which ends with the MD5 of the decoded samples."""
 FLAC_BYTES = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
@@ -66,6 +67,8 @@ def header(path: str, decode: bool = False) -> Header:
             start = file.read(FLAC_HEADER)
             if reason := _unlike_audio(start, status.st_size):
                 return Header(reason=reason)
+            if start[:4] == b"RIFF" and (reason := _cut_wav(file, status.st_size)):
+                return Header(reason=reason)
             try:
                 with soundfile.SoundFile(path) as sound:
                     fingerprint, reason = _flac(sound, start, decode) if start[:4] == b"fLaC" else _wav(sound)
@@ -83,7 +86,7 @@ def _unlike_audio(start: bytes, size: int) -> str:
         return "empty file"
     if start[:4] == b"RIFF":
         if start[4:8] == b"\xff\xff\xff\xff":
-            return "WAV header gives no length: it was written to a pipe; convert it to a file"
+            return NO_LENGTH
         promised = int.from_bytes(start[4:8], "little") + 8
         return f"truncated: {size} of {promised} bytes" if size < promised else ""
     if start[:4] != b"fLaC":
@@ -91,6 +94,19 @@ def _unlike_audio(start: bytes, size: int) -> str:
     if len(start) < FLAC_HEADER or start[4] & 0x7F != 0:
         return "truncated: no complete FLAC header"
     return "" if int.from_bytes(start[18:26], "big") & (1 << 36) - 1 else "FLAC header gives no length"
+
+
+def _cut_wav(file: BinaryIO, size: int) -> str:
+    """Why the samples of a WAV file of ``size`` bytes are not all there, or nothing: libsndfile takes what is there."""
+    place = 12
+    while len(chunk := os.pread(file.fileno(), 8, place)) == 8:
+        length, place = int.from_bytes(chunk[4:], "little"), place + 8
+        if chunk[:4] == b"data":
+            if length == 0xFFFFFFFF or length == 0 < size - place:
+                return NO_LENGTH
+            return f"truncated: {size - place} of {length} bytes of samples" if size - place < length else ""
+        place += length + length % 2
+    return ""
 
 
 def _flac(file: soundfile.SoundFile, start: bytes, decode: bool) -> tuple[str, str]:
@@ -125,8 +141,12 @@ def _wav(file: soundfile.SoundFile) -> tuple[str, str]:
 
 
 def flac_md5(path: str) -> str:
-    """The MD5 that a FLAC file of the same 16 bit samples has in its header."""
-    return hashlib.md5(soundfile.read(path, dtype="int16")[0].tobytes(), usedforsecurity=False).hexdigest()
+    """The MD5 that a FLAC file of the same samples, rounded to 16 bits, has in its header."""
+    decoded = hashlib.md5(usedforsecurity=False)
+    with soundfile.SoundFile(path) as file:
+        for samples in file.blocks(BLOCK, dtype="float64"):
+            decoded.update((samples * 2**15).round().clip(-(2**15), 2**15 - 1).astype("<i2").tobytes())
+    return decoded.hexdigest()
 
 
 def _unfit(file: soundfile.SoundFile) -> str:

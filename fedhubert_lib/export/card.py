@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fedhubert_lib import files, params, pretrained, reference
+from fedhubert_lib.corpora import archives
 from fedhubert_lib.evaluation import cost, systems, tables
 from fedhubert_lib.export.formats import ExportError
 from fedhubert_lib.federated import accounting, client_ids, privacy
@@ -21,8 +22,9 @@ SPEECH = {
     "librispeech": ("cc-by-4.0", "LibriSpeech (CC BY 4.0)"),
     "synthetic": ("apache-2.0", "made by eSpeak NG"),
     "folder": ("other", "a plain folder of speakers"),
+    "layout": ("other", "folders in the layout of LibriSpeech"),
 }
-"""Licence of the model and name of its speech, by the corpus's kind."""
+"""Licence of the model and name of its speech, by the corpus's kind; ``layout``: not the published one."""
 CARD = """\
 ---
 license: {license}
@@ -99,14 +101,15 @@ def export(checkpoint: Path, path: Path) -> dict[str, float]:
     report = None if "evaluate" in stale(run) else read_json(run / "05_evaluate" / "report.json")
     results = [tables.headline(report), *tables.below(report)] if report else []
     span = "mean and 95 % interval over evaluation seeds"
-    licence, source = SPEECH.get(str(kind), ("unknown", "unknown"))
+    published = kind != "librispeech" or set(train.subset) <= archives.PUBLISHED.keys()
+    licence, source = SPEECH.get(str(kind) if published else "layout", ("unknown", "unknown"))
     clients = pd.read_parquet(run / "01_partition" / "clients.parquet")
     clients = clients[clients.client.isin(client_ids(run, p.get("codebook", "")))]  # less those that 02 let go
     rounds = files.rounds(stage / "metrics.jsonl")
     private = any("epsilon" in row for row in rounds)  # which covers no loss, and a card is for others
     losses = [row["loss"] for row in rounds if not private and row["loss"] is not None]
     text = CARD.format(
-        license=licence,
+        license="other" if begun else licence,  # those models have licences of their own
         run=run.name,
         name=STAGES[stage.name],
         config=model.config,

@@ -61,5 +61,10 @@ class FedHubertModel(HubertModel):
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Waveforms [B, S] at 16 kHz, S >= 400, to what ``HubertModel`` returns; ``options`` are its own."""
         mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
-        features = self.log_mel(input_values, mask.sum(-1).long())
+        lengths = mask.sum(-1).long()
+        if lengths.min() < 400:
+            raise ValueError(
+                f"clip {int(lengths.argmin())} of the batch has {int(lengths.min())} samples; give 400 or more"
+            )
+        features = self.log_mel(input_values, lengths)
         return super().forward(features, attention_mask=attention_mask, **options)

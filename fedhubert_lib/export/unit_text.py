@@ -24,7 +24,7 @@ from fedhubert_lib import audio, files, pretrained, resources, seeds, threads, u
 from fedhubert_lib.corpora import scan
 from fedhubert_lib.export.formats import ExportError
 from fedhubert_lib.federated.protocol import digest
-from fedhubert_lib.hubert import Hubert
+from fedhubert_lib.hubert import Hubert, HubertConfig
 from fedhubert_lib.kmeans import clustering, hidden, reading
 
 NAMED = 5
@@ -73,7 +73,7 @@ def write(
             raise ExportError(f"{out}: another process writes it or has done so; name another file")
         if codebook is None and not place.exists():
             _fit(model, table, made, place, device)
-        centroids, layer = _read(place, made)
+        centroids, layer = _read(place, made, model.config)
         same = json.dumps([made, speech, layer, deduplicate, digest({"centroids": centroids})])
         part = out.with_name(f"{out.name}.{_hash(same)}.part")
         written = part.read_bytes() if part.exists() else b""
@@ -147,8 +147,9 @@ def _fit(model: Hubert, table: pd.DataFrame, made: dict[str, Any], place: Path, 
         save_file({"centroids": centroids.float()}, temporary, {"units": json.dumps(made)})
 
 
-def _read(place: Path, expected: dict[str, Any]) -> tuple[Tensor, int]:
-    """Centroids [K, D] and layer of the codebook ``place``. Raises ExportError unless it was made as ``expected``."""
+def _read(place: Path, expected: dict[str, Any], config: HubertConfig) -> tuple[Tensor, int]:
+    """Centroids [K, D] and layer of the codebook ``place``. Raises ExportError unless it was made as ``expected``, and
+    fits the model."""
     try:
         with safe_open(place, "pt") as stored:
             made, centroids = json.loads(stored.metadata()["units"]), stored.get_tensor("centroids")
@@ -159,7 +160,10 @@ def _read(place: Path, expected: dict[str, Any]) -> tuple[Tensor, int]:
         raise ExportError(
             f"{place}: made with another {' and another '.join(differing)}; name another output, or give what it is of"
         )
-    return centroids, layer
+    fits = centroids.ndim == 2 and len(centroids) > 0 and centroids.shape[1] == config.hidden_size
+    if not (fits and centroids.isfinite().all() and 1 <= layer <= config.num_hidden_layers):
+        raise ExportError(f"{place}: its centroids, or its layer {layer}, do not fit the model; name another output")
+    return centroids.float(), layer
 
 
 def _states(model: Hubert, table: pd.DataFrame, layer: int, device: str, title: str) -> Iterator[tuple[str, Tensor]]:
