@@ -109,7 +109,7 @@ def test_curves_need_the_hours_of_every_round_and_leave_out_a_students_loss(tmp_
         ("evaluate.seeds=1", True, None),
         ("corpus.alignments=phones.json", True, None),
         ("kmeans.clusters=30", False, "kmeans.clusters (30, there 20)"),
-        ("pretrain.initial=/a/checkpoint", False, "pretrain.initial (/a/checkpoint, there nothing)"),
+        ("pretrain.initial=/a/checkpoint", True, "pretrain.initial (a folder, there nothing)"),
         ("corpus.minutes=3.0", False, "corpus.minutes"),
         ("pretrain.layers=3", False, "pretrain.layers"),
         ("pretrain.front_end=waveform", False, "pretrain.front_end"),
