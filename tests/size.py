@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_759,
+    "library, lines": 16_761,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,

@@ -301,6 +301,21 @@ def test_provide_refuses_a_folder_that_another_process_unpacks_into(tmp_path, mo
     assert (tmp_path / "LibriSpeech" / "mine").is_dir()
 
 
+def test_what_another_process_has_just_unpacked_is_taken(tmp_path, monkeypatch):
+    """Between the look for the folder and the lock."""
+    publish(monkeypatch, mine=tar({"LibriSpeech/mine/a.txt": b"a"}))
+    (tmp_path / "mine.tar.gz").write_bytes(tar({"LibriSpeech/mine/a.txt": b"a"}))
+    locked = files.locked
+
+    def late(path: Path) -> contextlib.AbstractContextManager[bool]:
+        (tmp_path / "LibriSpeech" / "mine").mkdir(parents=True)
+        return locked(path)
+
+    monkeypatch.setattr(files, "locked", late)
+    provide(tmp_path)
+    assert not list((tmp_path / "LibriSpeech" / "mine").iterdir())
+
+
 def flac(speaker: str, seed: int) -> bytes:
     buffer = io.BytesIO()
     samples = np.random.default_rng(seed).normal(0, 0.1, 16_000)

@@ -77,6 +77,8 @@ def provide(
     with files.locked(root / f".{name}.lock") as free:
         if not free:
             raise ArchiveError(f"{root}: another process is fetching or unpacking here; wait for it")
+        if any(folder.is_dir() for folder in folders):  # which another one has just done
+            return
         if not archive.exists():
             fetch(f"{mirror.rstrip('/')}/{published.place}", archive, published.md5, on_progress)
         else:
