@@ -320,6 +320,8 @@ def check_lists(data: Path) -> None:
     listed: set[str] = set()
     for part in ("train", "validation"):
         path = data / f"{part}.parquet"
+        if not path.is_file():
+            raise PartitionError(f"{path}: no such file; `fedhubert export-client` writes it")
         table = pd.read_parquet(path)
         if missing := {"utterance", "path", "speaker", "samples"} - set(table):
             raise PartitionError(f"{path}: no column {', '.join(sorted(missing))}")

@@ -197,6 +197,8 @@ def test_a_client_whose_lists_cannot_be_used_does_not_start_its_node(folder, tmp
         pd.DataFrame(good).to_parquet(lists / "validation.parquet")
         with pytest.raises(partition.PartitionError, match=f"client-001/{reason}"):
             deployment.attend(folder / "nodes" / "client-001", tmp_path)
+    with pytest.raises(partition.PartitionError, match="train.parquet: no such file; `fedhubert export-client`"):
+        deployment.attend(folder / "nodes" / "client-001", tmp_path / "elsewhere")
     pd.DataFrame(good)[["path", "samples"]].to_parquet(lists / "train.parquet")
     with pytest.raises(partition.PartitionError, match="train.parquet: no column speaker, utterance"):
         deployment.attend(folder / "nodes" / "client-001", tmp_path)
