@@ -333,6 +333,29 @@ def test_a_node_whose_name_was_lost_is_asked_again(run, monkeypatch):
     assert seen == [False, False, True]
 
 
+def test_rubbish_of_two_nodes_at_one_time_costs_nobody_else(run, monkeypatch):
+    grid, dropped = InProcessGrid(run, CLIENTS, monkeypatch), set()
+
+    def pulled(identifiers):
+        for name in identifiers:
+            node = grid._waiting[name].dst_node_id
+            if node in (2, 3) and node not in dropped:
+                dropped.add(node)
+                raise ValueError("bytes of others")
+        for name in identifiers:
+            if (node := grid._waiting[name].dst_node_id) in dropped - refused:  # as Flower says of what it dropped
+                refused.add(node)
+                yield Failed(None, reply_to=grid._waiting[name])
+            else:
+                yield from pull_messages([name])
+
+    refused, pull_messages = set(), grid.pull_messages
+    monkeypatch.setattr(grid, "pull_messages", pulled)
+    clients = flower.GridClients(grid, CLIENTS)
+    assert sorted(clients.connected(0)) == CLIENTS[2:]
+    assert sorted(clients.connected(0)) == CLIENTS, "asked again"
+
+
 def test_a_node_that_was_busy_joins_however_seldom_it_is_looked_for(run, monkeypatch):
     """Its name comes within its message's time, and the next round begins after that."""
     clock = [0.0]
