@@ -27,7 +27,7 @@ LIMITS = {
 }
 
 CEILINGS = {
-    "library, lines": 16_763,
+    "library, lines": 16_765,
     "largest module, lines": 450,
     "largest function, lines": 60,
     "largest class, lines": 200,

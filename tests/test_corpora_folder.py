@@ -11,7 +11,7 @@ import torch
 from test_corpora import BROKEN, keyword_tree, write
 
 from fedhubert_lib import audio, batching, corpora, params, partition, preflight, runs, studies
-from fedhubert_lib.corpora import alignments, scan
+from fedhubert_lib.corpora import alignments, folder, scan
 from fedhubert_lib.federated import handlers
 from fedhubert_lib.kmeans import reading
 
@@ -77,6 +77,16 @@ def test_every_other_file_is_left_out_with_its_reason(tree, tmp_path):
     everything = {str(path) for path in tree.rglob("*") if not path.is_dir()}
     assert set(manifest.path) | set(excluded.path) == everything
     assert len(manifest) + len(excluded) == len(everything) and manifest.utterance.is_unique
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_files_of_one_format_are_not_read_a_second_time(tmp_path, monkeypatch, subtype):
+    """Only of two formats can one recording have two fingerprints."""
+    monkeypatch.setattr(folder, "flac_md5", lambda path: pytest.fail(f"read again: {path}"))
+    for speaker in ("ana", "ben", "cleo", "dan"):
+        write(tmp_path / "one" / speaker / "1.wav", 17_000, subtype=subtype)
+    manifest, _ = prepare(tmp_path / "run", tmp_path / "one")
+    assert len(manifest) == 4
 
 
 def test_a_folder_of_which_nothing_can_be_used_is_refused(tmp_path):

@@ -57,8 +57,9 @@ def utterances(root: Path, scanned: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     )  # fmt: skip
     table = table.sort_values("utterance", kind="stable")
     flac = table["path"].str.lower().str.endswith(".flac")
-    wide = table["size"] > 2.5 * table["samples"]  # WAV of more than 16 bits
-    twins = ~flac & (table["reason"] == "") & table["samples"].isin(table.loc[flac | wide, "samples"])  # perhaps
+    wide = ~flac & (table["size"] > 2.5 * table["samples"])  # WAV of more than 16 bits
+    formats = (flac + 2 * wide).groupby(table["samples"]).transform("nunique")  # whose fingerprints differ
+    twins = ~flac & (table["reason"] == "") & (formats > 1)  # perhaps
     audio = table["fingerprint"].mask(twins, table.loc[twins, "path"].map(flac_md5))
     table = without_copies(table.assign(fingerprint=audio)).assign(fingerprint=table["fingerprint"])
     good = table["reason"] == ""

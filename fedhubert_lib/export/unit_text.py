@@ -162,7 +162,7 @@ def _read(place: Path, expected: dict[str, Any], config: HubertConfig) -> tuple[
         )
     fits = centroids.ndim == 2 and len(centroids) > 0 and centroids.shape[1] == config.hidden_size
     if not (fits and centroids.isfinite().all() and 1 <= layer <= config.num_hidden_layers):
-        raise ExportError(f"{place}: its centroids, or its layer {layer}, do not fit the model; name another output")
+        raise ExportError(f"{place}: its centroids, or its layer {layer}, do not fit the model; fit it anew")
     return centroids.float(), layer
 
 

@@ -24,6 +24,7 @@ from fedhubert_lib.federated.protocol import Answers, Clients, Failure, Reply, R
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 1.0
+"""Time between looks for nodes that are away, while an answer is waited for."""
 IDENTIFY_SECONDS = 120.0
 """Time that a request waits for a new node to name its client: the node's process has to import PyTorch."""
 WAIT_SECONDS = 120
